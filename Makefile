@@ -1,0 +1,41 @@
+# Everything runs through .venv/, which scripts/setup.sh creates and keeps up to date.
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long check format setup-demo setup-dev clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+demo: setup-demo ## compress a small sentence encoder on this machine
+	$(BIN)/mlorq compress examples/minilm.yaml
+
+test: check ## what CI runs: check, then the tests that are not marked long
+	$(BIN)/python -m pytest
+
+test-long: setup-dev ## only the tests marked long
+	$(BIN)/python -m pytest -m long
+
+# Prefect's server in the tests reports nothing to the outside.
+test test-long: export PREFECT_SERVER_ANALYTICS_ENABLED = false
+test test-long: export DO_NOT_TRACK = 1
+
+check: setup-dev ## lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev ## format the code and apply the linter's safe fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+setup-demo:
+	@bash scripts/setup.sh demo
+
+setup-dev:
+	@bash scripts/setup.sh demo,dev
+
+# Stores (.mlorq/) hold results that may have taken hours, and .venv/ takes minutes: both stay.
+clean: ## remove caches and build outputs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +

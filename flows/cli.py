@@ -1,0 +1,144 @@
+"""The command line: ``mlorq COMMAND …``.
+
+Results go to standard output, everything else to standard error. Exit status: 0 when all that was asked was done, 2 for
+a mistake in the input (one line, no traceback), 130 after Ctrl-C, 1 for a defect, which keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from flows.terminal import interruptible, quiet_stdout
+from mlorq import __version__
+from mlorq.errors import MlorqError
+
+# Torch is not imported yet. Its threads shall sleep while they wait for work, where they would spin: what else runs on
+# the machine (the server that records the run, to begin with) then costs its share of time and not several times that.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments; default: the process's own.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as exit_:  # argparse has printed its message, or the help that was asked for
+        return int(exit_.code or 0)
+    try:
+        with interruptible() as arguments.interrupted:
+            return _dispatch(arguments)
+    except MlorqError as error:
+        print(f"mlorq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlorq: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (a pager, `head`) has enough
+        sys.stderr.close()
+        return 1
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    # Imported late: `mlorq --help` and mistakes in arguments answer at once.
+    from flows import commands
+
+    with quiet_stdout():
+        finish = getattr(commands, arguments.command)(arguments)
+    # Only now, with standard output our own again, the result is printed.
+    return int(finish())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlorq",
+        description="Compress a trained transformer to a memory budget by mixed-precision quantization and "
+        "quantized low-rank factors.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlorq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    init = commands.add_parser("init", help="a commented configuration to start from")
+    init.add_argument("path", nargs="?", metavar="PATH", help="file to write; default: print it")
+    init.add_argument(
+        "--model",
+        default="timm",
+        metavar="FAMILY[:NAME]",
+        help="timm:NAME, transformers:PATH or custom:MODULE:FUNCTION",
+    )
+
+    compress = commands.add_parser("compress", help="the full flow: search, allocation, rounding, evaluation")
+    _configured(compress)
+    compress.add_argument("--output", metavar="DIR", help="copy the checkpoint there (folder or fsspec URL)")
+    compress.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    _running(compress)
+
+    rebudget = commands.add_parser("rebudget", help="further budgets; only what depends on the budget is computed")
+    _configured(rebudget)
+    rebudget.add_argument(
+        "--allocate-only",
+        action="store_true",
+        help="nothing but the integer programs; without Prefect where PREFECT_API_URL is not set",
+    )
+    _running(rebudget)
+
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a configuration's evaluation data")
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or fsspec URL")
+    _configured(evaluate, budget=False)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or fsspec URL")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+    runs = commands.add_parser("runs", help="finished runs in a store")
+    runs.add_argument("config", nargs="?", metavar="CONFIG", help="configuration that names the store")
+    runs.add_argument("--store", metavar="URL", help="the store itself")
+    runs.add_argument("--json", action="store_true", help="print one JSON object")
+
+    models = commands.add_parser("models", help="models that are known to work")
+    models.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="configuration (YAML; see mlorq init)")
+    if budget:
+        parser.add_argument(
+            "--budget",
+            action="append",
+            metavar="B",
+            help='instead of the configuration\'s: "3bit", "12.5%%", "25MB"; may be given several times',
+        )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="override a key, as in search.samples=32 (the value is YAML); may be given several times",
+    )
+
+
+def _running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--verbose", action="store_true", help="show Prefect's log as well")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key.strip(), value.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

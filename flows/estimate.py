@@ -1,0 +1,183 @@
+"""How long steps will take and what they will hold in memory, from one timed forward and one timed matrix product.
+
+An estimate and no promise: the counts of passes and products are those of the steps' own code, the few constants
+below were fitted to measured runs on CPUs (`minilm`, `vit_tiny`, 2 cores), and stopping criteria are taken at their
+worst.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mlorq.data.base import Dataset
+from mlorq.layers import Layer, LayerList
+from mlorq.models.base import batch_samples, move_batch
+from steps.workbench import Workbench
+
+FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs
+ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry
+ROUNDING = 400.0  # … and one iteration of adaptive rounding
+MEASURED = 0.7  # share of the points that are measured: fronts of some bit pairs have fewer
+BACKWARD = 3.5  # forwards that a backward pass with squared weight gradients costs
+FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "pack": 0.3}
+SUMMARY_SECONDS = 2.0  # drawing the report
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was timed on this machine.
+
+    Attributes:
+        forward: seconds of the float model a sample.
+        product: seconds a multiply-add of a large matrix product.
+        outputs: entries of f(x) a sample.
+    """
+
+    forward: float
+    product: float
+    outputs: int
+
+
+def measure_speed(bench: Workbench) -> Speed:
+    """Time a forward of a calibration batch and a matrix product, both warm."""
+    bench.use_threads()
+    model = bench.model
+    batch = move_batch(bench.batches(1)[0], bench.device, model.dtype)
+    square = torch.randn(768, 768, device=bench.device)
+    with torch.no_grad():
+        outputs = model.outputs(model.module, batch)
+        forward = _fastest(lambda: model.outputs(model.module, batch).cpu())
+        product = _fastest(lambda: (square @ square)[0, 0].item())
+    return Speed(forward / batch_samples(batch), product / square.shape[0] ** 3, outputs.shape[1])
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls; calls that take long are not repeated."""
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < 0.5:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class Estimate:
+    """Seconds of each kind of step.
+
+    Args:
+        bench: configuration and data.
+        layers: what is compressed.
+        speed: of this machine.
+    """
+
+    def __init__(self, bench: Workbench, layers: LayerList, speed: Speed) -> None:
+        self.bench = bench
+        self.layers = layers
+        self.speed = speed
+        self.search = bench.config.search
+
+    def seconds(self, step: str, layer: Layer | None = None) -> float:
+        """Seconds of one step (of one layer)."""
+        fixed = FIXED.get(step, 0.0)
+        if layer is not None:
+            return fixed + {"candidates": self._candidates, "sensitivity": self._sensitivity, "round": self._round}[
+                step
+            ](layer)
+        if step == "capture":
+            return self._capture()
+        if step in ("baseline", "evaluate"):
+            return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
+        return SUMMARY_SECONDS if step == "summary" else fixed
+
+    def _evaluated(self) -> int:
+        data = self.bench.evaluation
+        # User code runs on data that we do not see.
+        return data.samples if data.batches else self.bench.calibration.samples
+
+    def _capture(self) -> float:
+        calibration = self.bench.calibration
+        samples = min(self.search.hessian_samples, calibration.samples)
+        exact = self.search.hessian_mode == "exact" or (
+            self.search.hessian_mode == "auto" and self.speed.outputs <= self.search.hessian_probes
+        )
+        passes = self.speed.outputs if exact else self.search.hessian_probes
+        return self.speed.forward * (calibration.samples + samples * (1 + BACKWARD * passes))
+
+    def _factorisation(self, layer: Layer) -> float:
+        """Seconds of a layer's weighted factors and of the quantizers of both."""
+        low_rank = layer.groups == 1 and bool(self.search.factor_bits)
+        rank = min(layer.out_features, layer.in_features)
+        entries = layer.params * len(self.search.bits)
+        work = 0.0
+        if low_rank:
+            work += FACTOR * layer.params * rank
+            entries += rank * (layer.out_features + layer.in_features) * len(self.search.factor_bits)
+            # Scales of A are judged after the product with B.
+            work += layer.params * rank * len(self.search.percentiles) * len(self.search.factor_bits)
+        return self.speed.product * (work + ELEMENT * entries * len(self.search.percentiles))
+
+    def _candidates(self, layer: Layer) -> float:
+        rank = min(layer.out_features, layer.in_features)
+        widths = len(self.search.factor_bits) if layer.groups == 1 else 0
+        grams = widths * rank * rank * (layer.out_features + layer.in_features) * 2
+        sums = widths * widths * rank * rank * ELEMENT
+        return self._factorisation(layer) + self.speed.product * (grams + sums)
+
+    def _sensitivity(self, layer: Layer) -> float:
+        widths = len(self.search.factor_bits) if layer.groups == 1 else 0
+        points = MEASURED * (len(self.search.bits) + widths * widths * self.search.points)
+        samples = min(self.search.samples, self.bench.calibration.samples)
+        blocks = len(self.layers.blocks)
+        rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)
+        return self._factorisation(layer) + self.speed.forward * samples * (2 + points * rest)
+
+    def _round(self, layer: Layer) -> float:
+        rounding = self.bench.config.rounding
+        if rounding.method == "nearest":
+            return self._factorisation(layer)
+        samples = min(rounding.samples, self.bench.calibration.samples)
+        # The chosen form is not known; a product with the inputs' moments costs about as much in either.
+        iteration = layer.params * layer.in_features + ROUNDING * layer.params
+        forwards = 2 * samples / max(1, len(self.layers.blocks) or 1)
+        tokens = samples * layer.macs / layer.params
+        moments = 3 * tokens * layer.in_features**2 * layer.groups
+        return (
+            self._factorisation(layer)
+            + self.speed.product * (rounding.iterations * iteration + moments)
+            + self.speed.forward * forwards
+        )
+
+
+def memory_bytes(bench: Workbench, layers: LayerList) -> int:
+    """Bytes that the run will hold at most, on its device: what is held now, and the largest step on top."""
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    model = sum(tensor.nbytes for tensor in bench.model.module.state_dict().values())
+    if bench.device != "cpu":
+        base = model
+    largest = max(layer.params for layer in layers.layers)
+    widest = max(layer.in_features * layer.groups for layer in layers.layers)
+    first = bench.batches(1)[0]
+    activations = (
+        4
+        * batch_samples(first)
+        * sum(
+            layer.macs // layer.params * (layer.out_features + layer.in_features * layer.groups)
+            for layer in layers.layers
+        )
+    )
+    hessians = 2 * 4 * layers.params
+    searching = 8 * 8 * largest + 3 * 8 * widest**2
+    paired = model + _kept_between_blocks(bench.calibration, layers.layers)
+    # Twice: what PyTorch's temporaries and the allocator's gaps were seen to add.
+    return int(base + 2 * max(2 * activations + hessians, searching + paired))
+
+
+def _kept_between_blocks(data: Dataset, layers: Sequence[Layer]) -> int:
+    """Bytes of the outputs of one block for all calibration samples, in the float and in the compressed model."""
+    return 2 * 4 * data.samples * max(layer.macs // layer.params * layer.out_features for layer in layers)

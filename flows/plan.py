@@ -1,0 +1,176 @@
+"""A dry run: what a run would compress, compute and reuse, how small it can get, how long it takes. Nothing is written.
+
+The pipeline itself is walked, by an executor that looks steps up and runs none: keys follow from the inputs' keys and
+not from their contents, so what comes after a missing step can still be looked up. Only two steps' contents decide
+which steps there are: the layers, which are then listed anew, and an allocation, after which all counts as missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.estimate import Estimate, measure_speed, memory_bytes
+from mlorq.candidates import SMALLEST_RANK
+from mlorq.config import SearchConfig
+from mlorq.errors import BudgetError
+from mlorq.forms import Candidate
+from mlorq.layers import Layer, LayerList
+from mlorq.memory import candidate_bytes, parse_budget
+from steps import baseline, layers, pack
+from steps.base import Outcome, StepSpec, find
+from steps.pipeline import run_allocations, run_budget, run_search
+from steps.summary import model_name
+from steps.workbench import Workbench
+
+SEARCH = ("layers", "capture", "candidates", "sensitivity")
+BY_BUDGET = ("allocate", "round", "pack", "evaluate", "summary")
+BY_LAYER = ("candidates", "sensitivity", "round")
+
+
+def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
+    """Bytes of a layer's smallest candidate."""
+    rows, columns = layer.out_features, layer.in_features
+
+    def size(candidate: Candidate) -> int:
+        return candidate_bytes(candidate, rows, columns, search.accounting, search.zero_point)
+
+    quantized = [size(Candidate("Q", bits=bits)) for bits in search.bits]
+    rank = max(search.rank_multiple, SMALLEST_RANK)
+    if layer.groups > 1 or not search.factor_bits or rank > min(rows, columns):
+        return min(quantized)
+    width = min(search.factor_bits)
+    low_rank = size(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
+    # The search leaves out low-rank candidates that are no smaller than the largest quantize-only one.
+    return min(low_rank, *quantized) if low_rank < max(quantized) else min(quantized)
+
+
+@dataclass
+class Counts:
+    """Steps of one kind: found in the store, and to be computed with the seconds that may take."""
+
+    reused: int = 0
+    compute: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"reused": self.reused, "compute": self.compute, "seconds": round(self.seconds, 1)}
+
+
+class Planner:
+    """Implements ``steps.pipeline.Executor``: looks every step up, runs none.
+
+    Args:
+        bench: of the run.
+        found: the model's layers.
+        estimate: of what a step takes.
+    """
+
+    def __init__(self, bench: Workbench, found: LayerList, estimate: Estimate) -> None:
+        self.bench = bench
+        self.found = found
+        self.estimate = estimate
+        self.counts: dict[str, Counts] = {name: Counts() for name in (*SEARCH, "allocate", "baseline", *BY_BUDGET[1:])}
+        self._phase = ""
+        self._seen: set[str] = set()
+
+    def phase(self, name: str, total: int) -> None:
+        """``total`` steps of a kind come next."""
+        self._phase = name
+
+    def run(self, spec: StepSpec) -> Outcome:
+        """Look one step up; counted once, whoever asks for it."""
+        outcome = find(spec, self.bench)
+        if spec.key not in self._seen:
+            self._seen.add(spec.key)
+            if outcome is not None:
+                self.counts[self._phase].reused += 1
+            else:
+                self._count(self._phase, None if spec.layer is None else self.found[spec.layer])
+        return outcome or Outcome(spec.ref, False, 0.0)
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Look steps up."""
+        return [self.run(spec) for spec in specs]
+
+    def count_all(self, *phases: str) -> None:
+        """Count all steps of these kinds as to be computed."""
+        for phase in phases:
+            for layer in self.found.layers if phase in BY_LAYER else (None,):
+                self._count(phase, layer)
+
+    def _count(self, phase: str, layer: Layer | None) -> None:
+        self.counts[phase].compute += 1
+        self.counts[phase].seconds += self.estimate.seconds(phase, layer)
+
+
+def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dict[str, Any]:
+    """What ``mlorq compress --dry-run`` reports, as JSON.
+
+    Args:
+        bench: of the run.
+        found: the model's layers (``flows.run.known_layers``).
+        budgets: as asked for.
+    """
+    rest = pack.rest_bytes_bound(bench, found.layers)
+    sizes = {layer.name: smallest_layer_bytes(layer, bench.config.search) for layer in found.layers}
+    smallest = sum(sizes.values())
+    rows: list[dict[str, Any]] = []
+    for budget in budgets:
+        try:
+            allowed = parse_budget(budget).compressible_bytes(found.params, rest)
+        except BudgetError:  # not even the rest of the model fits
+            allowed = None
+        feasible = allowed is not None and allowed >= smallest
+        rows.append({"budget": budget, "budget_bytes": allowed, "feasible": feasible})
+    planner = Planner(bench, found, Estimate(bench, found, measure_speed(bench)))
+    _walk(planner, [row["budget"] for row in rows if row["feasible"]])
+    return {
+        "model": model_name(bench),
+        "device": bench.device,
+        "layers": [
+            {
+                "layer": layer.name,
+                "kind": layer.kind,
+                "out_features": layer.out_features,
+                "in_features": layer.in_features,
+                "params": layer.params,
+                "macs": layer.macs,
+                "smallest_bytes": sizes[layer.name],
+            }
+            for layer in found.layers
+        ],
+        "skipped": [{"layer": name, "reason": reason} for name, reason in found.skipped],
+        "params": found.params,
+        "float_bytes": 4 * found.params,
+        "rest_bytes": rest,
+        "smallest_bytes": smallest,
+        "smallest_file_bytes": smallest + rest,
+        "budgets": rows,
+        "steps": {phase: counts.to_json() for phase, counts in planner.counts.items()},
+        "expected": {
+            "seconds": round(sum(counts.seconds for counts in planner.counts.values()), 1),
+            "memory_bytes": memory_bytes(bench, found),
+            "note": "an estimate from one timed forward and one timed matrix product",
+        },
+    }
+
+
+def _walk(planner: Planner, budgets: Sequence[str]) -> None:
+    bench = planner.bench
+    planner.phase("baseline", 1)
+    float_evaluation = planner.run(baseline.spec(bench)).ref
+    if find(layers.spec(bench), bench) is None:
+        planner.count_all(*SEARCH)
+        for _ in budgets:
+            planner.count_all(*BY_BUDGET)
+        return
+    search = run_search(bench, planner)
+    for budget in budgets:
+        (result,) = run_allocations(bench, planner, search, [budget])
+        if bench.store.exists(result.allocation):
+            run_budget(bench, planner, search, result, float_evaluation)
+        else:
+            planner.count_all(*BY_BUDGET[1:])

@@ -1,0 +1,398 @@
+"""What a run shows while it works: a line a phase in the terminal, and a progress artifact a phase in Prefect.
+
+An executor tells an observer what happens; several observers can listen. How far a phase is, and how long it still
+takes, is kept in one record (``Phase``) that all of them read: finished steps count as one each, running ones as the
+share they report, and the time left follows from the steps that were computed and not from those that were reused.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, Protocol, cast
+from uuid import UUID
+
+from steps.base import Outcome, StepSpec
+
+LOGGER = logging.getLogger(__name__)
+UPDATE_SECONDS = 1.0  # how often a progress artifact is written at most
+LINE_SECONDS = 10.0  # how often a plain line tells about a step that is running
+
+
+class Observer(Protocol):
+    """Told by an executor, from any thread, what happens."""
+
+    def phase(self, name: str, total: int) -> None:
+        """``total`` steps of a kind come next; the phase before is over."""
+
+    def step_started(self, spec: StepSpec) -> None:
+        """A step is being computed."""
+
+    def step_progress(self, spec: StepSpec, done: int, total: int) -> None:
+        """A step that is being computed has done ``done`` of ``total`` units."""
+
+    def step_finished(self, spec: StepSpec, outcome: Outcome) -> None:
+        """A step's artifact is there, computed now or reused."""
+
+    def step_failed(self, spec: StepSpec) -> None:
+        """A step ended without an artifact."""
+
+    def close(self) -> None:
+        """The run is over, whichever way."""
+
+
+@dataclass
+class Phase:
+    """How far one phase is.
+
+    Attributes:
+        name: of its steps.
+        total: number of steps.
+        started: when it began, by ``clock``.
+        computed, reused: steps finished so far.
+        running: share done of every step that is being computed, by key.
+        labels: what those steps are called.
+        clock: seconds, rising.
+    """
+
+    name: str
+    total: int
+    clock: Callable[[], float] = time.monotonic
+    computed: int = 0
+    reused: int = 0
+    running: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    first_work: float | None = None
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    @property
+    def done(self) -> int:
+        """Steps finished."""
+        return self.computed + self.reused
+
+    @property
+    def share(self) -> float:
+        """Share of the phase that is done, running steps included, 0 to 1."""
+        return min(1.0, (self.done + sum(self.running.values())) / max(1, self.total))
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the phase began."""
+        return self.clock() - self.started
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the rest takes if its steps are like those computed so far; None before that is known."""
+        if self.first_work is None:
+            return None
+        worked = self.computed + sum(self.running.values())
+        if worked < 0.05:
+            return None
+        remaining = self.total - self.done - sum(self.running.values())
+        return (self.clock() - self.first_work) / worked * max(0.0, remaining)
+
+    @property
+    def current(self) -> str:
+        """What is being computed now."""
+        return ", ".join(self.labels.values())
+
+    def begin(self, spec: StepSpec) -> None:
+        """A step starts to be computed."""
+        if self.first_work is None:
+            self.first_work = self.clock()
+        self.running[spec.key] = 0.0
+        self.labels[spec.key] = spec.layer or ""
+
+    def advance(self, spec: StepSpec, done: int, total: int) -> None:
+        """A running step reports its share."""
+        if spec.key in self.running:
+            self.running[spec.key] = min(1.0, done / max(1, total))
+
+    def end(self, spec: StepSpec, outcome: Outcome | None) -> None:
+        """A step is over; without an outcome it failed."""
+        self.running.pop(spec.key, None)
+        self.labels.pop(spec.key, None)
+        if outcome is not None:
+            self.reused += outcome.reused
+            self.computed += not outcome.reused
+
+
+class _PhaseObserver:
+    """Keeps the current phase; what is made of it is a subclass's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._phase: Phase | None = None
+
+    def phase(self, name: str, total: int) -> None:
+        with self._lock:
+            self._end_phase()
+            self._phase = Phase(name, total)
+            self._begin_phase(self._phase)
+
+    def step_started(self, spec: StepSpec) -> None:
+        with self._lock:
+            if self._phase is not None:
+                self._phase.begin(spec)
+                self._changed(self._phase)
+
+    def step_progress(self, spec: StepSpec, done: int, total: int) -> None:
+        with self._lock:
+            if self._phase is not None:
+                self._phase.advance(spec, done, total)
+                self._changed(self._phase)
+
+    def step_finished(self, spec: StepSpec, outcome: Outcome) -> None:
+        with self._lock:
+            if self._phase is not None:
+                self._phase.end(spec, outcome)
+                self._finished(self._phase, spec, outcome)
+                self._changed(self._phase)
+
+    def step_failed(self, spec: StepSpec) -> None:
+        with self._lock:
+            if self._phase is not None:
+                self._phase.end(spec, None)
+                self._changed(self._phase)
+
+    def close(self) -> None:
+        with self._lock:
+            self._end_phase()
+            self._phase = None
+
+    def _end_phase(self) -> None:
+        if self._phase is not None:
+            self._over(self._phase)
+
+    def _begin_phase(self, phase: Phase) -> None: ...
+
+    def _changed(self, phase: Phase) -> None: ...
+
+    def _finished(self, phase: Phase, spec: StepSpec, outcome: Outcome) -> None: ...
+
+    def _over(self, phase: Phase) -> None: ...
+
+
+# -- terminal -------------------------------------------------------------------------------------------------
+
+
+class PlainProgress(_PhaseObserver):
+    """Lines on a stream that is no terminal: one a computed step, one a phase for all that was reused.
+
+    A step that runs for long is told about every ``LINE_SECONDS``.
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__()
+        self._stream = stream or sys.stderr
+        self._last = time.monotonic()
+
+    def _say(self, text: str) -> None:
+        self._last = time.monotonic()
+        print(text, file=self._stream, flush=True)
+
+    def _begin_phase(self, phase: Phase) -> None:
+        self._last = time.monotonic()
+
+    def _finished(self, phase: Phase, spec: StepSpec, outcome: Outcome) -> None:
+        if not outcome.reused:
+            layer = f"  {spec.layer}" if spec.layer else ""
+            left = f"  ({format_seconds(phase.left)} left)" if phase.left and phase.done < phase.total else ""
+            self._say(f"{phase.name} {phase.done}/{phase.total}{layer}  {format_seconds(outcome.seconds)}{left}")
+
+    def _changed(self, phase: Phase) -> None:
+        if phase.running and time.monotonic() - self._last >= LINE_SECONDS:
+            left = f", {format_seconds(phase.left)} left" if phase.left is not None else ""
+            share = sum(phase.running.values()) / len(phase.running)
+            self._say(f"{phase.name} {phase.done}/{phase.total}  {phase.current}  {share:.0%}{left}".rstrip())
+
+    def _over(self, phase: Phase) -> None:
+        if phase.reused:
+            self._say(f"{phase.name}: {phase.reused} of {phase.total} reused")
+
+
+class RichProgress(_PhaseObserver):
+    """A live line a phase, on a terminal."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.text import Text
+
+        class Times(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                phase: Phase = task.fields["phase"]
+                seconds = phase.elapsed if not task.finished else task.fields["took"]
+                left = "" if task.finished or phase.left is None else f", {format_seconds(phase.left)} left"
+                return Text(f"{format_seconds(seconds)}{left}", style="cyan")
+
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
+            Times(),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=Console(file=stream or sys.stderr),
+            refresh_per_second=5,
+            redirect_stdout=False,
+            redirect_stderr=True,
+        )
+        self._task: Any = None
+
+    def _begin_phase(self, phase: Phase) -> None:
+        if self._task is None:
+            self._progress.start()
+        self._task = self._progress.add_task(
+            phase.name, total=phase.total, phase=phase, count=f"0/{phase.total}", detail="", took=0.0
+        )
+
+    def _changed(self, phase: Phase) -> None:
+        self._progress.update(
+            self._task,
+            # A bar that is full counts as finished, which is not true before the last step has ended.
+            completed=min(phase.share, 0.999 if phase.done < phase.total else 1.0) * phase.total,
+            count=f"{phase.done}/{phase.total}",
+            detail=phase.current,
+            took=phase.elapsed,
+        )
+
+    def _over(self, phase: Phase) -> None:
+        detail = f"{phase.reused} reused" if phase.reused else ""
+        self._progress.update(self._task, detail=detail, took=phase.elapsed)
+
+    def close(self) -> None:
+        super().close()
+        self._progress.stop()
+
+
+def terminal_progress(stream: IO[str] | None = None) -> Observer:
+    """The observer that fits a stream (default: standard error)."""
+    stream = stream or sys.stderr
+    return RichProgress(stream) if stream.isatty() else PlainProgress(stream)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``0.4s``, ``12s``, ``3m05s``, ``2h07m``."""
+    if seconds is None:
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+# -- Prefect --------------------------------------------------------------------------------------------------
+
+
+class PrefectProgress(_PhaseObserver):
+    """A progress artifact a phase, named after it, written at most about once a second by a thread of its own.
+
+    To be made and closed inside a flow run. What Prefect cannot take is left out: progress never fails a run.
+
+    Args:
+        subject: what the run is about, for the artifacts' descriptions.
+    """
+
+    def __init__(self, subject: str) -> None:
+        super().__init__()
+        self._subject = subject
+        self._artifact: UUID | None = None
+        self._written: tuple[float, str] | None = None
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def _begin_phase(self, phase: Phase) -> None:
+        from prefect.artifacts import create_progress_artifact
+
+        self._artifact, self._written = None, None
+        try:
+            key = phase.name.replace("_", "-").lower()
+            self._artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=self._describe(phase)))
+        except Exception as error:
+            LOGGER.debug("no progress artifact for %s: %r", phase.name, error)
+        if self._thread is None:
+            # With the flow's context: Prefect keeps there which server it talks to.
+            context = contextvars.copy_context()
+            self._thread = threading.Thread(target=context.run, args=(self._write_often,), daemon=True)
+            self._thread.start()
+
+    def _describe(self, phase: Phase) -> str:
+        reused = f", {phase.reused} reused" if phase.reused else ""
+        return f"{self._subject}: {phase.name} {phase.done}/{phase.total}{reused}"
+
+    def _over(self, phase: Phase) -> None:
+        self._write()
+
+    def close(self) -> None:
+        super().close()
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _write_often(self) -> None:
+        while not self._closed:
+            self._wake.wait(UPDATE_SECONDS)
+            if not self._closed:
+                self._write()
+
+    def _write(self) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        with self._lock:
+            phase, artifact = self._phase, self._artifact
+            if phase is None or artifact is None:
+                return
+            news = (round(100 * phase.share, 1), self._describe(phase))
+            if news == self._written:
+                return
+            self._written = news
+        try:
+            update_progress_artifact(artifact, *news)
+        except Exception as error:
+            LOGGER.debug("progress artifact of %s not updated: %r", phase.name, error)
+
+
+class Observers:
+    """Passes everything on to several observers."""
+
+    def __init__(self, members: Sequence[Observer]) -> None:
+        self.members = list(members)
+
+    def phase(self, name: str, total: int) -> None:
+        for member in self.members:
+            member.phase(name, total)
+
+    def step_started(self, spec: StepSpec) -> None:
+        for member in self.members:
+            member.step_started(spec)
+
+    def step_progress(self, spec: StepSpec, done: int, total: int) -> None:
+        for member in self.members:
+            member.step_progress(spec, done, total)
+
+    def step_finished(self, spec: StepSpec, outcome: Outcome) -> None:
+        for member in self.members:
+            member.step_finished(spec, outcome)
+
+    def step_failed(self, spec: StepSpec) -> None:
+        for member in self.members:
+            member.step_failed(spec)
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()

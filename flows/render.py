@@ -1,0 +1,230 @@
+"""What people read at the end of a command: tables in the terminal, Markdown for Prefect's pages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.progress import format_seconds
+
+NARROWEST = 110  # columns; where the output is no terminal there is no width to fit
+
+
+def console(stream: IO[str] | None = None) -> Console:
+    """A console on standard output."""
+    stream = stream or sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else NARROWEST, highlight=False, soft_wrap=False)
+
+
+def size(count: int | None) -> str:
+    """Bytes for people: ``1,234 B (1.2 kB)``."""
+    if count is None:
+        return "-"
+    for unit, value in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= value:
+            return f"{count:,} B ({count / value:.2f} {unit})"
+    return f"{count:,} B"
+
+
+def bits_of(row: Mapping[str, Any]) -> str:
+    """A candidate's bit-widths: ``4``, or ``6/4 rank 32`` (left factor / right factor)."""
+    return str(row["bits"]) if row["form"] == "Q" else f"{row['bits_a']}/{row['bits_b']} rank {row['rank']}"
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, without lines."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, Text(value))
+    return table
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
+    """A table with a header; the columns named in ``right`` are aligned to the right."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+# -- compress -----------------------------------------------------------------------------------------------------
+
+
+def allocation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What every layer became."""
+    cells = [
+        (row["layer"], row["form"], bits_of(row), f"{row['bytes']:,}", f"{row['global_cost']:.3e}") for row in rows
+    ]
+    return grid(("layer", "form", "bits", "bytes", "cost"), cells, right=("bytes", "cost"))
+
+
+def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Totals of one result; those that are not known yet are left out."""
+    pairs = [
+        ("run", result["run"]),
+        ("budget", f"{result['budget']} = {size(result['budget_bytes'])}"),
+        ("compressible layers", size(result["bytes"])),
+    ]
+    if result.get("float_bytes"):
+        ratio = result["float_bytes"] / max(1, result["bytes"])
+        pairs[-1] = ("compressible layers", f"{size(result['bytes'])}, {ratio:.2f} times smaller than float32")
+        pairs.append(("float32 size", size(result["float_bytes"])))
+    if result.get("checkpoint"):
+        pairs.append(("rest of the model", size(result["rest_bytes"])))
+        pairs.append(("checkpoint on disk", size(result["file_bytes"])))
+    pairs.append(("predicted cost", f"{result['predicted_cost']:.4e}"))
+    if result.get("nmse") is not None:
+        pairs.append(("output NMSE", f"{result['nmse']:.6f} ({result.get('nmse_data', 'evaluation')} data)"))
+    metric = result.get("metric")
+    if metric:
+        pairs.append((metric["name"], f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"))
+    solver = result["solver"]
+    gap = "" if solver.get("gap") is None else f", gap {solver['gap']:.1e}"
+    pairs.append(("solver", f"{solver['name']}: {solver['status']}{gap}, {format_seconds(solver['seconds'])}"))
+    if result.get("seconds"):
+        pairs.append(
+            ("seconds a step", ", ".join(f"{step} {seconds:.1f}" for step, seconds in result["seconds"].items()))
+        )
+    steps = result["steps"]
+    pairs.append(("steps", f"{steps['computed']} computed, {steps['reused']} reused"))
+    return pairs
+
+
+def print_result(result: Mapping[str, Any], out: Console, *, load: str | None = None) -> None:
+    """The end of ``mlorq compress``.
+
+    Args:
+        result: the public result object.
+        out: where to.
+        load: how to load the checkpoint, as Python.
+    """
+    out.print(allocation_table(result["allocation"]))
+    out.print()
+    out.print(facts(result_facts(result)))
+    # Never broken into lines, for those who copy them.
+    if result.get("checkpoint"):
+        out.print(f"\ncheckpoint: {result['checkpoint']}", markup=False, soft_wrap=True)
+    if load:
+        out.print(f"load it with: {load}", markup=False, soft_wrap=True)
+
+
+def result_markdown(result: Mapping[str, Any]) -> str:
+    """One result as a Markdown page."""
+    lines = [f"# {result['run']}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in result_facts(result)]
+    if result.get("checkpoint"):
+        lines.append(f"| checkpoint | `{result['checkpoint']}` |")
+    return "\n".join(lines) + "\n"
+
+
+# -- the other commands -------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Mapping[str, Any], out: Console) -> None:
+    """The end of a dry run."""
+    cells = [
+        (
+            row["layer"],
+            row["kind"],
+            f"{row['out_features']} x {row['in_features']}",
+            f"{row['params']:,}",
+            f"{row['params'] / plan['params']:.1%}",
+            f"{row['smallest_bytes']:,}",
+        )
+        for row in plan["layers"]
+    ]
+    right = ("weights", "share", "smallest bytes")
+    out.print(grid(("layer", "kind", "shape", "weights", "share", "smallest bytes"), cells, right=right))
+    for row in plan["skipped"]:
+        out.print(f"left alone: {row['layer']} ({row['reason']})", markup=False)
+    out.print()
+    pairs = [
+        ("compressible layers", f"{len(plan['layers'])} with {plan['params']:,} weights"),
+        ("float32 size", size(plan["float_bytes"])),
+        ("smallest possible", f"{size(plan['smallest_bytes'])}; whole checkpoint at most "
+                              f"{size(plan['smallest_file_bytes'])}"),
+    ]  # fmt: skip
+    for row in plan["budgets"]:
+        verdict = "" if row["feasible"] else ": impossible"
+        pairs.append((f"budget {row['budget']}", f"{size(row['budget_bytes'])} for the compressible layers{verdict}"))
+    out.print(facts(pairs))
+    out.print()
+    steps = [
+        (step, str(row["compute"]), str(row["reused"]), format_seconds(row["seconds"]) if row["compute"] else "")
+        for step, row in plan["steps"].items()
+    ]
+    columns = ("step", "to compute", "in the store", "about")
+    out.print(grid(columns, steps, right=columns[1:]))
+    out.print()
+    expected = plan["expected"]
+    out.print(
+        f"expected: about {format_seconds(expected['seconds'])} and {expected['memory_bytes'] / 1e9:.1f} GB of memory "
+        f"on {plan['device']} ({expected['note']})",
+        markup=False,
+    )
+
+
+def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
+    """The end of ``mlorq inspect``."""
+    cells = [
+        (
+            row["layer"],
+            row["kind"],
+            " x ".join(str(length) for length in row["shape"]),
+            row["form"],
+            bits_of(row),
+            f"{row['bytes']:,}",
+        )
+        for row in info["layers"]
+    ]
+    out.print(grid(("layer", "kind", "shape", "form", "bits", "bytes"), cells, right=("bytes",)))
+    out.print()
+    sizes, budget = info["sizes"], info["budget"]
+    pairs = [
+        ("architecture", ", ".join(f"{key} {value}" for key, value in _short(info["architecture"]).items())),
+        ("budget", f"{budget['asked']} = {size(budget['budget_bytes'])} ({budget['accounting']})"),
+        ("compressed layers", size(sizes["bytes"])),
+        ("float32 size of these", size(sizes["float_bytes"])),
+        ("rest of the model", size(sizes["rest_bytes"])),
+        ("headers", size(sizes["overhead_bytes"])),
+        ("on disk", size(info["file_bytes"])),
+    ]
+    pairs += [(f"hash of {name}", str(value)) for name, value in info["hashes"].items() if value]
+    out.print(facts(pairs))
+
+
+def _short(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in architecture.items()
+        if isinstance(value, (str, int, float)) and len(str(value)) <= 60
+    }
+
+
+def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """The end of ``mlorq runs``."""
+    cells = []
+    for run in runs:
+        metric = run["metric"]
+        value = "" if metric is None else f"{metric['name']} {metric['compressed']:.4f} (float {metric['float']:.4f})"
+        cells.append(
+            (
+                run["run"],
+                run["model"],
+                run["budget"],
+                f"{run['bytes']:,}",
+                f"{run['nmse']:.3e}",
+                value,
+                run["created"][:16],
+            )
+        )
+    out.print(grid(("run", "model", "budget", "bytes", "nmse", "metric", "date"), cells, right=("bytes", "nmse")))

@@ -1,0 +1,194 @@
+"""What every flow and command does before and after the pipeline: check all that can be known, put results together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from flows.ledger import Ledger
+from flows.progress import Observer
+from mlorq.config import RunConfig
+from mlorq.errors import BudgetError, StoreError
+from mlorq.layers import LayerList
+from mlorq.memory import parse_budget
+from mlorq.store import Store
+from steps import layers as layers_step
+from steps.base import Outcome, StepSpec, execute, find
+from steps.pipeline import Compressed, compressible_budget, result_json
+from steps.workbench import Workbench, devices
+
+COMPUTED_BY_ALLOCATE_ONLY = ("allocate",)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a command hands to the flow it calls beside the flow's parameters, which are plain JSON.
+
+    Attributes:
+        bench: already checked, with model and data loaded.
+        observer: of the terminal.
+        command: that computes what is missing, for messages.
+        record: called with the flow run's id and the number of its task runs.
+        interrupted: set by Ctrl-C.
+    """
+
+    bench: Workbench
+    observer: Observer
+    command: str
+    record: Callable[[str, int], None]
+    interrupted: threading.Event
+
+
+_HANDED: ContextVar[Handed | None] = ContextVar("handed", default=None)
+
+
+@contextmanager
+def handing(value: Handed) -> Iterator[None]:
+    """Hand something to the flow that is called inside."""
+    token = _HANDED.set(value)
+    try:
+        yield
+    finally:
+        _HANDED.reset(token)
+
+
+def handed() -> Handed | None:
+    """What the calling command handed over; None where a flow runs by itself, in a deployment."""
+    return _HANDED.get()
+
+
+# -- before -----------------------------------------------------------------------------------------------------
+
+
+def open_bench(config: RunConfig) -> Workbench:
+    """A workbench on the run's first device; nothing is loaded yet.
+
+    Raises:
+        ConfigError: a device is not there.
+        StoreError: the store's URL is of no known kind.
+    """
+    store = Store(config.resolve(config.store))
+    return Workbench(config, store, devices(config)[0])
+
+
+def prepare(config: RunConfig, budgets: Sequence[str], *, allocate_only: bool = False) -> Workbench:
+    """A workbench with model and data loaded and everything checked that can be before long work.
+
+    Args:
+        config: the run's configuration.
+        budgets: as asked for.
+        allocate_only: whether nothing but integer programs is to be run: evaluation data is not needed then.
+
+    Raises:
+        MlorqError: of the kind that fits what is wrong.
+    """
+    for budget in budgets:
+        parse_budget(budget)
+    bench = open_bench(config)
+    bench.model  # noqa: B018  (loads it)
+    bench.calibration  # noqa: B018
+    if not allocate_only:
+        bench.evaluation  # noqa: B018
+        if find(layers_step.spec(bench), bench) is None:
+            bench.store.check_writable()
+            check_budgets(bench, known_layers(bench), budgets)
+    return bench
+
+
+def known_layers(bench: Workbench) -> LayerList:
+    """The model's compressible layers, from the store where it has them; the store is only read."""
+    spec = layers_step.spec(bench)
+    return bench.layer_list(spec.ref) if find(spec, bench) is not None else layers_step.discover(bench)
+
+
+def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[str]) -> None:
+    """Refuse budgets that not even the smallest candidates fit.
+
+    Raises:
+        BudgetError: names the smallest possible size.
+    """
+    from flows.plan import smallest_layer_bytes
+
+    smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers.layers)
+    for budget in budgets:
+        allowed = compressible_budget(bench, layers.layers, budget)
+        if allowed < smallest:
+            raise BudgetError(
+                f"budget {budget} leaves {allowed} bytes for the compressible layers: the smallest possible is "
+                f"{smallest} bytes ({8 * smallest / layers.params:.3g} bits a weight)"
+            )
+
+
+# -- executors that need no Prefect -----------------------------------------------------------------------------
+
+
+def check_present(spec: StepSpec, bench: Workbench, command: str) -> None:
+    """Refuse a step that ``--allocate-only`` does not compute.
+
+    Raises:
+        StoreError: names the step and the command that computes it.
+    """
+    if spec.step not in COMPUTED_BY_ALLOCATE_ONLY:
+        raise StoreError(
+            f"step {spec.label!r} of this configuration is not in the store {bench.store.url}; run first: {command}"
+        )
+
+
+class AllocateOnly:
+    """Implements ``steps.pipeline.Executor`` without Prefect: finds every step and computes allocations alone.
+
+    Args:
+        bench: model, data and store.
+        observer: told what happens.
+        command: that computes what is missing.
+    """
+
+    def __init__(self, bench: Workbench, observer: Observer, command: str) -> None:
+        self.bench = bench
+        self.observer = observer
+        self.command = command
+        self.ledger = Ledger()
+
+    def phase(self, name: str, total: int) -> None:
+        """Announce that ``total`` steps of a kind come next."""
+        self.observer.phase(name, total)
+
+    def run(self, spec: StepSpec) -> Outcome:
+        """Find a step's artifact; compute it where it is an allocation."""
+        outcome = find(spec, self.bench)
+        if outcome is None:
+            check_present(spec, self.bench, self.command)
+            self.bench.store.check_writable()
+            self.observer.step_started(spec)
+            outcome = execute(spec, self.bench)
+        self.ledger.add(spec, outcome)
+        self.observer.step_finished(spec, outcome)
+        return outcome
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Find the steps' artifacts."""
+        return [self.run(spec) for spec in specs]
+
+
+# -- after ------------------------------------------------------------------------------------------------------
+
+
+def results_json(bench: Workbench, ledger: Ledger, results: Sequence[Compressed], started: float) -> dict[str, Any]:
+    """What a flow returns: ``results``, one public object a budget, ``steps`` and ``wall_seconds`` of the run.
+
+    Args:
+        bench: of the run.
+        ledger: of the run.
+        results: one a budget.
+        started: when the run began, by ``time.perf_counter``.
+    """
+    accounts = ledger.accounts([result.summary or result.allocation for result in results])
+    objects = []
+    for result, account in zip(results, accounts, strict=True):
+        objects.append(result_json(bench, result) | {"steps": account.steps, "seconds": account.seconds})
+    return {"results": objects, "steps": ledger.steps, "wall_seconds": round(time.perf_counter() - started, 3)}

@@ -1,0 +1,237 @@
+"""Which Prefect server records a run: the configured one, or one of our own that lives as long as the command.
+
+Prefect can start a temporary server by itself, but that one is started late (after our model is loaded, not beside
+it), is killed by the terminal's Ctrl-C before it can record that the run was interrupted, survives a ``kill -9`` of
+the command, loses the last task states when it is stopped, and prints to our terminal. This one is started early, in
+a session of its own, watches its parent, and is stopped only after everything is recorded.
+It uses the user's own Prefect database, so ``prefect server start`` shows the runs later.
+
+``python -m flows.server FD PARENT`` is the child: it serves on an inherited listening socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import IO, Any
+
+from mlorq.errors import ConfigError
+
+START_SECONDS = 180.0  # a loaded machine that migrates a fresh database; usually 5
+RECORD_SECONDS = 20.0
+
+# For Prefect in this process; only where the user has not said otherwise.
+CLIENT_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
+}
+# For the server: one client and one run. Nothing is scheduled, and no automation of the user's starts.
+SERVER_DEFAULTS = {
+    "PREFECT_UI_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+    # One database transaction a batch of task states instead of one a state: 5 s less for 150 steps. The interval is
+    # cut to whole seconds by the server, which would never rest at 0.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+
+
+class PrefectSession:
+    """A Prefect server for the time of a command.
+
+    Entering starts the embedded server where no other is configured, without waiting for it; ``ready`` waits.
+
+        with PrefectSession() as session:
+            …                               # load the model meanwhile
+            session.ready()
+            compress_flow(…)
+
+    Args:
+        verbose: let Prefect's own log lines through to the terminal.
+    """
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.verbose = verbose
+        self._expected: dict[str, int] = {}
+        self._answers = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._url: str | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PrefectSession:
+        for name, value in CLIENT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        import prefect.main  # noqa: F401  (sets up logging)
+        from prefect.settings import PREFECT_API_URL
+
+        if not self.verbose:
+            _quieten()
+        if PREFECT_API_URL.value() is None:
+            self._start()
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the server is our own."""
+        return self._process is not None
+
+    def ready(self) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            ConfigError: the configured server does not answer.
+        """
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        if self._process is not None:
+            self._wait()
+            self._answers = True
+            self._stack.enter_context(temporary_settings({PREFECT_API_URL: self._url}))
+            return
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+        if error is not None:
+            raise ConfigError(
+                f"the Prefect server at {PREFECT_API_URL.value()} does not answer ({error}); "
+                "start it, or unset PREFECT_API_URL to run without one"
+            )
+
+    def expect(self, flow_run: str, task_runs: int) -> None:
+        """Note how many task runs of a flow run the server should know before it may stop."""
+        self._expected[flow_run] = task_runs
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._answers and self._process is not None and self._process.poll() is None:
+                # Somebody who pressed Ctrl-C is waiting.
+                self._settle(RECORD_SECONDS if kind is None else RECORD_SECONDS / 10)
+        finally:
+            self._stack.close()
+            self._stop()
+
+    # -- the embedded server ----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}/api"
+        environment = {**SERVER_DEFAULTS, **os.environ}
+        environment.pop("PREFECT_API_URL", None)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in _stop)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(listener.fileno(),),
+            start_new_session=True,
+        )
+        listener.close()
+
+    def _wait(self) -> None:
+        import httpx
+
+        assert self._process is not None
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(
+                    f"the embedded Prefect server ended with status {self._process.returncode}:\n{self._log_tail()}"
+                )
+            try:
+                # The socket listens already: the answer comes as soon as the server is up.
+                if httpx.get(f"{self._url}/health", timeout=1.0, trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                continue
+            time.sleep(0.05)
+        raise RuntimeError(f"the embedded Prefect server is not up after {START_SECONDS:.0f} s:\n{self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        assert self._log is not None
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-4000:]
+
+    def _settle(self, seconds: float) -> None:
+        """Wait until logs and task states have arrived: the server takes them in beside the run."""
+        from prefect.client.orchestration import get_client
+        from prefect.logging.handlers import APILogHandler
+
+        APILogHandler().flush()
+        deadline = time.monotonic() + seconds
+        final = ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]
+        with get_client(sync_client=True) as client:
+            for flow_run, expected in self._expected.items():
+                query = {"flow_run_id": {"any_": [flow_run]}, "state": {"type": {"any_": final}}}
+                while time.monotonic() < deadline:
+                    if client.request("POST", "/task_runs/count", json={"task_runs": query}).json() >= expected:
+                        break
+                    time.sleep(0.1)
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._log is not None:
+            self._log.close()
+
+
+class _Quiet(logging.Filter):
+    """Keeps Prefect's account of a run off the terminal: the command tells it in its own words."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING and not record.name.startswith(
+            ("prefect.flow_runs", "prefect.task_runs")
+        )
+
+
+def _quieten() -> None:
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler) and not any(isinstance(f, _Quiet) for f in handler.filters):
+            handler.addFilter(_Quiet())
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Run a Prefect server on an inherited socket until it is stopped or its parent is gone."""
+    import uvicorn
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    options: dict[str, Any] = {"factory": True, "log_level": "error", "lifespan": "on"}
+    config = uvicorn.Config("prefect.server.api.server:create_app", **options)
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), int(sys.argv[2]))

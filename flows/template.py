@@ -1,0 +1,143 @@
+"""``mlorq init``: a commented configuration, written from the configuration's own classes so that it cannot go stale.
+
+Keys that a preset sets are commented out, with the preset's value: a value that is written out wins over the preset.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mlorq.config import PRESETS, EngineConfig, ModelConfig, RoundingConfig, RunConfig, SearchConfig, SourceConfig
+from mlorq.errors import ConfigError
+
+COMMENT_COLUMN = 44
+
+_VISION = {
+    "calibration": {
+        "source": "image_folder", "root": "images/", "labels": "labels.tsv", "split": "calibration", "samples": 256,
+    },
+    "evaluation": {"source": "image_folder", "root": "images/", "labels": "labels.tsv", "split": "evaluation"},
+}  # fmt: skip
+_TEXT = {
+    "calibration": {"source": "table", "path": "train.tsv", "text": ["sentence"], "samples": 256},
+    "evaluation": {"source": "table", "path": "dev.tsv", "text": ["sentence"], "label": "label"},
+}
+_CUSTOM = {
+    "calibration": {"source": "custom", "factory": "my_package:calibration_batches"},
+    "evaluation": {"source": "custom", "factory": "my_package:evaluate"},
+}
+# What is live in the file; all other keys stand commented out with their defaults.
+EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "timm": ({"family": "timm", "name": "vit_tiny_patch16_224", "pretrained": True}, _VISION),
+    "transformers": ({"family": "transformers", "name": "my_model/", "task": "text-classification"}, _TEXT),
+    "custom": ({"family": "custom", "factory": "my_package:build"}, _CUSTOM),
+}
+
+
+def template(model: str = "timm") -> str:
+    """A configuration file with every key, its meaning and its default.
+
+    Args:
+        model: ``FAMILY`` or ``FAMILY:NAME``: ``timm:deit_small_patch16_224``, ``transformers:./my_model``,
+            ``custom:my_package:build``.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+    family, _, name = model.partition(":")
+    if family not in EXAMPLES:
+        raise ConfigError(f"--model {model!r}: the family is one of {', '.join(EXAMPLES)}, as in timm:NAME")
+    model_values, data = EXAMPLES[family]
+    if name:
+        model_values = model_values | {"factory" if family == "custom" else "name": name}
+    preset = PRESETS["quick"]
+    lines = [
+        "# A run of mlorq. Relative paths start from this file's folder. `mlorq compress FILE --dry-run` says what",
+        "# a run would do; `mlorq compress FILE` does it. Keys that are commented out have the value shown.",
+        "",
+        *_section("model", ModelConfig, model_values),
+        "",
+        "data:",
+        *_section("calibration", SourceConfig, data["calibration"], indent=2, title="What the search sees."),
+        *_section("evaluation", SourceConfig, data["evaluation"], indent=2, title="What the metric is measured on."),
+        "",
+    ]
+    lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("budget", "preset")]
+    lines += [
+        "",
+        *_section("search", SearchConfig, {}, defaults=preset["search"]),
+        "",
+        *_section("rounding", RoundingConfig, {}, defaults=preset["rounding"]),
+        "",
+    ]
+    lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("activations", "store", "seed")]
+    lines += ["", *_section("engine", EngineConfig, _all_defaults(EngineConfig))]
+    return "\n".join(lines) + "\n"
+
+
+def _section(
+    name: str,
+    section: type[BaseModel],
+    live: dict[str, Any],
+    *,
+    defaults: dict[str, Any] | None = None,
+    indent: int = 0,
+    title: str | None = None,
+) -> list[str]:
+    """A section: live keys, then the others commented out."""
+    space = " " * indent
+    title = title or (section.__doc__ or "").strip().splitlines()[0]
+    lines = [f"{space}# {title}", f"{space}{name}:"]
+    shown = _all_defaults(section) | (defaults or {})
+    for key in section.model_fields:
+        if key in live:
+            lines.append(_line(section, key, live[key], indent=indent + 2))
+    for key in section.model_fields:
+        if key not in live:
+            lines.append(_line(section, key, shown.get(key), indent=indent + 2, live=False))
+    return lines
+
+
+def _line(section: type[BaseModel], key: str, value: Any, *, indent: int = 0, live: bool = True) -> str:
+    field = section.model_fields[key]
+    # JSON is YAML, on one line.
+    text = value if isinstance(value, str) and _is_plain(value) else json.dumps(value, ensure_ascii=False)
+    start = f"{' ' * indent}{'' if live else '# '}{key}: {text}"
+    about = _about(field)
+    return f"{start:<{COMMENT_COLUMN}} # {about}" if about else start
+
+
+def _about(field: FieldInfo) -> str:
+    """A field's description, with the values it may have where these are few."""
+    choices = _choices(field.annotation)
+    about = field.description or ""
+    missing = [str(choice) for choice in choices if str(choice) not in about]
+    return f"{about} ({' | '.join(str(choice) for choice in choices)})" if missing and len(choices) > 1 else about
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML reads the text back as the same string without quotes."""
+    import yaml
+
+    try:
+        return bool(yaml.safe_load(f"a: {text}") == {"a": text}) and " #" not in text
+    except yaml.YAMLError:
+        return False
+
+
+def _default(section: type[BaseModel], key: str) -> Any:
+    return section.model_fields[key].get_default(call_default_factory=True)
+
+
+def _all_defaults(section: type[BaseModel]) -> dict[str, Any]:
+    return {key: None if field.is_required() else _default(section, key) for key, field in section.model_fields.items()}

@@ -1,0 +1,31 @@
+"""Compress a trained transformer to a memory budget: a bit-width, or a rank and two bit-widths, for every layer.
+
+    >>> import mlorq                                                             # doctest: +SKIP
+    >>> result = mlorq.compress(model, batches, budget="3bit")                   # doctest: +SKIP
+    >>> result.save("out/")                                                      # doctest: +SKIP
+    >>> model = mlorq.load("out/")                                               # doctest: +SKIP
+
+The method is MLoRQ (arXiv 2507.09616). ``README.md`` shows how to run it as a Prefect pipeline.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["CompressionResult", "__version__", "compress", "load"]
+
+if TYPE_CHECKING:
+    from mlorq.api import CompressionResult, compress
+    from mlorq.checkpoint import load
+
+_HOMES = {"compress": "mlorq.api", "CompressionResult": "mlorq.api", "load": "mlorq.checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `import mlorq` stays quick, and the command line answers before torch is imported.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mlorq' has no attribute {name!r}")

@@ -1,0 +1,487 @@
+"""A compressed model on disk: a folder (or any fsspec URL) with ``model.safetensors`` and ``config.json``.
+
+The tensors are the state dict of the compressed module: packed codes, scales and zero-points of the
+compressed layers, and everything else in its own dtype, each shared tensor once. ``config.json`` says how the
+float architecture is rebuilt and which of its layers are replaced. Both files are functions of the model
+alone: no date, no machine, no pickle. What the folder weighs is known to the byte:
+
+    sizes.bytes (compressed layers' tensors) + sizes.rest_bytes (all other tensors) + sizes.overhead_bytes
+
+where the overhead is the header of ``model.safetensors`` and the whole of ``config.json``. The last two are
+bounded by ``rest_upper_bound`` before any layer is compressed, so that the size of a whole checkpoint can be
+a budget (METHOD 2).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import fsspec
+import safetensors
+import safetensors.torch
+import torch
+from fsspec.core import url_to_fs
+from torch import Tensor, nn
+
+from mlorq.checkpoint_entry import LayerEntry, dtype_name, dtype_of
+from mlorq.compressed import (
+    CompressedModule,
+    compressed_class,
+    get_layer,
+    install,
+    shared_names,
+)
+from mlorq.errors import CheckpointError, ModelError
+from mlorq.forms import Candidate
+from mlorq.memory import FLOAT_BYTES, Accounting
+from mlorq.store import json_bytes, put_file, tensors_bytes
+
+FORMAT_VERSION = 1
+TENSORS = "model.safetensors"
+CONFIG = "config.json"
+
+DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "extra"}
+BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
+HASH_KEYS = ("model", "calibration", "configuration")
+
+Location = str | os.PathLike[str]
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[str, bytes]:
+    """The two files of a compressed model; equal models and descriptions give equal bytes.
+
+    Args:
+        module: the model with its layers replaced (``mlorq.compressed.replace_layers``).
+        description: JSON values. ``architecture`` (``{"family": "timm" | "transformers" | "custom", …}``) is
+            needed; ``dtype`` (default: that of the first floating parameter), ``budget`` (``asked``,
+            ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``) and
+            ``extra`` (anything) may be left out.
+
+    Raises:
+        CheckpointError: the description is not JSON or has other keys; a part of the state is no tensor.
+    """
+    entries, weights = _compressed_entries(module)
+    taken = {name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)}
+    state = _tensor_state(module)
+    rest, aliases = _stored_once({name: tensor for name, tensor in state.items() if name not in taken})
+    data = tensors_bytes(_unshared({**weights, **rest}))
+    sizes = {
+        "bytes": sum(entry.bytes for entry in entries),
+        "rest_bytes": sum(tensor.nbytes for tensor in rest.values()),
+        "overhead_bytes": 0,
+        "float_bytes": FLOAT_BYTES * sum(torch.Size(entry.shape).numel() for entry in entries),
+    }
+    header = len(data) - sizes["bytes"] - sizes["rest_bytes"]
+    while True:  # config.json counts itself, and grows with the count by a digit at most
+        config = _config_bytes(module, entries, aliases, sizes, description)
+        if sizes["overhead_bytes"] == header + len(config):
+            return {TENSORS: data, CONFIG: config}
+        sizes["overhead_bytes"] = header + len(config)
+
+
+def save(files: Mapping[str, bytes], location: Location) -> None:
+    """Write a checkpoint's files into a folder, made where needed; other files there are left alone.
+
+    An older ``config.json`` is removed first and the new one comes last: a folder is never half of each.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    fs, root = _open(location)
+    try:
+        fs.makedirs(root, exist_ok=True)
+        if fs.exists(posixpath.join(root, CONFIG)):
+            fs.rm_file(posixpath.join(root, CONFIG))
+        for name in sorted(files, key=lambda name: name == CONFIG):
+            put_file(fs, posixpath.join(root, name), files[name])
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {location} cannot be written: {error}") from error
+
+
+def rest_upper_bound(
+    module: nn.Module,
+    layers: Mapping[str, Sequence[str]],
+    description: Mapping[str, Any],
+    *,
+    accounting: Accounting = "exact",
+    extra_bytes: int = 4096,
+) -> int:
+    """Most bytes that a checkpoint holds beside its compressible layers' weights, whatever these become.
+
+    For every allocation ``folder <= rest_upper_bound(…) + Σ candidate_bytes(…, accounting, …)``. It is the
+    sum of the tensors that stay float and of the headers in the case that each layer is ``LR``, with all
+    numbers as long as they can be: some hundred bytes a layer too much.
+
+    Args:
+        module: the float model, in the dtype in which it will be saved.
+        layers: the names of the compressible layers, each with its aliases.
+        description: as for ``checkpoint_files``, as far as it is known.
+        accounting: how candidates will be counted; with ``paper`` this bound has to hold the scales,
+            zero-points and padding that the count leaves out.
+        extra_bytes: room for what the final description adds, beside the keys of budget and hashes.
+
+    Raises:
+        ModelError: a layer is not in the model.
+        CheckpointError: as for ``checkpoint_files``.
+    """
+    names = shared_names(module, layers, layers)
+    replaced = {f"{path}.weight" for paths in names.values() for path in paths}
+    state = {name: tensor for name, tensor in _tensor_state(module).items() if name not in replaced}
+    rest, aliases = _stored_once(state)
+    for name, stored in aliases.items():
+        # Only one and the same parameter stays shared when a module is moved.
+        if state[name] is not state[stored] or not isinstance(state[name], nn.Parameter):
+            rest[name] = state[name]
+
+    most = 10**15
+    shapes = {name: list(tensor.shape) for name, tensor in rest.items()}
+    entries, unpaid = [], 0
+    for name, (_, *further) in names.items():
+        layer = get_layer(module, name)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        candidate = Candidate("LR", bits_a=8, bits_b=8, rank=max(1000, weight.numel()))
+        kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
+        entry = LayerEntry(name, kind, tuple(weight.shape), candidate, "int16", dtype, most, tuple(further))
+        entries.append(entry)
+        shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
+        if accounting == "paper":
+            # A byte of padding and four of scale and zero-point a row of A and B; ranks end at min(m, n).
+            unpaid += 5 * (entry.matrix_shape[0] + min(entry.matrix_shape))
+    # The longest dtype name, the largest offsets; 8 bytes of length and at most 7 blanks for alignment.
+    tensors = {
+        name: {"dtype": "F8_E5M2FNUZ", "shape": shape, "data_offsets": [most, most]} for name, shape in shapes.items()
+    }
+    header = len(json.dumps(tensors, separators=(",", ":"), ensure_ascii=False).encode()) + 8 + 7
+    sizes = dict.fromkeys(("bytes", "rest_bytes", "overhead_bytes", "float_bytes"), most)
+    budget = {"asked": "x" * 32, "budget_bytes": most, "accounting": "exact"}
+    budget |= description.get("budget") or {}
+    hashes = dict.fromkeys(HASH_KEYS, "x" * 64) | (description.get("hashes") or {})
+    known = {**description, "budget": budget, "hashes": hashes}
+    config = len(_config_bytes(module, entries, aliases, sizes, known))
+    return sum(tensor.nbytes for tensor in rest.values()) + unpaid + header + config + extra_bytes
+
+
+def _config_bytes(
+    module: nn.Module,
+    entries: Sequence[LayerEntry],
+    aliases: Mapping[str, str],
+    sizes: Mapping[str, int],
+    description: Mapping[str, Any],
+) -> bytes:
+    given = _canonical(description)
+    unknown = set(given) - DESCRIPTION_KEYS
+    if unknown or not isinstance(given.get("architecture"), dict):
+        raise CheckpointError(
+            f"description: needs architecture and may have {sorted(DESCRIPTION_KEYS)}, not {sorted(given)}"
+        )
+    persistent = set(module.state_dict(keep_vars=True))
+    buffers = {
+        name: dtype_name(buffer.dtype)
+        for name, buffer in module.named_buffers(remove_duplicate=False)
+        if name not in persistent and buffer.is_floating_point()
+    }
+    return json_bytes(
+        {
+            "format_version": FORMAT_VERSION,
+            "mlorq_version": _mlorq_version(),
+            "architecture": given["architecture"],
+            "dtype": given.get("dtype") or _module_dtype(module),
+            "layers": [entry.to_json() for entry in entries],
+            "budget": dict.fromkeys(BUDGET_KEYS) | (given.get("budget") or {}),
+            "sizes": dict(sizes),
+            "hashes": dict.fromkeys(HASH_KEYS) | (given.get("hashes") or {}),
+            "aliases": dict(aliases),
+            "buffers": buffers,
+            "extra": given.get("extra") or {},
+        }
+    )
+
+
+def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, Tensor]]:
+    """The compressed layers of a module in its own order, and their tensors by name."""
+    found: dict[str, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, CompressedModule):
+            found.setdefault(child.layer_name, []).append(path)
+    entries: list[LayerEntry] = []
+    weights: dict[str, Tensor] = {}
+    for name, paths in found.items():
+        # A module that is saved as a part of another, or wrapped, has other paths than its layers remember.
+        first = name if name in paths else paths[0]
+        layer = get_layer(module, first)
+        assert isinstance(layer, CompressedModule)
+        stored = layer.stored_tensors()
+        others = [path for path in paths if path != first]
+        for path in others:
+            twin = get_layer(module, path)
+            assert isinstance(twin, CompressedModule)
+            if not all(torch.equal(tensor, twin.stored_tensors()[part]) for part, tensor in stored.items()):
+                raise CheckpointError(f"layers {first!r} and {path!r} both say they are {name!r} but differ")
+        entries.append(
+            LayerEntry(
+                layer=first,
+                kind=layer.kind,
+                shape=layer.weight_shape,
+                candidate=layer.candidate,
+                zero_point=layer.zero_point,
+                dtype=dtype_name(layer.compute_dtype),
+                bytes=layer.stored_bytes,
+                aliases=tuple(others),
+            )
+        )
+        weights |= {f"{first}.{part}": tensor for part, tensor in stored.items()}
+    return entries, weights
+
+
+def _tensor_state(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"state {name!r} is a {type(value).__name__}; only tensors can be stored")
+    return state
+
+
+def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the first of their names, and ``{further name: first name}`` of those that are one in memory."""
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        stored = first.setdefault(place, name)
+        if stored != name:
+            aliases[name] = stored
+    return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, copied where they are views of a larger or common memory (safetensors refuses it)."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        result[name] = tensor.detach().clone() if shared else tensor
+    return result
+
+
+def _canonical(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description as JSON reads it back, keys in one order whatever order they were given in."""
+    try:
+        return json.loads(json.dumps(description, sort_keys=True, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"description: {error}") from error
+
+
+# -- reading ------------------------------------------------------------------------------------------------
+
+
+def load(location: Location, model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """The compressed model of a checkpoint, in eval mode.
+
+    Its outputs are those of the module that was saved, bit for bit on one device.
+
+    Args:
+        location: folder or fsspec URL.
+        model: a float instance of the architecture, of which a copy is filled; needed where the architecture is
+            the user's own code, taken instead of the rebuilt one elsewhere.
+        device: where the model is moved to.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or does not fit the model; it names the file,
+            layer or tensor at fault.
+    """
+    config, entries = _read_config(location)
+    if model is not None:
+        module = deepcopy(model)
+    elif config["architecture"].get("family") == "custom":
+        raise CheckpointError(f"checkpoint {location} is of a custom model: pass model=instance")
+    else:
+        from mlorq.models import rebuild
+
+        module = rebuild(config["architecture"])
+    try:
+        tensors = safetensors.torch.load(_read(location, TENSORS))
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
+    try:
+        for entry in entries:
+            _install(module, entry)
+        _fill(module, tensors, entries, config)
+    except (CheckpointError, ModelError) as error:
+        raise CheckpointError(f"checkpoint {location}: {error}") from error
+    return module.to(device).eval()
+
+
+def inspect(location: Location) -> dict[str, Any]:
+    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each) and ``file_bytes`` added.
+
+    Only ``config.json`` and the header of ``model.safetensors`` are read; all sizes are held against the files.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or a size in ``config.json`` is not true.
+    """
+    config, entries = _read_config(location)
+    fs, root = _open(location)
+    files = {name: _size(location, name) for name in (TENSORS, CONFIG)}
+    try:
+        length = int.from_bytes(fs.cat_file(posixpath.join(root, TENSORS), 0, 8), "little")
+        header = json.loads(fs.cat_file(posixpath.join(root, TENSORS), 8, min(8 + length, files[TENSORS])))
+        spans = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
+        sizes = {name: end - begin for name, (begin, end) in spans.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
+    tensor_bytes = max((end for _, end in spans.values()), default=0)
+    _agree(location, f"{TENSORS} has", files[TENSORS], 8 + length + tensor_bytes)
+    for entry in entries:
+        stored = sum(sizes.get(name, 0) for name in entry.tensor_names(entry.layer))
+        _agree(location, f"layer {entry.layer!r} has", stored, entry.bytes)
+    compressed = sum(entry.bytes for entry in entries)
+    true = {
+        "bytes": compressed,
+        "rest_bytes": tensor_bytes - compressed,
+        "overhead_bytes": sum(files.values()) - tensor_bytes,
+        "float_bytes": FLOAT_BYTES * sum(torch.Size(entry.shape).numel() for entry in entries),
+    }
+    for key, value in true.items():
+        _agree(location, f"sizes.{key} is", value, config["sizes"].get(key))
+    return {**config, "files": files, "file_bytes": sum(files.values())}
+
+
+def _install(module: nn.Module, entry: LayerEntry) -> None:
+    """Replace one layer of a float model by an empty compressed one."""
+
+    def make(layer: nn.Module, path: str) -> CompressedModule:
+        cls = compressed_class(layer, path)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if cls.kind != entry.kind or tuple(weight.shape) != entry.shape:
+            raise CheckpointError(
+                f"layer {path!r} of the model is {cls.kind} {tuple(weight.shape)}, "
+                f"that of the checkpoint {entry.kind} {entry.shape}"
+            )
+        new = cls.placeholder(layer, path, entry.candidate, entry.zero_point)
+        new.compute_dtype = dtype_of(entry.dtype)
+        return new
+
+    install(module, entry.layer, (entry.layer, *entry.aliases), make)
+
+
+def _fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], entries: Sequence[LayerEntry], config: Mapping[str, Any]
+) -> None:
+    """Load the tensors into a model with compressed layers; all must be there, and nothing else."""
+    quantized = {name for entry in entries for name in entry.tensor_names(entry.layer)}
+    stored_as = dict(config["aliases"])
+    for entry in entries:
+        for path in entry.aliases:
+            stored_as |= dict(zip(entry.tensor_names(path), entry.tensor_names(entry.layer), strict=True))
+    given = dict(tensors) | {name: tensors[stored] for name, stored in stored_as.items() if stored in tensors}
+    expected = _tensor_state(module)
+    for problem, names in (
+        ("lacks tensors that the model has", set(expected) - set(given)),
+        ("has tensors that the model lacks", set(given) - set(expected)),
+    ):
+        if names:
+            shown = ", ".join(repr(name) for name in sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+            raise CheckpointError(f"{TENSORS} {problem}: {shown}")
+    held: dict[int, Tensor] = {}
+    for name, target in expected.items():
+        value = given[name]
+        first = held.setdefault(id(target), value)
+        floating = value.is_floating_point() and target.is_floating_point()
+        fault = None
+        if value.shape != target.shape:
+            fault = f"has shape {tuple(value.shape)}, the model's {tuple(target.shape)}"
+        elif value.dtype != target.dtype and (not floating or name in quantized):
+            fault = f"is {value.dtype}, the model's {target.dtype}"
+        elif name in quantized and floating and not (value.isfinite() & (value > 0)).all():
+            fault = "holds scales that are not positive and finite"
+        elif first is not value and not torch.equal(first, value):
+            fault = "is shared in the model but not in the checkpoint"
+        if fault:
+            raise CheckpointError(f"tensor {name!r} {fault}")
+        if value.dtype != target.dtype:
+            target.data = target.data.to(value.dtype)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if name in config["buffers"]:  # not stored, but cast with the model that was saved
+            buffer.data = buffer.data.to(dtype_of(config["buffers"][name]))
+    module.load_state_dict(given, strict=True)
+
+
+def _read_config(location: Location) -> tuple[dict[str, Any], list[LayerEntry]]:
+    text = _read(location, CONFIG)
+    try:
+        config = json.loads(text)
+        version = config["format_version"]
+        if version == FORMAT_VERSION:
+            types = {"architecture": dict, "sizes": dict, "aliases": dict, "buffers": dict}
+            wrong = [key for key, kind in types.items() if not isinstance(config[key], kind)]
+            if wrong:
+                raise ValueError(f"{wrong} are not what they should be")
+            for dtype in config["buffers"].values():
+                dtype_of(dtype)
+            return config, [LayerEntry.from_json(row) for row in config["layers"]]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"checkpoint {location}: {CONFIG} is damaged: {reason}") from error
+    raise CheckpointError(
+        f"checkpoint {location} has format version {version!r}; this software reads version {FORMAT_VERSION}"
+    )
+
+
+def _agree(location: Location, what: str, true: int, said: Any) -> None:
+    if true != said:
+        raise CheckpointError(f"checkpoint {location} is damaged: {what} {true} bytes, not the {said} it should")
+
+
+# -- files and names ----------------------------------------------------------------------------------------
+
+
+def _open(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return url_to_fs(os.fspath(location))
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"checkpoint {location}: {error}") from error
+
+
+def _read(location: Location, name: str) -> bytes:
+    fs, root = _open(location)
+    try:
+        return fs.cat_file(posixpath.join(root, name))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        there = f"the folder has no {name}" if fs.isdir(root) else "there is no such folder"
+        raise CheckpointError(f"checkpoint {location}: {there}") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {location}: {name} cannot be read: {error}") from error
+
+
+def _size(location: Location, name: str) -> int:
+    fs, root = _open(location)
+    try:
+        return int(fs.size(posixpath.join(root, name)))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {location}: {name} is missing or cannot be read: {error}") from error
+
+
+def _module_dtype(module: nn.Module) -> str:
+    computing = [child.compute_dtype for child in module.modules() if isinstance(child, CompressedModule)]
+    floating = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
+    return dtype_name((floating or computing or [torch.float32])[0])
+
+
+def _mlorq_version() -> str:
+    try:
+        return importlib.metadata.version("mlorq")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

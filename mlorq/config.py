@@ -1,0 +1,345 @@
+"""What a run is told: one YAML file, one frozen ``RunConfig``.
+
+Unknown keys are errors that name the nearest valid one. A preset gives the defaults of ``search`` and ``rounding``;
+whatever is written out wins over it. ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` are lossless.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import posixpath
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mlorq.errors import ConfigError
+
+Preset = Literal["quick", "paper"]
+Sensitivity = Literal["measured"]
+RoundingMethod = Literal["nearest", "lra"]
+Accounting = Literal["exact", "paper"]
+
+# Names that the design reserves for work that is not there yet: an error, never an alias of something else.
+RESERVED = {
+    "preset": {"best"},
+    "search.sensitivity": {"auto", "closed_form"},
+    "rounding.method": {"closed_form", "gptq", "erq", "brecq", "block"},
+}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # The published method at a price that fits a CPU: fewer probes and LRA iterations, integer zero-points that
+    # fit the codes, and a percentile grid that reaches the Gaussian optimum of 2 and 3 bits.
+    "quick": {
+        "search": {
+            "samples": 64,
+            "hessian_samples": 32,
+            "hessian_probes": 32,
+            "hessian_mode": "auto",
+            "zero_point": "codes",
+            "percentiles": [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0],
+        },
+        "rounding": {"method": "lra", "iterations": 500},
+    },
+    # arXiv 2507.09616 (see METHOD 3-6): the numbers of the published experiments.
+    "paper": {
+        "search": {
+            "samples": 1024,
+            "hessian_samples": 32,
+            "hessian_probes": 100,
+            "hessian_mode": "probes",
+            "zero_point": "int16",
+            "percentiles": [0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0],
+            "time_limit": 120.0,
+        },
+        "rounding": {"method": "lra", "iterations": 20_000},
+    },
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The float model: its family, its name there, and where its weights come from."""
+
+    family: Literal["timm", "transformers", "custom"] = Field(description="which library builds the model")
+    name: str | None = Field(None, description="timm model name; transformers folder, package folder or hub name")
+    checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
+    pretrained: bool = Field(False, description="fetch the weights from the family's hub")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
+    task: Literal["image-classification", "text-classification", "sentence-similarity"] | None = Field(
+        None, description="what the model's output is; timm: image-classification"
+    )
+    factory: str | None = Field(None, description="family custom: package:function that returns an nn.Module")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype the model runs in")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.family == "custom":
+            if not self.factory:
+                raise ValueError("family custom needs factory: package:function")
+        elif not self.name:
+            raise ValueError(f"family {self.family} needs a name")
+        if self.family == "transformers" and self.task not in ("text-classification", "sentence-similarity"):
+            raise ValueError("family transformers needs task: text-classification or sentence-similarity")
+        if self.family == "timm" and not self.pretrained and not self.checkpoint:
+            raise ValueError("weights are missing: give checkpoint: URI, or pretrained: true to fetch them")
+        return self
+
+
+class SourceConfig(_Section):
+    """One data source: an image folder, a table of texts, or the user's own code."""
+
+    source: Literal["image_folder", "table", "custom"] = Field(description="kind of source")
+    root: str | None = Field(None, description="image_folder: folder of images, local path or fsspec URL")
+    labels: str | None = Field(None, description="image_folder: TSV or CSV with file, label[, split]")
+    split: str | None = Field(None, description="image_folder: value of the split column to use")
+    path: str | None = Field(None, description="table: CSV, TSV or Parquet file")
+    text: list[int | str] | None = Field(None, description="table: text columns, by name (header) or number (none)")
+    label: int | str | None = Field(None, description="table: label column; needed for a metric")
+    factory: str | None = Field(
+        None,
+        description="custom: package:function; calibration returns batches, "
+        "evaluation is called with the model and returns a dict of metrics",
+    )
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = Field(
+        None, description="evaluation metric; the task's usual one by default"
+    )
+    samples: int | None = Field(None, ge=1, description="use a seeded random choice of this many samples")
+    batch_size: int = Field(32, ge=1, description="samples a forward pass")
+    max_length: int = Field(128, ge=8, description="table: longest token sequence, longer texts are cut")
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        needed = {"image_folder": ("root",), "table": ("path", "text"), "custom": ("factory",)}[self.source]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"source {self.source} needs {name}")
+        return self
+
+
+class DataConfig(_Section):
+    """Calibration data (what the search sees) and evaluation data (what the metric is measured on)."""
+
+    calibration: SourceConfig
+    evaluation: SourceConfig
+
+
+class SearchConfig(_Section):
+    """Candidates, their costs, and the integer program (docs/METHOD.md, 1-5)."""
+
+    bits: list[int] = Field([2, 3, 4, 6, 8], description="bit-widths of quantize-only candidates")
+    factor_bits: list[int] = Field([4, 6, 8], description="bit-widths of low-rank factors; [] for none")
+    rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (1: the paper; 8 or 16: hardware)")
+    factor_split: Literal["U_SV", "US_V"] = Field("U_SV", description="which factor carries the singular values")
+    zero_point: Literal["codes", "int16"] = Field(
+        "codes", description="codes: ranges contain 0 and zero-points fit the codes; int16: the paper's"
+    )
+    percentiles: list[float] = Field(
+        PRESETS["quick"]["search"]["percentiles"],
+        description="upper percentiles p of the ranges (1-p, p) tried",
+    )
+    hessian_samples: int = Field(32, ge=1, description="calibration samples for the label-free Hessian")
+    hessian_probes: int = Field(32, ge=1, description="most Gaussian probes a batch")
+    hessian_min_probes: int = Field(10, ge=1, description="probes before convergence is looked at")
+    hessian_tolerance: float = Field(1e-4, ge=0, description="stop at this relative change of the estimate")
+    hessian_mode: Literal["auto", "probes", "exact"] = Field(
+        "auto", description="exact: one backward pass an output; auto: exact where that needs fewer passes"
+    )
+    sensitivity: Sensitivity = Field("measured", description="how local costs become global costs")
+    samples: int = Field(64, ge=1, description="calibration samples for measured costs")
+    points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair")
+    accounting: Accounting = Field("exact", description="exact: bytes on disk; paper: weight bits alone")
+    objective: Literal["nsr", "sqnr"] = Field("nsr", description="minimise summed NMSE, or maximise summed 1/NMSE")
+    solver: Literal["highs", "cbc"] = Field("highs", description="integer programming solver")
+    time_limit: float = Field(120.0, gt=0, description="seconds the solver may take")
+    gap: float = Field(1e-4, ge=0, description="relative optimality gap at which the solver may stop")
+    include: list[str] = Field(["*"], description="layer name patterns to compress")
+    exclude: list[str] = Field([], description="layer name patterns to leave alone")
+
+    @field_validator("bits", "factor_bits")
+    @classmethod
+    def _check_bits(cls, value: list[int]) -> list[int]:
+        if any(not 2 <= bits <= 8 for bits in value):
+            raise ValueError("bit-widths are whole numbers from 2 to 8")
+        if len(set(value)) != len(value):
+            raise ValueError("bit-widths must differ")
+        return sorted(value)
+
+    @field_validator("percentiles")
+    @classmethod
+    def _check_percentiles(cls, value: list[float]) -> list[float]:
+        if not value or any(not 0.5 < p <= 1 for p in value):
+            raise ValueError("percentiles lie in (0.5, 1]")
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchConfig:
+        if not self.bits:
+            raise ValueError("bits must name at least one bit-width")
+        return self
+
+
+class RoundingConfig(_Section):
+    """How the chosen candidates' codes are found (docs/METHOD.md, 6)."""
+
+    method: RoundingMethod = Field("lra", description="nearest, or low-rank-aware adaptive rounding")
+    iterations: int = Field(500, ge=1, description="lra: iterations a layer (paper: 20000)")
+    learning_rate: float = Field(0.3, gt=0, description="lra: RAdam step size")
+    regularisation: float = Field(0.3, ge=0, description="lra: weight of the rounding regulariser")
+    beta_start: float = Field(20.0, gt=0, description="lra: regulariser exponent during the first warm_up")
+    beta_end: float = Field(2.0, gt=0, description="lra: regulariser exponent at the end")
+    warm_up: float = Field(0.2, ge=0, le=1, description="lra: share of iterations before the exponent falls")
+    stop_loss: float = Field(1e-8, ge=0, description="lra: stop a layer below this loss")
+    samples: int = Field(1024, ge=1, description="lra: most calibration samples used")
+
+
+class EngineConfig(_Section):
+    """Where steps run. Nothing here is part of any key."""
+
+    runner: Literal["threads"] = Field("threads", description="how a fan-out is spread")
+    devices: str | list[str] = Field("auto", description="auto, cpu, cuda, cuda:0, or a list of them")
+    steps: Literal["inprocess"] = Field("inprocess", description="where the work of a step runs")
+    threads: int | None = Field(None, ge=1, description="CPU threads a step; default: as torch decides")
+
+
+class RunConfig(_Section):
+    """Everything a run is told. Relative paths are relative to the configuration's own folder."""
+
+    model: ModelConfig
+    data: DataConfig
+    budget: str | list[str] = Field("3bit", description='"3bit", "12.5%", "25MB", "25MiB", or a list')
+    preset: Preset = Field("quick", description="defaults of search and rounding: quick, or the paper's numbers")
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    rounding: RoundingConfig = Field(default_factory=RoundingConfig)
+    activations: None = Field(None, description="activation quantization; null: activations stay float")
+    store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    folder: str = Field("", exclude=True, description="folder that relative paths start from")
+
+    @property
+    def budgets(self) -> list[str]:
+        """The budgets asked for, as a list."""
+        return [self.budget] if isinstance(self.budget, str) else list(self.budget)
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], folder: str = "") -> RunConfig:
+        """A validated configuration from plain values; the preset's defaults are filled in beneath them.
+
+        Raises:
+            ConfigError: a key is unknown or a value is wrong; the first problem is named.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError("a configuration is a mapping of keys to values")
+        values = dict(values)
+        _reject_reserved(values)
+        preset = values.get("preset", "quick")
+        for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
+            given = values.get(section)
+            if given is None or isinstance(given, dict):
+                values[section] = {**defaults, **(given or {})}
+        try:
+            return cls.model_validate({**values, "folder": folder})
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> RunConfig:
+        """Read a configuration file; ``overrides`` are dotted keys (``search.samples``) with their values.
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or a key or value is wrong.
+        """
+        file = Path(path)
+        try:
+            values = yaml.safe_load(file.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"configuration {file} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {file} cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"configuration {file} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {file} is not a mapping of keys to values")
+        for key, value in (overrides or {}).items():
+            _set_dotted(values, key, value)
+        try:
+            return cls.from_mapping(values, str(file.resolve().parent))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML; read back it gives an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude={"folder"}), sort_keys=False)
+
+    def resolve(self, location: str) -> str:
+        """An absolute path or URI for a location in the configuration."""
+        return resolve_location(location, self.folder)
+
+    def with_budget(self, budget: str | list[str]) -> RunConfig:
+        """The same configuration at another budget."""
+        return self.model_copy(update={"budget": budget})
+
+
+def resolve_location(location: str, folder: str) -> str:
+    """Make a relative path, or a relative ``file://./…`` URL, absolute against ``folder``; URIs stay as they are."""
+    scheme, separator, rest = location.partition("://")
+    if not separator:
+        path = os.path.expanduser(location)
+        return path if os.path.isabs(path) else os.path.normpath(os.path.join(folder or os.getcwd(), path))
+    if scheme in ("file", "local") and not posixpath.isabs(rest):
+        return f"file://{os.path.normpath(os.path.join(folder or os.getcwd(), rest))}"
+    return location
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, not a section: cannot set {key}")
+    values[last] = value
+
+
+def _reject_reserved(values: dict[str, Any]) -> None:
+    for path, names in RESERVED.items():
+        *parents, last = path.split(".")
+        section: Any = values
+        for part in parents:
+            section = section.get(part) if isinstance(section, dict) else None
+        chosen = section.get(last) if isinstance(section, dict) else None
+        if isinstance(chosen, str) and chosen in names:
+            raise ConfigError(f"{path}: {chosen!r} is not available in this version; choose {_choices(path)}")
+    if values.get("activations") is not None:
+        raise ConfigError("activations: quantized activations are not available in this version; leave it null")
+
+
+def _choices(path: str) -> str:
+    kind = {"preset": Preset, "search.sensitivity": Sensitivity, "rounding.method": RoundingMethod}[path]
+    return " or ".join(repr(name) for name in get_args(kind))
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation as one line that names the key."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        unknown = str(problem["loc"][-1])
+        section: Any = RunConfig
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+        known = [name for name in getattr(section, "model_fields", {}) if name != "folder"]
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"key {where!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], (dict, list)) else f" (given: {problem['input']!r})"
+    return f"{where}: {message}{given}" if where else message

@@ -1,0 +1,81 @@
+"""Data sources: one file each, one line in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mlorq.config import ModelConfig, SourceConfig
+from mlorq.data import custom, image_folder, table
+from mlorq.data.base import Dataset
+from mlorq.errors import DataError
+from mlorq.hashing import digest_batch, digest_json
+from mlorq.models.base import FloatModel, batch_samples
+
+__all__ = ["Dataset", "from_batches", "load_dataset"]
+
+Role = Literal["calibration", "evaluation"]
+
+SOURCES = {"image_folder": image_folder.load, "table": table.load, "custom": custom.load}
+FEWEST_SAMPLES = 2
+
+
+def load_dataset(
+    source: SourceConfig, role: Role, model: FloatModel, model_config: ModelConfig, folder: str, seed: int
+) -> Dataset:
+    """Load the data that a configuration names, in the form that the model takes.
+
+    Args:
+        source: the ``calibration`` or ``evaluation`` section.
+        role: which of the two; evaluation data has a metric.
+        model: the float model.
+        model_config: its configuration (preprocessing, tokenizer, task).
+        folder: where relative paths start.
+        seed: of the choice of ``samples``.
+
+    Raises:
+        DataError: the data is missing, malformed or too small.
+    """
+    found = SOURCES[source.source](source, role, model_config, folder, seed)
+    if source.source == "custom" and role == "calibration":
+        found = from_batches(found.batches)
+    if role == "calibration":
+        _check_size(found.samples)
+    return found
+
+
+def from_batches(batches: Iterable[Any]) -> Dataset:
+    """Batches in memory as calibration data or as held-out data.
+
+    Raises:
+        DataError: there are none, they hold no tensors, or values that are not finite.
+    """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise DataError("batches must be a sequence of batches, each a tensor, a tuple or a mapping of tensors")
+    listed = list(batches)
+    samples = 0
+    for index, batch in enumerate(listed):
+        try:
+            samples += batch_samples(batch)
+        except Exception as error:
+            raise DataError(f"calibration batch {index}: {error}") from error
+        for name, tensor in _tensors(batch):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise DataError(f"calibration batch {index}: {name} holds NaN or infinite values")
+    _check_size(samples)
+    return Dataset(listed, samples, digest_json([digest_batch(batch) for batch in listed]))
+
+
+def _check_size(samples: int) -> None:
+    if samples < FEWEST_SAMPLES:
+        raise DataError(f"the calibration data has {samples} samples; at least {FEWEST_SAMPLES} are needed")
+
+
+def _tensors(batch: Any) -> Sequence[tuple[str, Tensor]]:
+    if isinstance(batch, Tensor):
+        return [("the tensor", batch)]
+    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    return [(f"entry {name!r}", value) for name, value in items if isinstance(value, Tensor)]

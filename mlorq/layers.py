@@ -1,0 +1,250 @@
+"""Which layers a model has to compress, in execution order, found by hooks on one real forward.
+
+A compressible layer is ``y = W x + b``: ``nn.Linear``, or ``nn.Conv2d`` seen through its unfolded input
+(``in_features = in_channels / groups · kh · kw``). Grouped convolutions are quantize-only. Order, multiply-accumulates
+and shared inputs are observed and not guessed, so they hold for any module.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlorq.errors import ModelError
+from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.blocks import detect_blocks
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One compressible layer.
+
+    Attributes:
+        name: module name; the first of several that share the weight.
+        kind: ``linear`` or ``conv2d``.
+        out_features: rows of W.
+        in_features: columns of W (``in_channels / groups · kh · kw`` for convolutions).
+        groups: convolution groups; a low-rank form needs 1.
+        macs: multiply-accumulates a sample.
+        order: position in the forward pass.
+        block: how many of the model's blocks are complete before the layer is first called; a run that changes
+            only this layer may start at that block.
+        input_group: layers with the same number read the very same tensor.
+        aliases: other module names with the same weight.
+    """
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    groups: int
+    macs: int
+    order: int
+    block: int
+    input_group: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> int:
+        """Entries of W."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """What a model has to compress.
+
+    Attributes:
+        layers: in execution order.
+        blocks: module names of the chain of blocks; empty where the model has none.
+        skipped: ``(name, reason)`` of linear layers and convolutions that are left alone.
+    """
+
+    layers: list[Layer]
+    blocks: list[str]
+    skipped: list[tuple[str, str]]
+
+    @property
+    def params(self) -> int:
+        """Weights of all compressible layers."""
+        return sum(layer.params for layer in self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+def is_compressible(module: nn.Module) -> bool:
+    """Whether a module computes ``W x + b`` the way ``nn.Linear`` or ``nn.Conv2d`` do."""
+    return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """W of a layer, ``(out_features, in_features)`` float32: a copy, so that replacing the weight leaves it alone."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().reshape(weight.shape[0], -1).to(torch.float32, copy=True)
+
+
+def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
+    """A layer's input as rows of its matrix product, regrouped to samples: ``(samples, tokens, in_features)``.
+
+    Convolutions are unfolded (grouped ones to ``groups · in_features``); samples folded into the leading axis
+    (windows, regions) are taken apart again.
+
+    Raises:
+        ModelError: the leading axis is no multiple of the number of samples.
+    """
+    if isinstance(module, nn.Conv2d):
+        inputs = _pad(module, inputs)
+        padding = 0 if module.padding_mode != "zeros" or isinstance(module.padding, str) else module.padding
+        columns = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
+        inputs = columns.transpose(1, 2)
+    return _by_sample(inputs, samples)
+
+
+def output_tokens(module: nn.Module, outputs: Tensor, samples: int) -> Tensor:
+    """A layer's output (or its gradient) regrouped like its input: ``(samples, tokens, out_features)``."""
+    if isinstance(module, nn.Conv2d):
+        outputs = outputs.flatten(2).transpose(1, 2)
+    return _by_sample(outputs, samples)
+
+
+def _pad(module: nn.Conv2d, inputs: Tensor) -> Tensor:
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return inputs
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def _by_sample(values: Tensor, samples: int) -> Tensor:
+    if values.shape[0] % samples:
+        raise ModelError(f"a layer sees {values.shape[0]} leading rows for {samples} samples; samples must come first")
+    return values.reshape(samples, -1, values.shape[-1])
+
+
+def find_layers(
+    model: FloatModel,
+    batch: Any,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> LayerList:
+    """List the compressible layers of a model by running it once.
+
+    Args:
+        model: the float model, on ``device``.
+        batch: one batch of calibration data.
+        include: glob patterns of layer names to compress.
+        exclude: glob patterns of layer names to leave alone; wins over ``include``.
+        device: where the batch is moved to.
+
+    Raises:
+        ModelError: no compressible layer is reached, or none is left by the patterns.
+    """
+    module = model.module
+    named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
+    kinds = (nn.Linear, nn.Conv2d)
+    targets = {name: child for name, child in named.items() if isinstance(child, kinds)}
+    moved = move_batch(batch, device, model.dtype)
+    blocks = model.blocks or detect_blocks(module, lambda: model.outputs(module, moved))
+    calls = _observe(model, moved, {id(child): child for child in targets.values()}, blocks)
+
+    layers: list[Layer] = []
+    skipped: list[tuple[str, str]] = []
+    by_weight: dict[int, list[str]] = {}
+    for name, child in targets.items():
+        by_weight.setdefault(id(child.weight), []).append(name)
+    for names in by_weight.values():
+        # The module that runs first gives a shared weight its name; those that never run come last.
+        names.sort(key=lambda name: calls.get(id(targets[name]), {"order": len(targets)})["order"])
+        seen = [calls[id(targets[name])] for name in names if id(targets[name]) in calls]
+        reason = _reason_to_skip(names, targets[names[0]], bool(seen), include, exclude)
+        if reason:
+            skipped.extend((name, reason) for name in names)
+            continue
+        first = min(seen, key=lambda call: call["order"])
+        child = targets[names[0]]
+        rows, columns = child.weight.shape[0], child.weight[0].numel()
+        layers.append(
+            Layer(
+                name=names[0],
+                kind="conv2d" if isinstance(child, nn.Conv2d) else "linear",
+                out_features=rows,
+                in_features=columns,
+                groups=getattr(child, "groups", 1),
+                macs=sum(call["outputs"] for call in seen) * columns // batch_samples(batch),
+                order=first["order"],
+                block=first["block"],
+                input_group=first["input_group"],
+                aliases=tuple(names[1:]),
+            )
+        )
+    if not layers:
+        raise ModelError(
+            "the model has no compressible layers"
+            + (f" left by include={list(include)} exclude={list(exclude)}" if targets else "")
+        )
+    layers.sort(key=lambda layer: layer.order)
+    return LayerList(layers, blocks, skipped)
+
+
+def _reason_to_skip(
+    names: list[str], child: nn.Module, reached: bool, include: Sequence[str], exclude: Sequence[str]
+) -> str | None:
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    if not is_compressible(child):
+        return f"{type(child).__name__} has a forward of its own"
+    if not reached:
+        return "never reached by a forward pass"
+    if not matches(include) or matches(exclude):
+        return "excluded by the configuration"
+    return None
+
+
+def _observe(
+    model: FloatModel, batch: Any, targets: dict[int, nn.Module], blocks: list[str]
+) -> dict[int, dict[str, int]]:
+    """One forward with hooks: call order, blocks complete at the first call, output entries, shared inputs."""
+    calls: dict[int, dict[str, int]] = {}
+    complete = 0
+    inputs: list[Tensor] = []  # kept alive so that no address is used twice during the pass
+    groups: dict[tuple[Any, ...], int] = {}
+
+    def on_block(*_: Any) -> None:
+        nonlocal complete
+        complete += 1
+
+    def on_layer(child: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        call = calls.get(id(child))
+        if call is not None:
+            call["outputs"] += output.numel()
+            call["input_group"] = -call["order"] - 1  # called again on something else: a group of its own
+            return
+        inputs.append(args[0])
+        # The version tells a tensor that was changed in place from what it was before.
+        identity = (args[0].data_ptr(), args[0]._version, complete, tuple(args[0].shape))
+        calls[id(child)] = {
+            "order": len(calls),
+            "block": complete,
+            "outputs": output.numel(),
+            "input_group": groups.setdefault(identity, len(groups)),
+        }
+
+    handles = [child.register_forward_hook(on_layer) for child in targets.values()]
+    handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
+    try:
+        with torch.no_grad():
+            model.outputs(model.module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

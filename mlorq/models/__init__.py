@@ -1,0 +1,59 @@
+"""Model families: one file each, one line in the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mlorq.config import ModelConfig
+from mlorq.errors import CheckpointError
+from mlorq.models import custom, timm, transformers
+from mlorq.models.base import FloatModel
+from mlorq.models.custom import from_module
+
+__all__ = ["FloatModel", "from_module", "known_models", "load_model", "rebuild"]
+
+FAMILIES = {"timm": timm, "transformers": transformers, "custom": custom}
+
+KNOWN = [
+    ("timm", "vit_tiny_patch16_224", "image-classification", "ImageNet weights and images, 3 and 4 bit"),
+    ("timm", "vit_*, deit_*", "image-classification", "same code as vit_tiny; random weights in the tests"),
+    ("timm", "swin_*", "image-classification", "random weights in the tests"),
+    ("transformers", "BertModel (all-MiniLM-L6-v2)", "sentence-similarity", "real weights on STS-B, 3 and 4 bit"),
+    ("transformers", "BertForSequenceClassification", "text-classification", "real weights on SST-2, float"),
+    ("transformers", "DistilBERT, RoBERTa", "text-classification", "random weights in the tests"),
+    ("custom", "any nn.Module", "the user's own", "a ViT trained on scikit-learn's digits"),
+]
+
+
+def load_model(config: ModelConfig, folder: str = "") -> FloatModel:
+    """Load the float model that a configuration names.
+
+    Args:
+        config: the ``model`` section.
+        folder: where relative paths start.
+
+    Raises:
+        ModelError: the model, its weights or its code cannot be loaded.
+    """
+    return FAMILIES[config.family].load(config, folder)
+
+
+def rebuild(architecture: dict[str, Any]) -> nn.Module:
+    """A module of a described architecture, with weights yet to be loaded; needs no network.
+
+    Raises:
+        CheckpointError: the family cannot rebuild modules from a description.
+    """
+    family = architecture.get("family")
+    if family == "timm":
+        return timm.rebuild(architecture)
+    if family == "transformers":
+        return transformers.rebuild(architecture)
+    raise CheckpointError(f"a model of family {family!r} cannot rebuild itself: pass model=instance")
+
+
+def known_models() -> list[dict[str, str]]:
+    """Models that are known to work, with their task and what was tried."""
+    return [dict(zip(("family", "model", "task", "tested"), row, strict=True)) for row in KNOWN]

@@ -1,0 +1,123 @@
+"""Float and compressed model side by side: the inputs that a layer to be rounded sees in each.
+
+The error of a layer's rounding against the float layer's outputs, ``E‖W x - Ŵ x̃‖²`` with x̃ the input in the model whose
+earlier layers are already compressed, is quadratic in Ŵ. Three second moments of (x, x̃) hold everything it depends on,
+so an optimiser's step costs the same however many tokens calibrate it. Both models advance block by block: rounding
+all layers takes two forwards of each block and input, not one of the whole model a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlorq.forms import CompressedLayer
+from mlorq.layers import Layer, input_tokens
+from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.segments import Segments
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moments of a layer's float inputs x and compressed-model inputs x̃, averaged over tokens, float64.
+
+    Attributes:
+        compressed: ``E[x̃ x̃ᵀ]``, ``(in_features, in_features)``.
+        drift_cross: ``E[(x - x̃) x̃ᵀ]``.
+        drift: ``E[(x - x̃)(x - x̃)ᵀ]``.
+        tokens: how many tokens were averaged.
+    """
+
+    compressed: Tensor
+    drift_cross: Tensor
+    drift: Tensor
+    tokens: int
+
+
+class PairedForward:
+    """Carries calibration data through the float model and through its compressed copy, block by block.
+
+    Layers must be asked for in execution order, and set as soon as they are rounded.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        blocks: Sequence[str],
+        batches: Sequence[Any],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model
+        self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
+        self.compressed = deepcopy(model.module)
+        self._float = Segments(model, model.module, blocks)
+        self._changed = Segments(model, self.compressed, blocks)
+        self._at = 0
+        self._carries: list[tuple[Any, Any]] = [(None, None)] * len(self.batches)
+        self._chain_checked = False
+        self._last: tuple[int, InputMoments] | None = None
+
+    def set(self, layer: Layer, compressed: CompressedLayer) -> None:
+        """Put a rounded layer into the compressed copy."""
+        parameter = self.compressed.get_submodule(layer.name).weight
+        assert isinstance(parameter, Tensor)
+        with torch.no_grad():
+            parameter.copy_(compressed.dense().reshape(parameter.shape))
+
+    def moments(self, layer: Layer) -> InputMoments:
+        """Second moments of a layer's inputs; the part up to its block is run once for all its layers.
+
+        Layers that read the same tensor (query, key and value) share one computation: rounding one of them cannot
+        change what the others see.
+        """
+        if self._last is not None and self._last[0] == layer.input_group:
+            return self._last[1]
+        self._advance(layer.block)
+        module = self.model.module.get_submodule(layer.name)
+        sums: list[Tensor] | None = None
+        tokens = 0
+        for batch, (carry, changed) in zip(self.batches, self._carries, strict=True):
+            mask = self.model.token_mask(batch)
+            x = self._rows(module, self._float.layer_inputs(batch, self._at, carry, layer.name), batch, mask)
+            y = self._rows(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), batch, mask)
+            drift = x - y
+            parts = [(y.T @ y).double(), (drift.T @ y).double(), (drift.T @ drift).double()]
+            sums = parts if sums is None else [total + part for total, part in zip(sums, parts, strict=True)]
+            tokens += x.shape[0]
+        assert sums is not None
+        moments = InputMoments(sums[0] / tokens, sums[1] / tokens, sums[2] / tokens, tokens)
+        self._last = (layer.input_group, moments)
+        return moments
+
+    def _rows(self, module: torch.nn.Module, inputs: Tensor, batch: Any, mask: Tensor | None) -> Tensor:
+        tokens = input_tokens(module, inputs, batch_samples(batch)).float()
+        if mask is not None and mask.shape == tokens.shape[:2]:
+            return tokens[mask]
+        return tokens.flatten(0, 1)
+
+    def _advance(self, block: int) -> None:
+        if block <= self._at or not self._is_chain(block):
+            return
+        self._carries = [
+            (
+                self._float.advance(batch, self._at, carry, block),
+                self._changed.advance(batch, self._at, changed, block),
+            )
+            for batch, (carry, changed) in zip(self.batches, self._carries, strict=True)
+        ]
+        self._at = block
+
+    def _is_chain(self, block: int) -> bool:
+        """Whether entering the float model at ``block`` gives its full outputs; if not, every run is a full one."""
+        batch = self.batches[0]
+        if not self._chain_checked:
+            carry = self._float.advance(batch, self._at, self._carries[0][0], block)
+            full, entered = self._float.outputs(batch), self._float.outputs(batch, block, carry)
+            self._chain_holds = bool((entered - full).norm() <= 1e-5 * full.norm())
+            self._chain_checked = True
+        return self._chain_holds

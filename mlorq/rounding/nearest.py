@@ -1,0 +1,24 @@
+"""Nearest rounding: every value to its closest code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlorq.candidates import LayerSearch
+from mlorq.forms import Candidate
+from mlorq.paired import InputMoments
+from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
+
+
+def round_nearest(
+    name: str,
+    search: LayerSearch,
+    candidate: Candidate,
+    moments: InputMoments | None,
+    settings: RoundingSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> RoundingResult:
+    """Round one layer to nearest; ``moments`` only serve to report the error."""
+    layer = search.realise(name, candidate)
+    error = None if moments is None else output_error(search.weight, layer.dense().to(search.weight.device), moments)
+    return RoundingResult(layer, error, error)

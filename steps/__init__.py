@@ -1,0 +1,33 @@
+"""The steps of a run, one file each: inputs, parameters, output. ``python -m steps NAME --spec URI`` runs one."""
+
+from __future__ import annotations
+
+from steps import (
+    allocate,
+    baseline,
+    candidates,
+    capture,
+    evaluate,
+    layers,
+    pack,
+    rounding,
+    sensitivity,
+    summary,
+)
+from steps.base import Step
+
+REGISTRY: dict[str, Step] = {
+    module.STEP.name: module.STEP
+    for module in (
+        layers,
+        capture,
+        candidates,
+        sensitivity,
+        allocate,
+        rounding,
+        pack,
+        baseline,
+        evaluate,
+        summary,
+    )
+}

@@ -1,0 +1,68 @@
+"""Step ``allocate``: the integer program of one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlorq.allocate import allocate, allocation_table, choices_from_tables, smallest_bytes
+from mlorq.store import ArtifactRef, json_bytes, table_bytes
+from steps.base import Progress, Step, StepSpec
+from steps.workbench import Workbench
+
+
+def spec(
+    bench: Workbench,
+    budget: str,
+    budget_bytes: int,
+    layers: list[str],
+    candidates: Mapping[str, ArtifactRef],
+    sensitivity: Mapping[str, ArtifactRef],
+) -> StepSpec:
+    """Depends on every layer's candidates and costs, the budget in bytes, and the solver's settings."""
+    search = bench.config.search
+    params = {
+        "layers": layers,
+        "budget": budget,
+        "budget_bytes": budget_bytes,
+        "objective": search.objective,
+        "solver": search.solver,
+        "time_limit": search.time_limit,
+        "gap": search.gap,
+    }
+    inputs: dict[str, ArtifactRef | str] = {}
+    for name in layers:
+        inputs[f"candidates/{name}"] = candidates[name]
+        inputs[f"sensitivity/{name}"] = sensitivity[name]
+    return STEP.spec(params, inputs)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    params = spec.params
+    choices, rows = [], {}
+    for name in params["layers"]:
+        candidates = bench.store.read_table(spec.artifact(f"candidates/{name}"), "candidates.parquet")
+        sensitivity = bench.store.read_table(spec.artifact(f"sensitivity/{name}"), "sensitivity.parquet")
+        choice, rows[name] = choices_from_tables(name, candidates, sensitivity)
+        choices.append(choice)
+    picked, report = allocate(
+        choices,
+        params["budget_bytes"],
+        objective=params["objective"],
+        solver=params["solver"],
+        time_limit=params["time_limit"],
+        gap=params["gap"],
+    )
+    table = allocation_table(choices, picked, rows)
+    info = {
+        "budget": params["budget"],
+        "budget_bytes": params["budget_bytes"],
+        "bytes": sum(table["bytes"].to_pylist()),
+        "smallest_bytes": smallest_bytes(choices),
+        "predicted_cost": float(sum(table["global_cost"].to_pylist())),
+        # Its time is in the manifest: an artifact of one key has one content.
+        "solver": {name: value for name, value in report.to_json().items() if name != "seconds"},
+    }
+    return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
+
+
+STEP = Step("allocate", 1, run)

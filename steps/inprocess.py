@@ -1,0 +1,47 @@
+"""The plainest executor: every step is a call in this process, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from steps.base import Outcome, StepSpec, execute
+from steps.workbench import Workbench
+
+
+class InProcess:
+    """Runs steps on one workbench.
+
+    Args:
+        bench: model, data, store and device.
+        progress: called with (label, steps done, steps) of the current phase after every step.
+        record: called with every outcome.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        progress: Callable[[str, int, int], None] | None = None,
+        record: Callable[[Outcome], object] | None = None,
+    ) -> None:
+        self.bench = bench
+        self._progress = progress
+        self._record = record
+        self._done, self._total = 0, 1
+
+    def phase(self, name: str, total: int) -> None:
+        """Start counting the steps of a phase."""
+        self._done, self._total = 0, total
+
+    def run(self, spec: StepSpec) -> Outcome:
+        """Run one step unless its artifact is there."""
+        outcome = execute(spec, self.bench)
+        self._done += 1
+        if self._record is not None:
+            self._record(outcome)
+        if self._progress is not None:
+            self._progress(spec.label, self._done, self._total)
+        return outcome
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Run steps one after another."""
+        return [self.run(spec) for spec in specs]

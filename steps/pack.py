@@ -1,0 +1,75 @@
+"""Step ``pack``: the compressed checkpoint, a folder that ``mlorq.load`` needs no other file for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from mlorq.checkpoint import checkpoint_files, rest_upper_bound
+from mlorq.compressed import replace_layers
+from mlorq.hashing import digest_json
+from mlorq.layers import Layer
+from mlorq.store import ArtifactRef
+from steps.base import Progress, Step, StepSpec
+from steps.workbench import Workbench
+
+
+def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded: Sequence[ArtifactRef]) -> StepSpec:
+    """Depends on the rounded layers and, for what the checkpoint says of itself, the allocation."""
+    search = bench.config.search
+    configuration = {
+        "preset": bench.config.preset,
+        "search": search.model_dump(mode="json"),
+        "rounding": bench.config.rounding.model_dump(mode="json"),
+        "seed": bench.config.seed,
+    }
+    inputs: dict[str, ArtifactRef | str] = {
+        "model": bench.model.key,
+        "calibration": bench.calibration.key,
+        "layers": layers,
+        "allocation": allocation,
+    }
+    inputs |= {f"round/{index}": ref for index, ref in enumerate(rounded)}
+    return STEP.spec({"accounting": search.accounting, "configuration": digest_json(configuration)}, inputs)
+
+
+def describe(bench: Workbench) -> dict[str, Any]:
+    """What a checkpoint of this model says of itself, as far as it is known before a budget is."""
+    model = bench.model
+    return {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
+    """Most bytes of a checkpoint that are not the compressible layers' weights."""
+    aliases = {layer.name: layer.aliases for layer in layers}
+    return rest_upper_bound(bench.model.module, aliases, describe(bench), accounting=bench.config.search.accounting)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    layers = bench.layer_list(spec.artifact("layers"))
+    compressed = {}
+    for index in range(len(layers.layers)):
+        layer, _ = bench.rounded(spec.artifact(f"round/{index}"))
+        compressed[layer.layer] = layer
+        progress(index + 1, len(layers.layers))
+    module = deepcopy(bench.model.module).to("cpu")
+    replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
+    allocation = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
+    description = {
+        **describe(bench),
+        "budget": {
+            "asked": allocation["budget"],
+            "budget_bytes": allocation["budget_bytes"],
+            "accounting": spec.params["accounting"],
+        },
+        "hashes": {
+            "model": spec.inputs["model"],
+            "calibration": spec.inputs["calibration"],
+            "configuration": spec.params["configuration"],
+        },
+    }
+    return checkpoint_files(module, description)
+
+
+STEP = Step("compressed", 1, run)

@@ -1,0 +1,197 @@
+"""The order of a run's steps, whoever carries them out.
+
+``capture → candidates[ℓ] → sensitivity[ℓ] → allocate → round (ℓ in order) → pack → evaluate → summary``; what does not
+depend on the budget comes first and is shared by all budgets. An executor runs single steps and fan-outs; the Python
+API brings one that calls them in this process, the flows one that makes Prefect tasks of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mlorq.candidates import candidate_of
+from mlorq.layers import Layer
+from mlorq.memory import parse_budget
+from mlorq.store import ArtifactRef
+from steps import (
+    allocate,
+    baseline,
+    candidates,
+    capture,
+    evaluate,
+    layers,
+    pack,
+    rounding,
+    sensitivity,
+    summary,
+)
+from steps.base import Outcome, StepSpec
+from steps.workbench import Workbench
+
+
+class Executor(Protocol):
+    """Carries steps out."""
+
+    def run(self, spec: StepSpec) -> Outcome:
+        """Run one step (or find its artifact)."""
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Run independent steps, in any order; results in the order given."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Announce that ``total`` steps of a kind come next."""
+
+
+@dataclass
+class Search:
+    """What all budgets share.
+
+    Attributes:
+        layers_ref: the ``layers`` artifact.
+        layers: the compressible layers in execution order.
+        capture: the ``capture`` artifact.
+        candidates: ``{layer: artifact}``.
+        sensitivity: ``{layer: artifact}``.
+    """
+
+    layers_ref: ArtifactRef
+    layers: list[Layer]
+    capture: ArtifactRef
+    candidates: dict[str, ArtifactRef] = field(default_factory=dict)
+    sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
+
+
+@dataclass
+class Compressed:
+    """The artifacts of one budget; those after ``allocation`` are None where only the allocation was asked for."""
+
+    budget: str
+    allocation: ArtifactRef
+    checkpoint: ArtifactRef | None = None
+    evaluation: ArtifactRef | None = None
+    summary: ArtifactRef | None = None
+
+
+def run_search(bench: Workbench, executor: Executor) -> Search:
+    """Everything that does not depend on the budget, except the float model's evaluation."""
+    executor.phase("layers", 1)
+    layers_ref = executor.run(layers.spec(bench)).ref
+    found = bench.layer_list(layers_ref).layers
+    executor.phase("capture", 1)
+    capture_ref = executor.run(capture.spec(bench, layers_ref)).ref
+    search = Search(layers_ref, found, capture_ref)
+    # Large layers first: the last worker to finish then has a small one.
+    ordered = sorted(found, key=lambda layer: (-layer.params, layer.order))
+    executor.phase("candidates", len(found))
+    outcomes = executor.map([candidates.spec(bench, capture_ref, layers_ref, layer) for layer in ordered])
+    search.candidates = {layer.name: outcome.ref for layer, outcome in zip(ordered, outcomes, strict=True)}
+    # Early layers cost the most here: more of the model comes after them.
+    by_cost = sorted(found, key=lambda layer: layer.order)
+    executor.phase("sensitivity", len(found))
+    outcomes = executor.map(
+        [sensitivity.spec(bench, capture_ref, layers_ref, search.candidates[layer.name], layer) for layer in by_cost]
+    )
+    search.sensitivity = {layer.name: outcome.ref for layer, outcome in zip(by_cost, outcomes, strict=True)}
+    return search
+
+
+def compressible_budget(bench: Workbench, search_layers: Sequence[Layer], budget: str) -> int:
+    """Most bytes that the compressible layers may take under a budget.
+
+    Raises:
+        BudgetError: the text is no budget, or not even the float rest of the model fits.
+    """
+    params = sum(layer.params for layer in search_layers)
+    return parse_budget(budget).compressible_bytes(params, pack.rest_bytes_bound(bench, search_layers))
+
+
+def allocation_spec(bench: Workbench, search: Search, budget: str) -> StepSpec:
+    """The ``allocate`` step of one budget."""
+    limit = compressible_budget(bench, search.layers, budget)
+    names = [layer.name for layer in search.layers]
+    return allocate.spec(bench, budget, limit, names, search.candidates, search.sensitivity)
+
+
+def run_allocations(bench: Workbench, executor: Executor, search: Search, budgets: Sequence[str]) -> list[Compressed]:
+    """The integer program of every budget."""
+    specs = [allocation_spec(bench, search, budget) for budget in budgets]
+    executor.phase("allocate", len(specs))
+    return [Compressed(budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
+
+
+def run_rounding(bench: Workbench, executor: Executor, search: Search, allocation: ArtifactRef) -> list[ArtifactRef]:
+    """Round every layer, one after another where the method needs it."""
+    rows = bench.store.read_table(allocation, "allocation.parquet").to_pylist()
+    chosen = {row["layer"]: candidate_of(row) for row in rows}
+    executor.phase("round", len(search.layers))
+
+    def spec(layer: Layer, previous: ArtifactRef | None) -> StepSpec:
+        return rounding.spec(bench, search.capture, search.layers_ref, layer, chosen[layer.name], previous)
+
+    if not rounding.is_sequential(bench.config.rounding.method):
+        return [outcome.ref for outcome in executor.map([spec(layer, None) for layer in search.layers])]
+    refs: list[ArtifactRef] = []
+    for layer in search.layers:
+        refs.append(executor.run(spec(layer, refs[-1] if refs else None)).ref)
+    return refs
+
+
+def run_budget(
+    bench: Workbench, executor: Executor, search: Search, result: Compressed, float_evaluation: ArtifactRef
+) -> Compressed:
+    """Rounding, checkpoint, evaluation and summary of one allocated budget."""
+    rounded = run_rounding(bench, executor, search, result.allocation)
+    executor.phase("pack", 1)
+    result.checkpoint = executor.run(pack.spec(bench, search.layers_ref, result.allocation, rounded)).ref
+    executor.phase("evaluate", 1)
+    result.evaluation = executor.run(evaluate.spec(bench, result.checkpoint, float_evaluation)).ref
+    executor.phase("summary", 1)
+    artifacts = {
+        "layers": search.layers_ref,
+        "capture": search.capture,
+        "allocation": result.allocation,
+        "checkpoint": result.checkpoint,
+        "baseline": float_evaluation,
+        "evaluation": result.evaluation,
+        **{f"candidates/{name}": ref for name, ref in search.candidates.items()},
+        **{f"sensitivity/{name}": ref for name, ref in search.sensitivity.items()},
+        **{f"round/{layer.name}": ref for layer, ref in zip(search.layers, rounded, strict=True)},
+    }
+    result.summary = executor.run(summary.spec(bench, artifacts, result.budget)).ref
+    return result
+
+
+def run_pipeline(
+    bench: Workbench, executor: Executor, budgets: Sequence[str], *, allocate_only: bool = False
+) -> list[Compressed]:
+    """A whole run: one search, then every budget.
+
+    Args:
+        bench: the main worker's.
+        executor: carries steps out.
+        budgets: as in a configuration.
+        allocate_only: stop after the integer programs.
+
+    Raises:
+        BudgetError: a budget is malformed or impossible; found before the search where the float rest alone decides.
+    """
+    for budget in budgets:
+        parse_budget(budget)
+    search = run_search(bench, executor)
+    results = run_allocations(bench, executor, search, budgets)
+    if allocate_only:
+        return results
+    executor.phase("baseline", 1)
+    float_evaluation = executor.run(baseline.spec(bench)).ref
+    return [run_budget(bench, executor, search, result, float_evaluation) for result in results]
+
+
+def result_json(bench: Workbench, result: Compressed) -> dict[str, Any]:
+    """One budget's public result object : what `--json` prints."""
+    if result.summary is not None:
+        return summary.read(bench.store, result.summary)
+    info = bench.store.read_json(result.allocation, "allocation.json")
+    rows = bench.store.read_table(result.allocation, "allocation.parquet").to_pylist()
+    return summary.allocation_json(bench, result.allocation, info, rows)

@@ -1,0 +1,83 @@
+"""Step ``round``: the codes of one layer. Methods that look at inputs see the layers before it rounded already."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from mlorq.forms import Candidate
+from mlorq.layers import Layer
+from mlorq.rounding import METHODS, NEEDS_MOMENTS, RoundingSettings
+from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from steps.base import Progress, Step, StepSpec
+from steps.candidates import quantizer_params, settings_of
+from steps.workbench import Workbench
+
+
+def is_sequential(method: str) -> bool:
+    """Whether a method must round layers in execution order."""
+    return method in NEEDS_MOMENTS
+
+
+def spec(
+    bench: Workbench,
+    capture: ArtifactRef,
+    layers: ArtifactRef,
+    layer: Layer,
+    candidate: Candidate,
+    previous: ArtifactRef | None,
+) -> StepSpec:
+    """Depends on the candidate, the layer before it (for sequential methods), the model and the calibration data.
+
+    Not on the allocation's key: another budget that chooses the same candidates so far reuses what is rounded.
+    """
+    config = bench.config
+    method = config.rounding.method
+    params = {
+        "layer": layer.name,
+        "candidate": asdict(candidate),
+        "method": method,
+        **quantizer_params(config.search),
+    }
+    inputs: dict[str, ArtifactRef | str] = {"model": bench.model.key, "layers": layers, "capture": capture}
+    if is_sequential(method):
+        params |= {"settings": config.rounding.model_dump(exclude={"method"})}
+        inputs |= {"calibration": bench.calibration.key}
+        if previous is not None:
+            inputs["previous"] = previous
+    return STEP.spec(params, inputs, layer.name)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    params = spec.params
+    method = params["method"]
+    layers = bench.layer_list(spec.artifact("layers"))
+    layer = layers[params["layer"]]
+    candidate = Candidate(**params["candidate"])
+    search = bench.search(layer, spec.artifact("capture"), settings_of(params))
+    if not is_sequential(method):
+        result = METHODS[method](layer.name, search, candidate, None, RoundingSettings(method), progress)
+        previous = None
+    else:
+        settings = dict(params["settings"])
+        samples = settings.pop("samples")
+        previous = spec.artifact("previous") if "previous" in spec.inputs else None
+        paired = bench.paired(layers, previous, samples)
+        moments = paired.moments(layer) if layer.groups == 1 else None
+        # A grouped convolution's rows see different inputs: rounded to nearest.
+        used = method if moments is not None else "nearest"
+        result = METHODS[used](layer.name, search, candidate, moments, RoundingSettings(used, **settings), progress)
+        paired.set(layer, result.layer)
+        bench.keep_paired(paired, spec.ref, samples)
+    info = {
+        "layer": layer.name,
+        "candidate": asdict(candidate),
+        "previous": None if previous is None else previous.to_json(),
+        "method": method,
+        "error_before": result.error_before,
+        "error_after": result.error_after,
+        "iterations": result.iterations,
+    }
+    return {"codes.safetensors": tensors_bytes(result.layer.tensors()), "layer.json": json_bytes(info)}
+
+
+STEP = Step("round", 1, run)

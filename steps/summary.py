@@ -1,0 +1,141 @@
+"""Step ``summary``: the run's result as one JSON object, with pictures of it, and the keys of all it was made from.
+
+This is what ``mlorq runs`` lists and what ``--json`` prints. It is an artifact like the others, so that a run that
+computes nothing writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from mlorq.config import RunConfig
+from mlorq.report import front_picture, render_report
+from mlorq.store import ArtifactRef, Store, json_bytes
+from steps.base import Progress, Step, StepSpec
+from steps.workbench import Workbench
+
+
+def spec(bench: Workbench, artifacts: dict[str, ArtifactRef], budget: str) -> StepSpec:
+    """Depends on every artifact of the run."""
+    return STEP.spec({"model": model_name(bench), "budget": budget}, dict(artifacts))
+
+
+def model_name(bench: Workbench) -> str:
+    """A short name of the model for people and file names."""
+    return (
+        short_name(bench.config)
+        if bench.config.model.family != "custom"
+        else ((bench.config.model.factory or type(bench.model.module).__name__).split(":")[0].split(".")[-1])
+    )
+
+
+def short_name(config: RunConfig) -> str:
+    """The last part of a configured model's name that says something."""
+    name = (config.model.name or config.model.factory or "model").rstrip("/")
+    parts = [part for part in name.replace(":", "/").split("/") if part not in ("model", ".", "..")]
+    return parts[-1] if parts else name
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    store = bench.store
+    info = store.read_json(spec.artifact("allocation"), "allocation.json")
+    rows = store.read_table(spec.artifact("allocation"), "allocation.parquet").to_pylist()
+    sizes = store.read_json(spec.artifact("checkpoint"), "config.json")["sizes"]
+    manifest = store.manifest(spec.artifact("checkpoint")) or {"files": {}}
+    float_info = store.read_json(spec.artifact("baseline"), "metrics.json")
+    metrics = store.read_json(spec.artifact("evaluation"), "metrics.json")
+    result = allocation_json(bench, spec.artifact("allocation"), info, rows)
+    result |= {
+        "solver": {**info["solver"], "seconds": None},
+        "run": f"{spec.params['model']}-{spec.params['budget']}-{spec.key[:8]}",
+        "bytes": sizes["bytes"],
+        "rest_bytes": sizes["rest_bytes"],
+        "overhead_bytes": sizes["overhead_bytes"],
+        "file_bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "float_bytes": sizes["float_bytes"],
+        "nmse": metrics["nmse"],
+        "nmse_data": metrics["nmse_data"],
+        "metric": _metric(float_info, metrics),
+        "metrics": {"float": float_info["metrics"], "compressed": metrics["metrics"]},
+        "artifacts": {role: ref.to_json() for role, ref in spec.inputs.items() if isinstance(ref, ArtifactRef)},
+    }
+    fronts = {
+        row["layer"]: (
+            store.read_table(spec.artifact(f"candidates/{row['layer']}"), "candidates.parquet"),
+            store.read_table(spec.artifact(f"sensitivity/{row['layer']}"), "sensitivity.parquet"),
+        )
+        for row in rows
+    }
+    params = {layer.name: layer.params for layer in bench.layer_list(spec.artifact("layers")).layers}
+    picture = front_picture(rows, fronts, params, result)
+    return {
+        "run.json": json_bytes(result),
+        "report.png": picture,
+        "report.html": render_report(result, picture),
+    }
+
+
+def allocation_json(
+    bench: Workbench, allocation: ArtifactRef, info: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result object as far as the allocation alone decides it; the rest is null."""
+    name = model_name(bench)
+    return {
+        "run": f"{name}-{info['budget']}-{allocation.key[:8]}",
+        "model": name,
+        "budget": info["budget"],
+        "budget_bytes": info["budget_bytes"],
+        "bytes": info["bytes"],
+        "rest_bytes": None,
+        "file_bytes": None,
+        "float_bytes": None,
+        "smallest_bytes": info["smallest_bytes"],
+        "predicted_cost": info["predicted_cost"],
+        "nmse": None,
+        "metric": None,
+        "allocation": rows,
+        "seconds": {},
+        "checkpoint": None,
+        "solver": {**info["solver"], "seconds": made_in(bench.store, allocation)},
+    }
+
+
+def _metric(float_info: dict[str, Any], compressed: dict[str, Any]) -> dict[str, Any] | None:
+    """The task's metric: the named one, or the first that the user's function returned."""
+    name = float_info["name"] or next(iter(float_info["metrics"]), None)
+    if name is None:
+        return None
+    return {
+        "name": name,
+        "float": float_info["metrics"].get(name),
+        "compressed": compressed["metrics"].get(name),
+    }
+
+
+def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
+    """A run's result object, completed with what is no part of an artifact's bytes: times, and where things are.
+
+    ``seconds`` are those that the artifacts took when they were made, summed by step.
+
+    Raises:
+        StoreError: the summary is not there or damaged.
+    """
+    result: dict[str, Any] = store.read_json(ref, "run.json")
+    artifacts = {role: ArtifactRef.from_json(value) for role, value in result["artifacts"].items()}
+    seconds: dict[str, float] = defaultdict(float)
+    for made in artifacts.values():
+        seconds[made.step] += made_in(store, made)
+    result["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
+    result["solver"]["seconds"] = seconds["allocate"]
+    result["checkpoint"] = store.uri(artifacts["checkpoint"])
+    return result
+
+
+def made_in(store: Store, ref: ArtifactRef) -> float:
+    """Seconds that an artifact took when it was made; 0 where it is gone."""
+    manifest = store.manifest(ref, missing_ok=True) or {}
+    return float(manifest.get("seconds") or 0.0)
+
+
+STEP = Step("summary", 1, run)

@@ -1,0 +1,192 @@
+"""What a step works with: the configuration, the store, one device, and the model and data loaded at most once.
+
+Each worker has its own: a step may change weights of the model for a moment, and two steps must not do that to one.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlorq.candidates import CandidateSettings, LayerSearch
+from mlorq.config import RunConfig
+from mlorq.data import load_dataset
+from mlorq.data.base import Dataset
+from mlorq.errors import ConfigError, DataError
+from mlorq.forms import Candidate, CompressedLayer
+from mlorq.layers import Layer, LayerList, weight_matrix
+from mlorq.models import load_model
+from mlorq.models.base import FloatModel, check_weights
+from mlorq.paired import PairedForward
+from mlorq.sensitivity import spread_batches
+from mlorq.store import ArtifactRef, Store
+from mlorq.tables import layers_from_table
+
+
+class Workbench:
+    """Everything a step needs on one device.
+
+    Args:
+        config: the run's configuration.
+        store: where artifacts are.
+        device: ``cpu``, ``cuda:0`` …
+        model, calibration, evaluation: given by the Python API instead of being loaded from the configuration.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        device: str = "cpu",
+        *,
+        model: FloatModel | None = None,
+        calibration: Dataset | None = None,
+        evaluation: Dataset | None = None,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.device = device
+        self._given = (model, calibration, evaluation)
+        self._lists: dict[str, LayerList] = {}
+        self._paired: tuple[str | None, str, PairedForward] | None = None
+
+    def on_device(self, device: str) -> Workbench:
+        """A workbench for another worker: its own copy of the model, the same data."""
+        model = None if self._given[0] is None else deepcopy(self._given[0])
+        return Workbench(
+            self.config,
+            self.store,
+            device,
+            model=model,
+            calibration=self._given[1],
+            evaluation=self._given[2],
+        )
+
+    def use_threads(self) -> None:
+        """Give the calling thread the run's fixed number of CPU threads, where one is configured."""
+        threads = self.config.engine.threads
+        if threads is not None and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+    # -- inputs -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def model(self) -> FloatModel:
+        """The float model, checked to be finite, on this device."""
+        model = self._given[0] or load_model(self.config.model, self.config.folder)
+        check_weights(model.module)
+        model.module.to(self.device)
+        return model
+
+    @cached_property
+    def calibration(self) -> Dataset:
+        """The calibration data."""
+        data = self._given[1] or load_dataset(
+            self.config.data.calibration,
+            "calibration",
+            self.model,
+            self.config.model,
+            self.config.folder,
+            self.config.seed,
+        )
+        if not data.batches:
+            raise DataError("the calibration data is empty")
+        return data
+
+    @cached_property
+    def evaluation(self) -> Dataset:
+        """The evaluation data."""
+        return self._given[2] or load_dataset(
+            self.config.data.evaluation,
+            "evaluation",
+            self.model,
+            self.config.model,
+            self.config.folder,
+            self.config.seed,
+        )
+
+    def batches(self, samples: int) -> list[Any]:
+        """Calibration batches with about ``samples`` samples, spread evenly."""
+        return spread_batches(self.calibration.batches, samples)
+
+    # -- artifacts --------------------------------------------------------------------------------------------
+
+    def layer_list(self, ref: ArtifactRef) -> LayerList:
+        """The layers that a ``layers`` artifact lists."""
+        if ref.key not in self._lists:
+            extra = self.store.read_json(ref, "model.json")
+            layers = layers_from_table(self.store.read_table(ref, "layers.parquet"))
+            skipped = [(name, reason) for name, reason in extra["skipped"]]
+            self._lists[ref.key] = LayerList(layers, extra["blocks"], skipped)
+        return self._lists[ref.key]
+
+    def hessian(self, capture: ArtifactRef, layer: str) -> Tensor:
+        """A layer's label-free Hessian, ``(out_features, in_features)``, on this device."""
+        return self.store.read_tensors(capture, moments_file(layer))["hessian"].to(self.device)
+
+    def search(self, layer: Layer, capture: ArtifactRef, settings: CandidateSettings) -> LayerSearch:
+        """The candidates of a layer."""
+        weight = weight_matrix(self.model.module.get_submodule(layer.name))
+        return LayerSearch(weight, self.hessian(capture, layer.name), settings, layer.groups)
+
+    def rounded(self, ref: ArtifactRef) -> tuple[CompressedLayer, ArtifactRef | None]:
+        """A rounded layer and the one that was rounded before it, if its inputs depended on any."""
+        info = self.store.read_json(ref, "layer.json")
+        candidate = Candidate(**info["candidate"])
+        tensors = self.store.read_tensors(ref, "codes.safetensors")
+        previous = ArtifactRef.from_json(info["previous"]) if info["previous"] else None
+        return CompressedLayer.from_tensors(info["layer"], candidate, tensors), previous
+
+    # -- sequential rounding ----------------------------------------------------------------------------------
+
+    def paired(self, layers: LayerList, previous: ArtifactRef | None, samples: int) -> PairedForward:
+        """Float and compressed model with all layers up to ``previous`` rounded.
+
+        The last one is kept: a run that goes on layer by layer advances it, one that resumes in the middle (or in
+        another process) builds it from the chain of rounded artifacts.
+        """
+        key = None if previous is None else previous.key
+        state = f"{self.calibration.key}:{samples}"
+        if self._paired is not None and self._paired[:2] == (key, state):
+            return self._paired[2]
+        chain: list[CompressedLayer] = []
+        ref = previous
+        while ref is not None:
+            compressed, ref = self.rounded(ref)
+            chain.append(compressed)
+        paired = PairedForward(self.model, layers.blocks, self.batches(samples), self.device)
+        for compressed in reversed(chain):
+            paired.set(layers[compressed.layer], compressed)
+        return paired
+
+    def keep_paired(self, paired: PairedForward, last: ArtifactRef, samples: int) -> None:
+        """Remember a pair in which every layer up to ``last`` is rounded."""
+        self._paired = (last.key, f"{self.calibration.key}:{samples}", paired)
+
+
+def moments_file(layer: str) -> str:
+    """File of a layer's moments in a ``capture`` artifact."""
+    return f"moments/{layer}.safetensors"
+
+
+def devices(config: RunConfig) -> list[str]:
+    """The devices that a run may use.
+
+    Raises:
+        ConfigError: a device asked for is not there.
+    """
+    wanted = config.engine.devices
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if wanted == "auto":
+        return present or ["cpu"]
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if names == ["cuda"]:
+        names = present or ["cuda"]
+    for name in names:
+        if name != "cpu" and name not in present:
+            raise ConfigError(f"engine.devices: {name!r} is not there; present: {', '.join([*present, 'cpu'])}")
+    return names

@@ -1,0 +1,125 @@
+"""Configurations: strict, lossless, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from mlorq.config import PRESETS, RunConfig, resolve_location
+from mlorq.errors import ConfigError
+
+BASE = {
+    "model": {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "w.safetensors"},
+    "data": {
+        "calibration": {"source": "image_folder", "root": "images"},
+        "evaluation": {"source": "image_folder", "root": "images", "labels": "labels.tsv"},
+    },
+}
+
+
+def config(**changes) -> RunConfig:
+    values = copy.deepcopy(BASE)
+    for key, value in changes.items():
+        target, parts = values, key.split("__")
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+        target[parts[-1]] = value
+    return RunConfig.from_mapping(values)
+
+
+def test_yaml_round_trip_is_lossless(tmp_path):
+    first = config(budget=["3bit", "25%"], search__bits=[8, 2], seed=7)
+    file = tmp_path / "c.yaml"
+    file.write_text(first.to_yaml())
+    second = RunConfig.from_yaml(file)
+    assert second.model_copy(update={"folder": ""}) == first
+    assert second.folder == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"serach": {}}, ["unknown key 'serach'", "'search'"]),
+        ({"search__sampels": 3}, ["'search.sampels'", "'samples'"]),
+        ({"data__calibration__rot": "x"}, ["data.calibration.rot", "'root'"]),
+        ({"model__family": "tim"}, ["model.family", "tim"]),
+        ({"search__bits": [3, 9]}, ["search.bits", "2 to 8"]),
+        ({"search__bits": []}, ["bits"]),
+        ({"search__samples": 0}, ["search.samples"]),
+        ({"search__percentiles": [0.2]}, ["search.percentiles"]),
+        ({"rounding__iterations": "many"}, ["rounding.iterations", "many"]),
+        ({"data__calibration__root": None}, ["data.calibration", "needs root"]),
+        ({"model__checkpoint": None}, ["model", "pretrained"]),
+        ({"model__family": "custom"}, ["factory"]),
+        ({"preset": "best"}, ["preset", "'best'", "not available", "'quick' or 'paper'"]),
+        ({"search__sensitivity": "auto"}, ["search.sensitivity", "'auto'", "'measured'"]),
+        ({"search__sensitivity": "closed_form"}, ["'closed_form'"]),
+        ({"rounding__method": "block"}, ["rounding.method", "'block'", "'nearest' or 'lra'"]),
+        ({"rounding__method": "closed_form"}, ["'closed_form'"]),
+        ({"activations": {"bits": 4}}, ["activations"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_missing_key_is_named():
+    with pytest.raises(ConfigError, match="'data' is missing"):
+        RunConfig.from_mapping({"model": BASE["model"]})
+
+
+def test_presets_fill_in_beneath_what_is_written():
+    paper = config(preset="paper", rounding__iterations=10)
+    assert paper.rounding.iterations == 10
+    assert paper.search.samples == PRESETS["paper"]["search"]["samples"] == 1024
+    assert paper.search.hessian_probes == 100
+    assert paper.search.time_limit == 120
+    assert config(preset="paper").rounding.iterations == 20_000
+    quick = config()
+    assert quick.preset == "quick"
+    assert quick.rounding.iterations == 500
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        RunConfig.from_yaml(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1,")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        RunConfig.from_yaml(broken)
+    broken.write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        RunConfig.from_yaml(broken)
+
+
+def test_overrides_are_dotted_keys(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(config().to_yaml())
+    found = RunConfig.from_yaml(file, {"search.samples": 5, "rounding.method": "nearest", "preset": "paper"})
+    assert (found.search.samples, found.rounding.method, found.preset) == (5, "nearest", "paper")
+    with pytest.raises(ConfigError, match="did you mean 'samples'"):
+        RunConfig.from_yaml(file, {"search.samplse": 5})
+    with pytest.raises(ConfigError, match="seed is a value"):
+        RunConfig.from_yaml(file, {"seed.x": 5})
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("a/b.csv", "/base/a/b.csv"),
+        ("../a", "/a"),
+        ("/abs/x", "/abs/x"),
+        ("file://./.mlorq", "file:///base/.mlorq"),
+        ("file:///abs", "file:///abs"),
+        ("s3://bucket/x", "s3://bucket/x"),
+        ("memory://x", "memory://x"),
+    ],
+)
+def test_relative_paths_start_at_the_configuration(location, expected):
+    assert resolve_location(location, "/base") == expected

@@ -1,0 +1,147 @@
+"""Accounting against tensors that are really packed, budgets against hand-computed bytes."""
+
+from __future__ import annotations
+
+import math
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from mlorq.errors import BudgetError
+from mlorq.forms import Candidate
+from mlorq.memory import (
+    Budget,
+    candidate_bytes,
+    low_rank_bytes,
+    matrix_bytes,
+    parse_budget,
+    stored_matrices,
+)
+from mlorq.packing import pack_rows
+from mlorq.quantizers import ZeroPoint
+
+torch.set_num_threads(1)
+
+ZERO_POINTS: tuple[ZeroPoint, ...] = ("codes", "int16")
+
+
+def tensors_of_matrix(rows: int, columns: int, bits: int, zero_point: ZeroPoint) -> int:
+    """Oracle: bytes of the tensors that a checkpoint would hold."""
+    packed = pack_rows(torch.zeros((rows, columns), dtype=torch.uint8), bits)
+    scale = torch.ones(rows, dtype=torch.float16)
+    zero = torch.zeros(rows, dtype=torch.uint8 if zero_point == "codes" else torch.int16)
+    return packed.nbytes + scale.nbytes + zero.nbytes
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_exact_bytes_are_those_of_the_tensors(bits: int, zero_point: ZeroPoint) -> None:
+    rng = random.Random(bits)
+    for _ in range(10):
+        m, n, rank = rng.randint(1, 40), rng.randint(1, 40), rng.randint(2, 20)
+        assert matrix_bytes(m, n, bits, zero_point) == tensors_of_matrix(m, n, bits, zero_point)
+        expected = tensors_of_matrix(m, n, bits, zero_point)
+        assert candidate_bytes(Candidate("Q", bits=bits), m, n, "exact", zero_point) == expected
+        other = rng.choice((2, 4, 8))
+        low_rank = Candidate("LR", bits_a=bits, bits_b=other, rank=rank)
+        expected = tensors_of_matrix(m, rank, bits, zero_point)
+        expected += tensors_of_matrix(rank, n, other, zero_point)
+        assert candidate_bytes(low_rank, m, n, "exact", zero_point) == expected
+
+
+def test_paper_bytes_are_the_bits_of_the_codes() -> None:
+    assert candidate_bytes(Candidate("Q", bits=3), 5, 7, "paper", "int16") == math.ceil(5 * 7 * 3 / 8)
+    # Widths belong to their own bits: A has m rows, B has n columns.
+    low_rank = Candidate("LR", bits_a=8, bits_b=4, rank=3)
+    assert candidate_bytes(low_rank, 100, 10, "paper", "codes") == math.ceil(3 * (100 * 8 + 10 * 4) / 8)
+    assert candidate_bytes(low_rank, 10, 100, "paper", "codes") == math.ceil(3 * (10 * 8 + 100 * 4) / 8)
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("accounting", ["exact", "paper"])
+def test_arrays_agree_with_single_candidates(accounting: str, zero_point: ZeroPoint) -> None:
+    ranks = np.arange(2, 50)
+    for bits_a, bits_b in ((4, 8), (8, 4), (6, 6), (3, 5)):
+        sizes = low_rank_bytes(ranks, bits_a, bits_b, 37, 51, accounting, zero_point)  # type: ignore[arg-type]
+        assert sizes.dtype == np.int64
+        for rank, size in zip(ranks, sizes, strict=True):
+            candidate = Candidate("LR", bits_a=bits_a, bits_b=bits_b, rank=int(rank))
+            assert size == candidate_bytes(candidate, 37, 51, accounting, zero_point)  # type: ignore[arg-type]
+
+
+def test_matrix_bytes_broadcasts_and_does_not_overflow() -> None:
+    rows, columns = [1, 3, 2**31], [5, 8, 2**20]
+    sizes = matrix_bytes(np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64), 3, "codes")
+    assert sizes.tolist() == [matrix_bytes(r, c, 3, "codes") for r, c in zip(rows, columns, strict=True)]
+
+
+def test_stored_matrices_and_incomplete_candidates() -> None:
+    assert stored_matrices(Candidate("Q", bits=4), 6, 9) == {"weight": (6, 9, 4)}
+    low_rank = Candidate("LR", bits_a=4, bits_b=8, rank=2)
+    assert stored_matrices(low_rank, 6, 9) == {"a": (6, 2, 4), "b": (2, 9, 8)}
+    for bad in (Candidate("Q"), Candidate("LR", bits=4), Candidate("LR", bits_a=4, rank=2)):
+        with pytest.raises(ValueError, match="incomplete"):
+            candidate_bytes(bad, 6, 9, "exact", "codes")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("3bit", "bits", Fraction(3)),
+        ("2.5 bits", "bits", Fraction(5, 2)),
+        (" 2.3 bit ", "bits", Fraction(23, 10)),
+        ("12.5%", "percent", Fraction(25, 2)),
+        ("10 %", "percent", Fraction(10)),
+        ("25MB", "bytes", Fraction(25 * 10**6)),
+        ("25MiB", "bytes", Fraction(25 * 2**20)),
+        ("1.5GB", "bytes", Fraction(3 * 10**9, 2)),
+        ("800kB", "bytes", Fraction(800_000)),
+        (".5KiB", "bytes", Fraction(512)),
+        ("25mb", "bytes", Fraction(25 * 10**6)),
+        ("123456B", "bytes", Fraction(123456)),
+    ],
+)
+def test_budgets_are_read(text: str, kind: str, value: Fraction) -> None:
+    assert parse_budget(text) == Budget(kind, value, text.strip())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "bit", "three bits", "3bit3", "3 4 bit", "1e3MB", "12.5%%", "25Mb", "3b", "25TB", "٣bit",
+     "nan%", "3,5bit", "inf bits", "3bit\n25MB", "33bit", "100.5%", "0.5B"],
+)  # fmt: skip
+def test_nonsense_is_an_error_that_names_it(text: str) -> None:
+    with pytest.raises(BudgetError) as error:
+        parse_budget(text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["0bit", "-3bit", "0%", "-12.5%", "0.0MB", "-25MB"])
+def test_nothing_and_less_is_an_error(text: str) -> None:
+    with pytest.raises(BudgetError, match="more than zero"):
+        parse_budget(text)
+
+
+def test_budget_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(BudgetError, match="3"):
+        parse_budget(3)  # type: ignore[arg-type]
+
+
+def test_bytes_of_the_compressible_layers() -> None:
+    assert parse_budget("3bit").compressible_bytes(1001, 10**9) == 3 * 1001 // 8
+    assert parse_budget("2.5bit").compressible_bytes(1001, 0) == 312
+    assert parse_budget("12.5%").compressible_bytes(1001, 10**9) == 500
+    assert parse_budget("25MB").compressible_bytes(1, 24_000_001) == 999_999
+    assert parse_budget("1.0005kB").compressible_bytes(1, 0) == 1000
+    # Exact where float arithmetic gives 2299 and 56.
+    assert parse_budget("2.3bit").compressible_bytes(8000, 0) == 2300
+    assert parse_budget("0.57%").compressible_bytes(2500, 0) == 57
+
+
+def test_a_size_below_the_rest_names_the_smallest() -> None:
+    assert parse_budget("1kB").compressible_bytes(10, 1000) == 0
+    with pytest.raises(BudgetError, match=r"1kB.*1001 bytes"):
+        parse_budget("1kB").compressible_bytes(10, 1001)

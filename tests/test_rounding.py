@@ -1,0 +1,161 @@
+"""Rounding methods: closed forms against tokens, and learning that does what it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlorq.candidates import CandidateSettings, LayerSearch
+from mlorq.forms import Candidate
+from mlorq.layers import find_layers, weight_matrix
+from mlorq.paired import InputMoments, PairedForward
+from mlorq.rounding import METHODS, RoundingSettings
+from mlorq.rounding.base import output_error
+from mlorq.rounding.lra import _Objective, _SoftMatrix
+from tests.nets import images, token_net
+
+CANDIDATES = [Candidate("Q", bits=2), Candidate("Q", bits=4), Candidate("LR", bits_a=4, bits_b=4, rank=12)]
+
+
+def correlated_tokens(tokens: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs x of a layer in the float model, and x̃, a little off, in the compressed one."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5
+    x = torch.randn(tokens, width, generator=generator) @ mixing
+    return x, x + 0.05 * torch.randn(tokens, width, generator=generator)
+
+
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> InputMoments:
+    drift, y = (x - y).double(), y.double()
+    return InputMoments(y.T @ y / len(x), drift.T @ y / len(x), drift.T @ drift / len(x), len(x))
+
+
+def searched(seed: int, rows: int = 12, columns: int = 20) -> LayerSearch:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return LayerSearch(weight, torch.rand(rows, columns, generator=generator), CandidateSettings())
+
+
+def test_error_in_closed_form_is_the_error_over_tokens(seed):
+    x, y = correlated_tokens(500, 20, seed)
+    search = searched(seed)
+    rounded = search.dense(Candidate("Q", bits=3))
+    expected = float((x.double() @ search.weight.double().T - y.double() @ rounded.double().T).square().mean())
+    assert output_error(search.weight, rounded, moments_of(x, y)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_gradients_are_those_of_the_loss(candidate, seed):
+    x, y = correlated_tokens(300, 20, seed)
+    search = searched(seed)
+    parts = search.quantized_parts(candidate)
+    matrices = [_SoftMatrix.start(values, quantizer) for values, quantizer in parts.values()]
+    for matrix in matrices:
+        matrix.alpha.requires_grad_(True)
+    beta, weight = 7.0, 0.3
+    values, regulariser = [], torch.zeros(())
+    for matrix in matrices:
+        h = (matrix.alpha.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+        codes = (matrix.base + h).clamp(0, 2**matrix.quantizer.bits - 1)
+        values.append(matrix.quantizer.dequantize(codes))
+        regulariser = regulariser + (1 - (2 * h - 1).abs().pow(beta)).mean()
+    product = values[0] if len(values) == 1 else values[0] @ values[1]
+    loss = (x @ search.weight.T - y @ product.T).square().mean() + weight * regulariser
+    expected = torch.autograd.grad(loss, [matrix.alpha for matrix in matrices])
+    with torch.no_grad():
+        soft = [matrix.soft() for matrix in matrices]
+        gradients = _Objective(search.weight, moments_of(x, y)).gradients([value for value, _, _ in soft])
+        for matrix, gradient, (_, h, slope), wanted in zip(matrices, gradients, soft, expected, strict=True):
+            found = matrix.alpha_gradient(gradient, h, slope, beta, weight)
+            torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_soft_rounding_starts_at_the_float_value(candidate, seed):
+    for values, quantizer in searched(seed).quantized_parts(candidate).values():
+        soft, _, _ = _SoftMatrix.start(values, quantizer).soft()
+        inside = (soft - quantizer.round_trip(values)).abs() <= quantizer.scale.unsqueeze(1)
+        clipped = (quantizer.quantize(values) == 0) | (quantizer.quantize(values) == 2**quantizer.bits - 1)
+        assert (inside | clipped).all()
+        torch.testing.assert_close(soft[~clipped], values[~clipped], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_lra_lowers_the_error_on_correlated_inputs(candidate, seed, device):
+    x, y = correlated_tokens(400, 20, seed)
+    search = searched(seed)
+    search.weight, search.hessian = search.weight.to(device), search.hessian.to(device)
+    moments = InputMoments(
+        *(getattr(moments_of(x, y), n).to(device) for n in ("compressed", "drift_cross", "drift")), 400
+    )
+    settings = RoundingSettings(iterations=300)
+    nearest = METHODS["nearest"]("layer", search, candidate, moments, settings, None)
+    learned = METHODS["lra"]("layer", search, candidate, moments, settings, None)
+    assert learned.error_before == pytest.approx(nearest.error_after, rel=1e-6)
+    assert learned.error_after < 0.8 * learned.error_before
+    found = output_error(search.weight, learned.layer.dense().to(device), moments)
+    assert found == pytest.approx(learned.error_after, rel=1e-5)
+    # Only rounding changes: codes are at most one step from the floor, scales are kept.
+    for name, (values, quantizer) in search.quantized_parts(candidate).items():
+        stored = learned.layer.matrices[name]
+        floor = (values / quantizer.scale.unsqueeze(1)).floor() + quantizer.zero_point.unsqueeze(1)
+        allowed = floor.clamp(0, 2**stored.bits - 1).cpu(), (floor + 1).clamp(0, 2**stored.bits - 1).cpu()
+        codes = stored.codes.float()
+        assert ((codes == allowed[0]) | (codes == allowed[1])).all()
+
+
+def test_lra_keeps_nearest_rounding_where_learning_does_not_help(seed):
+    search = searched(seed)
+    moments = InputMoments(torch.eye(20).double(), torch.zeros(20, 20).double(), torch.zeros(20, 20).double(), 1)
+    result = METHODS["lra"](
+        "layer",
+        search,
+        Candidate("Q", bits=4),
+        moments,
+        RoundingSettings(iterations=2, learning_rate=50.0),
+        None,
+    )
+    assert result.error_after <= result.error_before
+
+
+def test_lra_stops_where_nothing_is_left_to_learn(seed):
+    search = searched(seed)
+    moments = InputMoments(*(torch.zeros(20, 20).double() for _ in range(3)), tokens=1)
+    result = METHODS["lra"]("layer", search, Candidate("Q", bits=4), moments, RoundingSettings(), None)
+    assert result.iterations == 0
+
+
+def test_paired_forward_sees_the_inputs_of_both_models(seed):
+    model = token_net(seed)
+    batches = [images(3, seed), images(2, seed + 1)]
+    found = find_layers(model, batches[0])
+    paired = PairedForward(model, found.blocks, batches)
+    for layer in found.layers:
+        inputs: dict[str, torch.Tensor] = {}
+        for key, module in (("float", model.module), ("compressed", paired.compressed)):
+            rows = []
+            child = module.get_submodule(layer.name)
+
+            def record(module, args, rows=rows):
+                x = args[0]
+                if isinstance(module, torch.nn.Conv2d):
+                    x = torch.nn.functional.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)
+                rows.append(x.reshape(-1, x.shape[-1]))
+
+            handle = child.register_forward_pre_hook(record)
+            with torch.no_grad():
+                for batch in batches:
+                    module(batch)
+            handle.remove()
+            inputs[key] = torch.cat(rows)
+        expected = moments_of(inputs["float"], inputs["compressed"])
+        moments = paired.moments(layer)
+        assert moments.tokens == expected.tokens
+        for name in ("compressed", "drift_cross", "drift"):
+            torch.testing.assert_close(getattr(moments, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+        search = LayerSearch(
+            weight_matrix(model.module.get_submodule(layer.name)),
+            torch.ones(layer.out_features, layer.in_features),
+            CandidateSettings(),
+        )
+        paired.set(layer, search.realise(layer.name, Candidate("Q", bits=3)))

@@ -1,0 +1,82 @@
+"""Measured and interpolated global costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlorq.candidates import CandidateSettings, LayerSearch, candidate_of
+from mlorq.hessian import label_free_hessian
+from mlorq.layers import find_layers, weight_matrix
+from mlorq.sensitivity import LayerProbe, interpolate, measured_sensitivity, spread_batches
+from tests.nets import TokenNet, float_model, images
+
+import torch  # isort: skip
+
+
+def searched_layer(seed: int, name: str = "blocks.1.down"):
+    torch.manual_seed(seed)
+    module = TokenNet(width=32)
+    with torch.no_grad():  # a falling spectrum, as trained layers have: low-rank candidates reach the front
+        for block in module.blocks:
+            u, s, v = torch.linalg.svd(block.down.weight, full_matrices=False)
+            block.down.weight.copy_(u * (2 * s.max() * 0.8 ** torch.arange(len(s))) @ v)
+    model = float_model(module, ("blocks.0", "blocks.1", "blocks.2"))
+    batches = [images(8, seed), images(8, seed + 1)]
+    found = find_layers(model, batches[0])
+    layer = found[name]
+    hessian = label_free_hessian(model, [layer], batches)[name]
+    weight = weight_matrix(model.module.get_submodule(name))
+    return model, found, layer, batches, LayerSearch(weight, hessian, CandidateSettings())
+
+
+def test_every_front_candidate_gets_a_cost_and_few_are_measured(seed):
+    model, found, layer, batches, search = searched_layer(seed)
+    table = search.table()
+    with LayerProbe(model, layer, found.blocks, batches) as probe:
+        costs = measured_sensitivity(probe, search, table, points=3).to_pylist()
+    front = {row["candidate_id"] for row in table.to_pylist() if row["on_front"]}
+    assert {row["candidate_id"] for row in costs} == front
+    by_id = {row["candidate_id"]: row for row in costs}
+    assert all(by_id[f"Q{bits}"]["how"] == "measured" for bits in (2, 3, 4, 6, 8))
+    measured = [row for row in costs if row["how"] == "measured"]
+    assert len(measured) <= 5 + 9 * 3
+    assert any(row["how"] == "interpolated" for row in costs)
+
+
+def test_interpolated_costs_are_close_to_measured_ones(seed):
+    model, found, layer, batches, search = searched_layer(seed)
+    table = search.table()
+    with LayerProbe(model, layer, found.blocks, batches) as probe:
+        some = measured_sensitivity(probe, search, table, points=5).to_pylist()
+        rows = {row["candidate_id"]: row for row in table.to_pylist()}
+        full = np.array([probe.nmse(search.dense(candidate_of(rows[row["candidate_id"]]))) for row in some])
+    found_costs = np.array([row["global_cost"] for row in some])
+    interpolated = np.array([row["how"] == "interpolated" for row in some])
+    assert interpolated.any()
+    np.testing.assert_allclose(found_costs[~interpolated], full[~interpolated], rtol=1e-5)
+    error = np.abs(np.log(found_costs[interpolated] / full[interpolated]))
+    assert np.median(error) < 0.35
+    assert np.corrcoef(np.log(found_costs), np.log(full))[0, 1] > 0.95
+
+
+def test_interpolation_is_linear_in_local_cost(seed):
+    rng = np.random.default_rng(seed)
+    local = np.sort(rng.uniform(size=11))[::-1]
+    measured = np.array([0, 3, 10])
+    values = rng.uniform(size=3)
+    found = interpolate(local, measured, values)
+    expected = np.interp(local, local[measured][::-1], values[::-1])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_neighbours_of_equal_local_cost_give_their_mean():
+    found = interpolate(np.array([1.0, 1.0, 1.0]), np.array([0, 2]), np.array([2.0, 4.0]))
+    assert found.tolist() == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(4, [2]), (8, [1, 4]), (20, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])])
+def test_batches_are_spread_over_the_list(samples, expected):
+    batches = [torch.full((4, 1), float(index)) for index in range(5)]
+    found = [int(batch[0, 0]) for batch in spread_batches(batches, samples)]
+    assert found == expected or (samples == 8 and found == [1, 3])

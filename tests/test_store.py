@@ -1,0 +1,133 @@
+"""Artifacts: what is written is what is read, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from mlorq.errors import StoreError
+from mlorq.store import ArtifactRef, Store, json_bytes, table_bytes, tensors_bytes
+
+KEY = "0123456789abcdef" * 2
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request, tmp_path):
+    return Store(f"file://{tmp_path}/store" if request.param == "file" else f"memory://{tmp_path.name}")
+
+
+def test_round_trip_of_every_format(store):
+    table = pa.table({"a": [1, 2], "b": ["x", None]})
+    tensors = {"t": torch.randn(3, 4), "half": torch.randn(2).half()}
+    files = {
+        "t.parquet": table_bytes(table),
+        "deep/er.safetensors": tensors_bytes(tensors),
+        "i.json": json_bytes({"ü": [1, None, 0.1]}),
+    }
+    ref = store.write("step", KEY, files, details={"layer": "x"}, seconds=1.5)
+    assert store.exists(ref)
+    assert store.read_table(ref, "t.parquet").equals(table)
+    found = store.read_tensors(ref, "deep/er.safetensors")
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert store.read_json(ref, "i.json") == {"ü": [1, None, 0.1]}
+    assert store.manifest(ref)["seconds"] == 1.5
+    assert list(store.refs("step")) == [ref]
+
+
+def test_equal_content_gives_equal_bytes():
+    table = pa.table({"a": [0.5, 2.0]})
+    assert table_bytes(table) == table_bytes(pa.table({"a": [0.5, 2.0]}))
+    tensors = {"b": torch.arange(4), "a": torch.ones(2)}
+    assert tensors_bytes(tensors) == tensors_bytes(dict(reversed(tensors.items())))
+
+
+def test_no_manifest_no_artifact(tmp_path):
+    store = Store(f"file://{tmp_path}/store")
+    ref = store.write("step", KEY, {"a": b"1"})
+    os.unlink(tmp_path / "store" / "step" / KEY / "manifest.json")
+    assert not store.exists(ref)
+    assert list(store.refs("step")) == []
+    with pytest.raises(StoreError, match="not in the store"):
+        store.read_bytes(ref, "a")
+
+
+def test_an_interrupted_write_leaves_no_artifact(tmp_path, monkeypatch):
+    store = Store(f"file://{tmp_path}/store")
+    real = Store._put
+
+    def dies(self, path, data):
+        if path.endswith("b"):
+            raise KeyboardInterrupt
+        real(self, path, data)
+
+    monkeypatch.setattr(Store, "_put", dies)
+    with pytest.raises(KeyboardInterrupt):
+        store.write("step", KEY, {"a": b"1", "b": b"2"})
+    monkeypatch.undo()
+    assert not store.exists(ArtifactRef("step", KEY))
+    assert store.exists(store.write("step", KEY, {"a": b"1", "b": b"2"}))
+    assert not list(Path(tmp_path).rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garble", "manifest"])
+def test_damage_is_named_and_harms_nothing_else(tmp_path, damage):
+    store = Store(f"file://{tmp_path}/store")
+    ref = store.write("step", KEY, {"a.json": b'{"x": 1}'})
+    other = store.write("step", KEY[::-1], {"a.json": b"{}"})
+    file = tmp_path / "store" / "step" / KEY / "a.json"
+    if damage == "truncate":
+        file.write_bytes(b"{")
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "garble":
+        file.write_bytes(b'{"x": 2}')
+    else:
+        (file.parent / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match=KEY) as caught:
+        store.exists(ref) if damage != "garble" else store.read_bytes(ref, "a.json", verify=True)
+    assert "\n" not in str(caught.value)
+    if damage != "garble":
+        with pytest.raises(StoreError, match=r"a\.json|manifest\.json"):
+            store.read_json(ref, "a.json")
+    assert store.read_json(other, "a.json") == {}
+
+
+def test_reading_what_an_artifact_does_not_hold(store):
+    ref = store.write("step", KEY, {"a.bin": b"no table"})
+    with pytest.raises(StoreError, match="no file 'b'"):
+        store.read_bytes(ref, "b")
+    for read in (store.read_table, store.read_tensors, store.read_json):
+        with pytest.raises(StoreError, match="damaged"):
+            read(ref, "a.bin")
+
+
+def test_two_writers_of_one_key_are_harmless(tmp_path):
+    first, second = Store(f"file://{tmp_path}"), Store(f"file://{tmp_path}")
+    ref = first.write("step", KEY, {"a": b"same"})
+    assert second.write("step", KEY, {"a": b"same"}) == ref
+    assert first.read_bytes(ref, "a", verify=True) == b"same"
+
+
+def test_a_store_that_cannot_be_written_is_found_first(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StoreError, match="cannot be written"):
+        Store(f"file://{tmp_path}/file/store").check_writable()
+    with pytest.raises(StoreError, match="nosuch"):
+        Store("nosuch://bucket/x")
+    good = Store(f"file://{tmp_path}/good")
+    good.check_writable()
+    assert os.listdir(tmp_path / "good") == []
+
+
+def test_manifest_lists_sizes_and_digests(tmp_path):
+    store = Store(f"file://{tmp_path}")
+    ref = store.write("step", KEY, {"a": b"12345"})
+    manifest = json.loads((tmp_path / "step" / KEY / "manifest.json").read_text())
+    assert manifest["files"]["a"]["bytes"] == 5
+    assert len(manifest["files"]["a"]["digest"]) == 32
+    assert store.uri(ref, "a") == f"file://{tmp_path}/step/{KEY}/a"
