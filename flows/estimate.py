@@ -18,6 +18,7 @@ import torch
 from mlorq.data.base import Dataset
 from mlorq.layers import Layer, LayerList
 from mlorq.models.base import batch_samples, move_batch
+from steps.base import Needs
 from steps.workbench import Workbench
 
 FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs
@@ -160,8 +161,6 @@ def memory_bytes(bench: Workbench, layers: LayerList) -> int:
     model = sum(tensor.nbytes for tensor in bench.model.module.state_dict().values())
     if bench.device != "cpu":
         base = model
-    largest = max(layer.params for layer in layers.layers)
-    widest = max(layer.in_features * layer.groups for layer in layers.layers)
     first = bench.batches(1)[0]
     activations = (
         4
@@ -172,10 +171,10 @@ def memory_bytes(bench: Workbench, layers: LayerList) -> int:
         )
     )
     hessians = 2 * 4 * layers.params
-    searching = 8 * 8 * largest + 3 * 8 * widest**2
+    searching = max(Needs.of_layer(layer).memory_bytes for layer in layers.layers)
     paired = model + _kept_between_blocks(bench.calibration, layers.layers)
     # Twice: what PyTorch's temporaries and the allocator's gaps were seen to add.
-    return int(base + 2 * max(2 * activations + hessians, searching + paired))
+    return int(base + max(2 * (2 * activations + hessians), searching + 2 * paired))
 
 
 def _kept_between_blocks(data: Dataset, layers: Sequence[Layer]) -> int:

@@ -1,27 +1,26 @@
 """Carries a run's steps out as Prefect task runs, one task a layer and step.
 
 A step's artifact is looked up in the store before anything else; a hit is shown to Prefect as Cached and takes neither
-a device nor a model. What has to be computed runs in this process: single steps in the calling thread on the main
-workbench (so that successive rounding steps find their paired models), fan-outs in as many threads as there are
-devices, each with a workbench of its own. Tasks take and return small JSON only: a step's description, a key.
+a device nor a model. What has to be computed goes to a runner (``flows.runners``): single steps in the calling thread
+to the first one (so that successive rounding steps find their paired models), fan-outs to all of them, one a device,
+in as many threads; or to a Dask cluster (``flows.dask_pool``). Tasks take and return small JSON only: a step's
+description, a key.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.futures import PrefectFuture, as_completed
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -29,15 +28,16 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.ledger import Ledger
 from flows.progress import Observer
 from flows.run import check_present
-from mlorq.errors import StoreError
-from steps.base import Outcome, StepSpec, execute, find
+from flows.runners import Runner, make_runner
+from flows.runners.base import POLL_SECONDS
+from steps.base import Outcome, StepSpec, find
+from steps.faults import RETRY_SECONDS, can_pass, patiently
 from steps.workbench import Workbench
 
-RETRY_SECONDS = (1, 5)
-LOOK_UPS = 16  # at a time, where the store is behind a network
-LASTING_FAULTS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG}
+if TYPE_CHECKING:
+    from flows.dask_pool import DaskPool
 
-T = TypeVar("T")
+LOOK_UPS = 16  # at a time, where the store is behind a network
 
 
 class Stopped(Exception):
@@ -50,9 +50,13 @@ class PrefectExecutor:
     Args:
         bench: the main workbench, on the first device.
         observer: told what happens.
-        devices: one worker each; the first is the main workbench's.
+        devices: one runner each; the first is the main workbench's.
         allocate_only: the command that computes all else, where allocations alone may be computed.
         interrupted: set by Ctrl-C: nothing is started any more, and running steps end at their next report.
+
+    Raises:
+        ConfigError: what the configured runner needs is not there.
+        StoreError: the store cannot be reached from where steps run.
     """
 
     def __init__(
@@ -75,21 +79,29 @@ class PrefectExecutor:
         self._errors: dict[str, BaseException] = {}
         self._writable = False
         self._tasks: dict[str, Task[..., Any]] = {}
-        self._workers = [bench, *(bench.on_device(device) for device in devices[1:])]
-        self._free: queue.SimpleQueue[Workbench] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._free.put(worker)
-        self._runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=len(self._workers))
+        self._runners = _make_runners(bench, devices)
+        self._free: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+        for runner in self._runners:
+            self._free.put(runner)
+        self._threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=len(self._runners))
+        self._dask = _make_dask_pool(bench) if bench.config.engine.runner == "dask" else None
+        self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> PrefectExecutor:
-        self._runner.__enter__()
+        self._exit.enter_context(self._threads)
+        if self._dask is not None:
+            self._exit.enter_context(self._dask)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._runner.__exit__(kind, error, trace)
+        try:
+            self._exit.__exit__(kind, error, trace)
+        finally:
+            for runner in self._runners:
+                runner.close()
 
     # -- steps.pipeline.Executor ------------------------------------------------------------------------------
 
@@ -121,8 +133,10 @@ class PrefectExecutor:
             if self._allocate_only is not None:
                 check_present(missing[0], self.bench, self._allocate_only)
             self._check_writable()
-            # One worker needs no threads: in the main thread an interrupt takes effect at once.
-            if alone or len(self._workers) == 1:
+            if self._dask is not None and missing[0].needs.device:
+                self._fan_out(missing, self._dask, home=alone)
+            # One runner needs no threads: in the main thread an interrupt takes effect at once.
+            elif alone or len(self._runners) == 1:
                 for spec in missing:
                     self._check_interrupted()
                     self._call(spec, spec.to_json())
@@ -134,7 +148,7 @@ class PrefectExecutor:
 
     def _find_all(self, specs: Sequence[StepSpec]) -> list[Outcome | None]:
         def look_up(spec: StepSpec) -> Outcome | None:
-            return _patiently(lambda: find(spec, self.bench))
+            return patiently(lambda: find(spec, self.bench))
 
         if self.bench.store.is_local or len(specs) < 2:
             return [look_up(spec) for spec in specs]
@@ -154,40 +168,84 @@ class PrefectExecutor:
         call(spec.label, description, False, hit)
         self.task_runs += 1
 
-    def _fan_out(self, specs: Sequence[StepSpec]) -> None:
+    def _fan_out(self, specs: Sequence[StepSpec], dask: DaskPool | None = None, home: bool = False) -> None:
+        """Task runs in threads or on a cluster; the first ones of ``specs`` are started first."""
         futures: dict[PrefectFuture[Any], StepSpec] = {}
+        finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         try:
-            for spec in specs:
-                parameters = {"label": spec.label, "spec": spec.to_json(), "pooled": True, "hit": None}
-                futures[self._runner.submit(self._task(spec), parameters)] = spec
+            for index, spec in enumerate(specs):
+                if dask is None:
+                    parameters = {"label": spec.label, "spec": spec.to_json(), "pooled": True, "hit": None}
+                    future: PrefectFuture[Any] = self._threads.submit(self._task(spec), parameters)
+                else:
+                    future = self._submit_to(dask, spec, len(specs) - index, home)
+                futures[future] = spec
                 self.task_runs += 1
+                future.add_done_callback(finished.put)
             failed: BaseException | None = None
-            for future in as_completed(list(futures)):
-                future.wait()  # it is done; this takes its state over, which is else asked of the server
-                state = future.state
-                if failed is None and not state.is_completed() and not state.is_cancelled():
-                    failed = self._errors.get(futures[future].key) or RuntimeError(f"{state.name}: {state.message}")
+            for _ in specs:
+                future = self._next(finished)
+                error = self._settle(future, futures[future])
+                if failed is None and error is not None:
+                    failed = error
                     self._skip.set()
+                    if dask is not None:
+                        dask.cancel(list(futures))
+                        break
         except BaseException:
             self._stop.set()
+            if dask is not None:
+                dask.cancel(list(futures))
             raise
         self._check_interrupted()
         if failed is not None:
             raise failed
 
+    def _submit_to(self, dask: DaskPool, spec: StepSpec, priority: int, home: bool) -> PrefectFuture[Any]:
+        from flows.dask_pool import carry_out_there
+
+        config = self.bench.config
+        parameters = {
+            "label": spec.label,
+            "spec": spec.to_json(),
+            "config": config.model_dump(mode="json"),
+            "folder": config.folder,
+        }
+        self.observer.step_started(spec)
+        task_of_kind = _make_task(spec.step, carry_out_there)
+        return dask.submit(task_of_kind, spec, parameters, priority=priority, home=home)
+
+    def _next(self, finished: queue.SimpleQueue[PrefectFuture[Any]]) -> PrefectFuture[Any]:
+        """The next task that is over; an interrupt is seen meanwhile."""
+        while True:
+            try:
+                return finished.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                self._check_interrupted()
+
+    def _settle(self, future: PrefectFuture[Any], spec: StepSpec) -> BaseException | None:
+        """Take over how a task ended: what it made, or its error."""
+        future.wait()  # it is done; this takes its state over, which is else asked of the server
+        state = future.state
+        if state.is_completed():
+            if spec.key not in self.ledger.outcomes:  # carried out by another process
+                value = future.result(raise_on_failure=False)
+                outcome = Outcome(spec.ref, value["reused"], value["seconds"])
+                self.ledger.add(spec, outcome)
+                self.observer.step_finished(spec, outcome)
+            return None
+        if state.is_cancelled():
+            return None
+        error = self._errors.get(spec.key)
+        if error is None:
+            error = future.result(raise_on_failure=False)
+            self.observer.step_failed(spec)
+        return error if isinstance(error, BaseException) else RuntimeError(f"{state.name}: {state.message}")
+
     def _task(self, spec: StepSpec) -> Task[..., Any]:
         """The Prefect task of a kind of step; Prefect's pages group runs by it."""
         if spec.step not in self._tasks:
-            make = task(
-                name=spec.step,
-                task_run_name="{label}",
-                cache_policy=NO_CACHE,
-                persist_result=False,
-                retries=len(RETRY_SECONDS),
-                retry_delay_seconds=list(RETRY_SECONDS),
-                retry_condition_fn=_is_worth_retrying,
-            )
-            self._tasks[spec.step] = make(self._carry_out)
+            self._tasks[spec.step] = _make_task(spec.step, self._carry_out)
         return self._tasks[spec.step]
 
     def _carry_out(self, label: str, spec: dict[str, Any] | None, pooled: bool, hit: str | None = None) -> Any:
@@ -199,17 +257,11 @@ class PrefectExecutor:
             return Cancelled(message="not started: the run ended before")
         log = get_run_logger()
 
-        def report(done: int, total: int) -> None:
-            if pooled and (self._stop.is_set() or self._interrupted.is_set()):
-                raise Stopped
-            self._check_interrupted()
-            self.observer.step_progress(step, done, total)
-
-        with self._lease(pooled) as bench:
+        with self._lease(pooled) as runner:
             self.observer.step_started(step)
-            log.info("%s: on %s", label, bench.device)
+            log.info("%s: on %s", label, runner.place)
             try:
-                outcome = execute(step, bench, report)
+                outcome = runner.run(step, _TaskWatch(self, step, pooled, log))
             except Stopped:
                 self.observer.step_failed(step)
                 return Cancelled(message="interrupted")
@@ -217,13 +269,13 @@ class PrefectExecutor:
                 self._errors[step.key] = error
                 self.observer.step_failed(step)
                 raise
-            log.info("%s: %.2f s on %s", label, outcome.seconds, bench.device)
+            log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)
         self.ledger.add(step, outcome)
         self.observer.step_finished(step, outcome)
-        uri = bench.store.uri(outcome.ref)
+        uri = self.bench.store.uri(outcome.ref)
         if outcome.reused:  # another run made it since we looked
             return Completed(name="Cached", message=f"reused {uri}", data={"uri": uri})
-        return {"uri": uri, "seconds": round(outcome.seconds, 3)}
+        return {"uri": uri, "seconds": outcome.seconds}
 
     def _check_interrupted(self) -> None:
         """In the main thread: stop where the interrupt itself was lost (``flows.terminal.interruptible``)."""
@@ -231,43 +283,75 @@ class PrefectExecutor:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def _lease(self, pooled: bool) -> Iterator[Workbench]:
-        """A workbench for the time of a step."""
+    def _lease(self, pooled: bool) -> Iterator[Runner]:
+        """A runner for the time of a step."""
         if not pooled:
-            yield self.bench
+            yield self._runners[0]
             return
-        bench = self._free.get()
+        runner = self._free.get()
         try:
-            yield bench
+            yield runner
         finally:
-            self._free.put(bench)
+            self._free.put(runner)
 
     def _check_writable(self) -> None:
         """Before the first step that is computed, so that a run that only reuses can read from a read-only store."""
         if not self._writable:
-            _patiently(self.bench.store.check_writable)
+            patiently(self.bench.store.check_writable)
             self._writable = True
 
 
-def _can_pass(error: BaseException | None) -> bool:
-    """Whether an error is the store's and may be gone at the next try: a network that was down, not a full disk."""
-    fault = error.__cause__ if isinstance(error, StoreError) else error
-    lasting = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-    return isinstance(fault, OSError) and not isinstance(fault, lasting) and fault.errno not in LASTING_FAULTS
+class _TaskWatch:
+    """What a runner tells about one step, and how it learns that the run is over."""
+
+    def __init__(self, executor: PrefectExecutor, step: StepSpec, pooled: bool, log: Any) -> None:
+        self._executor = executor
+        self._step = step
+        self._pooled = pooled
+        self._log = log
+
+    def progress(self, done: int, total: int) -> None:
+        self.check()
+        self._executor.observer.step_progress(self._step, done, total)
+
+    def check(self) -> None:
+        executor = self._executor
+        if self._pooled and (executor._stop.is_set() or executor._interrupted.is_set()):
+            raise Stopped
+        executor._check_interrupted()
+
+    def log(self, line: str) -> None:
+        self._log.debug("%s: %s", self._step.label, line)
+
+
+def _make_runners(bench: Workbench, devices: Sequence[str]) -> list[Runner]:
+    """One runner a device; those in this process have a model of their own each, the first one the flow's."""
+    config = bench.config
+    runners = [make_runner(config, devices[0], lambda: bench)]
+    if config.engine.runner == "threads":
+        runners += [make_runner(config, device, lambda at=device: bench.on_device(at)) for device in devices[1:]]
+    return runners
+
+
+def _make_dask_pool(bench: Workbench) -> DaskPool:
+    from flows.dask_pool import DaskPool  # imports distributed
+
+    return DaskPool(bench.config)
+
+
+def _make_task(step: str, body: Callable[..., Any]) -> Task[..., Any]:
+    make = task(
+        name=step,
+        task_run_name="{label}",
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=len(RETRY_SECONDS),
+        retry_delay_seconds=list(RETRY_SECONDS),
+        retry_condition_fn=_is_worth_retrying,
+    )
+    return make(body)
 
 
 def _is_worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     data = state.data
-    return isinstance(data, BaseException) and _can_pass(data)
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """``call()``, tried again like a task where a fault of the store may pass."""
-    for seconds in RETRY_SECONDS:
-        try:
-            return call()
-        except Exception as error:
-            if not _can_pass(error):
-                raise
-            time.sleep(seconds)
-    return call()
+    return isinstance(data, BaseException) and can_pass(data)

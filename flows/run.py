@@ -16,11 +16,10 @@ from mlorq.config import RunConfig
 from mlorq.errors import BudgetError, StoreError
 from mlorq.layers import LayerList
 from mlorq.memory import parse_budget
-from mlorq.store import Store
 from steps import layers as layers_step
 from steps.base import Outcome, StepSpec, execute, find
 from steps.pipeline import Compressed, compressible_budget, result_json
-from steps.workbench import Workbench, devices
+from steps.workbench import Workbench, devices, open_store
 
 COMPUTED_BY_ALLOCATE_ONLY = ("allocate",)
 
@@ -72,8 +71,7 @@ def open_bench(config: RunConfig) -> Workbench:
         ConfigError: a device is not there.
         StoreError: the store's URL is of no known kind.
     """
-    store = Store(config.resolve(config.store))
-    return Workbench(config, store, devices(config)[0])
+    return Workbench(config, open_store(config), devices(config)[0])
 
 
 def prepare(config: RunConfig, budgets: Sequence[str], *, allocate_only: bool = False) -> Workbench:

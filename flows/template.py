@@ -104,6 +104,8 @@ def _section(
 
 def _line(section: type[BaseModel], key: str, value: Any, *, indent: int = 0, live: bool = True) -> str:
     field = section.model_fields[key]
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
     # JSON is YAML, on one line.
     text = value if isinstance(value, str) and _is_plain(value) else json.dumps(value, ensure_ascii=False)
     start = f"{' ' * indent}{'' if live else '# '}{key}: {text}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import posixpath
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -198,13 +199,63 @@ class RoundingConfig(_Section):
     samples: int = Field(1024, ge=1, description="lra: most calibration samples used")
 
 
+class DaskConfig(_Section):
+    """The cluster of runner dask: one that is started for the run, or one that runs already."""
+
+    address: str | None = Field(None, description="scheduler of a running cluster, as in tcp://host:8786")
+    cluster: str = Field(
+        "distributed.LocalCluster", description="class of the cluster to start, such as dask_cuda.LocalCUDACluster"
+    )
+    arguments: dict[str, Any] = Field({}, description="its arguments, such as n_workers: 4")
+
+
+class DockerConfig(_Section):
+    """The containers of steps: docker. The folders and the store that a configuration names are mounted."""
+
+    image: str = Field("mlorq:latest", description="image to run, as docker/Dockerfile builds it")
+    memory: str | None = Field(None, description="most memory of a container, as in 8g")
+    network: str | None = Field(None, description="network of the containers, as in host; default: Docker's own")
+    volumes: list[str] = Field([], description="further mounts, HOST:CONTAINER or HOST:CONTAINER:ro")
+    environment: list[str] = Field(
+        [], description="further variables of this process to hand on, by name; those of object stores are"
+    )
+    user: str | None = Field(None, description="user the steps run as, uid[:gid]; default: the caller")
+
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d*[bkmgBKMG]?", value):
+            raise ValueError("memory is a number of bytes, or one with a unit: 512m, 8g")
+        return value
+
+    @field_validator("volumes")
+    @classmethod
+    def _check_volumes(cls, value: list[str]) -> list[str]:
+        for volume in value:
+            host, _, rest = volume.partition(":")
+            inside, _, mode = rest.partition(":")
+            if not host.startswith("/") or not inside.startswith("/") or mode not in ("", "ro", "rw"):
+                raise ValueError(f"{volume!r} is not of the form /HOST:/CONTAINER or /HOST:/CONTAINER:ro")
+        return value
+
+
 class EngineConfig(_Section):
     """Where steps run. Nothing here is part of any key."""
 
-    runner: Literal["threads"] = Field("threads", description="how a fan-out is spread")
+    runner: Literal["threads", "dask"] = Field(
+        "threads", description="how fan-outs are spread: threads over this machine's devices, or a dask cluster"
+    )
     devices: str | list[str] = Field("auto", description="auto, cpu, cuda, cuda:0, or a list of them")
-    steps: Literal["inprocess"] = Field("inprocess", description="where the work of a step runs")
+    steps: Literal["inprocess", "subprocess", "docker"] = Field(
+        "inprocess",
+        description="where a step's work runs: in the flow's process, a child process a device, a container",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads a step; default: as torch decides")
+    cache: str | None = Field(
+        "auto", description="folder that keeps what was read from a remote store; auto: the user's cache; null: none"
+    )
+    dask: DaskConfig = Field(DaskConfig(), description="the cluster of runner dask")
+    docker: DockerConfig = Field(DockerConfig(), description="the containers of steps docker")
 
 
 class RunConfig(_Section):

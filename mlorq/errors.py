@@ -33,3 +33,13 @@ class BudgetError(MlorqError):
 
 class CheckpointError(MlorqError):
     """A compressed checkpoint is missing, damaged, or does not fit the model it is loaded into."""
+
+
+class TransientError(MlorqError):
+    """A fault of a machine or a network that may be gone at the next try, such as a worker that was killed."""
+
+
+KINDS: dict[str, type[MlorqError]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, ModelError, DataError, StoreError, BudgetError, CheckpointError, TransientError)
+}

@@ -1,50 +1,79 @@
-"""``python -m steps NAME --spec URI``: run one step in this process, from a JSON file at any fsspec URI.
+"""``python -m steps NAME --spec URI``: run one step in this process, from a JSON description at any fsspec URI.
 
-The file holds ``{"config": …, "folder": …, "device": …, "spec": …}``: the run's configuration, the folder its relative
-paths start from, the device to use, and the step (``StepSpec.to_json``). The artifact's step and key are printed.
+The last line on standard output is a JSON object: the artifact's step and key, whether it was reused, and seconds; with
+``--events`` there is one object a line, progress included (``steps.messages``). ``python -m steps --serve`` takes
+lines ``{"name": …, "spec": URI}`` on standard input and carries one after another out, so that torch, model and data
+are loaded once for many steps.
+
+Exit status: 0 when the artifact is there, 2 when the input is at fault, 75 when another try makes sense, 1 for a
+defect.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
+from typing import IO
 
-import fsspec
+# Torch is not imported yet: its threads shall sleep while they wait (see flows/cli.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from mlorq.config import RunConfig
-from mlorq.errors import MlorqError, StoreError
-from mlorq.store import Store
 from steps import REGISTRY
-from steps.base import StepSpec, execute
-from steps.workbench import Workbench
+from steps.messages import Desk, Event
+
+MISTAKE, TRY_AGAIN, DEFECT = 2, os.EX_TEMPFAIL, 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one step; 0 when its artifact is there, 2 when the input is at fault."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one step, or serve."""
     parser = argparse.ArgumentParser(prog="python -m steps", description="Run one step of a compression run.")
-    parser.add_argument("name", choices=sorted(REGISTRY), help="the step")
-    parser.add_argument("--spec", required=True, help="fsspec URI of the step's JSON description")
+    parser.add_argument("name", nargs="?", choices=sorted(REGISTRY), help="the step")
+    parser.add_argument("--spec", help="fsspec URI of the step's JSON description")
+    parser.add_argument("--events", action="store_true", help="print progress and the end as JSON, one object a line")
+    parser.add_argument("--serve", action="store_true", help="carry out what comes on standard input, line by line")
     arguments = parser.parse_args(argv)
-    try:
-        try:
-            with fsspec.open(arguments.spec, "r") as file:
-                message = json.load(file)
-            spec = StepSpec.from_json(message["spec"])
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"step description {arguments.spec}: {error!r}") from error
-        if spec.step != arguments.name:
-            raise StoreError(f"step description {arguments.spec} is for step {spec.step!r}, not {arguments.name!r}")
-        config = RunConfig.from_mapping(message["config"], message["folder"])
-        if config.store.startswith("memory://"):
-            raise StoreError(f"store {config.store} lives in one process; a step of its own needs another kind")
-        store = Store(config.resolve(config.store))
-        outcome = execute(spec, Workbench(config, store, message["device"]))
-    except MlorqError as error:
-        print(f"mlorq: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({**outcome.ref.to_json(), "reused": outcome.reused, "seconds": outcome.seconds}))
+    if arguments.serve == bool(arguments.name and arguments.spec):
+        parser.error("give NAME and --spec URI, or --serve")
+    with _events_on_stdout() as out:
+        if arguments.serve:
+            return _serve(out)
+        event = Desk().carry_out(
+            arguments.spec, arguments.name, lambda event: _print(event, out) if arguments.events else None
+        )
+        if arguments.events:
+            _print(event, out)
+        elif event["event"] == "done":
+            _print({key: event[key] for key in ("step", "key", "reused", "seconds")}, out)
+    if event["event"] == "done":
+        return 0
+    if event["kind"] is None:
+        print(event["message"], file=sys.stderr)
+    else:
+        print(f"mlorq: error: {' '.join(event['message'].split())}", file=sys.stderr)
+    return TRY_AGAIN if event["can_pass"] else DEFECT if event["kind"] is None else MISTAKE
+
+
+def _serve(out: IO[str]) -> int:
+    desk = Desk()
+    for line in sys.stdin:
+        request = json.loads(line)
+        _print(desk.carry_out(request["spec"], request["name"], lambda event: _print(event, out)), out)
     return 0
+
+
+def _events_on_stdout() -> IO[str]:
+    """Standard output for events alone: what anybody else prints there, C code included, goes to standard error."""
+    sys.stdout.flush()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return out
+
+
+def _print(event: Event, out: IO[str]) -> None:
+    print(json.dumps(event), file=out, flush=True)
 
 
 if __name__ == "__main__":

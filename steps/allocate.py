@@ -33,7 +33,7 @@ def spec(
     for name in layers:
         inputs[f"candidates/{name}"] = candidates[name]
         inputs[f"sensitivity/{name}"] = sensitivity[name]
-    return STEP.spec(params, inputs)
+    return STEP.spec(params, inputs, device=False)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:

@@ -12,13 +12,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlorq.errors import ConfigError
 from mlorq.hashing import digest_json
 from mlorq.store import ArtifactRef
 
 if TYPE_CHECKING:
+    from mlorq.layers import Layer
     from steps.workbench import Workbench
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step needs of the machine that runs it; nothing of this is part of a key.
+
+    Attributes:
+        device: whether it computes on the run's device, a GPU where there is one.
+        memory_bytes: that its own work takes at most on top of model and data, estimated; 0 where it is small.
+    """
+
+    device: bool = True
+    memory_bytes: int = 0
+
+    @classmethod
+    def of_layer(cls, layer: Layer) -> Needs:
+        """For the search or the rounding of one layer: float64 copies of W and its factors, and Gram matrices.
+
+        Doubled, for PyTorch's temporaries and the allocator's gaps.
+        """
+        return cls(True, 2 * 8 * (8 * layer.params + 3 * (layer.in_features * layer.groups) ** 2))
 
 
 @dataclass(frozen=True)
@@ -32,6 +55,7 @@ class StepSpec:
         inputs: key of everything it reads, by role: artifacts as ``ArtifactRef``, the model and data sets as
             plain keys.
         layer: the layer it is about, for people; a step that depends on it has it in ``params`` too.
+        needs: for whoever places it; not in its key, and not in its message.
     """
 
     step: str
@@ -39,6 +63,7 @@ class StepSpec:
     params: dict[str, Any]
     inputs: dict[str, ArtifactRef | str] = field(default_factory=dict)
     layer: str | None = None
+    needs: Needs = Needs()
 
     @property
     def key(self) -> str:
@@ -107,9 +132,24 @@ class Step:
     version: int
     run: Callable[[StepSpec, Workbench, Progress], dict[str, bytes]]
 
-    def spec(self, params: dict[str, Any], inputs: dict[str, ArtifactRef | str], layer: str | None = None) -> StepSpec:
-        """A step to run, with this step's name and version."""
-        return StepSpec(self.name, self.version, params, inputs, layer)
+    def spec(
+        self,
+        params: dict[str, Any],
+        inputs: dict[str, ArtifactRef | str],
+        layer: Layer | None = None,
+        *,
+        device: bool = True,
+    ) -> StepSpec:
+        """A step to run, with this step's name and version.
+
+        Args:
+            params: that it reads.
+            inputs: that it reads.
+            layer: that it is about.
+            device: whether it computes on the run's device.
+        """
+        needs = Needs(device) if layer is None else Needs.of_layer(layer)
+        return StepSpec(self.name, self.version, params, inputs, None if layer is None else layer.name, needs)
 
 
 @dataclass(frozen=True)
@@ -148,7 +188,10 @@ def execute(spec: StepSpec, bench: Workbench, progress: Progress | None = None) 
         return found
     step = REGISTRY[spec.step]
     if step.version != spec.version:
-        raise RuntimeError(f"step {spec.step} is of version {step.version}, asked for version {spec.version}")
+        raise ConfigError(
+            f"step {spec.step} is of version {step.version} here, version {spec.version} was asked for: "
+            "the process or image that runs the step holds another version of mlorq than the flow"
+        )
     bench.use_threads()
     started = time.perf_counter()
     files = step.run(spec, bench, progress or (lambda done, total: None))

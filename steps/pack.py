@@ -31,7 +31,9 @@ def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded
         "allocation": allocation,
     }
     inputs |= {f"round/{index}": ref for index, ref in enumerate(rounded)}
-    return STEP.spec({"accounting": search.accounting, "configuration": digest_json(configuration)}, inputs)
+    return STEP.spec(
+        {"accounting": search.accounting, "configuration": digest_json(configuration)}, inputs, device=False
+    )
 
 
 def describe(bench: Workbench) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def spec(
         inputs |= {"calibration": bench.calibration.key}
         if previous is not None:
             inputs["previous"] = previous
-    return STEP.spec(params, inputs, layer.name)
+    return STEP.spec(params, inputs, layer)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:

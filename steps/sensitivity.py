@@ -29,7 +29,7 @@ def spec(
         "capture": capture,
         "candidates": candidates,
     }
-    return STEP.spec(params, inputs, layer.name)
+    return STEP.spec(params, inputs, layer)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from steps.workbench import Workbench
 
 def spec(bench: Workbench, artifacts: dict[str, ArtifactRef], budget: str) -> StepSpec:
     """Depends on every artifact of the run."""
-    return STEP.spec({"model": model_name(bench), "budget": budget}, dict(artifacts))
+    return STEP.spec({"model": model_name(bench), "budget": budget}, dict(artifacts), device=False)
 
 
 def model_name(bench: Workbench) -> str:

@@ -168,6 +168,15 @@ class Workbench:
         self._paired = (last.key, f"{self.calibration.key}:{samples}", paired)
 
 
+def open_store(config: RunConfig) -> Store:
+    """The run's store, with its cache where it is remote; nothing is contacted yet.
+
+    Raises:
+        StoreError: its URL is of no known kind.
+    """
+    return Store(config.resolve(config.store))
+
+
 def moments_file(layer: str) -> str:
     """File of a layer's moments in a ``capture`` artifact."""
     return f"moments/{layer}.safetensors"

@@ -17,13 +17,14 @@ import torch
 
 import steps
 from flows.cli import main
-from flows.executor import PrefectExecutor, _can_pass
+from flows.executor import PrefectExecutor
 from flows.progress import Observers
 from flows.run import open_bench
 from mlorq.config import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError
 from mlorq.store import Store
 from steps.base import Step, StepSpec
+from steps.faults import can_pass
 from tests.test_cli import LAYERS, fails, prints_json, write_project
 
 STEPS = 1 + 1 + 6 + 6 + 1 + 1 + 6 + 1 + 1 + 1
@@ -323,20 +324,20 @@ def test_a_fault_of_the_store_that_passes_is_tried_again(
     assert "a library that prints" not in out
 
 
-def test_what_can_pass() -> None:
+def test_whatcan_pass() -> None:
     def caused(error: OSError) -> StoreError:
         found = StoreError("cannot read")
         found.__cause__ = error
         return found
 
-    assert _can_pass(caused(TimeoutError()))
-    assert _can_pass(ConnectionResetError())
-    assert not _can_pass(caused(OSError(28, "No space left on device")))
-    assert not _can_pass(caused(PermissionError()))
-    assert not _can_pass(caused(FileNotFoundError()))
-    assert not _can_pass(StoreError("damaged"))
-    assert not _can_pass(ModelError("NaN"))
-    assert not _can_pass(None)
+    assert can_pass(caused(TimeoutError()))
+    assert can_pass(ConnectionResetError())
+    assert not can_pass(caused(OSError(28, "No space left on device")))
+    assert not can_pass(caused(PermissionError()))
+    assert not can_pass(caused(FileNotFoundError()))
+    assert not can_pass(StoreError("damaged"))
+    assert not can_pass(ModelError("NaN"))
+    assert not can_pass(None)
 
 
 def test_mistakes_are_found_before_the_run(
@@ -367,7 +368,7 @@ def test_workers_have_models_of_their_own_and_hits_load_none(finished: Finished)
     config = RunConfig.from_yaml(finished.config)
     bench = open_bench(config)
     executor = PrefectExecutor(bench, Observers([]), ["cpu", "cpu"])
-    first, second = executor._workers
+    first, second = (runner.bench for runner in executor._runners)
     assert first is bench
     assert "model" not in vars(second)  # loaded when a step first needs it
     assert second.model.module is not first.model.module

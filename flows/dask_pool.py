@@ -1,0 +1,165 @@
+"""Fan-outs on a Dask cluster: one that is started for the run, or one that runs already, on any number of machines.
+
+Only a step's description travels through the scheduler; a worker opens the store and loads model and data by itself,
+once, and keeps them for the next step of the same run. Rounding, whose steps follow one another, stays on one worker,
+which then need not build the models of the layers before anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import dask
+from prefect import Task
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from flows.runners import Runner, make_runner
+from mlorq.config import RunConfig
+from mlorq.errors import ConfigError
+from mlorq.hashing import digest_json
+from steps.base import Needs, StepSpec
+from steps.messages import refuse_memory_store
+from steps.workbench import Workbench, devices, open_store
+
+
+class DaskPool:
+    """Submits tasks to a cluster, with what they need of a worker. A context manager; entering it starts the cluster.
+
+    Args:
+        config: the run's.
+
+    Raises:
+        ConfigError: prefect-dask is not installed, or the cluster cannot be had.
+        StoreError: the store lives in one process only.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        refuse_memory_store(config)
+        try:
+            from prefect_dask import DaskTaskRunner
+        except ImportError as error:
+            raise ConfigError(f"engine.runner: dask needs the extra mlorq[dask] ({error})") from None
+        settings = config.engine.dask
+        self.config = config
+        try:
+            if settings.address:
+                self._runner = DaskTaskRunner(address=settings.address)
+            else:
+                arguments = {"dashboard_address": None} | settings.arguments
+                self._runner = DaskTaskRunner(cluster_class=settings.cluster, cluster_kwargs=arguments)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"engine.dask: no cluster {settings.cluster}: {error}") from None
+
+    def __enter__(self) -> DaskPool:
+        self._runner.__enter__()
+        settings = self.config.engine.dask
+        try:
+            client = self._runner.client
+            client.wait_for_workers(1, timeout=60)
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+        except Exception as error:
+            self._runner.__exit__(None, None, None)
+            what = settings.address or settings.cluster
+            raise ConfigError(f"engine.dask: {what} gives no worker: {type(error).__name__}: {error}") from error
+        self._home = sorted(workers)[0]
+        offered = [set(worker.get("resources") or {}) for worker in workers.values()]
+        # Asking for what no worker offers would wait for ever.
+        self._offered = set.intersection(*offered) if offered else set()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.__exit__(kind, error, trace)
+
+    def submit(
+        self, task: Task[..., Any], spec: StepSpec, parameters: dict[str, Any], *, priority: int, home: bool
+    ) -> PrefectFuture[Any]:
+        """Submit one task.
+
+        Args:
+            task: to run.
+            spec: of its step.
+            parameters: of the task.
+            priority: higher ones are started first.
+            home: on the worker that keeps the state of steps that follow one another, unless it is gone.
+        """
+        annotations: dict[str, Any] = {"priority": priority}
+        resources = resources_of(spec.needs, self._offered)
+        if resources:
+            annotations["resources"] = resources
+        if home:
+            annotations |= {"workers": [self._home], "allow_other_workers": True}
+        with dask.annotate(**annotations):
+            return self._runner.submit(task, parameters)
+
+    def cancel(self, futures: list[PrefectFuture[Any]]) -> None:
+        """Take back what has not started."""
+        with suppress(Exception):  # a scheduler that is gone has nothing to take back
+            self._runner.client.cancel([future.wrapped_future for future in futures])  # type: ignore[attr-defined]
+
+
+def resources_of(needs: Needs, offered: set[str]) -> dict[str, float]:
+    """Dask resources that a step asks of a worker: ``GPU`` (one) and ``MEMORY`` (bytes), as far as all offer them."""
+    wanted = {"GPU": 1.0 if needs.device else 0.0, "MEMORY": float(needs.memory_bytes)}
+    return {name: amount for name, amount in wanted.items() if name in offered and amount > 0}
+
+
+def carry_out_there(label: str, spec: dict[str, Any], config: dict[str, Any], folder: str) -> Any:
+    """Body of every task on a cluster: run a step on the worker that this is; gives what the flow's ledger needs."""
+    from distributed import get_worker
+
+    run = RunConfig.from_mapping(config, folder)
+    log = get_run_logger()
+    idle = _idle_runners(get_worker(), digest_json([config, folder]))
+    try:
+        runner = idle.pop()
+    except IndexError:
+        runner = _new_runner(run)
+    log.info("%s: on %s", label, runner.place)
+    try:
+        outcome = runner.run(StepSpec.from_json(spec), _LogOnly(log))
+    finally:
+        idle.append(runner)
+    log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)
+    data = {"uri": open_store(run).uri(outcome.ref), "seconds": outcome.seconds, "reused": outcome.reused}
+    if outcome.reused:
+        return Completed(name="Cached", message=f"reused {data['uri']}", data=data)
+    return data
+
+
+def _idle_runners(worker: Any, run: str) -> deque[Runner]:
+    """The worker's runners that are free, of one run at a time: those of an earlier one are let go of."""
+    kept: Mapping[str, deque[Runner]] = worker.__dict__.setdefault("mlorq_runners", {})
+    if run not in kept:
+        for old in [runner for runners in kept.values() for runner in runners]:
+            old.close()
+        kept = worker.__dict__["mlorq_runners"] = {run: deque()}
+    return kept[run]
+
+
+def _new_runner(config: RunConfig) -> Runner:
+    device = devices(config)[0]
+    return make_runner(config, device, lambda: Workbench(config, open_store(config), device))
+
+
+class _LogOnly:
+    """A watch on a cluster's worker: the flow hears of a step when it is over."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def log(self, line: str) -> None:
+        self._log.debug("%s", line)

@@ -1,0 +1,173 @@
+"""Steps in a child process of the flow, one process a device, which sees that device alone.
+
+The interpreter lock, CUDA contexts and leaks of the work stay out of the flow. The child is
+``python -m steps --serve``: it imports torch and loads model and data once, and takes one step after another. It is
+started with the first step and, if it was lost, again with the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from typing import IO, Any
+
+from flows.runners.base import POLL_SECONDS, Watch
+from mlorq.config import RunConfig
+from mlorq.errors import TransientError
+from steps.base import Outcome, StepSpec
+from steps.messages import Description, outcome_of, refuse_memory_store
+
+LAST_LINES = 20  # of what a lost child said, for the error
+
+
+class ChildRunner:
+    """Runs steps in a child process.
+
+    Args:
+        config: the run's.
+        device: ``cpu``, ``cuda:0`` … as this process sees it.
+
+    Raises:
+        StoreError: the store lives in one process only.
+    """
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        refuse_memory_store(config)
+        self.config = config
+        self.device = device
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._said: deque[str] = deque(maxlen=LAST_LINES)
+        self._watch: Watch | None = None
+        self._busy = False
+
+    @property
+    def place(self) -> str:
+        """The device, and that it is a process of its own."""
+        return f"{self.device} in a child process"
+
+    def run(self, spec: StepSpec, watch: Watch) -> Outcome:
+        """Run a step in the child."""
+        self._watch = watch
+        inside = "cpu" if self.device == "cpu" else "cuda:0"  # the child sees no other
+        with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder:
+            path = os.path.join(folder, "step.json")
+            with open(path, "wb") as file:
+                file.write(Description(spec, self.config, inside).to_bytes())
+            try:
+                return outcome_of(self._ask({"name": spec.step, "spec": path}, spec.label, watch), spec.label)
+            except BaseException:
+                if self._busy:
+                    self.close()  # interrupted: what it does now is not wanted any more
+                raise
+            finally:
+                self._watch = None
+
+    def _ask(self, request: dict[str, Any], label: str, watch: Watch) -> dict[str, Any]:
+        """Send a request and see to the events up to the last."""
+        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        assert process.stdin is not None
+        self._busy = True
+        with contextlib.suppress(BrokenPipeError):  # it is gone: the end of its output says so
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        while True:
+            try:
+                line = self._lines.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                watch.check()
+                continue
+            if line is None:
+                raise TransientError(f"{label}: its process {self._how_it_ended(process)}")
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "progress":
+                watch.progress(event["done"], event["total"])
+                continue
+            self._busy = False
+            return event
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._lines, self._said = queue.SimpleQueue(), deque(maxlen=LAST_LINES)
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-m", "steps", "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=child_environment(self.device, self.config.engine.threads),
+            start_new_session=True,  # the terminal's Ctrl-C is for us, who then end the child
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for target, stream, lines in ((_pass_on, process.stdout, self._lines), (self._listen, process.stderr, None)):
+            arguments = (stream,) if lines is None else (stream, lines)
+            threading.Thread(target=target, args=arguments, daemon=True).start()
+        return process
+
+    def _listen(self, stream: IO[str]) -> None:
+        for line in stream:
+            text = line.rstrip()
+            self._said.append(text)
+            watch = self._watch
+            if watch is not None and text:
+                watch.log(text)
+
+    def _how_it_ended(self, process: subprocess.Popen[str]) -> str:
+        status = process.wait()
+        said = "".join(f"\n  {line}" for line in self._said)
+        if status < 0:
+            name = signal.Signals(-status).name
+            why = " (out of memory?)" if -status == signal.SIGKILL else ""
+            return f"was ended by {name}{why}{said}"
+        return f"ended with status {status}{said}"
+
+    def close(self) -> None:
+        """End the child at once: the store is whole at any moment."""
+        process, self._process = self._process, None
+        self._busy = False
+        if process is None:
+            return
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what user code may have started
+        process.wait()
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def _pass_on(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def child_environment(device: str, threads: int | None) -> dict[str, str]:
+    """The environment of a process that may use one device.
+
+    Args:
+        device: ``cpu`` or ``cuda:N``, N counting the devices that this process sees.
+        threads: CPU threads; None leaves it to torch.
+    """
+    environment = dict(os.environ)
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = environment.get("PYTHONPATH")
+    # Where the packages are used from a checkout, the child finds the same ones.
+    environment["PYTHONPATH"] = root if not path else os.pathsep.join((root, path))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        index = int(device.partition(":")[2] or 0)
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    return environment
