@@ -67,11 +67,15 @@ def handed() -> Handed | None:
 def open_bench(config: RunConfig) -> Workbench:
     """A workbench on the run's first device; nothing is loaded yet.
 
+    Where steps run elsewhere, the flow's own process only looks at model and data: on the CPU, which leaves the devices
+    to the steps.
+
     Raises:
         ConfigError: a device is not there.
         StoreError: the store's URL is of no known kind.
     """
-    return Workbench(config, open_store(config), devices(config)[0])
+    elsewhere = config.engine.steps != "inprocess" or config.engine.runner == "dask"
+    return Workbench(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
 
 
 def prepare(config: RunConfig, budgets: Sequence[str], *, allocate_only: bool = False) -> Workbench:

@@ -182,8 +182,17 @@ def moments_file(layer: str) -> str:
     return f"moments/{layer}.safetensors"
 
 
+def local_devices(config: RunConfig) -> list[str]:
+    """The devices that the flow's own machine gives to steps; a cluster's workers have theirs.
+
+    Raises:
+        ConfigError: a device asked for is not there.
+    """
+    return ["cpu"] if config.engine.runner == "dask" else devices(config)
+
+
 def devices(config: RunConfig) -> list[str]:
-    """The devices that a run may use.
+    """The devices of this machine that a run may use; what a cluster's workers have is for them to say.
 
     Raises:
         ConfigError: a device asked for is not there.

@@ -48,6 +48,7 @@ class ChildRunner:
         self._said: deque[str] = deque(maxlen=LAST_LINES)
         self._watch: Watch | None = None
         self._busy = False
+        self._listener: threading.Thread | None = None
 
     @property
     def place(self) -> str:
@@ -107,21 +108,24 @@ class ChildRunner:
         )
         assert process.stdout is not None
         assert process.stderr is not None
-        for target, stream, lines in ((_pass_on, process.stdout, self._lines), (self._listen, process.stderr, None)):
-            arguments = (stream,) if lines is None else (stream, lines)
-            threading.Thread(target=target, args=arguments, daemon=True).start()
+        threading.Thread(target=_pass_on, args=(process.stdout, self._lines), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
+        self._listener.start()
         return process
 
     def _listen(self, stream: IO[str]) -> None:
-        for line in stream:
-            text = line.rstrip()
-            self._said.append(text)
-            watch = self._watch
-            if watch is not None and text:
-                watch.log(text)
+        with stream:
+            for line in stream:
+                text = line.rstrip()
+                self._said.append(text)
+                watch = self._watch
+                if watch is not None and text:
+                    watch.log(text)
 
     def _how_it_ended(self, process: subprocess.Popen[str]) -> str:
         status = process.wait()
+        if self._listener is not None:
+            self._listener.join(timeout=1.0)  # for its last words; a grandchild may keep the pipe open
         said = "".join(f"\n  {line}" for line in self._said)
         if status < 0:
             name = signal.Signals(-status).name
@@ -145,8 +149,9 @@ class ChildRunner:
 
 
 def _pass_on(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
     lines.put(None)
 
 

@@ -1,0 +1,97 @@
+"""A worker or the server is killed in the middle of a deployed run: run again, only what is missing is computed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts.prefect_stack import Stack
+from tests.test_cli import FACTORY, write_project
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+LAYERS = 6
+STEPS = 1 + 1 + LAYERS + LAYERS + 1 + 1 + LAYERS + 1 + 1 + 1
+DEPLOYMENT = """
+name: faults
+deployments:
+- name: compress
+  entrypoint: flows/compress.py:compress_flow
+  work_pool: {name: faults}
+"""
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
+    with Stack(folder) as stack:
+        stack.start_server()
+        stack.create_pool("faults", "process")
+        (folder / "prefect.yaml").write_text(DEPLOYMENT)
+        stack.prefect("deploy", "--all", "--prefect-file", str(folder / "prefect.yaml"))
+        yield stack
+
+
+def slow_project(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Parameters of a run whose fan-outs take some seconds."""
+    path = write_project(folder, budget="4bit", rounding={"method": "nearest"}, **changes)
+    slow = FACTORY.replace("        return self.head(", "        time.sleep(0.01)\n        return self.head(")
+    (folder / "tiny_project.py").write_text(f"import time\n{slow}")
+    return {"config": yaml.safe_load(path.read_text()), "folder": str(folder)}
+
+
+def manifests(store: Path, step: str = "*") -> dict[str, int]:
+    """Every artifact of a step with the time it was finished."""
+    return {str(path): path.stat().st_mtime_ns for path in store.glob(f"{step}/*/manifest.json")}
+
+
+def wait_for(store: Path, step: str, count: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while len(manifests(store, step)) < count:
+        assert time.monotonic() < deadline, manifests(store)
+        time.sleep(0.02)
+
+
+def test_a_killed_worker(stack: Stack, tmp_path: Path) -> None:
+    parameters = slow_project(tmp_path)
+    store = tmp_path / "store"
+    worker = stack.start_worker("faults")
+    first = stack.run("compress/compress", parameters)
+    wait_for(store, "sensitivity", 2)
+    stack.kill(worker)  # with the flow's process
+    before = manifests(store)
+    assert 2 <= len(manifests(store, "sensitivity")) < LAYERS
+    # The server cannot know yet; what says so to it is the next worker's business or the user's.
+    assert stack.flow_run(first)["state_name"] == "Running"
+    worker = stack.start_worker("faults")
+    second = stack.run("compress/compress", parameters)
+    stack.wait(second)
+    assert before.items() <= manifests(store).items()
+    states = stack.task_states(second, STEPS)
+    assert states == {"Cached": len(before), "Completed": STEPS - len(before)}
+    stack.kill(worker, signal.SIGTERM)
+
+
+def test_a_killed_server(stack: Stack, tmp_path: Path) -> None:
+    parameters = slow_project(tmp_path)
+    store = tmp_path / "store"
+    worker = stack.start_worker("faults")
+    first = stack.run("compress/compress", parameters)
+    wait_for(store, "sensitivity", 2)
+    stack.kill("server")
+    before = manifests(store)
+    time.sleep(3)
+    stack.start_server()
+    # Whether the run itself got over it is Prefect's affair: run again, it is finished and nothing is done twice.
+    second = stack.run("compress/compress", parameters)
+    stack.wait(second)
+    stack.wait(first)
+    assert before.items() <= manifests(store).items()
+    assert len(manifests(store)) == STEPS
+    stack.kill(worker, signal.SIGTERM)
