@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     # Imported late: `mlorq --help` and mistakes in arguments answer at once.
-    from flows import commands
+    from flows import commands, store_commands
 
+    home = store_commands if arguments.command == "store" else commands
     with quiet_stdout():
-        finish = getattr(commands, arguments.command)(arguments)
+        finish = getattr(home, arguments.command)(arguments)
     # Only now, with standard output our own again, the result is printed.
     return int(finish())
 
@@ -90,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _running(rebudget)
 
+    sweep = commands.add_parser("sweep", help="a ladder of budgets on one search, and the size-accuracy curve")
+    _configured(sweep)
+    sweep.add_argument("--output", metavar="DIR", help="write the curve there: picture, page and table")
+    _running(sweep)
+
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a configuration's evaluation data")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or fsspec URL")
     _configured(evaluate, budget=False)
@@ -104,9 +110,32 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--store", metavar="URL", help="the store itself")
     runs.add_argument("--json", action="store_true", help="print one JSON object")
 
+    report = commands.add_parser("report", help="a run's page, with its place among the runs of the same model")
+    report.add_argument("run", metavar="RUN", help="name of a run, as mlorq runs lists it")
+    report.add_argument("config", nargs="?", metavar="CONFIG", help="configuration that names the store")
+    report.add_argument("--store", metavar="URL", help="the store itself")
+    report.add_argument("--output", metavar="FILE.html", help="write one page that needs no other file")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+
+    _store_commands(commands.add_parser("store", help="what a store holds, whether it is whole, what of it can go"))
+
     models = commands.add_parser("models", help="models that are known to work")
     models.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _store_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="store_command", required=True, metavar="COMMAND")
+    ls = commands.add_parser("ls", help="artifacts by step")
+    ls.add_argument("--step", metavar="NAME", help="the artifacts of one step, one by one")
+    verify = commands.add_parser("verify", help="compare every file with its manifest")
+    gc = commands.add_parser("gc", help="remove what none of the named runs needs")
+    gc.add_argument("--keep", action="append", metavar="RUN", help="a run that stays; may be given several times")
+    gc.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    for command in (ls, verify, gc):
+        command.add_argument("config", nargs="?", metavar="CONFIG", help="configuration that names the store")
+        command.add_argument("--store", metavar="URL", help="the store itself")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _configured(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flows.store_commands import named_store
 from mlorq.config import RunConfig, resolve_location
 from mlorq.errors import CheckpointError, ConfigError, MlorqError, StoreError
 
 if TYPE_CHECKING:
+    from mlorq.store import ArtifactRef, Store
     from steps.workbench import Workbench
 
 Finish = Callable[[], int]
@@ -117,6 +120,39 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
+def sweep(arguments: argparse.Namespace) -> Finish:
+    """A ladder of budgets and its size-accuracy curve."""
+    from mlorq.memory import parse_budget
+
+    config = _read_config(arguments)
+    for budget in arguments.budget or []:
+        parse_budget(budget)
+    if arguments.output is not None:
+        _check_output(arguments.output)
+    found = _flow(arguments, config, arguments.budget)
+    if arguments.output is not None:
+        from flows.sweep import curve_files
+        from mlorq.checkpoint import save
+
+        files = curve_files(found["results"])
+        save(files, arguments.output)
+        found["output"] = [f"{arguments.output.rstrip('/')}/{name}" for name in files]
+
+    def finish() -> int:
+        from flows.render import console, print_budgets
+
+        if arguments.json:
+            print_json(found)
+            return 0
+        out = console()
+        print_budgets(found["results"], out)
+        for location in found.get("output") or (found["curve"] or {}).values():
+            out.print(location, markup=False, soft_wrap=True)
+        return 0
+
+    return finish
+
+
 def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
     from mlorq.memory import parse_budget
 
@@ -136,7 +172,7 @@ def _command(arguments: argparse.Namespace) -> str:
     return " ".join(["mlorq compress", shlex.quote(str(arguments.config)), *changed])
 
 
-def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str]) -> dict[str, Any]:
+def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] | None) -> dict[str, Any]:
     """Run the command's flow on a configured Prefect server or an embedded one."""
     from flows.server import PrefectSession
 
@@ -146,15 +182,23 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str]) 
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 
-        bench = prepare(config, budgets, allocate_only=allocate_only)
+        sweeping = arguments.command == "sweep"
+        bench = prepare(config, [] if sweeping else budgets or [], allocate_only=allocate_only)
         from flows.compress import compress_flow
         from flows.rebudget import rebudget_flow
+        from flows.sweep import ladder, sweep_flow
 
+        if sweeping:
+            budgets, left_out = ladder(bench, budgets)
+            if left_out:
+                _say(f"left out, smaller than the model can be made: {', '.join(left_out)}")
         session.ready()
         values = config.model_dump(mode="json")
         with handing(Handed(bench, terminal_progress(), _command(arguments), session.expect, arguments.interrupted)):
             if arguments.command == "compress":
                 return compress_flow(values, config.folder, budgets)
+            if sweeping:
+                return sweep_flow(values, config.folder, budgets)
             return rebudget_flow(values, config.folder, budgets, allocate_only)
 
 
@@ -327,16 +371,7 @@ def inspect(arguments: argparse.Namespace) -> Finish:
 
 def runs(arguments: argparse.Namespace) -> Finish:
     """List finished runs, oldest first; damaged ones are named at the end."""
-    from mlorq.store import Store
-
-    if (arguments.config is None) == (arguments.store is None):
-        raise ConfigError("runs: name the store by a configuration or by --store URL")
-    if arguments.store is None:
-        config = RunConfig.from_yaml(arguments.config)
-        url = config.resolve(config.store)
-    else:
-        url = resolve_location(arguments.store, os.getcwd())
-    store = Store(url)
+    store = named_store(arguments)
     found, damaged = [], []
     sizes = ("budget_bytes", "bytes", "file_bytes", "float_bytes")
     keys = ("run", "model", "budget", *sizes, "nmse", "metric", "checkpoint")
@@ -353,7 +388,7 @@ def runs(arguments: argparse.Namespace) -> Finish:
         from flows.render import console, print_runs
 
         if arguments.json:
-            print_json({"store": url, "runs": found})
+            print_json({"store": store.url, "runs": found})
         else:
             print_runs(found, console())
         if damaged:
@@ -361,6 +396,62 @@ def runs(arguments: argparse.Namespace) -> Finish:
         return 0
 
     return finish
+
+
+def report(arguments: argparse.Namespace) -> Finish:
+    """Where a run's page and picture are, or one page of it, with its place among the runs of the same model."""
+    from mlorq.report import render_report, size_accuracy_picture
+
+    if arguments.output is not None:
+        _check_output(os.path.dirname(arguments.output) or ".")
+    store = named_store(arguments)
+    known = {run["run"]: (ref, run) for ref, run in _results(store)}
+    if arguments.run not in known:
+        near = difflib.get_close_matches(arguments.run, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise StoreError(f"no run {arguments.run!r} in the store {store.url} (see mlorq runs){hint}")
+    ref, result = known[arguments.run]
+    # The float model's evaluation is one of a model and of evaluation data: who shares it can be compared.
+    same = [run for _, run in known.values() if run["artifacts"]["baseline"] == result["artifacts"]["baseline"]]
+    found = {
+        "run": result["run"],
+        "page": store.uri(ref, "report.html"),
+        "picture": store.uri(ref, "report.png"),
+        "compared_with": sorted(run["run"] for run in same if run is not result),
+        "output": arguments.output,
+    }
+    if arguments.output is not None:
+        title = f"{result['model']}: {result['run']} (orange) among {len(same)} runs"
+        curve = size_accuracy_picture(same, title, highlight=result["run"]) if len(same) > 1 else None
+        _write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve))
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(found)
+        else:
+            print(arguments.output or f"{found['page']}\n{found['picture']}")
+        return 0
+
+    return finish
+
+
+def _results(store: Store) -> Iterator[tuple[ArtifactRef, dict[str, Any]]]:
+    """Result objects of the store's runs; damaged ones are told about and left out."""
+    for ref in store.refs("summary"):
+        try:
+            yield ref, store.read_json(ref, "run.json")
+        except MlorqError as error:
+            _say(f"note: {error}")
+
+
+def _write_file(location: str, data: bytes) -> None:
+    import fsspec
+
+    try:
+        with fsspec.open(resolve_location(location, os.getcwd()), "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise StoreError(f"{location} cannot be written: {error}") from error
 
 
 def models(arguments: argparse.Namespace) -> Finish:

@@ -6,19 +6,22 @@ from typing import Any
 
 from prefect import flow
 
+from flows.forms import ConfigFile, RunForm
 from flows.pipeline import carry_out, run_name
 
 
-@flow(name="compress", flow_run_name=run_name, persist_result=False, result_serializer="json")
-def compress_flow(config: dict[str, Any], folder: str = "", budgets: list[str] | None = None) -> dict[str, Any]:
+@flow(
+    name="compress", flow_run_name=run_name, validate_parameters=False, persist_result=False, result_serializer="json"
+)
+def compress_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str] | None = None) -> dict[str, Any]:
     """Compress a model: search, allocation, rounding, checkpoint and evaluation; what is in the store is reused.
 
     Args:
-        config: the run's configuration, as in a YAML file.
-        folder: that its relative paths start from.
-        budgets: instead of the configuration's.
+        config: what to compress, on which data, and how; or the file that says so.
+        folder: that relative paths of the configuration start from; empty: the working directory.
+        budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
 
     Returns:
         ``{"results": [one public object a budget], "steps": {"computed", "reused"}, "wall_seconds"}``.
     """
-    return carry_out(config, folder, budgets)
+    return carry_out(config, folder, budgets, announce=True)

@@ -3,61 +3,92 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
+from flows.events import SearchWatch
 from flows.executor import PrefectExecutor
-from flows.progress import Observers, PrefectProgress
-from flows.render import result_markdown
+from flows.forms import read_config
+from flows.progress import Observer, Observers, PrefectProgress, format_seconds
+from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare, results_json
-from mlorq.config import RunConfig
 from mlorq.errors import MlorqError
-from steps.pipeline import run_pipeline
+from mlorq.report import size_accuracy_picture
+from steps.pipeline import Compressed, run_pipeline
 from steps.summary import model_name, short_name
-from steps.workbench import devices
+from steps.workbench import Workbench, local_devices
 
 
 def run_name() -> str:
     """Name of a flow run: the model and the budgets."""
+    return name_of_run()
+
+
+def name_of_run(default: Sequence[str] | None = None) -> str:
+    """Name of a flow run.
+
+    Args:
+        default: budgets, where the run is given none; None for the configuration's.
+    """
     parameters = flow_run.parameters
     try:
-        config = RunConfig.from_mapping(parameters["config"], parameters.get("folder") or "")
+        config = read_config(parameters["config"], parameters.get("folder") or "")
     except MlorqError:
         return "of a wrong configuration"  # which the flow then says, so that the run counts as failed
-    budgets = parameters.get("budgets") or config.budgets
+    budgets = parameters.get("budgets") or default or config.budgets
     # Of a factory package:function, the package says more.
     name = (config.model.factory or "").partition(":")[0] or short_name(config)
     return f"{name} {' '.join(budgets)}"
 
 
 def carry_out(
-    config: Mapping[str, Any], folder: str, budgets: Sequence[str] | None, *, allocate_only: bool = False
+    config: Any,
+    folder: str,
+    budgets: Sequence[str] | None,
+    *,
+    allocate_only: bool = False,
+    announce: bool = False,
 ) -> dict[str, Any]:
     """Run the pipeline inside a flow run; ``flows.run.results_json`` says what comes back.
 
     Args:
-        config: of the run, as plain values.
+        config: of the run, as plain values, or where its file is.
         folder: that relative paths start from.
         budgets: instead of the configuration's.
         allocate_only: stop after the integer programs, and compute nothing else.
+        announce: emit an event when the search is finished (``flows.events``).
 
     Raises:
         MlorqError: the input is at fault.
     """
     started = time.perf_counter()
-    run_config = RunConfig.from_mapping(dict(config), folder)
+    run_config = read_config(config, folder)
     budgets = list(budgets or run_config.budgets)
     given = handed()
     bench = given.bench if given else prepare(run_config, budgets, allocate_only=allocate_only)
+    return run_on(bench, budgets, started, allocate_only=allocate_only, announce=announce)
+
+
+def run_on(
+    bench: Workbench, budgets: list[str], started: float, *, allocate_only: bool = False, announce: bool = False
+) -> dict[str, Any]:
+    """``carry_out`` where model and data are loaded and checked."""
+    config, log = bench.config, get_run_logger()
     subject = f"{model_name(bench)} {' '.join(budgets)}"
-    observer = Observers([PrefectProgress(subject), *([given.observer] if given else [])])
+    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), bench.store.url)
+    given = handed()
+    observers: list[Observer] = [PrefectProgress(subject)]
+    observers += [SearchWatch(config, model_name(bench), budgets)] if announce else []
+    observers += [given.observer] if given else []
+    observer = Observers(observers)
     only = (given.command if given else "the compress flow") if allocate_only else None
     interrupted = given.interrupted if given else None
-    workers = PrefectExecutor(bench, observer, devices(run_config), allocate_only=only, interrupted=interrupted)
+    workers = PrefectExecutor(bench, observer, local_devices(config), allocate_only=only, interrupted=interrupted)
     try:
         with closing(observer), workers as executor:
             results = run_pipeline(bench, executor, budgets, allocate_only=allocate_only)
@@ -65,9 +96,52 @@ def carry_out(
         if given is not None:
             given.record(str(flow_run.id), workers.task_runs)
     found = results_json(bench, workers.ledger, results, started)
-    for result in found["results"]:
-        create_table_artifact(
-            key="allocation", table=result["allocation"], description=f"{result['run']}: what every layer became"
-        )
-        create_markdown_artifact(key="result", markdown=result_markdown(result), description=result["run"])
+    for compressed, result in zip(results, found["results"], strict=True):
+        log.info("%s", result_line(result))
+        _show_result(bench, compressed, result)
+    show("budgets", lambda key: create_table_artifact(key=key, table=budgets_table(found["results"])))
+    if len(found["results"]) > 1 and not allocate_only:
+        show_curve(found["results"], f"{model_name(bench)}: size and accuracy")
+    steps = found["steps"]
+    took = format_seconds(found["wall_seconds"])
+    log.info("%d steps computed, %d reused, in %s", steps["computed"], steps["reused"], took)
     return found
+
+
+# -- what Prefect's pages show ------------------------------------------------------------------------------------
+
+
+def show(key: str, create: Callable[[str], object]) -> None:
+    """Make an artifact of Prefect's. The result is in the store: that Prefect cannot take a page fails no run."""
+    try:
+        create(key)
+    except Exception as error:
+        get_run_logger().warning("artifact %r could not be made: %r", key, error)
+
+
+def show_curve(results: Sequence[dict[str, Any]], title: str) -> bytes:
+    """The size–accuracy plot as an artifact; gives the PNG."""
+    picture = size_accuracy_picture(results, title)
+    markdown = picture_markdown(title, picture)
+    show("size-accuracy", lambda key: create_markdown_artifact(key=key, markdown=markdown, description=title))
+    return picture
+
+
+def _show_result(bench: Workbench, compressed: Compressed, result: dict[str, Any]) -> None:
+    """One budget's pages: a table of its layers, its totals with links, the fronts with what was chosen."""
+    run = result["run"]
+    table, about = result["allocation"], f"{run}: what every layer became"
+    show("allocation", lambda key: create_table_artifact(key=key, table=table, description=about))
+    files: dict[str, str] = {}
+    if compressed.summary is not None:
+        store, summary = bench.store, compressed.summary
+        files = {name: store.uri(summary, name) for name in ("report.html", "report.png", "run.json")}
+        try:
+            picture = picture_markdown(run, store.read_bytes(summary, "report.png"))
+        except MlorqError as error:
+            get_run_logger().warning("no picture of %s: %s", run, error)
+        else:
+            fronts = f"{run}: candidates of all layers and what was chosen"
+            show("pareto", lambda key: create_markdown_artifact(key=key, markdown=picture, description=fronts))
+    page = result_markdown(result, files)
+    show("result", lambda key: create_markdown_artifact(key=key, markdown=page, description=run))

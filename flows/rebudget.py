@@ -6,19 +6,22 @@ from typing import Any
 
 from prefect import flow
 
+from flows.forms import ConfigFile, RunForm
 from flows.pipeline import carry_out, run_name
 
 
-@flow(name="rebudget", flow_run_name=run_name, persist_result=False, result_serializer="json")
+@flow(
+    name="rebudget", flow_run_name=run_name, validate_parameters=False, persist_result=False, result_serializer="json"
+)
 def rebudget_flow(
-    config: dict[str, Any], folder: str = "", budgets: list[str] | None = None, allocate_only: bool = False
+    config: RunForm | ConfigFile, folder: str = "", budgets: list[str] | None = None, allocate_only: bool = False
 ) -> dict[str, Any]:
     """Compress a model to further budgets.
 
     Args:
-        config: the run's configuration, as in a YAML file.
-        folder: that its relative paths start from.
-        budgets: instead of the configuration's.
+        config: of the run that searched the model, or the file that says it.
+        folder: that relative paths of the configuration start from; empty: the working directory.
+        budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
         allocate_only: stop after the integer programs; the search must be in the store then.
 
     Returns:

@@ -117,13 +117,69 @@ def print_result(result: Mapping[str, Any], out: Console, *, load: str | None = 
         out.print(f"load it with: {load}", markup=False, soft_wrap=True)
 
 
-def result_markdown(result: Mapping[str, Any]) -> str:
-    """One result as a Markdown page."""
+def result_markdown(result: Mapping[str, Any], files: Mapping[str, str] | None = None) -> str:
+    """One result as a Markdown page.
+
+    Args:
+        result: the public result object.
+        files: of the run in the store, by what they are called.
+    """
     lines = [f"# {result['run']}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in result_facts(result)]
     if result.get("checkpoint"):
-        lines.append(f"| checkpoint | `{result['checkpoint']}` |")
+        lines.append(f"| checkpoint | {location_markdown(result['checkpoint'])} |")
+    lines += [f"| {name} | {location_markdown(uri)} |" for name, uri in (files or {}).items()]
+    if result.get("checkpoint"):
+        where = result["checkpoint"].removeprefix("file://")
+        lines += ["", "```python", "import mlorq", "", f'model = mlorq.load("{where}")', "```"]
     return "\n".join(lines) + "\n"
+
+
+def location_markdown(uri: str) -> str:
+    """A place in the store: a link where a browser follows it, else text to copy.
+
+    Browsers open neither ``s3://`` nor, from a page that came over the network, ``file://``.
+    """
+    return f"[{uri}]({uri})" if uri.startswith(("http://", "https://")) else f"`{uri}`"
+
+
+def picture_markdown(title: str, picture: bytes) -> str:
+    """A picture as a Markdown page that holds it; on Prefect's page of an image, so long a URL runs over the edge."""
+    from mlorq.report import data_url, small_picture
+
+    return f"![{title}]({data_url(small_picture(picture))})\n"
+
+
+def budgets_table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The final result of a run, one row a budget."""
+    rows = []
+    for result in results:
+        row = {"run": result["run"], "budget": result["budget"], "bytes": result["bytes"]}
+        if result.get("float_bytes"):
+            row |= {
+                "file_bytes": result["file_bytes"],
+                "float_bytes": result["float_bytes"],
+                "times_smaller": round(result["float_bytes"] / max(1, result["bytes"]), 2),
+            }
+        row["predicted_cost"] = result["predicted_cost"]
+        if result.get("nmse") is not None:
+            row["nmse"] = result["nmse"]
+        metric = result.get("metric")
+        if metric:
+            row |= {metric["name"]: metric["compressed"], f"{metric['name']}_float": metric["float"]}
+        rows.append(row | ({"checkpoint": result["checkpoint"]} if result.get("checkpoint") else {}))
+    return rows
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+    """One result in a line of a log."""
+    parts = [f"{result['run']}: {size(result['bytes'])} for the compressible layers"]
+    if result.get("nmse") is not None:
+        parts.append(f"output NMSE {result['nmse']:.4g}")
+    metric = result.get("metric")
+    if metric and metric["compressed"] is not None and metric["float"] is not None:
+        parts.append(f"{metric['name']} {metric['compressed']:.4f} (float {metric['float']:.4f})")
+    return ", ".join(parts)
 
 
 # -- the other commands -------------------------------------------------------------------------------------------
@@ -208,6 +264,19 @@ def _short(architecture: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in architecture.items()
         if isinstance(value, (str, int, float)) and len(str(value)) <= 60
     }
+
+
+def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """The end of ``mlorq sweep``."""
+    cells = []
+    for result in results:
+        metric = result["metric"]
+        value = "" if metric is None else f"{metric['name']} {metric['compressed']:.4f} (float {metric['float']:.4f})"
+        smaller = f"{result['float_bytes'] / max(1, result['bytes']):.2f}"
+        cells.append((result["run"], result["budget"], f"{result['bytes']:,}", smaller, f"{result['nmse']:.3e}", value))
+    columns = ("run", "budget", "bytes", "times smaller", "nmse", "metric")
+    out.print(grid(columns, cells, right=("bytes", "times smaller", "nmse")))
+    out.print()
 
 
 def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:

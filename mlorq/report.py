@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mlorq.pareto import pareto_front
+
 COLOURS = {"Q": "#2f6fb0", "LR": "#d1662f"}
 
 
@@ -73,8 +75,91 @@ def front_picture(
     return buffer.getvalue()
 
 
-def render_report(result: Mapping[str, Any], picture: bytes) -> bytes:
-    """One HTML page with the totals, the picture and the allocation; it needs no other file."""
+def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, highlight: str | None = None) -> bytes:
+    """A PNG: the task's metric (where there is one) and the output NMSE of several runs against their size.
+
+    The float model's metric is a dashed line. Grey lines join the runs that no smaller or equal one beats in NMSE.
+
+    Args:
+        results: the runs' result objects, of one model and one evaluation set.
+        title: of the picture.
+        highlight: ``run`` of the result to mark.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = sorted(results, key=lambda result: (result["bytes"], result["nmse"]))
+    unit, scale = next(item for item in _UNITS if results[-1]["bytes"] >= item[1] or item[1] == 1)
+    metric = next((result["metric"] for result in results if result["metric"]), None)
+    figure, axes = plt.subplots(
+        1, 1 if metric is None else 2, figsize=(6 if metric is None else 11.5, 4.2), squeeze=False
+    )
+    panels: list[tuple[Any, str, list[float]]] = []
+    if metric is not None:
+        values = [_number((result["metric"] or {}).get("compressed")) for result in results]
+        panels.append((axes[0, 0], metric["name"], values))
+        if metric["float"] is not None:
+            label = f"float32 model: {metric['float']:.4g} at {results[0]['float_bytes'] / scale:,.3g} {unit}"
+            axes[0, 0].axhline(metric["float"], color="0.35", linestyle="--", linewidth=1, label=label)
+            axes[0, 0].legend(loc="best", fontsize=8)
+    panels.append((axes[0, -1], "output NMSE", [_number(result["nmse"]) for result in results]))
+    nmse = np.array([result["nmse"] for result in results])
+    front = np.flatnonzero(pareto_front(nmse, np.array([result["bytes"] for result in results])))
+    size = [result["bytes"] / scale for result in results]
+    for axis, name, values in panels:
+        axis.plot([size[i] for i in front], [values[i] for i in front], color="0.75", linewidth=1, zorder=1)
+        colours = [COLOURS["LR" if result["run"] == highlight else "Q"] for result in results]
+        axis.scatter(size, values, color=colours, s=28, zorder=2)
+        for x, y, result in zip(size, values, results, strict=True):
+            if np.isfinite(y):
+                axis.annotate(result["budget"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(f"{unit} of the compressible layers (float32: {results[0]['float_bytes'] / scale:,.3g} {unit})")
+        axis.set_ylabel(name)
+        axis.margins(x=0.12, y=0.12)
+    if all(value > 0 for value in panels[-1][2]):
+        axes[0, -1].set_yscale("log")
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def small_picture(picture: bytes, width: int = 1000, colours: int = 48) -> bytes:
+    """A picture as a PNG of at most so many columns and colours, for pages that hold it in their text."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_url(picture: bytes) -> str:
+    """A PNG as a URL that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None = None) -> bytes:
+    """One HTML page with the totals, the picture and the allocation; it needs no other file.
+
+    Args:
+        result: the run's result object.
+        picture: of its allocation.
+        curve: its size and accuracy among other runs, where there are any.
+    """
     metric = result["metric"]
     totals = {
         "budget": f"{result['budget']} ({result['budget_bytes']:,} bytes for the compressible layers)",
@@ -93,15 +178,33 @@ def render_report(result: Mapping[str, Any], picture: bytes) -> bytes:
         for row in result["allocation"]
     )
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in totals.items())
-    image = base64.b64encode(picture).decode()
+    among = "" if curve is None else f"<img alt='size and accuracy' src='{data_url(curve)}'>"
+    content = (
+        f"<dl>{listed}</dl>"
+        f"<img alt='allocation and fronts' src='{data_url(picture)}'>{among}"
+        f"<table><tr>{head}</tr>{body}</table>"
+    )
+    return _page(result["run"], content)
+
+
+def render_sweep(title: str, rows: Sequence[Mapping[str, Any]], curve: bytes) -> bytes:
+    """One HTML page with the size–accuracy curve and a row a budget; it needs no other file."""
+    columns = list(rows[0])
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in columns) + "</tr>" for row in rows
+    )
+    content = f"<img alt='size and accuracy' src='{data_url(curve)}'><table><tr>{head}</tr>{body}</table>"
+    return _page(title, content)
+
+
+def _page(title: str, content: str) -> bytes:
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        f"<title>{html.escape(result['run'])}</title>"
+        f"<title>{html.escape(title)}</title>"
         "<style>body{font:15px system-ui;margin:2em;max-width:75em}img{max-width:100%}"
         "td,th{padding:.1em .8em;text-align:left}dt{font-weight:600}</style>"
-        f"<h1>{html.escape(result['run'])}</h1><dl>{listed}</dl>"
-        f"<img alt='allocation and fronts' src='data:image/png;base64,{image}'>"
-        f"<table><tr>{head}</tr>{body}</table></html>"
+        f"<h1>{html.escape(title)}</h1>{content}</html>"
     )
     return page.encode()
 

@@ -174,7 +174,8 @@ def open_store(config: RunConfig) -> Store:
     Raises:
         StoreError: its URL is of no known kind.
     """
-    return Store(config.resolve(config.store))
+    cache = config.engine.cache
+    return Store(config.resolve(config.store), cache=cache if cache in (None, "auto") else config.resolve(cache))
 
 
 def moments_file(layer: str) -> str:

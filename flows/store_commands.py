@@ -1,0 +1,185 @@
+"""``mlorq store ls``, ``verify`` and ``gc``: what a store holds, whether it is whole, and what of it can go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlorq.config import RunConfig, resolve_location
+from mlorq.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from mlorq.housekeeping import Folder
+    from mlorq.store import Store
+
+Finish = Callable[[], int]
+
+
+def store(arguments: argparse.Namespace) -> Finish:
+    """The command that is named."""
+    return {"ls": ls, "verify": verify, "gc": gc}[arguments.store_command](arguments)
+
+
+def named_store(arguments: argparse.Namespace) -> Store:
+    """The store that a command names by a configuration or by ``--store``, without a cache.
+
+    Raises:
+        ConfigError: neither or both are given.
+        StoreError: the URL is of no known kind.
+    """
+    from mlorq.store import Store
+
+    if (arguments.config is None) == (arguments.store is None):
+        raise ConfigError(f"{arguments.command}: name the store by a configuration or by --store URL")
+    if arguments.store is not None:
+        return Store(resolve_location(arguments.store, os.getcwd()))
+    config = RunConfig.from_yaml(arguments.config)
+    return Store(config.resolve(config.store))
+
+
+def ls(arguments: argparse.Namespace) -> Finish:
+    """Artifacts by step; with ``--step`` one by one."""
+    from mlorq.housekeeping import folders
+
+    found = named_store(arguments)
+    everything = folders(found)
+    rows = _steps(everything) if arguments.step is None else _artifacts(found, everything, arguments.step)
+    left_over = [folder for folder in everything if not folder.is_artifact]
+    total = {"artifacts": len(everything) - len(left_over), "bytes": sum(folder.bytes for folder in everything)}
+
+    def finish() -> int:
+        from flows.render import console, grid, size
+
+        if arguments.json:
+            from flows.commands import print_json
+
+            name = "steps" if arguments.step is None else "artifacts_of_step"
+            print_json({"store": found.url, **total, "left_over": len(left_over), name: rows})
+            return 0
+        out = console()
+        if rows:
+            columns = tuple(rows[0])
+            cells = [tuple(_cell(row[name]) for name in columns) for row in rows]
+            out.print(grid(columns, cells, right=("artifacts", "bytes")))
+            out.print()
+        out.print(f"{total['artifacts']:,} artifacts, {size(total['bytes'])}", markup=False)
+        if left_over:
+            out.print(f"{len(left_over)} left over from interrupted writes (mlorq store gc removes old ones)")
+        return 0
+
+    return finish
+
+
+def _steps(everything: Sequence[Folder]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for folder in everything:
+        if folder.is_artifact:
+            row = rows.setdefault(folder.ref.step, {"step": folder.ref.step, "artifacts": 0, "bytes": 0, "newest": ""})
+            row["artifacts"] += 1
+            row["bytes"] += folder.bytes
+            row["newest"] = max(row["newest"], _time(folder))
+    return list(rows.values())
+
+
+def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[dict[str, Any]]:
+    chosen = [folder for folder in everything if folder.is_artifact and folder.ref.step == step]
+    if not chosen:
+        steps = sorted({folder.ref.step for folder in everything if folder.is_artifact})
+        raise StoreError(f"no artifacts of step {step!r} in the store {found.url}; steps: {', '.join(steps) or 'none'}")
+    rows = []
+    for folder in chosen:
+        manifest = found.manifest(folder.ref) or {}
+        rows.append(
+            {
+                "key": folder.ref.key,
+                "layer": manifest.get("details", {}).get("layer"),
+                "bytes": folder.bytes,
+                "seconds": manifest.get("seconds"),
+                "created": manifest.get("created", ""),
+            }
+        )
+    return rows
+
+
+def verify(arguments: argparse.Namespace) -> Finish:
+    """Compare every file with its manifest; exit status 2 where one is damaged."""
+    from mlorq.housekeeping import verify as look_at_all
+
+    found = named_store(arguments)
+    findings = look_at_all(found, _progress("verified"))
+    left_over = [found.uri(folder.ref) for folder in findings.left_over]
+
+    def finish() -> int:
+        from flows.render import console, size
+
+        if arguments.json:
+            from flows.commands import print_json
+
+            counts = {"artifacts": findings.artifacts, "bytes": findings.bytes}
+            print_json({"store": found.url, **counts, "damaged": findings.damaged, "left_over": left_over})
+        else:
+            out = console()
+            for name in left_over:
+                out.print(f"left over from an interrupted write: {name}", markup=False, soft_wrap=True)
+            out.print(f"{findings.artifacts:,} artifacts, {size(findings.bytes)}", markup=False)
+        if findings.damaged:
+            raise StoreError(f"{len(findings.damaged)} damaged: {'; '.join(findings.damaged)}")
+        return 0
+
+    return finish
+
+
+def gc(arguments: argparse.Namespace) -> Finish:
+    """Remove what none of the named runs needs."""
+    from mlorq.housekeeping import folders, needed_by, removable, remove
+
+    if not arguments.keep:
+        raise ConfigError("store gc: name the runs that stay by --keep RUN (mlorq runs lists them)")
+    found = named_store(arguments)
+    # Listed before it is asked what is needed: what a run writes meanwhile is not in the list and stays.
+    everything = folders(found)
+    gone = removable(everything, needed_by(found, arguments.keep))
+    if not arguments.dry_run:
+        found.check_writable()
+        remove(found, gone, _progress("removed"))
+    freed = sum(folder.bytes for folder in gone)
+    row = {"artifacts": sum(folder.is_artifact for folder in gone), "bytes": freed}
+    row["left_over"] = len(gone) - row["artifacts"]
+
+    def finish() -> int:
+        from flows.render import console, size
+
+        if arguments.json:
+            from flows.commands import print_json
+
+            print_json({"store": found.url, "kept": arguments.keep, "dry_run": arguments.dry_run, "removed": row})
+            return 0
+        verb = "would be removed" if arguments.dry_run else "removed"
+        rest = f" and {row['left_over']} left-overs" if row["left_over"] else ""
+        console().print(f"{row['artifacts']:,} artifacts{rest} {verb}: {size(freed)}", markup=False)
+        return 0
+
+    return finish
+
+
+def _progress(verb: str) -> Callable[[int, int], None]:
+    """Tells about every twentieth part on standard error."""
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 20) == 0:
+            print(f"mlorq: {verb} {done}/{total}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _time(folder: Folder) -> str:
+    return "" if folder.modified is None else folder.modified.astimezone().isoformat(timespec="seconds")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,111 @@
+"""Flow ``sweep``: one model at a ladder of budgets, and its size–accuracy curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from flows.forms import ConfigFile, RunForm, read_config
+from flows.pipeline import name_of_run, run_on
+from flows.render import budgets_table
+from flows.run import handed, known_layers, prepare
+from mlorq.errors import BudgetError, MlorqError
+from mlorq.hashing import digest_json
+from mlorq.report import render_sweep, size_accuracy_picture
+from mlorq.store import ArtifactRef, json_bytes
+from steps.pipeline import compressible_budget
+from steps.workbench import Workbench
+
+LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
+ARTIFACT = "sweep"  # what the store calls it; it has a key of all it was made from, like the steps' artifacts
+CURVE, PAGE, POINTS = "size-accuracy.png", "report.html", "sweep.json"
+
+
+def sweep_name() -> str:
+    """Name of a flow run: the model and the budgets."""
+    return name_of_run(LADDER)
+
+
+@flow(name="sweep", flow_run_name=sweep_name, validate_parameters=False, persist_result=False, result_serializer="json")
+def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str] | None = None) -> dict[str, Any]:
+    """Compress a model to several budgets, searching it once, and draw what accuracy each size has.
+
+    Args:
+        config: what to compress, on which data, and how; or the file that says so. Its own budget is not looked at.
+        folder: that relative paths of the configuration start from; empty: the working directory.
+        budgets: "3bit", "12.5%", "25MB"; default: 2, 2.5, 3, 4 and 6 bit, as far as the model can be made that small.
+
+    Returns:
+        As ``compress_flow``, with ``curve``: ``{"picture", "page", "points"}``, URIs in the store.
+    """
+    started = time.perf_counter()
+    run_config = read_config(config, folder)
+    given = handed()
+    # Budgets are checked below, all of them; a default one that cannot be reached is left out and no mistake.
+    bench = given.bench if given else prepare(run_config, [])
+    chosen, left_out = ladder(bench, budgets)
+    if left_out:
+        get_run_logger().warning("left out, smaller than the model can be made: %s", ", ".join(left_out))
+    found = run_on(bench, chosen, started)
+    return found | {"curve": keep_curve(bench, found["results"])}
+
+
+def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The budgets of a sweep, and those of the default ladder that were left out because they cannot be reached.
+
+    Args:
+        bench: with model and data loaded.
+        budgets: as asked for; None for the default ones.
+
+    Raises:
+        BudgetError: names every budget asked for that not even the smallest candidates fit, or says that there is none.
+    """
+    from flows.plan import smallest_layer_bytes
+
+    if budgets is not None and not budgets:
+        raise BudgetError("budgets: none is given")
+    layers = known_layers(bench).layers
+    smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers)
+    asked = list(dict.fromkeys(budgets or LADDER))
+    reached = [budget for budget in asked if compressible_budget(bench, layers, budget) >= smallest]
+    missed = [budget for budget in asked if budget not in reached]
+    if missed and (budgets or not reached):
+        bits = 8 * smallest / sum(layer.params for layer in layers)
+        raise BudgetError(
+            f"budgets that are too small: {', '.join(missed)}; the smallest possible is {smallest} bytes for the "
+            f"compressible layers ({bits:.3g} bits a weight)"
+        )
+    return reached, missed
+
+
+def keep_curve(bench: Workbench, results: Sequence[dict[str, Any]]) -> dict[str, str] | None:
+    """Write a sweep's curve to the store unless it is there; gives the files' URIs, None where it cannot be written.
+
+    The checkpoints are in the store already, and whoever asked for the curve has it in the result and on Prefect's
+    pages: a store that can only be read fails no sweep.
+    """
+    store = bench.store
+    key = digest_json({"runs": sorted(result["run"] for result in results), "version": 1})
+    ref = ArtifactRef(ARTIFACT, key)
+    try:
+        if not store.exists(ref):
+            store.write(ARTIFACT, key, curve_files(results), details={"runs": [result["run"] for result in results]})
+    except MlorqError as error:
+        get_run_logger().warning("the curve is not in the store: %s", error)
+        return None
+    return {"picture": store.uri(ref, CURVE), "page": store.uri(ref, PAGE), "points": store.uri(ref, POINTS)}
+
+
+def curve_files(results: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    """A sweep's picture, its page that needs no other file, and its rows as JSON, by file name."""
+    name, rows = results[0]["model"], budgets_table(results)
+    picture = size_accuracy_picture(results, f"{name}: size and accuracy")
+    return {
+        CURVE: picture,
+        PAGE: render_sweep(f"{name}: {len(rows)} budgets", rows, picture),
+        POINTS: json_bytes({"model": name, "points": rows}),
+    }
