@@ -170,10 +170,11 @@ class Stack:
             raise RuntimeError(f"{method} {path}: {answer.status_code} {answer.text[:2000]}")
         return answer.json() if answer.content else None
 
-    def run(self, deployment: str, parameters: dict[str, Any]) -> str:
+    def run(self, deployment: str, parameters: dict[str, Any], job_variables: dict[str, Any] | None = None) -> str:
         """Start a run of a deployment, ``flow/deployment``; gives the run's id."""
         found = self.call("GET", f"/deployments/name/{deployment}")
-        created = self.call("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})
+        body = {"parameters": parameters, "job_variables": job_variables or {}}
+        created = self.call("POST", f"/deployments/{found['id']}/create_flow_run", body)
         return str(created["id"])
 
     def flow_run(self, run: str) -> dict[str, Any]:

@@ -6,11 +6,13 @@ measures a model. Nothing else is needed to compress any ``nn.Module`` from the 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.models.vision_transformer import VisionTransformer
@@ -29,10 +31,17 @@ def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return pixels[train], labels[train], pixels[test], labels[test]
 
 
-def build(epochs: int = 20, seed: int = 0) -> nn.Module:
-    """A ViT with three blocks, trained from a fixed seed; the same weights on every call on one machine."""
+def build(epochs: int = 20, seed: int = 0, weights: str | None = None) -> nn.Module:
+    """A ViT with three blocks, trained from a fixed seed; the same weights on every call on one machine.
+
+    ``weights`` is a file of them (safetensors): read where it is there, else written after training. Every process
+    that runs steps builds the model, and need not train it then.
+    """
     torch.manual_seed(seed)
     model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=3, num_heads=4)
+    if weights is not None and os.path.exists(weights):
+        model.load_state_dict(load_file(weights))
+        return model.eval()
     x, y, _, _ = images()
     steps = epochs * (len(x) // 64)
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
@@ -45,6 +54,8 @@ def build(epochs: int = 20, seed: int = 0) -> nn.Module:
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimiser.step()
             schedule.step()
+    if weights is not None:
+        save_file(model.state_dict(), weights)
     return model.eval()
 
 

@@ -1,0 +1,176 @@
+"""The whole product on one machine: image, server, workers, deployments, runs in two pools, events that start more.
+
+    .venv/bin/python scripts/end_to_end.py                        builds mlorq:latest from docker/Dockerfile
+    .venv/bin/python scripts/end_to_end.py --image mlorq:test     takes an image that is there, with scikit-learn in it
+
+The digits model of examples/ is compressed by the deployment `compress` in a process, then by `compress-docker` in a
+container on the same store, which must find everything and compute nothing. What `compress` has searched, and then a
+request of a user's, start `rebudget` by their events. Every state, count and artifact is checked; the first that is
+wrong ends the script with status 1. A Docker engine has to be there; the server and its database are the script's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.prefect_stack import REPOSITORY, Stack
+
+LAYERS = 14  # of the digits model
+STEPS = 1 + 1 + LAYERS + LAYERS + 1 + 1 + LAYERS + 1 + 1 + 1
+POOLS = {"mlorq": "process", "mlorq-docker": "docker", "mlorq-kubernetes": "kubernetes"}
+
+
+def say(text: str) -> None:
+    """A line on standard output, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def check(fact: bool, what: str, detail: Any = "") -> None:
+    """Say that something is as it should be, or end.
+
+    Raises:
+        SystemExit: it is not.
+    """
+    if not fact:
+        raise SystemExit(f"FAILED: {what}: {detail}")
+    say(f"  ok: {what}")
+
+
+def build_image() -> str:
+    """Build the product's image as docker/README.md says; gives its tag."""
+    tag = "mlorq:latest"
+    command = ["docker", "build", "-f", "docker/Dockerfile", "-t", tag, "--build-arg", "PACKAGES=scikit-learn", "."]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    return tag
+
+
+def make_project(folder: Path) -> dict[str, Any]:
+    """The digits model with trained weights and a store in a folder of its own; gives its configuration."""
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "examples" / "digits" / "digits.py", folder)
+    config = yaml.safe_load((REPOSITORY / "examples" / "digits" / "digits.yaml").read_text())
+    config["model"]["arguments"] = {"weights": str(folder / "digits.safetensors")}
+    config["store"] = f"file://{folder / 'store'}"
+    config["engine"] = {"devices": "cpu", "threads": 1}
+    config["rounding"] = {"method": "lra", "iterations": 50}
+    code = f"import digits; digits.build(weights={config['model']['arguments']['weights']!r})"
+    # One thread: batches are small, and the workers of other runs may want the machine.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    return dict(config)
+
+
+def contents(store: Path) -> dict[str, int]:
+    """Every file of a store with its time of change."""
+    return {str(path): path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+
+
+def wait_for_runs(stack: Stack, flow: str, count: int, seconds: float = 300) -> list[dict[str, Any]]:
+    """Until there are so many runs of a flow, all of them over.
+
+    Raises:
+        SystemExit: they did not come, or one did not complete.
+    """
+    deadline = time.monotonic() + seconds
+    while len(runs := stack.flow_runs(any_=[flow])) < count:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"FAILED: {len(runs)} runs of {flow} instead of {count}\n{stack.log('server')[-3000:]}")
+        time.sleep(1)
+    return [stack.wait(run["id"], seconds) for run in runs]
+
+
+def go(stack: Stack, folder: Path, image: str) -> None:
+    """Everything from the first server to the last check.
+
+    Raises:
+        SystemExit: something is not as it should be.
+    """
+    say("project: training the digits model")
+    config = make_project(folder)
+    store = folder / "store"
+    parameters = {"config": config, "folder": str(folder)}
+
+    say("server, pools, deployments, workers")
+    stack.start_server()
+    for name, kind in POOLS.items():
+        stack.create_pool(name, kind)
+    stack.deploy()
+    stack.start_worker("mlorq")
+    stack.start_worker("mlorq-docker", "docker")
+
+    say("compress in the process pool")
+    run = stack.run("compress/compress", parameters)
+    found = stack.wait(run, 600)
+    check(str(config["budget"]) in found["name"], f"the run is called {found['name']!r}")
+    states = stack.task_states(run, STEPS)
+    check(states == {"Completed": STEPS}, f"{STEPS} steps computed", states)
+    artifacts = stack.artifacts(run)
+    for key in ("candidates", "sensitivity", "round"):
+        item = artifacts.get(key, {})
+        check(item.get("type") == "progress" and float(item["data"]) == 100.0, f"progress artifact {key} at 100 %")
+    kinds = {item["type"] for item in artifacts.values()}
+    check({"table", "markdown", "image"} <= kinds, f"artifacts: {', '.join(sorted(artifacts))}", kinds)
+
+    say("the finished search has started rebudget")
+    further = wait_for_runs(stack, "rebudget", 1)
+    states = stack.task_states(further[0]["id"], STEPS)
+    check(states["Cached"] >= 2 + 2 * LAYERS, f"it reused the search: {dict(states)}", states)
+
+    say("compress in the docker pool, on the same store")
+    before = contents(store)
+    variables = {
+        "image": image,
+        "volumes": [f"{folder}:{folder}"],
+        "container_create_kwargs": {"user": f"{os.getuid()}:{os.getgid()}"},
+        "env": {"PREFECT_API_URL": stack.url, "PREFECT_HOME": "/tmp/prefect", "HOME": "/tmp"},
+    }
+    run = stack.run("compress/compress-docker", parameters, variables)
+    stack.wait(run, 600)
+    states = stack.task_states(run, STEPS)
+    check(states == {"Cached": STEPS}, f"all {STEPS} steps were Cached", states)
+    check(contents(store) == before, "the store is untouched")
+
+    say("an event of the user's starts rebudget")
+    stack.emit("mlorq.rebudget.requested", "user.1", {**parameters, "budgets": ["3.5bit"]})
+    *_, last = wait_for_runs(stack, "rebudget", 2)
+    check("3.5bit" in last["name"], f"the run is called {last['name']!r}")
+    states = stack.task_states(last["id"], STEPS)
+    check(states["Cached"] >= 2 + 2 * LAYERS and states["Completed"] >= 1, f"it reused the search: {dict(states)}")
+    time.sleep(5)
+    check(len(stack.flow_runs(any_=["rebudget"])) == 2, "runs that searched nothing have started no other")
+
+
+def main() -> None:
+    """Run it in a temporary folder."""
+    parser = argparse.ArgumentParser(description="The whole product on one machine, checked.")
+    parser.add_argument("--image", help="an image that is there; default: build mlorq:latest")
+    arguments = parser.parse_args()
+    image = arguments.image
+    if image is None:
+        say("image: building mlorq:latest")
+        image = build_image()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mlorq-e2e-") as temporary, Stack(Path(temporary) / "stack") as stack:
+        try:
+            go(stack, Path(temporary) / "project", image)
+        except (SystemExit, RuntimeError):
+            for log in sorted((Path(temporary) / "stack").glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr)
+            raise
+    say(f"done in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
