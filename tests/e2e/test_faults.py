@@ -1,4 +1,4 @@
-"""A worker or the server is killed in the middle of a deployed run: run again, only what is missing is computed."""
+"""A worker or the server is killed in the middle of a run, or the store is down: only what is missing is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mlorq.housekeeping import verify
+from mlorq.store import Store
 from scripts.prefect_stack import Stack
+from tests.s3 import s3_server
 from tests.test_cli import FACTORY, write_project
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -95,3 +98,27 @@ def test_a_killed_server(stack: Stack, tmp_path: Path) -> None:
     assert before.items() <= manifests(store).items()
     assert len(manifests(store)) == STEPS
     stack.kill(worker, signal.SIGTERM)
+
+
+def test_a_store_that_is_down_for_twenty_seconds(stack: Stack, tmp_path: Path) -> None:
+    with s3_server() as server:
+        url = server.new_bucket()
+        parameters = slow_project(tmp_path, store=url, engine={"devices": "cpu", "threads": 1, "cache": None})
+        worker = stack.start_worker("faults", **server.environment)
+        run = stack.run("compress/compress", parameters)
+        store = Store(url)
+        deadline = time.monotonic() + 120
+        while len(list(store.refs("sensitivity"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        with server.down_for(20):
+            time.sleep(1)
+            assert stack.flow_run(run)["state_name"] == "Running"
+        stack.wait(run)
+        states = stack.task_states(run, STEPS)
+        assert states == {"Completed": STEPS}  # the run itself got over it
+        again = stack.run("compress/compress", parameters)
+        stack.wait(again)
+        assert stack.task_states(again, STEPS) == {"Cached": STEPS}
+        assert verify(Store(url)).damaged == []
+        stack.kill(worker, signal.SIGTERM)
