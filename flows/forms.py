@@ -70,7 +70,7 @@ def _preset_form(name: str, section: type[BaseModel]) -> type[BaseModel]:
 def _make(section: type[BaseModel], title: str, fields: dict[str, Any]) -> type[BaseModel]:
     # No subclass of the section: its own checks are the run's to make, which names the key at fault. Prefect's page
     # shows the title.
-    config = ConfigDict(extra="forbid", protected_namespaces=(), title=title)
+    config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), title=title)
     made: type[BaseModel] = create_model(f"{title}Form", __config__=config, __doc__=_summary(section), **fields)
     return made
 

@@ -99,7 +99,8 @@ def run_on(
     for compressed, result in zip(results, found["results"], strict=True):
         log.info("%s", result_line(result))
         _show_result(bench, compressed, result)
-    show("budgets", lambda key: create_table_artifact(key=key, table=budgets_table(found["results"])))
+    rows, about = budgets_table(found["results"]), f"{subject}: the result"
+    show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
         show_curve(found["results"], f"{model_name(bench)}: size and accuracy")
     steps = found["steps"]

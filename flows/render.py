@@ -13,6 +13,7 @@ from rich.text import Text
 from flows.progress import format_seconds
 
 NARROWEST = 110  # columns; where the output is no terminal there is no width to fit
+LONG_FACTS = ("seconds a step",)  # of a result
 
 
 def console(stream: IO[str] | None = None) -> Console:
@@ -124,11 +125,15 @@ def result_markdown(result: Mapping[str, Any], files: Mapping[str, str] | None =
         result: the public result object.
         files: of the run in the store, by what they are called.
     """
+    # Prefect's pages break no line inside a table: what may be long stands below it.
+    pairs = result_facts(result)
     lines = [f"# {result['run']}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in result_facts(result)]
+    lines += [f"| {name} | {value} |" for name, value in pairs if name not in LONG_FACTS]
+    lines.append("")
+    lines += [f"- {name}: {value}" for name, value in pairs if name in LONG_FACTS]
     if result.get("checkpoint"):
-        lines.append(f"| checkpoint | {location_markdown(result['checkpoint'])} |")
-    lines += [f"| {name} | {location_markdown(uri)} |" for name, uri in (files or {}).items()]
+        lines.append(f"- checkpoint: {location_markdown(result['checkpoint'])}")
+    lines += [f"- {name}: {location_markdown(uri)}" for name, uri in (files or {}).items()]
     if result.get("checkpoint"):
         where = result["checkpoint"].removeprefix("file://")
         lines += ["", "```python", "import mlorq", "", f'model = mlorq.load("{where}")', "```"]

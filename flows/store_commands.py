@@ -43,6 +43,7 @@ def named_store(arguments: argparse.Namespace) -> Store:
 def ls(arguments: argparse.Namespace) -> Finish:
     """Artifacts by step; with ``--step`` one by one."""
     from mlorq.housekeeping import folders
+    from mlorq.store import hide_password
 
     found = named_store(arguments)
     everything = folders(found)
@@ -57,7 +58,7 @@ def ls(arguments: argparse.Namespace) -> Finish:
             from flows.commands import print_json
 
             name = "steps" if arguments.step is None else "artifacts_of_step"
-            print_json({"store": found.url, **total, "left_over": len(left_over), name: rows})
+            print_json({"store": hide_password(found.url), **total, "left_over": len(left_over), name: rows})
             return 0
         out = console()
         if rows:
@@ -85,10 +86,13 @@ def _steps(everything: Sequence[Folder]) -> list[dict[str, Any]]:
 
 
 def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[dict[str, Any]]:
+    from mlorq.store import hide_password
+
     chosen = [folder for folder in everything if folder.is_artifact and folder.ref.step == step]
     if not chosen:
         steps = sorted({folder.ref.step for folder in everything if folder.is_artifact})
-        raise StoreError(f"no artifacts of step {step!r} in the store {found.url}; steps: {', '.join(steps) or 'none'}")
+        where = hide_password(found.url)
+        raise StoreError(f"no artifacts of step {step!r} in the store {where}; steps: {', '.join(steps) or 'none'}")
     rows = []
     for folder in chosen:
         manifest = found.manifest(folder.ref) or {}
@@ -107,6 +111,7 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
 def verify(arguments: argparse.Namespace) -> Finish:
     """Compare every file with its manifest; exit status 2 where one is damaged."""
     from mlorq.housekeeping import verify as look_at_all
+    from mlorq.store import hide_password
 
     found = named_store(arguments)
     findings = look_at_all(found, _progress("verified"))
@@ -119,7 +124,9 @@ def verify(arguments: argparse.Namespace) -> Finish:
             from flows.commands import print_json
 
             counts = {"artifacts": findings.artifacts, "bytes": findings.bytes}
-            print_json({"store": found.url, **counts, "damaged": findings.damaged, "left_over": left_over})
+            print_json(
+                {"store": hide_password(found.url), **counts, "damaged": findings.damaged, "left_over": left_over}
+            )
         else:
             out = console()
             for name in left_over:
@@ -134,7 +141,8 @@ def verify(arguments: argparse.Namespace) -> Finish:
 
 def gc(arguments: argparse.Namespace) -> Finish:
     """Remove what none of the named runs needs."""
-    from mlorq.housekeeping import folders, needed_by, removable, remove
+    from mlorq.housekeeping import folders, needed_by, removable, remove, remove_files, temporaries
+    from mlorq.store import hide_password
 
     if not arguments.keep:
         raise ConfigError("store gc: name the runs that stay by --keep RUN (mlorq runs lists them)")
@@ -142,12 +150,15 @@ def gc(arguments: argparse.Namespace) -> Finish:
     # Listed before it is asked what is needed: what a run writes meanwhile is not in the list and stays.
     everything = folders(found)
     gone = removable(everything, needed_by(found, arguments.keep))
+    refs = {folder.ref for folder in gone}
+    in_kept = [folder for folder in temporaries(everything) if folder.ref not in refs]
     if not arguments.dry_run:
         found.check_writable()
         remove(found, gone, _progress("removed"))
-    freed = sum(folder.bytes for folder in gone)
+        remove_files(found, in_kept)
+    freed = sum(folder.bytes for folder in (*gone, *in_kept))
     row = {"artifacts": sum(folder.is_artifact for folder in gone), "bytes": freed}
-    row["left_over"] = len(gone) - row["artifacts"]
+    row["left_over"] = len(gone) - row["artifacts"] + sum(len(folder.files) for folder in in_kept)
 
     def finish() -> int:
         from flows.render import console, size
@@ -155,7 +166,8 @@ def gc(arguments: argparse.Namespace) -> Finish:
         if arguments.json:
             from flows.commands import print_json
 
-            print_json({"store": found.url, "kept": arguments.keep, "dry_run": arguments.dry_run, "removed": row})
+            shown = hide_password(found.url)
+            print_json({"store": shown, "kept": arguments.keep, "dry_run": arguments.dry_run, "removed": row})
             return 0
         verb = "would be removed" if arguments.dry_run else "removed"
         rest = f" and {row['left_over']} left-overs" if row["left_over"] else ""

@@ -14,6 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 
+from mlorq.errors import StoreError
 from mlorq.hashing import digest_bytes
 
 
@@ -23,9 +24,14 @@ def cache_folder(setting: str | None, url: str) -> str | None:
     Args:
         setting: ``auto`` for a folder a store in the user's cache, a folder, or None for no cache.
         url: of the store.
+
+    Raises:
+        StoreError: it is a URL, but not of a folder.
     """
+    if setting is not None and "://" in setting and not setting.startswith("file://"):
+        raise StoreError(f"cache {setting!r}: a folder of this machine is needed")
     if setting != "auto":
-        return setting
+        return None if setting is None else setting.removeprefix("file://")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(home, "mlorq", digest_bytes(url.encode()))
 

@@ -1,21 +1,25 @@
 """What a store holds, whether it is whole, and what of it can go: the store seen as one listing of files.
 
 A folder ``<step>/<key>/`` with a ``manifest.json`` is an artifact. Without one it is a left-over: of a write that was
-interrupted, or of one that is still going on, which is why only old ones are removed.
+interrupted, or of one that is still going on, which is why only old ones are removed. A store may lie in a bucket or a
+folder with other things in it: what is not named as the store names things is none of it, and is never touched.
 """
 
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from mlorq.errors import StoreError
 from mlorq.files import Entry, side_by_side
-from mlorq.store import MANIFEST, ArtifactRef, Store
+from mlorq.store import MANIFEST, ArtifactRef, Store, hide_password
 
 LEFT_OVER_AGE = datetime.timedelta(days=1)  # no write of one artifact takes that long
+KEY = re.compile("[0-9a-f]{32}")
+TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # as ``mlorq.files.put_file`` names what it moves in place
 
 
 @dataclass
@@ -56,12 +60,12 @@ def folders(store: Store) -> list[Folder]:
     try:
         listing = store.files.listing(store.root)
     except OSError as error:
-        raise StoreError(f"cannot list the store {store.url}: {error}") from error
+        raise StoreError(f"cannot list the store {hide_password(store.url)}: {error}") from error
     found: dict[ArtifactRef, Folder] = {}
     for path, entry in listing.items():
         step, _, rest = path.partition("/")
         key, _, name = rest.partition("/")
-        if not name or step.startswith("."):  # a file of somebody else's
+        if not name or not KEY.fullmatch(key):  # a file of somebody else's
             continue
         ref = ArtifactRef(step, key)
         found.setdefault(ref, Folder(ref)).files[name] = entry
@@ -131,7 +135,8 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
     for name in runs:
         if name not in known:
             raise StoreError(
-                f"no run {name!r} in the store {store.url}; there are: {', '.join(sorted(known)) or 'none'}"
+                f"no run {name!r} in the store {hide_password(store.url)}; "
+                f"there are: {', '.join(sorted(known)) or 'none'}"
             )
     kept = {ref for name, (ref, _) in known.items() if name in runs}
     kept |= {ArtifactRef.from_json(made) for name in runs for made in known[name][1].values()}
@@ -144,21 +149,67 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
 def removable(
     everything: Iterable[Folder], kept: set[ArtifactRef], now: datetime.datetime | None = None
 ) -> list[Folder]:
-    """What is not kept: artifacts, and left-overs of a day and older.
+    """What is not kept: artifacts, and left-overs of a day and older beside artifacts of the same step.
 
     Args:
         everything: what ``folders`` lists.
         kept: artifacts that stay.
         now: the time that left-overs' age is taken from.
     """
-    now = now or datetime.datetime.now(datetime.UTC)
+    everything = list(everything)
+    steps = {folder.ref.step for folder in everything if folder.is_artifact}
 
     def goes(folder: Folder) -> bool:
         if folder.is_artifact:
             return folder.ref not in kept
-        return folder.modified is not None and now - folder.modified >= LEFT_OVER_AGE
+        return folder.ref.step in steps and _is_old(folder.modified, now)
 
     return [folder for folder in everything if goes(folder)]
+
+
+def temporaries(everything: Iterable[Folder], now: datetime.datetime | None = None) -> list[Folder]:
+    """In artifacts, files of a day and older that a writer who was killed never moved in place.
+
+    Args:
+        everything: what ``folders`` lists.
+        now: the time that their age is taken from.
+
+    Returns:
+        The artifacts' folders, with these files alone.
+    """
+    found = []
+    for folder in everything:
+        if folder.is_artifact:
+            old = {
+                name: entry
+                for name, entry in folder.files.items()
+                if TEMPORARY.fullmatch(name) and _is_old(entry.modified, now)
+            }
+            if old:
+                found.append(Folder(folder.ref, old))
+    return found
+
+
+def _is_old(modified: datetime.datetime | None, now: datetime.datetime | None) -> bool:
+    return modified is not None and (now or datetime.datetime.now(datetime.UTC)) - modified >= LEFT_OVER_AGE
+
+
+def remove_files(store: Store, gone: Sequence[Folder]) -> None:
+    """Remove files of folders, and nothing else there.
+
+    Args:
+        store: where they are.
+        gone: as ``temporaries`` gives them.
+
+    Raises:
+        StoreError: one could not be removed.
+    """
+    try:
+        for folder in gone:
+            for name in folder.files:
+                store.files.remove(store.path(folder.ref, name))
+    except OSError as error:
+        raise StoreError(f"cannot remove from the store {hide_password(store.url)}: {error}") from error
 
 
 def remove(store: Store, gone: Sequence[Folder], progress: Callable[[int, int], None] | None = None) -> None:
@@ -179,4 +230,4 @@ def remove(store: Store, gone: Sequence[Folder], progress: Callable[[int, int], 
             if progress is not None:
                 progress(done, len(gone))
     except OSError as error:
-        raise StoreError(f"cannot remove from the store {store.url}: {error}") from error
+        raise StoreError(f"cannot remove from the store {hide_password(store.url)}: {error}") from error

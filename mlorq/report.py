@@ -143,7 +143,9 @@ def small_picture(picture: bytes, width: int = 1000, colours: int = 48) -> bytes
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    # Of the ways to choose colours, one that keeps those of a few small dots.
+    few = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

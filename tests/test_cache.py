@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlorq.cache import Cache, cache_folder
+from mlorq.errors import StoreError
 from mlorq.hashing import digest_bytes
 
 DATA = b"some content"
@@ -120,4 +121,7 @@ def test_the_folder_that_a_setting_means(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert first != second
     assert str(first).startswith(f"{tmp_path}/mlorq/")
     assert cache_folder("/kept", "s3://a/x") == "/kept"
+    assert cache_folder("file:///kept", "s3://a/x") == "/kept"
+    with pytest.raises(StoreError, match="a folder of this machine"):
+        cache_folder("s3://b/cache", "s3://a/x")
     assert cache_folder(None, "s3://a/x") is None

@@ -13,7 +13,7 @@ import pytest
 from flows.cli import main
 from mlorq.config import RunConfig
 from mlorq.errors import StoreError
-from mlorq.housekeeping import folders, needed_by, removable, remove, verify
+from mlorq.housekeeping import folders, needed_by, removable, remove, remove_files, temporaries, verify
 from mlorq.store import ArtifactRef, Store, json_bytes
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
@@ -79,10 +79,43 @@ def test_gc_leaves_young_left_overs_alone(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
     ref = ArtifactRef("step", KEY)
     store.files.write(store.path(ref, "a"), b"1")
+    kept = {store.write("step", KEY[::-1], {"a": b"1"})}
     everything = folders(store)
-    assert removable(everything, set()) == []  # a run may be writing it
+    assert removable(everything, kept) == []  # a run may be writing it
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=2)
-    assert [folder.ref for folder in removable(everything, set(), later)] == [ref]
+    assert [folder.ref for folder in removable(everything, kept, later)] == [ref]
+
+
+def test_gc_never_touches_what_is_not_the_stores(tmp_path: Path) -> None:
+    """A store may lie in a folder or bucket with other things in it."""
+    store = Store(f"file://{tmp_path}")
+    gone = store.write("step", KEY, {"a": b"1"})
+    strangers = ["me.jpg", "photos/me.jpg", "photos/2019/me.jpg", "site/app/manifest.json", f"photos/{KEY}/me.jpg"]
+    for name in strangers:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"mine")
+        os.utime(file, (1, 1))
+    everything = folders(store)
+    remove(store, removable(everything, set()))
+    assert not store.exists(gone)
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in strangers)
+    assert verify(store).damaged == []
+
+
+def test_gc_removes_what_a_killed_writer_left_in_an_artifact(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    ref = store.write("step", KEY, {"a": b"1", "b.tmp": b"2"})
+    left = tmp_path / "step" / KEY / f"a.{'f' * 32}.tmp"
+    left.write_bytes(b"half")
+    assert temporaries(folders(store)) == []  # somebody may be writing it
+    os.utime(left, (1, 1))
+    found = temporaries(folders(store))
+    assert [list(folder.files) for folder in found] == [[left.name]]
+    remove_files(store, found)
+    assert store.exists(ref)
+    assert store.read_bytes(ref, "b.tmp") == b"2"
+    assert not left.exists()
 
 
 def test_an_interrupted_gc_damages_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,35 @@ def test_round_trip_with_large_and_empty_files(url: str) -> None:
     assert not other.exists(ArtifactRef("step", KEY[::-1]))
 
 
+def test_a_large_file_moves_in_parts_side_by_side(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(url)
+    at_once: list[int] = []
+    running: set[object] = set()
+    calls: list[str] = []
+    real = type(store.fs)._call_s3
+
+    async def watched(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        token = object()
+        running.add(token)
+        calls.append(method)
+        at_once.append(len(running))
+        try:
+            return await real(self, method, *arguments, **options)
+        finally:
+            running.discard(token)
+
+    monkeypatch.setattr(type(store.fs), "_call_s3", watched)
+    data = os.urandom(4 * CHUNK_BYTES)
+    ref = store.write("step", KEY, {"large": data})
+    assert calls.count("upload_part") == 4
+    assert max(at_once) > 1
+    calls.clear()
+    at_once.clear()
+    assert store.read_bytes(ref, "large", verify=True) == data
+    assert calls == ["get_object"] * 4
+    assert max(at_once) > 1
+
+
 def test_the_manifest_comes_last(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(url)
     write = store.files.write
@@ -154,8 +183,23 @@ def test_wrong_credentials_are_one_line_that_tells_no_secret(server: S3Server, u
 
 
 def test_a_bucket_that_is_not_there_stays_so(server: S3Server) -> None:
-    with pytest.raises(StoreError, match="cannot be written") as caught:
-        Store("s3://no-such-bucket-here/store").check_writable()
+    store = Store("s3://no-such-bucket-here/store")
+    for ask in (store.check_writable, lambda: store.exists(ArtifactRef("step", KEY)), lambda: list(store.refs("step"))):
+        with pytest.raises(StoreError, match=r"no-such-bucket-here.*NoSuchBucket") as caught:
+            ask()
+        assert not can_pass(caught.value)
+
+
+def test_missing_credentials_are_one_line_and_stay_so(server: S3Server, url: str, tmp_path: Path) -> None:
+    nobody = {"FSSPEC_S3_KEY": None, "FSSPEC_S3_SECRET": None, "AWS_ACCESS_KEY_ID": None, "AWS_PROFILE": None}
+    nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    with (
+        changed_environment({**nobody, **nowhere, "AWS_CONFIG_FILE": str(tmp_path / "none")}),
+        pytest.raises(StoreError, match="credentials") as caught,
+    ):
+        Store(url).check_writable()
+    assert url in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not can_pass(caught.value)
 
 

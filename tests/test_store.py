@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlorq.errors import StoreError
-from mlorq.store import ArtifactRef, Store, json_bytes, table_bytes, tensors_bytes
+from mlorq.store import ArtifactRef, Store, hide_password, json_bytes, table_bytes, tensors_bytes
 
 KEY = "0123456789abcdef" * 2
 
@@ -131,3 +131,9 @@ def test_manifest_lists_sizes_and_digests(tmp_path):
     assert manifest["files"]["a"]["bytes"] == 5
     assert len(manifest["files"]["a"]["digest"]) == 32
     assert store.uri(ref, "a") == f"file://{tmp_path}/step/{KEY}/a"
+
+
+def test_a_password_in_a_url_is_not_shown():
+    assert hide_password("sftp://me:secret@host/x") == "sftp://me:***@host/x"
+    assert hide_password("s3://bucket/a@b:c") == "s3://bucket/a@b:c"
+    assert hide_password("file:///a:b@c") == "file:///a:b@c"

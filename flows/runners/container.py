@@ -1,0 +1,386 @@
+"""Steps in containers, one container a step, on the Docker engine of this machine.
+
+A container gets what its step needs and nothing else: the folders that the configuration names, the store, one device,
+and the variables that object stores read their credentials from. It runs ``python -m steps`` as the calling user, and
+is removed however the step ends.
+
+No container outlives its flow. While the flow lives it removes them, also when it is interrupted. The flow's connection
+to a container is its standard input, too: where the flow is killed, the engine closes it, and the process inside ends.
+That leaves a stopped container, which the next flow on this machine removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from flows.runners.base import POLL_SECONDS, Watch
+from flows.runners.child import LAST_LINES
+from flows.runners.container_setup import (
+    HOME,
+    binds_of,
+    environment_of,
+    folder_of,
+    gpu_of,
+    hide,
+    secrets_of,
+)
+from mlorq.config import RunConfig
+from mlorq.errors import ConfigError, TransientError
+from steps.base import Outcome, StepSpec
+from steps.messages import Description, outcome_of, refuse_memory_store
+from steps.workbench import open_store
+
+try:
+    from docker.utils.socket import STDOUT, SocketError, frames_iter
+    from requests.exceptions import RequestException
+
+    import docker
+except ImportError:
+    raise ConfigError("engine.steps: docker needs the package docker: pip install 'mlorq[docker]'") from None
+
+BUILD = "docker build -f docker/Dockerfile -t {} ."
+DESCRIPTION_FOLDER = "/run/mlorq"  # inside
+KILLED = 137  # 128 + SIGKILL
+END_SECONDS = 10.0  # for a process that has closed its output to end
+
+LABELS = ("mlorq.host", "mlorq.boot", "mlorq.process")  # who started a container
+
+# Runs ``steps`` and ends at once when standard input does: then the flow is gone.
+LAUNCHER = """
+import os, runpy, sys, threading
+def attend():
+    while os.read(0, 64): pass
+    os._exit(os.EX_TEMPFAIL)
+threading.Thread(target=attend, daemon=True).start()
+runpy.run_module("steps", run_name="__main__", alter_sys=True)
+"""
+PROBE = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no CUDA device in it')"
+
+
+class ContainerRunner:
+    """Runs steps in containers of ``engine.docker.image``.
+
+    Args:
+        config: the run's.
+        device: ``cpu``, ``cuda:0`` … as this process sees it.
+
+    Raises:
+        ConfigError: no engine answers, the image is not there, or containers get no GPU.
+        StoreError: the store lives in one process only, or its folder cannot be created.
+    """
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        refuse_memory_store(config)
+        self.config = config
+        self.device = device
+        cache = cache_folder(config)
+        engine = config.engine.model_copy(update={"cache": cache})
+        # As it is inside: another folder is the current one there, and another one home.
+        self._config_inside = config.model_copy(update={"folder": folder_of(config), "engine": engine})
+        self._secrets = secrets_of(config, os.environ)
+        self._client = _connect()
+        self._options = self._make_options(cache)
+        self._check_image()
+        remove_left_overs(self._client)
+        if device != "cpu":
+            self._check_gpu()
+
+    @property
+    def place(self) -> str:
+        """The device, and the image."""
+        return f"{self.device} in a container of {self.config.engine.docker.image}"
+
+    def run(self, spec: StepSpec, watch: Watch) -> Outcome:
+        """Run a step in a container of its own."""
+        # Known before there is a container: whatever happens while it is made, it can be removed.
+        name = f"mlorq-{spec.step}-{uuid.uuid4().hex[:12]}"
+        with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder, _faults(spec.label, self._secrets):
+            try:
+                self._create(name, spec, folder)
+                return outcome_of(self._attend(name, spec.label, watch), spec.label)
+            finally:
+                self._remove(name)
+
+    def close(self) -> None:
+        """Close the connections to the engine; the next step opens them again."""
+        self._client.close()
+
+    # -- one container ----------------------------------------------------------------------------------------
+
+    def _create(self, name: str, spec: StepSpec, folder: str) -> None:
+        """Make the container of a step, which does not run yet; ``folder`` is for its description."""
+        path = os.path.join(folder, "step.json")
+        with open(path, "wb") as file:
+            file.write(Description(spec, self._config_inside, "cpu" if self.device == "cpu" else "cuda:0").to_bytes())
+        if self.config.engine.docker.user is not None:  # somebody else than we are
+            os.chmod(folder, 0o755)
+            os.chmod(path, 0o644)
+        described = docker.types.Mount(DESCRIPTION_FOLDER, folder, type="bind", read_only=True)
+        uri = f"{DESCRIPTION_FOLDER}/step.json"
+        self._client.containers.create(
+            command=["python", "-c", LAUNCHER, spec.step, "--spec", uri, "--events"],
+            name=name,
+            stdin_open=True,
+            labels={**_owner(), "mlorq.step": spec.label, "mlorq.key": spec.key},
+            **self._options | {"mounts": [*self._options["mounts"], described]},
+        )
+
+    def _attend(self, name: str, label: str, watch: Watch) -> dict[str, Any]:
+        """Start the container and see to what it says; gives its last event."""
+        connection = self._client.api.attach_socket(name, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+        lines: queue.SimpleQueue[tuple[bool, str] | None] = queue.SimpleQueue()
+        threading.Thread(target=_pass_on, args=(connection, lines), daemon=True).start()
+        last: dict[str, Any] | None = None
+        said: deque[str] = deque(maxlen=LAST_LINES)
+        try:
+            self._client.api.start(name)
+            checked = time.monotonic()
+            while (line := _next(lines)) is not None:
+                out, text = line
+                event = _event(text) if out else None
+                if event is not None and event["event"] == "progress":
+                    watch.progress(event["done"], event["total"])
+                elif event is not None:
+                    last = event
+                elif text:
+                    said.append(hide(text, self._secrets))
+                    watch.log(said[-1])
+                if time.monotonic() - checked >= POLL_SECONDS:
+                    watch.check()
+                    checked = time.monotonic()
+        finally:
+            _hang_up(connection)
+        if last is None:
+            raise self._how_it_ended(name, label, said)
+        if last["event"] == "error":
+            last["message"] = hide(last["message"], self._secrets)
+        return last
+
+    def _how_it_ended(self, name: str, label: str, said: deque[str]) -> Exception:
+        """The error of a container that ended without a last event."""
+        settings = self.config.engine.docker
+        lines = "".join(f"\n  {line}" for line in said)
+        deadline = time.monotonic() + END_SECONDS
+        while (state := self._client.api.inspect_container(name)["State"])["Running"]:
+            if time.monotonic() > deadline:
+                return TransientError(f"{label}: the connection to its container was lost{lines}")
+            time.sleep(0.1)
+        status = state["ExitCode"]
+        if state["OOMKilled"]:
+            most = "the machine's memory" if settings.memory is None else f"engine.docker.memory ({settings.memory})"
+            return TransientError(f"{label}: its container needed more than {most} and was killed{lines}")
+        if status == KILLED:
+            return TransientError(f"{label}: its container was killed (status {status}){lines}")
+        if status > 128 or status == os.EX_TEMPFAIL:
+            return TransientError(f"{label}: its container ended with status {status}{lines}")
+        return ConfigError(
+            f"{label}: its container ended with status {status} before it said how the step went: does "
+            f"engine.docker.image {settings.image!r} hold this version of mlorq? {BUILD.format(settings.image)}{lines}"
+        )
+
+    def _remove(self, name: str) -> None:
+        """Kill and remove a container, if there is one. What fails here is left to the next flow."""
+        with contextlib.suppress(docker.errors.DockerException, RequestException):
+            self._client.api.remove_container(name, force=True, v=True)
+
+    # -- before any work --------------------------------------------------------------------------------------
+
+    def _make_options(self, cache: str | None) -> dict[str, Any]:
+        """What all containers of the run have in common, as ``docker.containers.create`` takes it."""
+        settings = self.config.engine.docker
+        binds = binds_of(self.config, cache, os.environ)
+        options: dict[str, Any] = {
+            "image": settings.image,
+            "environment": environment_of(self.config, self.device, os.environ),
+            "mounts": [docker.types.Mount(b.target, b.source, type="bind", read_only=b.read_only) for b in binds],
+            "working_dir": HOME,
+            "read_only": True,
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+        }
+        if HOME not in {bind.target for bind in binds}:
+            options["tmpfs"] = {HOME: "exec"}  # libraries that compile load what they have compiled from there
+        if settings.user is not None:
+            options["user"] = settings.user
+        elif _is_rootless(self._client):
+            options["user"] = "0:0"  # is the caller outside
+        else:
+            options["user"] = f"{os.getuid()}:{os.getgid()}"
+            options["group_add"] = [str(group) for group in os.getgroups()]
+        if options["user"].partition(":")[0] in ("0", "root"):
+            options["cap_add"] = ["DAC_OVERRIDE"]  # root reads and writes others' files, as outside
+        if settings.memory is not None:
+            options["mem_limit"] = options["memswap_limit"] = settings.memory
+        if settings.network in ("host", "none"):
+            options["network_mode"] = settings.network
+        elif settings.network is not None:
+            options["network"] = settings.network
+        if self.device != "cpu":
+            options["device_requests"] = [
+                docker.types.DeviceRequest(device_ids=[gpu_of(self.device)], capabilities=[["gpu"]])
+            ]
+        return options
+
+    def _check_image(self) -> None:
+        image = self.config.engine.docker.image
+        try:
+            self._client.images.get(image)
+        except docker.errors.ImageNotFound:
+            raise ConfigError(
+                f"engine.docker.image: there is no image {image!r} here, and none is pulled by itself: "
+                f"{BUILD.format(image)}, or docker pull {image}"
+            ) from None
+        except docker.errors.APIError as error:
+            raise ConfigError(f"engine.docker.image: {image!r}: {_one_line(error)}") from None
+
+    def _check_gpu(self) -> None:
+        """Start a container with the device. What an engine says of itself does not tell whether that works."""
+        where = f"engine.devices: {self.device} cannot be used in containers of {self.config.engine.docker.image}"
+        name = f"mlorq-probe-{uuid.uuid4().hex[:12]}"
+        api = self._client.api
+        try:
+            self._client.containers.create(command=["python", "-c", PROBE], name=name, labels=_owner(), **self._options)
+            api.start(name)
+            status = api.wait(name, timeout=600)["StatusCode"]
+            if status != 0:
+                said = api.logs(name, stdout=False).decode(errors="replace").strip().splitlines()
+                raise ConfigError(f"{where}: {hide(said[-1], self._secrets) if said else f'status {status}'}")
+        except (docker.errors.DockerException, RequestException) as error:
+            raise ConfigError(f"{where}: {hide(_one_line(error), self._secrets)}") from None
+        finally:
+            self._remove(name)
+
+
+def cache_folder(config: RunConfig) -> str | None:
+    """The folder on this machine that keeps what was read from a remote store; None where there is none."""
+    cache = open_store(config).cache
+    return None if cache is None else os.path.abspath(cache.folder)
+
+
+def remove_left_overs(client: docker.DockerClient) -> None:
+    """Remove the containers of flows of this machine that are not there any more."""
+    host, boot, _ = _owner().values()
+    with contextlib.suppress(docker.errors.DockerException, RequestException):  # not what the run is about
+        for container in client.api.containers(all=True, filters={"label": f"{LABELS[0]}={host}"}):
+            its_boot, process = (container["Labels"].get(label, "") for label in LABELS[1:])
+            if its_boot == boot:
+                pid, _, started = process.partition("@")
+                gone = _started(pid) != started
+            else:  # before the machine started anew, or in another container on it: then it may be at work
+                gone = container["State"] in ("exited", "dead")
+            if gone:
+                with contextlib.suppress(docker.errors.APIError):  # another flow removes it, too
+                    client.api.remove_container(container["Id"], force=True, v=True)
+
+
+def _owner() -> dict[str, str]:
+    """Labels that say which process started a container, and among which processes its number counts."""
+    boot = "/proc/sys/kernel/random/boot_id"
+    with contextlib.suppress(OSError), open(boot) as file:
+        boot = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    pid = str(os.getpid())
+    return dict(zip(LABELS, (socket.gethostname(), boot, f"{pid}@{_started(pid)}"), strict=True))
+
+
+def _started(pid: str) -> str:
+    """When a process was started, in ticks since the machine was; empty where there is none. Numbers come again."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[19]
+    return ""
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def _connect() -> docker.DockerClient:
+    """A client of the engine that ``DOCKER_HOST`` names, or of this machine's.
+
+    Raises:
+        ConfigError: it does not answer.
+    """
+    try:
+        client = docker.from_env()
+        client.ping()
+    except (docker.errors.DockerException, RequestException) as error:
+        where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        said = f"engine.steps: docker: no Docker engine answers at {where}: {_one_line(error)}"
+        raise ConfigError(f"{said}; start it, or set DOCKER_HOST") from None
+    return client
+
+
+def _is_rootless(client: docker.DockerClient) -> bool:
+    return any("rootless" in option for option in client.info().get("SecurityOptions") or ())
+
+
+@contextlib.contextmanager
+def _faults(label: str, secrets: list[str]) -> Iterator[None]:
+    """Faults of the engine as errors that a user can act on, or that may pass."""
+    try:
+        yield
+    except (docker.errors.DockerException, RequestException, SocketError) as error:
+        said = hide(_one_line(error), secrets)
+        refused = isinstance(error, docker.errors.APIError) and error.is_client_error()
+        if refused and "bind source path does not exist" in said:
+            raise ConfigError(f"engine.docker: the engine does not see the files of this machine: {said}") from None
+        if refused:
+            raise ConfigError(f"engine.docker: {label}: the engine refuses its container: {said}") from None
+        raise TransientError(f"{label}: the Docker engine fails: {said}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    """What is wrong, without the layers of libraries between."""
+    explanation = getattr(error, "explanation", None)
+    cause: BaseException | None = error
+    while cause is not None and not explanation:
+        explanation = cause.strerror if isinstance(cause, OSError) else None
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(explanation or error).split())
+
+
+def _pass_on(connection: Any, lines: queue.SimpleQueue[tuple[bool, str] | None]) -> None:
+    """Every line of a container as (whether it was on standard output, text); at the end None."""
+    begun = {True: b"", False: b""}
+    with contextlib.suppress(OSError, ValueError, SocketError):  # closed, here or there
+        for stream, data in frames_iter(connection, tty=False):
+            out = stream == STDOUT
+            *whole, begun[out] = (begun[out] + data).split(b"\n")
+            for line in whole:
+                lines.put((out, line.decode(errors="replace").rstrip()))
+    for out, rest in begun.items():
+        lines.put((out, rest.decode(errors="replace").rstrip()))
+    lines.put(None)
+    connection.close()
+
+
+def _next(lines: queue.SimpleQueue[tuple[bool, str] | None]) -> tuple[bool, str] | None:
+    """The next line, an empty one where there is none for a while."""
+    try:
+        return lines.get(timeout=POLL_SECONDS)
+    except queue.Empty:
+        return False, ""
+
+
+def _hang_up(connection: Any) -> None:
+    """End the connection to a container; whoever waits for its lines wakes up."""
+    with contextlib.suppress(OSError, AttributeError):
+        getattr(connection, "_sock", connection).shutdown(socket.SHUT_RDWR)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """An event; None for other text, which an image's own start-up may print."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(line)
+        if isinstance(value, dict) and "event" in value:
+            return value
+    return None
