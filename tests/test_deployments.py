@@ -319,6 +319,7 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
     parameters = {"config": config, "folder": str(tmp_path)}
     deployed = {item["name"]: item for item in stack.call("POST", "/deployments/filter", {})}
     assert set(deployed) == set(DEPLOYMENTS)
+    assert [item["active"] for item in deployed["nightly"]["schedules"]] == [True]
 
     with pytest.raises(RuntimeError, match=r"409.*'budgte' was unexpected"):
         stack.run("compress/compress", {"config": config | {"budgte": "3bit"}})
@@ -363,4 +364,6 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
     assert len(stack.flow_runs(any_=["rebudget"])) == 3
     runs = stack.flow_runs(any_=["compress"])
     assert [run["id"] for run in runs if run["state_type"] != "SCHEDULED"] == [first, second]  # beside nights to come
-    assert [schedule["active"] for schedule in deployed["nightly"]["schedules"]] == [True]
+    nights = [run for run in runs if run["state_type"] == "SCHEDULED"]
+    assert {run["deployment_id"] for run in nights} == {deployed["nightly"]["id"]}
+    assert nights[0]["expected_start_time"].partition("T")[2].startswith("03:00:00")
