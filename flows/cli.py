@@ -49,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     # Imported late: `mlorq --help` and mistakes in arguments answer at once.
-    from flows import commands, store_commands
+    from flows import commands, result_commands, store_commands
 
-    home = store_commands if arguments.command == "store" else commands
+    modules = (commands, result_commands, store_commands)
+    home = next(module for module in modules if hasattr(module, arguments.command))
     with quiet_stdout():
         finish = getattr(home, arguments.command)(arguments)
     # Only now, with standard output our own again, the result is printed.

@@ -18,6 +18,7 @@ from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare, results_json
 from mlorq.errors import MlorqError
+from mlorq.files import hide_password
 from mlorq.report import size_accuracy_picture
 from steps.pipeline import Compressed, run_pipeline
 from steps.summary import model_name, short_name
@@ -80,7 +81,7 @@ def run_on(
     """``carry_out`` where model and data are loaded and checked."""
     config, log = bench.config, get_run_logger()
     subject = f"{model_name(bench)} {' '.join(budgets)}"
-    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), bench.store.url)
+    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_password(bench.store.url))
     given = handed()
     observers: list[Observer] = [PrefectProgress(subject)]
     observers += [SearchWatch(config, model_name(bench), budgets)] if announce else []

@@ -14,6 +14,7 @@ from flows.ledger import Ledger
 from flows.progress import Observer
 from mlorq.config import RunConfig
 from mlorq.errors import BudgetError, StoreError
+from mlorq.files import hide_password
 from mlorq.layers import LayerList
 from mlorq.memory import parse_budget
 from steps import layers as layers_step
@@ -98,7 +99,7 @@ def prepare(config: RunConfig, budgets: Sequence[str], *, allocate_only: bool = 
         bench.evaluation  # noqa: B018
         if find(layers_step.spec(bench), bench) is None:
             bench.store.check_writable()
-            check_budgets(bench, known_layers(bench), budgets)
+        check_budgets(bench, known_layers(bench), budgets)
     return bench
 
 
@@ -137,7 +138,8 @@ def check_present(spec: StepSpec, bench: Workbench, command: str) -> None:
     """
     if spec.step not in COMPUTED_BY_ALLOCATE_ONLY:
         raise StoreError(
-            f"step {spec.label!r} of this configuration is not in the store {bench.store.url}; run first: {command}"
+            f"step {spec.label!r} of this configuration is not in the store {hide_password(bench.store.url)}; "
+            f"run first: {command}"
         )
 
 

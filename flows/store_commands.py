@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlorq.config import RunConfig, resolve_location
+from flows.command_tools import Finish, named_store, print_json
 from mlorq.errors import ConfigError, StoreError
+from mlorq.files import hide_password
 
 if TYPE_CHECKING:
     from mlorq.housekeeping import Folder
     from mlorq.store import Store
-
-Finish = Callable[[], int]
 
 
 def store(arguments: argparse.Namespace) -> Finish:
@@ -23,27 +21,9 @@ def store(arguments: argparse.Namespace) -> Finish:
     return {"ls": ls, "verify": verify, "gc": gc}[arguments.store_command](arguments)
 
 
-def named_store(arguments: argparse.Namespace) -> Store:
-    """The store that a command names by a configuration or by ``--store``, without a cache.
-
-    Raises:
-        ConfigError: neither or both are given.
-        StoreError: the URL is of no known kind.
-    """
-    from mlorq.store import Store
-
-    if (arguments.config is None) == (arguments.store is None):
-        raise ConfigError(f"{arguments.command}: name the store by a configuration or by --store URL")
-    if arguments.store is not None:
-        return Store(resolve_location(arguments.store, os.getcwd()))
-    config = RunConfig.from_yaml(arguments.config)
-    return Store(config.resolve(config.store))
-
-
 def ls(arguments: argparse.Namespace) -> Finish:
     """Artifacts by step; with ``--step`` one by one."""
     from mlorq.housekeeping import folders
-    from mlorq.store import hide_password
 
     found = named_store(arguments)
     everything = folders(found)
@@ -55,8 +35,6 @@ def ls(arguments: argparse.Namespace) -> Finish:
         from flows.render import console, grid, size
 
         if arguments.json:
-            from flows.commands import print_json
-
             name = "steps" if arguments.step is None else "artifacts_of_step"
             print_json({"store": hide_password(found.url), **total, "left_over": len(left_over), name: rows})
             return 0
@@ -86,7 +64,6 @@ def _steps(everything: Sequence[Folder]) -> list[dict[str, Any]]:
 
 
 def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[dict[str, Any]]:
-    from mlorq.store import hide_password
 
     chosen = [folder for folder in everything if folder.is_artifact and folder.ref.step == step]
     if not chosen:
@@ -111,7 +88,6 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
 def verify(arguments: argparse.Namespace) -> Finish:
     """Compare every file with its manifest; exit status 2 where one is damaged."""
     from mlorq.housekeeping import verify as look_at_all
-    from mlorq.store import hide_password
 
     found = named_store(arguments)
     findings = look_at_all(found, _progress("verified"))
@@ -121,8 +97,6 @@ def verify(arguments: argparse.Namespace) -> Finish:
         from flows.render import console, size
 
         if arguments.json:
-            from flows.commands import print_json
-
             counts = {"artifacts": findings.artifacts, "bytes": findings.bytes}
             print_json(
                 {"store": hide_password(found.url), **counts, "damaged": findings.damaged, "left_over": left_over}
@@ -142,7 +116,6 @@ def verify(arguments: argparse.Namespace) -> Finish:
 def gc(arguments: argparse.Namespace) -> Finish:
     """Remove what none of the named runs needs."""
     from mlorq.housekeeping import folders, needed_by, removable, remove, remove_files, temporaries
-    from mlorq.store import hide_password
 
     if not arguments.keep:
         raise ConfigError("store gc: name the runs that stay by --keep RUN (mlorq runs lists them)")
@@ -164,8 +137,6 @@ def gc(arguments: argparse.Namespace) -> Finish:
         from flows.render import console, size
 
         if arguments.json:
-            from flows.commands import print_json
-
             shown = hide_password(found.url)
             print_json({"store": shown, "kept": arguments.keep, "dry_run": arguments.dry_run, "removed": row})
             return 0

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from mlorq.config import RunConfig
 from mlorq.errors import ConfigError
-from mlorq.store import Store
 
 Progress = Callable[[str, int, int], None]
 
@@ -114,7 +113,7 @@ def compress(
     from steps.base import Outcome
     from steps.inprocess import InProcess
     from steps.pipeline import result_json, run_pipeline
-    from steps.workbench import Workbench, devices
+    from steps.workbench import Workbench, devices, open_store, reachable_checkpoint
 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -152,7 +151,7 @@ def compress(
         digest_json([held_out.key, uuid.uuid4().hex if evaluate is not None else None]),
         evaluate=wrapped,
     )
-    opened = Store(config.resolve(config.store))
+    opened = open_store(config)
     bench = Workbench(
         config, opened, devices(config)[0], model=float_model, calibration=calibration, evaluation=evaluation
     )
@@ -164,7 +163,8 @@ def compress(
         summary = result_json(bench, result)
         assert result.checkpoint is not None
         files = {name: opened.read_bytes(result.checkpoint, name) for name in ("model.safetensors", "config.json")}
-        compressed = load(opened.uri(result.checkpoint), model=float_model.module, device=bench.device)
+        with reachable_checkpoint(opened, result.checkpoint) as location:
+            compressed = load(location, model=float_model.module, device=bench.device)
         allocation = opened.read_table(result.allocation, "allocation.parquet")
     finally:
         if store is None and opened.fs.exists(opened.root):

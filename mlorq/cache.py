@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 
 from mlorq.errors import StoreError
+from mlorq.files import replace_file
 from mlorq.hashing import digest_bytes
 
 
@@ -90,16 +90,9 @@ class Cache:
         if not self._usable or self.find(digest, len(data)) is not None:
             return
         path = self.path(digest)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                os.replace(temporary, path)
-            finally:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
+            replace_file(path, data)
         except OSError as error:
             self._give_up(error)
 

@@ -15,6 +15,7 @@ import datetime
 import errno
 import inspect
 import os
+import re
 import sys
 import threading
 import time
@@ -365,6 +366,15 @@ def put_file(fs: fsspec.AbstractFileSystem, path: str, data: bytes, **options: A
     if not isinstance(fs, fsspec.get_filesystem_class("file")):
         fs.pipe_file(path, data, **options)
         return
+    replace_file(path, data)
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Write a local file under a temporary name and move it in place: readers see all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -373,6 +383,11 @@ def put_file(fs: fsspec.AbstractFileSystem, path: str, data: bytes, **options: A
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def hide_password(url: str) -> str:
+    """A URL as it may be shown: a password in it is left out."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], limit: int = PARALLEL) -> list[T]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mlorq.errors import StoreError
-from mlorq.files import Entry, side_by_side
-from mlorq.store import MANIFEST, ArtifactRef, Store, hide_password
+from mlorq.files import Entry, hide_password, side_by_side
+from mlorq.store import MANIFEST, ArtifactRef, Store
 
 LEFT_OVER_AGE = datetime.timedelta(days=1)  # no write of one artifact takes that long
 KEY = re.compile("[0-9a-f]{32}")

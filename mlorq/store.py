@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mlorq.cache import Cache, cache_folder
 from mlorq.errors import StoreError
-from mlorq.files import Files, Traffic
+from mlorq.files import Files, Traffic, hide_password
 from mlorq.files import put_file as put_file  # for those that write files which are no artifacts
 from mlorq.hashing import digest_bytes
 
@@ -354,11 +354,6 @@ class Store:
         return StoreError(
             f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete that folder to have it computed again"
         )
-
-
-def hide_password(url: str) -> str:
-    """A URL as it may be shown: a password in it is left out."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 # -- file contents: the three formats that a store holds (never pickle) --------------------------------------------

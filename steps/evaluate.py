@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 
-from mlorq.checkpoint import CONFIG, TENSORS, load
+from mlorq.checkpoint import load
 from mlorq.evaluate import model_outputs, output_nmse
-from mlorq.store import ArtifactRef, Store, json_bytes
+from mlorq.store import ArtifactRef, json_bytes
 from mlorq.tables import table_matrix
 from steps.base import Progress, Step, StepSpec
 from steps.baseline import measure, nmse_data
-from steps.workbench import Workbench
+from steps.workbench import Workbench, reachable_checkpoint
 
 
 def spec(bench: Workbench, checkpoint: ArtifactRef, float_evaluation: ArtifactRef) -> StepSpec:
@@ -27,8 +22,8 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     model = bench.model
     # Loaded into a copy of the float model's structure only where the architecture alone cannot rebuild it.
     instance = model.module if model.family == "custom" else None
-    with _checkpoint_folder(bench.store, spec.artifact("checkpoint")) as folder:
-        module = load(folder, model=instance, device=bench.device)
+    with reachable_checkpoint(bench.store, spec.artifact("checkpoint")) as location:
+        module = load(location, model=instance, device=bench.device)
     outputs = model_outputs(model, module, nmse_data(bench).batches, device=bench.device, progress=progress)
     reference = table_matrix(bench.store.read_table(spec.artifact("baseline"), "outputs.parquet"), "output")
     info = {
@@ -38,18 +33,6 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         "metrics": measure(bench.evaluation, outputs, module),
     }
     return {"metrics.json": json_bytes(info)}
-
-
-@contextlib.contextmanager
-def _checkpoint_folder(store: Store, ref: ArtifactRef) -> Iterator[str]:
-    """Where the checkpoint can be loaded from: in a remote store it is read through it, with its cache and patience."""
-    if store.is_local:
-        yield store.uri(ref)
-        return
-    with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
-        for name in (TENSORS, CONFIG):
-            Path(folder, name).write_bytes(store.read_bytes(ref, name))
-        yield folder
 
 
 STEP = Step("evaluate", 1, run)

@@ -5,14 +5,19 @@ Each worker has its own: a step may change weights of the model for a moment, an
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlorq.candidates import CandidateSettings, LayerSearch
+from mlorq.checkpoint import CONFIG, TENSORS
 from mlorq.config import RunConfig
 from mlorq.data import load_dataset
 from mlorq.data.base import Dataset
@@ -176,6 +181,23 @@ def open_store(config: RunConfig) -> Store:
     """
     cache = config.engine.cache
     return Store(config.resolve(config.store), cache=cache if cache in (None, "auto") else config.resolve(cache))
+
+
+@contextlib.contextmanager
+def reachable_checkpoint(store: Store, ref: ArtifactRef) -> Iterator[str]:
+    """Where a checkpoint can be loaded from; that of a remote store is read through it, with its cache and patience.
+
+    Args:
+        store: that holds it.
+        ref: of the ``compressed`` artifact.
+    """
+    if not store.is_remote:
+        yield store.uri(ref)
+        return
+    with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
+        for name in (TENSORS, CONFIG):
+            Path(folder, name).write_bytes(store.read_bytes(ref, name))
+        yield folder
 
 
 def moments_file(layer: str) -> str:

@@ -32,31 +32,10 @@ from steps.base import Outcome, StepSpec
 from steps.pipeline import run_pipeline
 from tests.engine import BASE, docker_engine, mlorq_image  # noqa: F401
 from tests.test_cli import write_project
+from tests.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 SECRET = "wJalrXUtnFEMI-example-secret"
-
-
-class Watch:
-    """Keeps what a runner tells; ``on_log`` is called with every line, ``stop`` makes the run be over."""
-
-    def __init__(self, on_log: Callable[[str], object] = lambda line: None) -> None:
-        self.done: list[tuple[int, int]] = []
-        self.lines: list[str] = []
-        self.stop: BaseException | None = None
-        self._on_log = on_log
-
-    def progress(self, done: int, total: int) -> None:
-        self.done.append((done, total))
-        self.check()
-
-    def check(self) -> None:
-        if self.stop is not None:
-            raise self.stop
-
-    def log(self, line: str) -> None:
-        self.lines.append(line)
-        self._on_log(line)
 
 
 def project(folder: Path, **changes: Any) -> RunConfig:
@@ -473,7 +452,7 @@ def test_a_killed_container_is_a_passing_fault(
             docker_engine.api.kill(box["Id"])
 
     with pytest.raises(TransientError, match=r"was killed \(status 137\)(.|\n)*we are inside"):
-        runner.run(spec, Watch(kill))
+        runner.run(spec, Watch(on_log=kill))
 
 
 @in_containers
@@ -501,7 +480,7 @@ def test_an_interrupted_run_leaves_no_container(
                 raise KeyboardInterrupt
             watch.stop = KeyboardInterrupt()
 
-    watch = Watch(stop)
+    watch = Watch(on_log=stop)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         runner.run(spec, watch)

@@ -23,7 +23,8 @@ from flows.run import open_bench
 from mlorq.config import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError
 from mlorq.store import Store
-from steps.base import Step, StepSpec
+from steps import layers
+from steps.base import Step, StepSpec, execute
 from steps.faults import can_pass
 from tests.test_cli import LAYERS, fails, prints_json, write_project
 
@@ -348,6 +349,13 @@ def test_mistakes_are_found_before_the_run(
     assert f"the smallest possible is {smallest} bytes" in fails(capsys, "compress", project, "--budget", "1bit")
     assert "whole checkpoint cannot be that small" in fails(capsys, "compress", project, "--budget", "100B")
     assert not contents(tmp_path / "store")
+    # Also where the layers are known already, and before anything is computed.
+    config = RunConfig.from_yaml(project)
+    bench = open_bench(config)
+    execute(layers.spec(bench), bench)
+    before = contents(tmp_path / "store")
+    assert f"the smallest possible is {smallest} bytes" in fails(capsys, "compress", project, "--budget", "1bit")
+    assert contents(tmp_path / "store") == before
     (tmp_path / "file").write_text("")
     line = fails(capsys, "compress", project, "--set", f"store=file://{tmp_path}/file/store")
     assert "cannot be written" in line

@@ -282,7 +282,8 @@ def test_the_same_run_on_a_folder_and_on_s3(url: str, tmp_path: Path) -> None:
     assert store.traffic.files.read_bytes == 0
 
 
-def test_a_run_gets_over_a_store_that_is_down(server: S3Server, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["candidates", "compressed"])  # then comes a fan-out, then a checkpoint is loaded
+def test_a_run_gets_over_a_store_that_is_down(step: str, server: S3Server, url: str, tmp_path: Path) -> None:
     path = write_project(tmp_path, store=url, engine={"devices": "cpu", "threads": 1, "cache": None})
     config = RunConfig.from_yaml(path)
     bench = Workbench(config, open_store(config))
@@ -291,7 +292,7 @@ def test_a_run_gets_over_a_store_that_is_down(server: S3Server, url: str, tmp_pa
 
     def fault(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        if len(outcomes) == 5:
+        if outcome.ref.step == step and not timers:
             server.cut()
             timers.append(threading.Timer(4, server.mend))
             timers[0].start()

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,7 @@ from mlorq.errors import ConfigError, ModelError, StoreError, TransientError
 from mlorq.layers import Layer
 from steps.base import Needs, StepSpec
 from tests.test_cli import fails, prints_json, write_project
-
-
-class Watch:
-    """Keeps what a runner tells; ``stop`` makes the run be over."""
-
-    def __init__(self, on_progress: Callable[[], object] = lambda: None) -> None:
-        self.done: list[tuple[int, int]] = []
-        self.lines: list[str] = []
-        self.stop: BaseException | None = None
-        self._on_progress = on_progress
-
-    def progress(self, done: int, total: int) -> None:
-        self.done.append((done, total))
-        self._on_progress()
-        self.check()
-
-    def check(self) -> None:
-        if self.stop is not None:
-            raise self.stop
-
-    def log(self, line: str) -> None:
-        self.lines.append(line)
+from tests.watch import Watch
 
 
 def project(folder: Path, **changes: Any) -> RunConfig:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mlorq.errors import StoreError
-from mlorq.store import ArtifactRef, Store, hide_password, json_bytes, table_bytes, tensors_bytes
+from mlorq.files import hide_password
+from mlorq.store import ArtifactRef, Store, json_bytes, table_bytes, tensors_bytes
 
 KEY = "0123456789abcdef" * 2
 

@@ -42,10 +42,9 @@ from steps.messages import Description, outcome_of, refuse_memory_store
 from steps.workbench import open_store
 
 try:
+    import docker
     from docker.utils.socket import STDOUT, SocketError, frames_iter
     from requests.exceptions import RequestException
-
-    import docker
 except ImportError:
     raise ConfigError("engine.steps: docker needs the package docker: pip install 'mlorq[docker]'") from None
 

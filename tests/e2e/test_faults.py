@@ -61,12 +61,17 @@ def wait_for(store: Path, step: str, count: int, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_worker(stack: Stack, tmp_path: Path) -> None:
-    parameters = slow_project(tmp_path)
-    store = tmp_path / "store"
+def in_the_middle(stack: Stack, folder: Path) -> tuple[dict[str, Any], Path, str, str]:
+    """A run in the middle of its fan-out: its parameters, store, worker and id."""
+    parameters, store = slow_project(folder), folder / "store"
     worker = stack.start_worker("faults")
-    first = stack.run("compress/compress", parameters)
+    run = stack.run("compress/compress", parameters)
     wait_for(store, "sensitivity", 2)
+    return parameters, store, worker, run
+
+
+def test_a_killed_worker(stack: Stack, tmp_path: Path) -> None:
+    parameters, store, worker, first = in_the_middle(stack, tmp_path)
     stack.kill(worker)  # with the flow's process
     before = manifests(store)
     assert 2 <= len(manifests(store, "sensitivity")) < LAYERS
@@ -82,11 +87,7 @@ def test_a_killed_worker(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_a_killed_server(stack: Stack, tmp_path: Path) -> None:
-    parameters = slow_project(tmp_path)
-    store = tmp_path / "store"
-    worker = stack.start_worker("faults")
-    first = stack.run("compress/compress", parameters)
-    wait_for(store, "sensitivity", 2)
+    parameters, store, worker, first = in_the_middle(stack, tmp_path)
     stack.kill("server")
     before = manifests(store)
     time.sleep(3)

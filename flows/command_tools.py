@@ -1,0 +1,72 @@
+"""What the command line's functions share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mlorq.config import RunConfig, resolve_location
+from mlorq.errors import CheckpointError, ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from mlorq.store import Store
+
+Finish = Callable[[], int]  # prints a command's result and gives the exit status
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def read_arguments(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that a command names, with what ``--set`` changes.
+
+    Raises:
+        ConfigError: the file or a value is wrong.
+    """
+    overrides = {}
+    for key, text in arguments.set:
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
+    return RunConfig.from_yaml(arguments.config, overrides)
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(f"mlorq: {text}", file=sys.stderr)
+
+
+def check_output(location: str) -> None:
+    """Refuse a folder that cannot be written before hours of work."""
+    from mlorq.store import Store
+
+    try:
+        Store(resolve_location(location, os.getcwd())).check_writable()
+    except StoreError as error:
+        raise CheckpointError(f"--output {location} cannot be written: {error.__cause__ or error}") from error
+
+
+def named_store(arguments: argparse.Namespace) -> Store:
+    """The store that a command names by a configuration or by ``--store``, without a cache.
+
+    Raises:
+        ConfigError: neither or both are given.
+        StoreError: the URL is of no known kind.
+    """
+    from mlorq.store import Store
+
+    if (arguments.config is None) == (arguments.store is None):
+        raise ConfigError(f"{arguments.command}: name the store by a configuration or by --store URL")
+    if arguments.store is not None:
+        return Store(resolve_location(arguments.store, os.getcwd()))
+    config = RunConfig.from_yaml(arguments.config)
+    return Store(config.resolve(config.store))

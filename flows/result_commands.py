@@ -1,0 +1,208 @@
+"""Commands that look at results: checkpoints, finished runs, known models."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say
+from mlorq.config import resolve_location
+from mlorq.errors import MlorqError, StoreError
+from mlorq.files import hide_password
+
+if TYPE_CHECKING:
+    from mlorq.store import ArtifactRef, Store
+    from steps.workbench import Workbench
+
+
+def evaluate(arguments: argparse.Namespace) -> Finish:
+    """Measure a checkpoint."""
+    from flows.run import open_bench
+    from mlorq.checkpoint import inspect as inspect_checkpoint
+
+    config = read_arguments(arguments)
+    hashes = inspect_checkpoint(arguments.checkpoint)["hashes"]
+    bench = open_bench(config)
+    if hashes.get("model") not in (None, bench.model.key):
+        say("note: the checkpoint was made from another float model than the configuration's")
+    result = _measure(arguments.checkpoint, bench)
+
+    def finish() -> int:
+        from flows.render import console, facts
+
+        if arguments.json:
+            print_json(result)
+            return 0
+        pairs = [("checkpoint", result["checkpoint"]), ("output NMSE", f"{result['nmse']:.6f}")]
+        for name, value in result["metrics"]["compressed"].items():
+            before = result["metrics"]["float"].get(name, float("nan"))
+            pairs.append((name, f"float {before:.4f}, compressed {value:.4f}"))
+        console().print(facts(pairs))
+        return 0
+
+    return finish
+
+
+def _measure(checkpoint: str, bench: Workbench) -> dict[str, Any]:
+    """A checkpoint's metrics and NMSE beside the float model's, which are kept in the store."""
+    import torch
+
+    from flows.progress import terminal_progress
+    from mlorq.checkpoint import load
+    from mlorq.evaluate import model_outputs, output_nmse
+    from mlorq.tables import table_matrix
+    from steps import baseline
+    from steps.base import execute
+
+    model = bench.model
+    module = load(checkpoint, model=model.module if model.family == "custom" else None, device=bench.device)
+    observer = terminal_progress()
+    spec = baseline.spec(bench)
+    observer.phase("baseline", 1)
+    try:
+        observer.step_started(spec)
+        outcome = execute(spec, bench, lambda done, total: observer.step_progress(spec, done, total))
+        observer.step_finished(spec, outcome)
+    finally:
+        observer.close()
+    data = baseline.nmse_data(bench)
+    bench.use_threads()
+    outputs = model_outputs(model, module, data.batches, device=bench.device)
+    reference = torch.from_numpy(table_matrix(bench.store.read_table(outcome.ref, "outputs.parquet"), "output").copy())
+    float_info = bench.store.read_json(outcome.ref, "metrics.json")
+    compressed = baseline.measure(bench.evaluation, outputs, module)
+    name = float_info["name"] or next(iter(compressed), None)
+    return {
+        "checkpoint": checkpoint,
+        "nmse": output_nmse(outputs, reference),
+        "nmse_data": "evaluation" if bench.evaluation.batches else "calibration",
+        "metric": None
+        if name is None
+        else {"name": name, "float": float_info["metrics"].get(name), "compressed": compressed.get(name)},
+        "metrics": {"float": float_info["metrics"], "compressed": compressed},
+    }
+
+
+def inspect(arguments: argparse.Namespace) -> Finish:
+    """Show what a checkpoint holds."""
+    from mlorq.checkpoint import inspect as inspect_checkpoint
+
+    info = inspect_checkpoint(arguments.checkpoint)
+
+    def finish() -> int:
+        from flows.render import console, print_checkpoint
+
+        if arguments.json:
+            print_json(info)
+        else:
+            print_checkpoint(info, console())
+        return 0
+
+    return finish
+
+
+def runs(arguments: argparse.Namespace) -> Finish:
+    """List finished runs, oldest first; damaged ones are named at the end."""
+    store = named_store(arguments)
+    found, damaged = [], []
+    sizes = ("budget_bytes", "bytes", "file_bytes", "float_bytes")
+    keys = ("run", "model", "budget", *sizes, "nmse", "metric", "checkpoint")
+    for ref in store.refs("summary"):
+        try:
+            run = store.read_json(ref, "run.json")
+            created = (store.manifest(ref) or {}).get("created", "")
+            found.append({key: run[key] for key in keys} | {"created": created})
+        except (MlorqError, KeyError) as error:
+            damaged.append(str(error))
+    found.sort(key=lambda run: str(run["created"]))
+
+    def finish() -> int:
+        from flows.render import console, print_runs
+
+        if arguments.json:
+            print_json({"store": hide_password(store.url), "runs": found})
+        else:
+            print_runs(found, console())
+        if damaged:
+            raise StoreError("; ".join(damaged))
+        return 0
+
+    return finish
+
+
+def report(arguments: argparse.Namespace) -> Finish:
+    """Where a run's page and picture are, or one page of it, with its place among the runs of the same model."""
+    from mlorq.report import render_report, size_accuracy_picture
+
+    if arguments.output is not None:
+        check_output(os.path.dirname(arguments.output) or ".")
+    store = named_store(arguments)
+    known = {run["run"]: (ref, run) for ref, run in _results(store)}
+    if arguments.run not in known:
+        near = difflib.get_close_matches(arguments.run, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise StoreError(f"no run {arguments.run!r} in the store {hide_password(store.url)} (see mlorq runs){hint}")
+    ref, result = known[arguments.run]
+    # The float model's evaluation is one of a model and of evaluation data: who shares it can be compared.
+    same = [run for _, run in known.values() if run["artifacts"]["baseline"] == result["artifacts"]["baseline"]]
+    found = {
+        "run": result["run"],
+        "page": store.uri(ref, "report.html"),
+        "picture": store.uri(ref, "report.png"),
+        "compared_with": sorted(run["run"] for run in same if run is not result),
+        "output": arguments.output,
+    }
+    if arguments.output is not None:
+        title = f"{result['model']}: {result['run']} (orange) among {len(same)} runs"
+        curve = size_accuracy_picture(same, title, highlight=result["run"]) if len(same) > 1 else None
+        _write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve))
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(found)
+        else:
+            print(arguments.output or f"{found['page']}\n{found['picture']}")
+        return 0
+
+    return finish
+
+
+def _results(store: Store) -> Iterator[tuple[ArtifactRef, dict[str, Any]]]:
+    """Result objects of the store's runs; damaged ones are told about and left out."""
+    for ref in store.refs("summary"):
+        try:
+            yield ref, store.read_json(ref, "run.json")
+        except MlorqError as error:
+            say(f"note: {error}")
+
+
+def _write_file(location: str, data: bytes) -> None:
+    import fsspec
+
+    try:
+        with fsspec.open(resolve_location(location, os.getcwd()), "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise StoreError(f"{location} cannot be written: {error}") from error
+
+
+def models(arguments: argparse.Namespace) -> Finish:
+    """List models that are known to work."""
+    from mlorq.models import known_models
+
+    rows = known_models()
+
+    def finish() -> int:
+        from flows.render import console, grid
+
+        if arguments.json:
+            print_json({"models": rows})
+        else:
+            columns = tuple(rows[0])
+            console().print(grid(columns, [tuple(row[name] for name in columns) for row in rows]))
+        return 0
+
+    return finish
