@@ -89,6 +89,9 @@ class Stack:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Background jobs of a shell have interrupts ignored and children inherit that: a worker would then never
+            # end on SIGTERM, which Prefect hands on to itself as an interrupt.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         return process
 

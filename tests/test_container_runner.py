@@ -501,7 +501,7 @@ from tests.test_container_runner import Watch
 
 config = RunConfig.from_yaml(sys.argv[1])
 runner = ContainerRunner(config, "cpu")
-runner.run(pipeline.layers.spec(open_bench(config)), Watch(lambda line: print(line, flush=True)))
+runner.run(pipeline.layers.spec(open_bench(config)), Watch(on_log=lambda line: print(line, flush=True)))
 """
 
 
