@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mlorq.config import RunConfig, resolve_location
+from mlorq.config import RunConfig
 from mlorq.errors import CheckpointError, ConfigError, StoreError
+from mlorq.locations import resolve_location
 
 if TYPE_CHECKING:
     from mlorq.store import Store

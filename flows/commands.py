@@ -225,7 +225,7 @@ def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[str
     from flows.plan import make_plan
     from flows.run import check_budgets, known_layers, open_bench
 
-    bench = open_bench(config)
+    bench = open_bench(config, to_estimate=True)
     layers = known_layers(bench)
     plan = make_plan(bench, layers, budgets)
 

@@ -9,11 +9,11 @@ deployments in ``prefect.yaml`` listen for it, and for ``mlorq.rebudget.requeste
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from mlorq.config import RunConfig
 from mlorq.hashing import digest_json
+from mlorq.locations import absolute_folder
 from steps.base import Outcome, StepSpec
 
 LOGGER = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class SearchWatch:
         return {
             "model": self._model,
             "config": self._config.model_dump(mode="json"),
-            "folder": os.path.abspath(self._config.folder or "."),
+            "folder": absolute_folder(self._config.folder),
             "budgets": self._budgets,
         }
 

@@ -10,17 +10,14 @@ there until it is set: the page sends every value that it shows, and a value tha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import fsspec
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
-from mlorq.config import PRESETS, RunConfig, resolve_location
-from mlorq.errors import ConfigError
+from mlorq.config import PRESETS, RunConfig
+from mlorq.locations import absolute_folder, resolve_location
 
 BY_PRESET = ("search", "rounding")
 LEFT_OUT = ("folder",)  # a flow has it as a parameter of its own
@@ -111,20 +108,15 @@ def read_config(config: Any, folder: str = "") -> RunConfig:
 
     Args:
         config: plain values, or the path or fsspec URL of a configuration file.
-        folder: that relative paths of plain values start from, and a relative path of a file; default: the working
-            directory. Relative paths in a local file start from the file's own folder; in a file behind a URL they
-            start from ``folder``.
+        folder: that relative paths of plain values start from, and a relative path of a file; a path or a URL; default:
+            the working directory. Relative paths in a file start from the file's own folder.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is wrong; the first problem is named.
     """
-    folder = os.path.abspath(folder) if folder else ""
+    folder = absolute_folder(folder) if folder else ""
     if isinstance(config, str):
-        location = resolve_location(config, folder)
-        protocol, separator, rest = location.partition("://")
-        if not separator or protocol in ("file", "local"):
-            return RunConfig.from_yaml(rest or location)
-        return RunConfig.from_mapping(_fetch(location), folder)
+        return RunConfig.from_yaml(resolve_location(config, folder))
     if isinstance(config, BaseModel):
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping):
@@ -137,16 +129,3 @@ def _without_none(section: Any) -> Any:
     if not isinstance(section, Mapping):
         return section
     return {key: value for key, value in section.items() if value is not None}
-
-
-def _fetch(url: str) -> dict[str, Any]:
-    try:
-        with fsspec.open(url, "rt") as file:
-            values = yaml.safe_load(file.read())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration {url} is not YAML: {' '.join(str(error).split())}") from None
-    except Exception as error:  # whatever the file system's driver raises
-        raise ConfigError(f"configuration {url} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"configuration {url} is not a mapping of keys to values")
-    return values

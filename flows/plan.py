@@ -27,6 +27,8 @@ from steps.workbench import Workbench
 SEARCH = ("layers", "capture", "candidates", "sensitivity")
 BY_BUDGET = ("allocate", "round", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
+NOTE = "an estimate from one timed forward and one timed matrix product"
+DASK_NOTE = " here; the cluster's workers may differ"
 
 
 def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
@@ -153,7 +155,7 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dic
         "expected": {
             "seconds": round(sum(counts.seconds for counts in planner.counts.values()), 1),
             "memory_bytes": memory_bytes(bench, found),
-            "note": "an estimate from one timed forward and one timed matrix product",
+            "note": NOTE + (DASK_NOTE if bench.config.engine.runner == "dask" else ""),
         },
     }
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say
-from mlorq.config import resolve_location
 from mlorq.errors import MlorqError, StoreError
 from mlorq.files import hide_password
+from mlorq.locations import resolve_location
 
 if TYPE_CHECKING:
     from mlorq.store import ArtifactRef, Store

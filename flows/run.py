@@ -65,17 +65,21 @@ def handed() -> Handed | None:
 # -- before -----------------------------------------------------------------------------------------------------
 
 
-def open_bench(config: RunConfig) -> Workbench:
+def open_bench(config: RunConfig, *, to_estimate: bool = False) -> Workbench:
     """A workbench on the run's first device; nothing is loaded yet.
 
     Where steps run elsewhere, the flow's own process only looks at model and data: on the CPU, which leaves the devices
     to the steps.
 
+    Args:
+        config: the run's.
+        to_estimate: no steps will run: take the device that they would have, as far as it is this machine's.
+
     Raises:
         ConfigError: a device is not there.
         StoreError: the store's URL is of no known kind.
     """
-    elsewhere = config.engine.steps != "inprocess" or config.engine.runner == "dask"
+    elsewhere = config.engine.runner == "dask" or (config.engine.steps != "inprocess" and not to_estimate)
     return Workbench(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
 
 

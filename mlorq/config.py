@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import difflib
 import os
-import posixpath
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlorq.errors import ConfigError
+from mlorq.files import hide_password
+from mlorq.locations import folder_of_url, resolve_location
 
 Preset = Literal["quick", "paper"]
 Sensitivity = Literal["measured"]
@@ -303,26 +305,27 @@ class RunConfig(_Section):
     def from_yaml(cls, path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> RunConfig:
         """Read a configuration file; ``overrides`` are dotted keys (``search.samples``) with their values.
 
+        Args:
+            path: of the file, or its fsspec URL; relative paths in it start from the folder that it is in.
+            overrides: values that win over the file's.
+
         Raises:
             ConfigError: the file is missing, is not YAML, or a key or value is wrong.
         """
-        file = Path(path)
-        try:
-            values = yaml.safe_load(file.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"configuration {file} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration {file} cannot be read: {error}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"configuration {file} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"configuration {file} is not a mapping of keys to values")
+        location = os.fspath(path)
+        scheme, separator, rest = location.partition("://")
+        if not separator or scheme in ("file", "local"):
+            location = rest or location
+            folder = str(Path(location).resolve().parent)
+        else:
+            folder = folder_of_url(location)
+        values = _read_mapping(location)
         for key, value in (overrides or {}).items():
             _set_dotted(values, key, value)
         try:
-            return cls.from_mapping(values, str(file.resolve().parent))
+            return cls.from_mapping(values, folder)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
+            raise ConfigError(f"{hide_password(location)}: {error}") from None
 
     def to_yaml(self) -> str:
         """The configuration as YAML; read back it gives an equal configuration."""
@@ -337,15 +340,21 @@ class RunConfig(_Section):
         return self.model_copy(update={"budget": budget})
 
 
-def resolve_location(location: str, folder: str) -> str:
-    """Make a relative path, or a relative ``file://./…`` URL, absolute against ``folder``; URIs stay as they are."""
-    scheme, separator, rest = location.partition("://")
-    if not separator:
-        path = os.path.expanduser(location)
-        return path if os.path.isabs(path) else os.path.normpath(os.path.join(folder or os.getcwd(), path))
-    if scheme in ("file", "local") and not posixpath.isabs(rest):
-        return f"file://{os.path.normpath(os.path.join(folder or os.getcwd(), rest))}"
-    return location
+def _read_mapping(location: str) -> dict[str, Any]:
+    """What a YAML file holds, at a path or behind an fsspec URL."""
+    shown = f"configuration {hide_password(location)}"
+    try:
+        with fsspec.open(location, "rt") if "://" in location else open(location, encoding="utf-8") as file:
+            values = yaml.safe_load(file.read())
+    except FileNotFoundError:
+        raise ConfigError(f"{shown} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown} is not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever a file system's driver raises
+        raise ConfigError(f"{shown} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{shown} is not a mapping of keys to values")
+    return values
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

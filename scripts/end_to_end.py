@@ -4,9 +4,10 @@
     .venv/bin/python scripts/end_to_end.py --image mlorq:test     takes an image that is there, with scikit-learn in it
 
 The digits model of examples/ is compressed by the deployment `compress` in a process, then by `compress-docker` in a
-container on the same store, which must find everything and compute nothing. What `compress` has searched, and then a
-request of a user's, start `rebudget` by their events. Every state, count and artifact is checked; the first that is
-wrong ends the script with status 1. A Docker engine has to be there; the server and its database are the script's own.
+container on the same store, which must find everything and compute nothing. What `compress` has searched in either
+pool, and then a request of a user's, start `rebudget` and `rebudget-docker` by their events. Every state, count and
+artifact is checked; the first that is wrong ends the script with status 1. A Docker engine has to be there; the server
+and its database are the script's own.
 """
 
 from __future__ import annotations
@@ -130,26 +131,38 @@ def go(stack: Stack, folder: Path, image: str) -> None:
 
     say("compress in the docker pool, on the same store")
     before = contents(store)
+    # What a user writes into prefect.yaml for his own image and folders.
     variables = {
         "image": image,
         "volumes": [f"{folder}:{folder}"],
         "container_create_kwargs": {"user": f"{os.getuid()}:{os.getgid()}"},
         "env": {"PREFECT_API_URL": stack.url, "PREFECT_HOME": "/tmp/prefect", "HOME": "/tmp"},
     }
-    run = stack.run("compress/compress-docker", parameters, variables)
+    for name in ("compress/compress-docker", "rebudget/rebudget-docker"):
+        stack.change_job_variables(name, variables)
+    run = stack.run("compress/compress-docker", parameters)
     stack.wait(run, 600)
     states = stack.task_states(run, STEPS)
     check(states == {"Cached": STEPS}, f"all {STEPS} steps were Cached", states)
     check(contents(store) == before, "the store is untouched")
 
+    say("a search in the docker pool starts rebudget-docker")
+    other = {**config, "seed": 1, "rounding": {"method": "nearest"}}
+    run = stack.run("compress/compress-docker", {**parameters, "config": other})
+    stack.wait(run, 600)
+    *_, third = wait_for_runs(stack, "rebudget", 2)
+    check(third["work_pool_name"] == "mlorq-docker", f"{third['name']!r} is of its pool", third["work_pool_name"])
+    states = stack.task_states(third["id"], STEPS)
+    check(states["Cached"] >= 2 + 2 * LAYERS and states["Completed"] >= 2, f"it reused the search: {dict(states)}")
+
     say("an event of the user's starts rebudget")
     stack.emit("mlorq.rebudget.requested", "user.1", {**parameters, "budgets": ["3.5bit"]})
-    *_, last = wait_for_runs(stack, "rebudget", 2)
+    *_, last = wait_for_runs(stack, "rebudget", 3)
     check("3.5bit" in last["name"], f"the run is called {last['name']!r}")
     states = stack.task_states(last["id"], STEPS)
     check(states["Cached"] >= 2 + 2 * LAYERS and states["Completed"] >= 1, f"it reused the search: {dict(states)}")
     time.sleep(5)
-    check(len(stack.flow_runs(any_=["rebudget"])) == 2, "runs that searched nothing have started no other")
+    check(len(stack.flow_runs(any_=["rebudget"])) == 3, "runs that searched nothing have started no other")
 
 
 def main() -> None:

@@ -180,6 +180,12 @@ class Stack:
         created = self.call("POST", f"/deployments/{found['id']}/create_flow_run", body)
         return str(created["id"])
 
+    def change_job_variables(self, deployment: str, job_variables: dict[str, Any]) -> None:
+        """Have a deployment, ``flow/deployment``, start its jobs with other variables; those not named stay."""
+        found = self.call("GET", f"/deployments/name/{deployment}")
+        body = {"job_variables": {**found["job_variables"], **job_variables}}
+        self.call("PATCH", f"/deployments/{found['id']}", body)
+
     def flow_run(self, run: str) -> dict[str, Any]:
         """A flow run."""
         found: dict[str, Any] = self.call("GET", f"/flow_runs/{run}")

@@ -225,6 +225,25 @@ def test_dry_run_for_people(project: Path, capsys: pytest.CaptureFixture[str]) -
     assert "a library that prints" not in out
 
 
+@pytest.mark.parametrize(
+    ("engine", "flow", "estimate"),
+    [
+        ({}, "cuda:0", "cuda:0"),
+        ({"steps": "subprocess"}, "cpu", "cuda:0"),
+        ({"steps": "docker"}, "cpu", "cuda:0"),
+        ({"devices": "cpu", "steps": "subprocess"}, "cpu", "cpu"),
+        ({"runner": "dask"}, "cpu", "cpu"),  # its workers are wherever they are
+    ],
+)
+def test_a_dry_run_estimates_on_the_device_that_steps_will_have(
+    engine: dict[str, Any], flow: str, estimate: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = RunConfig.from_yaml(project, {"engine": engine})
+    assert str(open_bench(config).device) == flow
+    assert str(open_bench(config, to_estimate=True).device) == estimate
+
+
 # -- init -------------------------------------------------------------------------------------------------------
 
 

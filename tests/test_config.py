@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 
+import fsspec
 import pytest
+import yaml
 
-from mlorq.config import PRESETS, RunConfig, resolve_location
+from mlorq.config import PRESETS, RunConfig
 from mlorq.errors import ConfigError
+from mlorq.locations import absolute_folder, resolve_location
 
 BASE = {
     "model": {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "w.safetensors"},
@@ -123,3 +127,32 @@ def test_overrides_are_dotted_keys(tmp_path):
 )
 def test_relative_paths_start_at_the_configuration(location, expected):
     assert resolve_location(location, "/base") == expected
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("a/b.csv", "s3://bucket/runs/a/b.csv"),
+        ("../a.csv", "s3://bucket/a.csv"),
+        ("/abs/x", "/abs/x"),
+        ("gs://other/x", "gs://other/x"),
+        ("file://./.mlorq", f"file://{os.getcwd()}/.mlorq"),  # on this machine, whatever the file came from
+    ],
+)
+def test_relative_paths_start_at_the_folder_of_a_configuration_behind_a_url(location, expected):
+    assert resolve_location(location, "s3://bucket/runs") == expected
+    for outside in ("../../other/x", "../.."):
+        with pytest.raises(ConfigError, match="leads out of s3://bucket/runs"):
+            resolve_location(outside, "s3://bucket/runs")
+
+
+def test_a_configuration_behind_a_url(tmp_path):
+    with fsspec.open("memory://runs/here/run.yaml", "w") as file:
+        file.write(yaml.safe_dump(BASE))
+    found = RunConfig.from_yaml("memory://runs/here/run.yaml", {"search.samples": 5})
+    assert (found.folder, found.search.samples) == ("memory://runs/here", 5)
+    assert absolute_folder(found.folder) == found.folder
+    with pytest.raises(ConfigError, match=r"memory://runs/none\.yaml does not exist"):
+        RunConfig.from_yaml("memory://runs/none.yaml")
+    with pytest.raises(ConfigError, match="plain file"):
+        RunConfig.from_yaml("zip://run.yaml::memory://runs/here/a.zip")

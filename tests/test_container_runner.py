@@ -31,6 +31,8 @@ from steps import pipeline
 from steps.base import Outcome, StepSpec
 from steps.pipeline import run_pipeline
 from tests.engine import BASE, docker_engine, mlorq_image  # noqa: F401
+from tests.s3 import SECRET as S3_SECRET
+from tests.s3 import s3_server
 from tests.test_cli import write_project
 from tests.watch import Watch
 
@@ -552,6 +554,30 @@ def test_credentials_arrive_and_are_in_no_line(
     assert (tmp_path / "store" / "seen").read_text() == SECRET
     assert "the key is ***" in watch.lines
     assert SECRET not in "".join(watch.lines) + str(caught.value)
+
+
+@in_containers
+def test_steps_in_containers_work_on_an_object_store(tmp_path: Path, settings: dict[str, Any]) -> None:
+    pytest.importorskip("moto")
+    changes = {"search": {"points": 2, "include": ["blocks.1.*"]}, "rounding": {"method": "nearest"}}
+    local = project(tmp_path / "a", **changes)
+    inside = Recorder(InProcessRunner(open_bench(local)))
+    run_pipeline(open_bench(local), inside, ["4bit"])
+    with s3_server() as server:
+        engine = settings | {"docker": settings["docker"] | {"network": "host"}, "cache": str(tmp_path / "cache")}
+        remote = project(tmp_path / "b", **changes, engine=engine, store=server.new_bucket())
+        bench = open_bench(remote)
+        containers = Recorder(make_runner(remote, "cpu", lambda: bench))
+        run_pipeline(bench, containers, ["4bit"])
+        assert [spec.key for spec in containers.specs] == [spec.key for spec in inside.specs]
+        assert containers.reused == 0
+        for spec in inside.specs:
+            names = open_bench(local).store.manifest(spec.ref)["files"]
+            assert names
+            for name in names:
+                assert bench.store.read_bytes(spec.ref, name) == open_bench(local).store.read_bytes(spec.ref, name)
+        assert any(path.is_file() for path in (tmp_path / "cache").rglob("*"))  # filled by the containers
+        assert S3_SECRET not in "".join(containers.watch.lines)
 
 
 @in_containers

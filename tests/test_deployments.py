@@ -260,11 +260,15 @@ def test_configurations_of_a_flow(tmp_path: Path) -> None:
     assert read_config(f"file://{path}") == config
     with fsspec.open("memory://projects/run.yaml", "wb") as file:
         file.write(path.read_bytes())
-    assert read_config("memory://projects/run.yaml", str(tmp_path)) == config
+    for given, folder in (("memory://projects/run.yaml", str(tmp_path)), ("run.yaml", "memory://projects")):
+        found = read_config(given, folder)
+        assert found == config.model_copy(update={"folder": "memory://projects"})
+        assert found.resolve("data/texts.csv") == "memory://projects/data/texts.csv"
     for wrong, said in (
         ({"budgte": "3bit"}, "did you mean 'budget'"),
         ("none.yaml", "does not exist"),
-        ("memory://none.yaml", "cannot be read"),
+        ("memory://none.yaml", "does not exist"),
+        ("nothing://none.yaml", "cannot be read"),
         (7, "is a mapping"),
     ):
         given = yaml.safe_load(path.read_text()) | wrong if isinstance(wrong, dict) else wrong

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from flows.runners.child import child_environment
 from mlorq.config import RunConfig
 from mlorq.errors import ConfigError, StoreError
+from mlorq.locations import absolute_folder, is_remote
 from mlorq.models.transformers import locate
 
 HOME = "/tmp"  # inside: any user can write there
@@ -74,8 +75,8 @@ class _Binds:
 
 
 def folder_of(config: RunConfig) -> str:
-    """Where relative paths of the configuration start."""
-    return os.path.abspath(config.folder or os.getcwd())
+    """Where relative paths of the configuration start: a path or a URL."""
+    return absolute_folder(config.folder)
 
 
 def binds_of(config: RunConfig, cache: str | None, environment: Mapping[str, str]) -> list[Bind]:
@@ -91,7 +92,8 @@ def binds_of(config: RunConfig, cache: str | None, environment: Mapping[str, str
         StoreError: the store's folder cannot be created.
     """
     found = _Binds()
-    found.need(folder_of(config))
+    if not is_remote(config.folder):
+        found.need(folder_of(config))
     store = local_path(config.resolve(config.store))
     try:
         for folder in (store, cache, _hub_folder(config)):

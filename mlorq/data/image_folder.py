@@ -16,10 +16,11 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from mlorq.config import ModelConfig, SourceConfig, resolve_location
+from mlorq.config import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
 from mlorq.hashing import digest_bytes, digest_json
+from mlorq.locations import resolve_location
 from mlorq.metrics import top_k_accuracy
 from mlorq.models.timm import preprocessing
 

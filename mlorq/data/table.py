@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from mlorq.config import ModelConfig, SourceConfig, resolve_location
+from mlorq.config import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
 from mlorq.hashing import digest_batch, digest_json
+from mlorq.locations import resolve_location
 from mlorq.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
 from mlorq.models.transformers import tokenizer
 

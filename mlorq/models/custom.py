@@ -14,6 +14,7 @@ from torch import nn
 
 from mlorq.config import ModelConfig
 from mlorq.errors import DataError, ModelError
+from mlorq.locations import is_remote
 from mlorq.models import timm, transformers
 from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
 
@@ -73,7 +74,7 @@ def import_function(location: str, folder: str, error_type: type[ModelError] | t
     module_name, separator, attribute = location.partition(":")
     if not separator or not module_name or not attribute:
         raise error_type(f"factory {location!r} is not of the form package:function")
-    _forget_namesakes(module_name.partition(".")[0], folder or ".")
+    _forget_namesakes(module_name.partition(".")[0], _code_folder(folder))
     try:
         with importable(folder):
             importlib.invalidate_caches()
@@ -92,12 +93,18 @@ def import_function(location: str, folder: str, error_type: type[ModelError] | t
 @contextlib.contextmanager
 def importable(folder: str) -> Iterator[None]:
     """With ``folder`` first among the places that imports look in: functions may import when they are called."""
-    sys.path.insert(0, folder or ".")
+    place = _code_folder(folder)
+    sys.path.insert(0, place)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):  # the user's code may have changed the path itself
-            sys.path.remove(folder or ".")
+            sys.path.remove(place)
+
+
+def _code_folder(folder: str) -> str:
+    """Code is imported from this machine alone: beside a configuration behind a URL it is in the working directory."""
+    return "." if not folder or is_remote(folder) else folder
 
 
 def _forget_namesakes(package: str, folder: str) -> None:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.config import ModelConfig, resolve_location
+from mlorq.config import ModelConfig
 from mlorq.errors import CheckpointError, ModelError
+from mlorq.locations import is_remote, resolve_location
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
 
 ATTENTION = "sdpa"
@@ -139,6 +140,8 @@ def locate(config: ModelConfig, folder: str = "") -> str:
     """
     assert config.name is not None
     path = resolve_location(config.name, folder)
+    if is_remote(config.name) or (is_remote(folder) and config.name.startswith(".")):
+        raise ModelError(f"model folder {path} is not on this machine: copy it here, or use a hub name")
     if os.path.isdir(path):
         return path
     package, _, inside = config.name.partition("/")

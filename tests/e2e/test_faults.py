@@ -14,6 +14,7 @@ import yaml
 from mlorq.housekeeping import verify
 from mlorq.store import Store
 from scripts.prefect_stack import Stack
+from tests.engine import docker_engine, mlorq_image  # noqa: F401
 from tests.s3 import s3_server
 from tests.test_cli import FACTORY, write_project
 
@@ -83,6 +84,33 @@ def test_a_killed_worker(stack: Stack, tmp_path: Path) -> None:
     assert before.items() <= manifests(store).items()
     states = stack.task_states(second, STEPS)
     assert states == {"Cached": len(before), "Completed": STEPS - len(before)}
+    stack.kill(worker, signal.SIGTERM)
+
+
+@pytest.mark.docker
+def test_a_killed_container_of_a_step(
+    stack: Stack,
+    tmp_path: Path,
+    docker_engine: Any,  # noqa: F811
+    mlorq_image: str,  # noqa: F811
+) -> None:
+    docker = {"image": mlorq_image, "network": "none"}
+    parameters = slow_project(tmp_path, engine={"devices": "cpu", "threads": 1, "steps": "docker", "docker": docker})
+    store = tmp_path / "store"
+    worker = stack.start_worker("faults")
+    run = stack.run("compress/compress", parameters)
+    wait_for(store, "candidates", LAYERS)
+    deadline = time.monotonic() + 120
+    while not (boxes := docker_engine.containers.list(filters={"label": "mlorq.step=sensitivity"})):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    boxes[0].kill()
+    before = manifests(store)
+    stack.wait(run, 400)
+    assert "was killed (status 137)" in stack.run_log(run)
+    assert before.items() <= manifests(store).items()  # nothing was done twice
+    assert stack.task_states(run, STEPS) == {"Completed": STEPS}
+    assert not docker_engine.containers.list(all=True, filters={"label": "mlorq.step"})
     stack.kill(worker, signal.SIGTERM)
 
 
