@@ -136,6 +136,11 @@ class Stack:
         )  # fmt: skip
         return name
 
+    def kill_workers(self) -> None:
+        """Kill the workers that still run, with all that they have started."""
+        for name in [name for name in self._processes if name.startswith("worker-")]:
+            self.kill(name)
+
     def prefect(self, *arguments: str, **environment: str) -> str:
         """Run a command of Prefect's own command line in the repository; gives its output."""
         done = subprocess.run(
