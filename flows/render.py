@@ -33,8 +33,10 @@ def size(count: int | None) -> str:
 
 
 def bits_of(row: Mapping[str, Any]) -> str:
-    """A candidate's bit-widths: ``4``, or ``6/4 rank 32`` (left factor / right factor)."""
-    return str(row["bits"]) if row["form"] == "Q" else f"{row['bits_a']}/{row['bits_b']} rank {row['rank']}"
+    """A candidate's bit-widths: ``4``, ``6/4 rank 32`` (left factor / right factor), or both: ``3 + 4/4 rank 8``."""
+    parts = [] if row["bits"] is None else [str(row["bits"])]
+    parts += [] if row["rank"] is None else [f"{row['bits_a']}/{row['bits_b']} rank {row['rank']}"]
+    return " + ".join(parts)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:

@@ -12,9 +12,10 @@ cumulative sum, where the product of every rank would cost ``m · r · n`` each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from mlorq.factorize import Factors, Split, weighted_svd
-from mlorq.forms import Candidate, CompressedLayer
+from mlorq.forms import Candidate, CompressedLayer, Form, combine
 from mlorq.memory import Accounting, candidate_bytes, low_rank_bytes
 from mlorq.pareto import pareto_front
 from mlorq.quantizers import (
+    Rounded,
     RowQuantizer,
     ZeroPoint,
     row_ranges,
@@ -36,6 +38,7 @@ from mlorq.quantizers import (
 from mlorq.tables import CANDIDATES
 
 SMALLEST_RANK = 2
+SearchMetric = Literal["hessian", "moments"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class CandidateSettings:
     zero_point: ZeroPoint = "codes"
     percentiles: tuple[float, ...] = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0)
     accounting: Accounting = "exact"
+    metric: SearchMetric = "hessian"
+    forms: tuple[Form, ...] = ("Q", "LR")
+    sum_bits: tuple[int, ...] = (2, 3, 4)
+    sum_factor_bits: tuple[int, ...] = (4,)
+    sum_ranks: tuple[int, ...] = (4, 8, 16, 32)
 
 
 class LayerSearch:
@@ -60,6 +68,8 @@ class LayerSearch:
         settings: bit-widths, percentiles and accounting.
         groups: convolution groups; more than one leaves quantize-only candidates.
     """
+
+    is_fitted = False  # to the calibration data's first fold
 
     def __init__(self, weight: Tensor, hessian: Tensor, settings: CandidateSettings, groups: int = 1) -> None:
         self.weight = weight.to(torch.float32)
@@ -77,6 +87,11 @@ class LayerSearch:
     def row_weights(self) -> Tensor:
         """``h_i = max_j H_ij``, ``(out_features,)`` float64."""
         return self.hessian.amax(1).to(torch.float64)
+
+    def output_metric(self) -> Tensor:
+        """G for closed forms, ``(out_features, out_features)`` float64: here the rows' sums of H alone."""
+        rows = self.hessian.sum(1).to(torch.float64)
+        return torch.diag(rows + max(1e-3 * float(rows.mean()), torch.finfo(torch.float64).tiny))
 
     # -- quantizers -----------------------------------------------------------------------------------------
 
@@ -171,6 +186,34 @@ class LayerSearch:
         b = {width: self._right_values(width) for width in bits}
         return gram_costs(self.weight, self.row_weights, a, b)
 
+    def sum_candidates(self) -> list[Candidate]:
+        """The candidates ``QLR``: none where a layer has no factors, and none that is larger than the largest ``Q``."""
+        rows, columns = self.weight.shape
+        settings = self.settings
+        if self.groups != 1 or "QLR" not in settings.forms:
+            return []
+
+        def size(candidate: Candidate) -> int:
+            return candidate_bytes(candidate, rows, columns, settings.accounting, settings.zero_point)
+
+        largest = size(Candidate("Q", bits=max(settings.bits)))
+        found = [
+            Candidate("QLR", bits=bits, bits_a=width, bits_b=width, rank=rank)
+            for bits in settings.sum_bits
+            for width in settings.sum_factor_bits
+            for rank in settings.sum_ranks
+            if SMALLEST_RANK <= rank <= min(rows, columns)
+        ]
+        return [candidate for candidate in found if size(candidate) < largest]
+
+    def sum_costs(self) -> dict[Candidate, float]:
+        """Local cost of every ``QLR`` candidate."""
+        found = {}
+        for candidate in self.sum_candidates():
+            error = (self.dense(candidate) - self.weight).to(torch.float64)
+            found[candidate] = float((error.square().sum(1) * self.row_weights).sum() / self.weight.numel())
+        return found
+
     def _left_values(self, bits: int) -> Tensor:
         return self.left_quantizer(bits).round_trip(self.factors.a.to(torch.float32))
 
@@ -190,13 +233,17 @@ class LayerSearch:
             for candidate in candidates
         ]
         costs = [self.quantized_cost(bits) for bits in settings.bits]
-        if self.groups == 1 and settings.factor_bits:
+        if self.groups == 1 and settings.factor_bits and "LR" in settings.forms:
             all_costs = self.low_rank_costs()
             for (bits_a, bits_b), cost in all_costs.items():
                 ranks = self.ranks(bits_a, bits_b)
                 candidates += [Candidate("LR", bits_a=bits_a, bits_b=bits_b, rank=int(r)) for r in ranks]
                 sizes += self._low_rank_bytes(ranks, bits_a, bits_b).tolist()
                 costs += cost[ranks - 1].tolist()
+        for candidate, value in self.sum_costs().items():
+            candidates.append(candidate)
+            sizes.append(candidate_bytes(candidate, rows, columns, settings.accounting, settings.zero_point))
+            costs.append(value)
         front = pareto_front(np.array(costs), np.array(sizes))
         front[: len(settings.bits)] = True
         return pa.table(
@@ -219,33 +266,48 @@ class LayerSearch:
     def quantized_parts(self, candidate: Candidate) -> dict[str, tuple[Tensor, RowQuantizer]]:
         """The matrices a candidate stores, before rounding, with their quantizers.
 
-        ``{"weight": (W, quantizer)}`` or ``{"a": (A_r, …), "b": (B_r, …)}``, float32. Scales of A are searched again
-        at the candidate's own rank (METHOD 4, point 5).
+        ``{"weight": (W, quantizer)}`` or ``{"a": (A_r, …), "b": (B_r, …)}``, float32; for ``QLR`` both, the factors
+        those of what nearest rounding leaves of W. Scales of A are searched at the candidate's own rank (METHOD 4).
         """
-        if candidate.form == "Q":
-            assert candidate.bits is not None
-            return {"weight": (self.weight, self.weight_quantizer(candidate.bits))}
-        rank, bits_a, bits_b = candidate.rank, candidate.bits_a, candidate.bits_b
-        assert rank and bits_a and bits_b, candidate  # noqa: PT018
-        right = self.right_quantizer(bits_b)
-        leading = RowQuantizer(right.scale[:rank], right.zero_point[:rank], right.bits)
+        parts: dict[str, tuple[Tensor, RowQuantizer]] = {}
+        search = self
+        if candidate.bits is not None:
+            quantizer = self.weight_quantizer(candidate.bits)
+            parts["weight"] = (self.weight, quantizer)
+            if candidate.has_product:
+                remainder = self.weight - quantizer.round_trip(self.weight)
+                search = LayerSearch(remainder, self.hessian, self.settings, self.groups)
+        if candidate.has_product:
+            rank, bits_a, bits_b = candidate.rank, candidate.bits_a, candidate.bits_b
+            assert rank and bits_a and bits_b, candidate  # noqa: PT018
+            right = search.right_quantizer(bits_b)
+            leading = RowQuantizer(right.scale[:rank], right.zero_point[:rank], right.bits)
+            parts["a"] = (search.factors.a[:, :rank].float(), search.left_quantizer(bits_a, rank))
+            parts["b"] = (search.factors.b[:rank].float(), leading)
+        return parts
+
+    def rounded_parts(self, candidate: Candidate) -> dict[str, Rounded]:
+        """Codes and quantizers of the matrices that a candidate stores, as the search judges them."""
+        parts = self.quantized_parts(candidate)
         return {
-            "a": (self.factors.a[:, :rank].float(), self.left_quantizer(bits_a, rank)),
-            "b": (self.factors.b[:rank].float(), leading),
+            name: Rounded(quantizer.quantize(values), quantizer, values) for name, (values, quantizer) in parts.items()
         }
 
     def dense(self, candidate: Candidate) -> Tensor:
-        """Ŵ of a candidate by nearest rounding, ``(out_features, in_features)`` float32."""
-        parts = [quantizer.round_trip(values) for values, quantizer in self.quantized_parts(candidate).values()]
-        return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+        """Ŵ of a candidate as the search judges it, ``(out_features, in_features)`` float32."""
+        parts = self.rounded_parts(candidate)
+        return combine({name: part.dequantize() for name, part in parts.items()})
 
     def realise(self, layer: str, candidate: Candidate) -> CompressedLayer:
         """The stored form of a candidate by nearest rounding."""
-        matrices = {
-            name: store_matrix(quantizer.quantize(values), quantizer, self.settings.zero_point)
-            for name, (values, quantizer) in self.quantized_parts(candidate).items()
-        }
-        return CompressedLayer(layer, candidate, matrices)
+        parts = LayerSearch.rounded_parts(self, candidate)
+        return stored(layer, candidate, parts, self.settings.zero_point)
+
+
+def stored(layer: str, candidate: Candidate, parts: Mapping[str, Rounded], zero_point: ZeroPoint) -> CompressedLayer:
+    """The stored form of a candidate's matrices."""
+    matrices = {name: store_matrix(part.codes, part.quantizer, zero_point) for name, part in parts.items()}
+    return CompressedLayer(layer, candidate, matrices)
 
 
 def gram_costs(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mlorq.errors import ModelError
 from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.second_moments import OuterProducts
 
 FLOAT16_LARGEST = 65504.0
 
@@ -35,6 +36,22 @@ class InputSample:
     x: Tensor
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What a pass over the calibration data gives.
+
+    Attributes:
+        reference: f(x), ``(samples, outputs)`` float32 on the CPU.
+        samples: ``{layer: some of its inputs}``.
+        inputs: ``{layer: outer products of its inputs}``, one and the same for layers that read the same tensor;
+            empty where they were not asked for. Grouped convolutions have none: their rows see different inputs.
+    """
+
+    reference: Tensor
+    samples: dict[str, InputSample]
+    inputs: dict[str, OuterProducts]
+
+
 def capture(
     model: FloatModel,
     layers: Sequence[Layer],
@@ -42,9 +59,10 @@ def capture(
     *,
     rows: int = 256,
     seed: int = 0,
+    moments: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Tensor, dict[str, InputSample]]:
+) -> Captured:
     """Run the float model over the calibration data.
 
     Args:
@@ -54,11 +72,9 @@ def capture(
         rows: about how many input rows to keep a layer; spread evenly over the samples, tokens chosen at random
             among those that count.
         seed: of the choice of tokens.
+        moments: whether to sum the outer products of all inputs as well.
         device: where the model is.
         progress: called with (batches done, batches).
-
-    Returns:
-        f(x), ``(samples, outputs)`` float32 on the CPU, and the input sample of each layer.
 
     Raises:
         ModelError: a layer's input or the output is not finite; the layer is named.
@@ -68,6 +84,14 @@ def capture(
     share = max(1, round(rows / total))
     kept: dict[str, list[InputSample]] = {layer.name: [] for layer in layers}
     references: list[Tensor] = []
+    products: dict[str, OuterProducts] = {}
+    leaders: dict[int, str] = {}
+    if moments:
+        for layer in layers:
+            if layer.groups == 1:
+                leader = leaders.setdefault(layer.input_group, layer.name)
+                products[layer.name] = products.get(leader) or OuterProducts(layer.in_features, device)
+    leading = set(leaders.values())
     first = 0
 
     for index, batch in enumerate(batches):
@@ -85,6 +109,8 @@ def capture(
                 seen.add(name)
                 tokens = input_tokens(child, args[0], count)
                 kept[name].append(_choose(tokens, mask, share, start, generator))
+                if name in leading:
+                    products[name].add(tokens, start, counting(mask, tokens))
 
             return record
 
@@ -108,7 +134,12 @@ def capture(
         name: InputSample(*(torch.cat([getattr(part, field) for part in parts]) for field in ("sample", "token", "x")))
         for name, parts in kept.items()
     }
-    return torch.cat(references), samples
+    return Captured(torch.cat(references), samples, products)
+
+
+def counting(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """The token mask where it is about these tokens, ``(samples, tokens, …)``; None where all of them count."""
+    return mask if mask is not None and mask.shape == tokens.shape[:2] else None
 
 
 def _choose(tokens: Tensor, mask: Tensor | None, share: int, first: int, generator: torch.Generator) -> InputSample:

@@ -118,7 +118,7 @@ def rest_upper_bound(
     """Most bytes that a checkpoint holds beside its compressible layers' weights, whatever these become.
 
     For every allocation ``folder <= rest_upper_bound(…) + Σ candidate_bytes(…, accounting, …)``. It is the
-    sum of the tensors that stay float and of the headers in the case that each layer is ``LR``, with all
+    sum of the tensors that stay float and of the headers in the case that each layer is ``QLR``, with all
     numbers as long as they can be: some hundred bytes a layer too much.
 
     Args:
@@ -149,14 +149,14 @@ def rest_upper_bound(
         layer = get_layer(module, name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        candidate = Candidate("LR", bits_a=8, bits_b=8, rank=max(1000, weight.numel()))
+        candidate = Candidate("QLR", bits=8, bits_a=8, bits_b=8, rank=max(1000, weight.numel()))
         kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
         entry = LayerEntry(name, kind, tuple(weight.shape), candidate, "int16", dtype, most, tuple(further))
         entries.append(entry)
         shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
         if accounting == "paper":
-            # A byte of padding and four of scale and zero-point a row of A and B; ranks end at min(m, n).
-            unpaid += 5 * (entry.matrix_shape[0] + min(entry.matrix_shape))
+            # A byte of padding and four of scale and zero-point a row of W, A and B; ranks end at min(m, n).
+            unpaid += 5 * (2 * entry.matrix_shape[0] + min(entry.matrix_shape))
     # The longest dtype name, the largest offsets; 8 bytes of length and at most 7 blanks for alignment.
     tensors = {
         name: {"dtype": "F8_E5M2FNUZ", "shape": shape, "data_offsets": [most, most]} for name, shape in shapes.items()

@@ -1,9 +1,9 @@
 """Layers that compute from packed codes: ``CompressedLinear`` and ``CompressedConv2d``.
 
-A layer stores one matrix (``Q``: W) or two (``LR``: A and B), each as packed codes with a scale and a
-zero-point a row (METHOD 1, 2). A matrix is dequantized in float32, exactly as ``QuantizedMatrix.dequantize``
-does, and then cast to the dtype of the float layer. ``LR`` runs as two products, ``(x Bᵀ) Aᵀ``; a convolution
-as one with B's rows as kernels followed by a 1 × 1 convolution by A. A forward pass never forms the dense W.
+A layer stores a matrix (``Q``: W), two (``LR``: A and B) or all three (``QLR``), each as packed codes with a scale
+and a zero-point a row (METHOD 1, 2). A matrix is dequantized in float32, exactly as ``QuantizedMatrix.dequantize``
+does, and then cast to the dtype of the float layer. ``A B`` runs as two products, ``(x Bᵀ) Aᵀ``; in a convolution
+as one with B's rows as kernels followed by a 1 × 1 convolution by A. A forward pass never forms the product of A and B.
 
 Stored tensors keep their dtypes through ``.half()``, ``.to(torch.bfloat16)`` and the like: what such a call
 changes is the dtype that the layer computes in.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError
-from mlorq.forms import Candidate, CompressedLayer, QuantizedMatrix, ZeroPoint
+from mlorq.forms import Candidate, CompressedLayer, QuantizedMatrix, ZeroPoint, combine
 from mlorq.memory import stored_matrices
 from mlorq.packing import pack_rows, packed_columns, unpack_rows
 
@@ -31,8 +31,9 @@ ZERO_POINT_DTYPES: dict[ZeroPoint, torch.dtype] = {"codes": torch.uint8, "int16"
 class CompressedModule(nn.Module):
     """What the two compressed layers share: stored matrices in buffers, dequantized ones kept after use.
 
-    Buffers are ``weight_codes``, ``weight_scale``, ``weight_zero_point`` (``Q``), or the same of ``a`` and of
-    ``b`` (``LR``): uint8 ``(rows, ceil(columns bits / 8))``, float16 ``(rows,)``, uint8 or int16 ``(rows,)``.
+    Buffers are ``weight_codes``, ``weight_scale``, ``weight_zero_point`` (``Q``), the same of ``a`` and of
+    ``b`` (``LR``), or of all three (``QLR``): uint8 ``(rows, ceil(columns bits / 8))``, float16 ``(rows,)``, uint8
+    or int16 ``(rows,)``.
 
     Attributes:
         layer_name: the layer's name in the model; modules that share one weight share the name.
@@ -109,6 +110,10 @@ class CompressedModule(nn.Module):
             result.get_buffer(f"{part}_codes").copy_(pack_rows(matrix.codes, matrix.bits))
             result.get_buffer(f"{part}_scale").copy_(matrix.scale)
             result.get_buffer(f"{part}_zero_point").copy_(matrix.zero_point)
+        if compressed.bias is not None:
+            if result.bias is None:
+                raise ModelError(f"layer {name!r} has no bias to be replaced")
+            result.bias.copy_(compressed.bias)
         return result
 
     @classmethod
@@ -173,11 +178,9 @@ class CompressedModule(nn.Module):
         """The dense weight in the float layer's shape and the compute dtype.
 
         It is for code that reads a layer's weight itself (``nn.MultiheadAttention``; models that cast their
-        input to the weight's dtype). ``LR`` multiplies A B at every access.
+        input to the weight's dtype). Forms with factors multiply A B at every access.
         """
-        if self.candidate.form == "Q":
-            return self.dense("weight").view(self.weight_shape)
-        return (self.dense("a") @ self.dense("b")).view(self.weight_shape)
+        return combine({name: self.dense(name) for name in self._matrices}).view(self.weight_shape)
 
     def extra_repr(self) -> str:
         fields = ("form", "bits", "rank", "bits_a", "bits_b")
@@ -230,9 +233,10 @@ class CompressedLinear(CompressedModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
-        if self.candidate.form == "Q":
+        if not self.candidate.has_product:
             return F.linear(inputs, self.dense("weight"), self.bias)
-        return F.linear(F.linear(inputs, self.dense("b")), self.dense("a"), self.bias)
+        product = F.linear(F.linear(inputs, self.dense("b")), self.dense("a"), self.bias)
+        return product if self.candidate.bits is None else product + F.linear(inputs, self.dense("weight"))
 
     def _sizes_repr(self) -> list[str]:
         return [f"in_features={self.in_features}", f"out_features={self.out_features}"]
@@ -253,11 +257,14 @@ class CompressedConv2d(CompressedModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(N, in_channels, H, W)``, or without N, to the output of the float layer's shape."""
-        if self.candidate.form == "Q":
+        if not self.candidate.has_product:
             return self._convolve(inputs, self.dense("weight").view(self.weight_shape), self.bias)
         kernels = self.dense("b").unflatten(1, self.weight_shape[1:])  # (rank, in_channels, kh, kw)
         mixing = self.dense("a")[:, :, None, None]  # (out_channels, rank, 1, 1)
-        return F.conv2d(self._convolve(inputs, kernels, None), mixing, self.bias)
+        product = F.conv2d(self._convolve(inputs, kernels, None), mixing, self.bias)
+        if self.candidate.bits is None:
+            return product
+        return product + self._convolve(inputs, self.dense("weight").view(self.weight_shape), None)
 
     def _convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -399,7 +406,7 @@ def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidat
         getattr(cls, method, None) is not getattr(float_class, method, None) for method in ("forward", "_conv_forward")
     ):
         return f"{cls.__name__} has a forward of its own"
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1 and candidate.form != "Q":
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1 and candidate.has_product:
         return f"a convolution with {layer.groups} groups has no low-rank form"
     return None
 

@@ -20,19 +20,36 @@ from mlorq.errors import ConfigError
 from mlorq.files import hide_password
 from mlorq.locations import folder_of_url, resolve_location
 
-Preset = Literal["quick", "paper"]
-Sensitivity = Literal["measured"]
-RoundingMethod = Literal["nearest", "lra"]
+Preset = Literal["best", "quick", "paper"]
+Sensitivity = Literal["measured", "auto", "closed_form"]
+RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra"]
 Accounting = Literal["exact", "paper"]
 
 # Names that the design reserves for work that is not there yet: an error, never an alias of something else.
 RESERVED = {
-    "preset": {"best"},
-    "search.sensitivity": {"auto", "closed_form"},
-    "rounding.method": {"closed_form", "gptq", "erq", "brecq", "block"},
+    "rounding.method": {"erq", "brecq"},
 }
 
+PERCENTILES = [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0]
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Second moments, three forms, closed forms, costs measured where they decide, and block reconstruction (METHOD 7).
+    "best": {
+        "search": {
+            "samples": 32,
+            "hessian_samples": 32,
+            "hessian_probes": 8,
+            "hessian_min_probes": 8,
+            "hessian_mode": "probes",
+            "metric": "moments",
+            "forms": ["Q", "LR", "QLR"],
+            "sensitivity": "auto",
+            "points": 4,
+            "zero_point": "codes",
+            "percentiles": PERCENTILES,
+        },
+        "rounding": {"method": "block", "iterations": 300},
+    },
     # The published method at a price that fits a CPU: fewer probes and LRA iterations, integer zero-points that
     # fit the codes, and a percentile grid that reaches the Gaussian optimum of 2 and 3 bits.
     "quick": {
@@ -42,7 +59,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hessian_probes": 32,
             "hessian_mode": "auto",
             "zero_point": "codes",
-            "percentiles": [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0],
+            "percentiles": PERCENTILES,
         },
         "rounding": {"method": "lra", "iterations": 500},
     },
@@ -137,13 +154,23 @@ class SearchConfig(_Section):
 
     bits: list[int] = Field([2, 3, 4, 6, 8], description="bit-widths of quantize-only candidates")
     factor_bits: list[int] = Field([4, 6, 8], description="bit-widths of low-rank factors; [] for none")
+    forms: list[Literal["Q", "LR", "QLR"]] = Field(
+        ["Q", "LR"], description="what a layer may become: codes, low-rank factors, or codes plus factors"
+    )
+    metric: Literal["hessian", "moments"] = Field(
+        "hessian",
+        description="of local costs and fits: hessian, the paper's; moments, input and output-gradient covariance",
+    )
+    sum_bits: list[int] = Field([2, 3, 4], description="QLR: bit-widths of the codes")
+    sum_factor_bits: list[int] = Field([4], description="QLR: bit-widths of the factors")
+    sum_ranks: list[int] = Field([4, 8, 16, 32], description="QLR: ranks")
     rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (1: the paper; 8 or 16: hardware)")
     factor_split: Literal["U_SV", "US_V"] = Field("U_SV", description="which factor carries the singular values")
     zero_point: Literal["codes", "int16"] = Field(
         "codes", description="codes: ranges contain 0 and zero-points fit the codes; int16: the paper's"
     )
     percentiles: list[float] = Field(
-        PRESETS["quick"]["search"]["percentiles"],
+        PERCENTILES,
         description="upper percentiles p of the ranges (1-p, p) tried",
     )
     hessian_samples: int = Field(32, ge=1, description="calibration samples for the label-free Hessian")
@@ -153,9 +180,13 @@ class SearchConfig(_Section):
     hessian_mode: Literal["auto", "probes", "exact"] = Field(
         "auto", description="exact: one backward pass an output; auto: exact where that needs fewer passes"
     )
-    sensitivity: Sensitivity = Field("measured", description="how local costs become global costs")
+    sensitivity: Sensitivity = Field(
+        "measured",
+        description="how local costs become global ones: measured (the paper's), auto (closed forms, scaled by "
+        "measurements where the allocation is decided), closed_form (scaled by one measurement a form)",
+    )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
-    points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair")
+    points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair; auto: a form")
     accounting: Accounting = Field("exact", description="exact: bytes on disk; paper: weight bits alone")
     objective: Literal["nsr", "sqnr"] = Field("nsr", description="minimise summed NMSE, or maximise summed 1/NMSE")
     solver: Literal["highs", "cbc"] = Field("highs", description="integer programming solver")
@@ -164,7 +195,7 @@ class SearchConfig(_Section):
     include: list[str] = Field(["*"], description="layer name patterns to compress")
     exclude: list[str] = Field([], description="layer name patterns to leave alone")
 
-    @field_validator("bits", "factor_bits")
+    @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
     @classmethod
     def _check_bits(cls, value: list[int]) -> list[int]:
         if any(not 2 <= bits <= 8 for bits in value):
@@ -182,23 +213,35 @@ class SearchConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> SearchConfig:
-        if not self.bits:
-            raise ValueError("bits must name at least one bit-width")
+        if not self.bits or "Q" not in self.forms:
+            raise ValueError("bits must name at least one bit-width, and forms must have Q")
         return self
 
 
 class RoundingConfig(_Section):
     """How the chosen candidates' codes are found (docs/METHOD.md, 6)."""
 
-    method: RoundingMethod = Field("lra", description="nearest, or low-rank-aware adaptive rounding")
-    iterations: int = Field(500, ge=1, description="lra: iterations a layer (paper: 20000)")
+    method: RoundingMethod = Field(
+        "lra",
+        description="nearest; gptq; closed_form (GPTQ with error feedback); block (closed form, then block "
+        "reconstruction); lra (low-rank-aware adaptive rounding)",
+    )
+    start: Literal["nearest", "closed_form"] = Field("nearest", description="lra: rounding to start from")
+    iterations: int = Field(500, ge=1, description="lra: iterations a layer (paper: 20000); block: steps a block")
     learning_rate: float = Field(0.3, gt=0, description="lra: RAdam step size")
     regularisation: float = Field(0.3, ge=0, description="lra: weight of the rounding regulariser")
     beta_start: float = Field(20.0, gt=0, description="lra: regulariser exponent during the first warm_up")
     beta_end: float = Field(2.0, gt=0, description="lra: regulariser exponent at the end")
     warm_up: float = Field(0.2, ge=0, le=1, description="lra: share of iterations before the exponent falls")
     stop_loss: float = Field(1e-8, ge=0, description="lra: stop a layer below this loss")
-    samples: int = Field(1024, ge=1, description="lra: most calibration samples used")
+    samples: int = Field(1024, ge=1, description="most calibration samples used")
+    batch_size: int = Field(8, ge=1, description="block: samples a step")
+    code_rate: float = Field(0.01, gt=0, description="block: step size of the codes, in codes")
+    scale_rate: float = Field(1e-3, ge=0, description="block: step size of scales, relative to them")
+    bias_rate: float = Field(1e-4, ge=0, description="block: step size of biases")
+    loss: Literal["block", "output"] = Field(
+        "block", description="block: error of the block's output, or of the model's through its float rest"
+    )
 
 
 class DaskConfig(_Section):

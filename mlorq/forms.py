@@ -1,11 +1,12 @@
-"""What a layer can become: the two forms of the published method, as records.
+"""What a layer can become, as records.
 
-``Q(b)`` keeps codes of W; ``LR(r, bA, bB)`` keeps codes of two factors, ``W ≈ A B`` (METHOD 1). A form is named by the
-matrices it stores, so a further form (``Q + A B``) is a further combination of the same parts.
+``Q(b)`` keeps codes of W; ``LR(r, bA, bB)`` keeps codes of two factors, ``W ≈ A B``; ``QLR(b, r, bA, bB)`` keeps both,
+``W ≈ Q_b + A B`` (METHOD 1). A form is named by the matrices it stores: its weight is the sum of their products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from mlorq.quantizers import QuantizedMatrix, ZeroPoint, store_matrix
 
-__all__ = ["Candidate", "CompressedLayer", "Form", "QuantizedMatrix", "ZeroPoint", "store_matrix"]
+__all__ = [
+    "MATRICES", "Candidate", "CompressedLayer", "Form", "QuantizedMatrix", "ZeroPoint", "combine", "store_matrix",
+]  # fmt: skip
 
-Form = Literal["Q", "LR"]
+Form = Literal["Q", "LR", "QLR"]
+MATRICES: dict[Form, tuple[str, ...]] = {"Q": ("weight",), "LR": ("a", "b"), "QLR": ("weight", "a", "b")}
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class Candidate:
     """One way to store one layer.
 
     Attributes:
-        form: ``Q`` or ``LR``.
-        bits: code width of W (``Q``), else None.
-        bits_a: code width of the left factor A, ``(out_features, rank)`` (``LR``), else None.
-        bits_b: code width of the right factor B, ``(rank, in_features)`` (``LR``), else None.
-        rank: columns of A and rows of B (``LR``), else None.
+        form: ``Q``, ``LR`` or ``QLR``.
+        bits: code width of W, or of what A B leaves of it (``Q``, ``QLR``), else None.
+        bits_a: code width of the left factor A, ``(out_features, rank)`` (``LR``, ``QLR``), else None.
+        bits_b: code width of the right factor B, ``(rank, in_features)`` (``LR``, ``QLR``), else None.
+        rank: columns of A and rows of B (``LR``, ``QLR``), else None.
     """
 
     form: Form
@@ -39,8 +43,15 @@ class Candidate:
 
     @property
     def candidate_id(self) -> str:
-        """``Q4`` or ``LR64-8-4`` (rank, bits of A, bits of B)."""
-        return f"Q{self.bits}" if self.form == "Q" else f"LR{self.rank}-{self.bits_a}-{self.bits_b}"
+        """``Q4``, ``LR64-8-4`` (rank, bits of A, bits of B), or ``Q3+LR8-4-4``."""
+        parts = [] if self.bits is None else [f"Q{self.bits}"]
+        parts += [] if self.rank is None else [f"LR{self.rank}-{self.bits_a}-{self.bits_b}"]
+        return "+".join(parts)
+
+    @property
+    def has_product(self) -> bool:
+        """Whether factors are part of it."""
+        return self.form != "Q"
 
 
 @dataclass(frozen=True)
@@ -50,32 +61,32 @@ class CompressedLayer:
     Attributes:
         layer: the layer's name in the model.
         candidate: which form, bits and rank it has.
-        matrices: ``{"weight": W}`` for ``Q``, ``{"a": A, "b": B}`` for ``LR``.
+        matrices: ``{"weight": W}`` for ``Q``, ``{"a": A, "b": B}`` for ``LR``, all three for ``QLR``.
+        bias: ``(out_features,)`` float32 in place of the float layer's; None: that one stays.
     """
 
     layer: str
     candidate: Candidate
     matrices: dict[str, QuantizedMatrix]
+    bias: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The layer's weight ``(out_features, in_features)`` float32 as the compressed layer computes with it."""
-        if self.candidate.form == "Q":
-            return self.matrices["weight"].dequantize()
-        return self.matrices["a"].dequantize() @ self.matrices["b"].dequantize()
+        return combine({name: matrix.dequantize() for name, matrix in self.matrices.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Unpacked tensors by name (``weight.codes``, ``a.scale`` …), the content of a ``rounded`` artifact."""
-        return {
+        """Unpacked tensors by name (``weight.codes``, ``a.scale`` …, ``bias``): what a ``rounded`` artifact holds."""
+        found = {
             f"{name}.{part}": getattr(matrix, part)
             for name, matrix in self.matrices.items()
             for part in ("codes", "scale", "zero_point")
         }
+        return found if self.bias is None else found | {"bias": self.bias.detach().float().cpu()}
 
     @classmethod
     def from_tensors(cls, layer: str, candidate: Candidate, tensors: dict[str, Tensor]) -> CompressedLayer:
         """The inverse of ``tensors``."""
         bits = {"weight": candidate.bits, "a": candidate.bits_a, "b": candidate.bits_b}
-        names = ["weight"] if candidate.form == "Q" else ["a", "b"]
         matrices = {
             name: QuantizedMatrix(
                 codes=tensors[f"{name}.codes"].to(torch.uint8),
@@ -83,6 +94,14 @@ class CompressedLayer:
                 zero_point=tensors[f"{name}.zero_point"],
                 bits=bits[name] or 0,
             )
-            for name in names
+            for name in MATRICES[candidate.form]
         }
-        return cls(layer, candidate, matrices)
+        return cls(layer, candidate, matrices, tensors.get("bias"))
+
+
+def combine(values: Mapping[str, Tensor]) -> Tensor:
+    """The weight of a form from the values of its matrices: ``weight``, ``a @ b``, or their sum."""
+    if "a" not in values:
+        return values["weight"]
+    product = values["a"] @ values["b"]
+    return values["weight"] + product if "weight" in values else product

@@ -11,7 +11,7 @@ cheaper than probing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from mlorq.errors import ModelError
 from mlorq.layers import Layer, input_tokens, output_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.second_moments import OuterProducts
 
 Mode = Literal["auto", "probes", "exact"]
 
+GRADIENT_PASSES = 8  # G is an average over all tokens: a few passes are plenty
 CHUNK_ELEMENTS = {
     "cpu": 1 << 18,
     "cuda": 1 << 26,
@@ -39,6 +41,7 @@ def label_free_hessian(
     tolerance: float = 1e-4,
     mode: Mode = "auto",
     seed: int = 0,
+    gradients: Mapping[str, OuterProducts] | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -53,6 +56,8 @@ def label_free_hessian(
         tolerance: a batch's probing stops once every layer's mean changes by less than this, relatively.
         mode: ``probes``; ``exact`` (one backward pass an output); ``auto``: whichever needs fewer passes.
         seed: of the probes; drawn on the CPU, so that every device sees the same ones.
+        gradients: ``{layer: sums}`` to which the outer products of ``∂(v · f)/∂y`` are added, for the second moments of
+            output gradients; of at most ``GRADIENT_PASSES`` passes a batch, spread evenly.
         device: where the model is.
         progress: called with (passes done, most passes possible).
 
@@ -77,7 +82,8 @@ def label_free_hessian(
         means: Tensor | None = None
         done = 0
         for vectors in _vectors(outputs, exact, passes, generator):
-            _add_pass(record, modules, outputs, vectors, count, batch_total)
+            wanted = gradients if done * GRADIENT_PASSES // passes != (done - 1) * GRADIENT_PASSES // passes else None
+            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples)
             done += 1
             if progress is not None:
                 progress(index * passes + done, len(batches) * passes)
@@ -144,8 +150,10 @@ def _add_pass(
     vectors: Tensor,
     samples: int,
     total: dict[str, Tensor],
+    products: Mapping[str, OuterProducts] | None,
+    first: int,
 ) -> None:
-    """Add ``Σ_samples (∂(v · f) / ∂W)²`` of one vector v a sample to the running sums."""
+    """Add ``Σ_samples (∂(v · f) / ∂W)²`` of one vector v a sample to the running sums, and gradients to theirs."""
     if not outputs.requires_grad:
         return
     gradients = torch.autograd.grad(
@@ -160,6 +168,9 @@ def _add_pass(
         x = torch.cat([input_tokens(module, inputs, samples) for inputs, _ in parts], dim=1)
         delta = torch.cat([output_tokens(module, gradient, samples) for _, gradient in parts], dim=1)
         add_squared_gradients(total[name], x.float(), delta.float(), getattr(module, "groups", 1))
+        if products is not None and name in products:
+            # Tokens without any effect, such as padding behind a mask, add nothing but to the count.
+            products[name].add(delta, first)
 
 
 def add_squared_gradients(total: Tensor, inputs: Tensor, gradients: Tensor, groups: int = 1) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlorq.errors import BudgetError
-from mlorq.forms import Candidate
+from mlorq.forms import MATRICES, Candidate
 from mlorq.quantizers import ZeroPoint
 
 Accounting = Literal["exact", "paper"]
@@ -64,17 +64,19 @@ def matrix_bytes(rows: Count, columns: Count, bits: int, zero_point: ZeroPoint) 
 def stored_matrices(candidate: Candidate, out_features: int, in_features: int) -> dict[str, tuple[int, int, int]]:
     """``{name: (rows, columns, bits)}`` of the matrices that a candidate stores.
 
-    A ``Q`` candidate stores ``weight``; an ``LR`` candidate ``a``, ``(out_features, rank)``, and ``b``,
-    ``(rank, in_features)``.
+    ``weight`` is ``(out_features, in_features)``, ``a`` ``(out_features, rank)`` and ``b`` ``(rank, in_features)``.
 
     Raises:
-        ValueError: the candidate lacks a field that its form needs, or the form is unknown.
+        ValueError: the candidate lacks a field that its form needs or has one of another, or the form is unknown.
     """
-    if candidate.form == "Q" and candidate.bits is not None:
-        return {"weight": (out_features, in_features, candidate.bits)}
-    bits_a, bits_b, rank = candidate.bits_a, candidate.bits_b, candidate.rank
-    if candidate.form == "LR" and bits_a is not None and bits_b is not None and rank is not None:
-        return {"a": (out_features, rank, bits_a), "b": (rank, in_features, bits_b)}
+    bits, bits_a, bits_b, rank = candidate.bits, candidate.bits_a, candidate.bits_b, candidate.rank
+    found: dict[str, tuple[int, int, int]] = {}
+    if bits is not None:
+        found["weight"] = (out_features, in_features, bits)
+    if bits_a is not None and bits_b is not None and rank is not None:
+        found |= {"a": (out_features, rank, bits_a), "b": (rank, in_features, bits_b)}
+    if found and tuple(found) == MATRICES.get(candidate.form):
+        return found
     raise ValueError(f"incomplete candidate {candidate}")
 
 

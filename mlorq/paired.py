@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlorq.capture import counting
 from mlorq.forms import CompressedLayer
 from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.second_moments import FOLDS
 from mlorq.segments import Segments
 
 
@@ -31,12 +33,37 @@ class InputMoments:
         drift_cross: ``E[(x - x̃) x̃ᵀ]``.
         drift: ``E[(x - x̃)(x - x̃)ᵀ]``.
         tokens: how many tokens were averaged.
+        mean: ``E[x̃]``, ``(in_features,)``; None where it was not looked at.
+        drift_mean: ``E[x - x̃]``.
+        folds: the same of every other sample and of the rest; empty for a fold itself.
     """
 
     compressed: Tensor
     drift_cross: Tensor
     drift: Tensor
     tokens: int
+    mean: Tensor | None = None
+    drift_mean: Tensor | None = None
+    folds: tuple[InputMoments, ...] = ()
+
+    def centred(self) -> InputMoments:
+        """Moments about the means: what is left to the weights where the bias takes care of the mean error."""
+        assert self.mean is not None and self.drift_mean is not None  # noqa: PT018
+        mean, drift = self.mean, self.drift_mean
+        return InputMoments(
+            self.compressed - torch.outer(mean, mean),
+            self.drift_cross - torch.outer(drift, mean),
+            self.drift - torch.outer(drift, drift),
+            self.tokens,
+            folds=tuple(fold.centred() for fold in self.folds),
+        )
+
+
+FIELDS = ("compressed", "drift_cross", "drift", "mean", "drift_mean")
+
+
+def _averaged(sums: dict[str, Tensor], tokens: int, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
+    return InputMoments(**{name: sums[name] / max(1, tokens) for name in FIELDS}, tokens=tokens, folds=folds)
 
 
 class PairedForward:
@@ -68,6 +95,10 @@ class PairedForward:
         assert isinstance(parameter, Tensor)
         with torch.no_grad():
             parameter.copy_(compressed.dense().reshape(parameter.shape))
+            if compressed.bias is not None:
+                bias = self.compressed.get_submodule(layer.name).bias
+                assert isinstance(bias, Tensor)
+                bias.copy_(compressed.bias)
 
     def moments(self, layer: Layer) -> InputMoments:
         """Second moments of a layer's inputs; the part up to its block is run once for all its layers.
@@ -79,26 +110,45 @@ class PairedForward:
             return self._last[1]
         self._advance(layer.block)
         module = self.model.module.get_submodule(layer.name)
-        sums: list[Tensor] | None = None
-        tokens = 0
+        size = layer.in_features
+        shapes = ((size, size),) * 3 + ((size,),) * 2
+        device = next(self.model.module.parameters()).device
+        folds = [
+            {
+                name: torch.zeros(shape, dtype=torch.float64, device=device)
+                for name, shape in zip(FIELDS, shapes, strict=True)
+            }
+            for _ in range(FOLDS)
+        ]
+        tokens = [0] * FOLDS
+        first = 0
         for batch, (carry, changed) in zip(self.batches, self._carries, strict=True):
+            samples = batch_samples(batch)
             mask = self.model.token_mask(batch)
-            x = self._rows(module, self._float.layer_inputs(batch, self._at, carry, layer.name), batch, mask)
-            y = self._rows(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), batch, mask)
-            drift = x - y
-            parts = [(y.T @ y).double(), (drift.T @ y).double(), (drift.T @ drift).double()]
-            sums = parts if sums is None else [total + part for total, part in zip(sums, parts, strict=True)]
-            tokens += x.shape[0]
-        assert sums is not None
-        moments = InputMoments(sums[0] / tokens, sums[1] / tokens, sums[2] / tokens, tokens)
+            float_tokens = self._tokens(module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples)
+            own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
+            mask = counting(mask, own_tokens)
+            for fold, sums in enumerate(folds):
+                part = slice((fold - first) % FOLDS, None, FOLDS)
+                chosen = None if mask is None else mask[part]
+                x, y = (
+                    values[part].flatten(0, 1) if chosen is None else values[part][chosen]
+                    for values in (float_tokens, own_tokens)
+                )
+                drift = x - y
+                products = (y.T @ y, drift.T @ y, drift.T @ drift, y.sum(0), drift.sum(0))
+                for name, product in zip(FIELDS, products, strict=True):
+                    sums[name] += product.double()
+                tokens[fold] += x.shape[0]
+            first += samples
+        parts = tuple(_averaged(sums, count) for sums, count in zip(folds, tokens, strict=True) if count)
+        both = {name: sum((sums[name] for sums in folds[1:]), folds[0][name]) for name in FIELDS}
+        moments = _averaged(both, sum(tokens), parts)
         self._last = (layer.input_group, moments)
         return moments
 
-    def _rows(self, module: torch.nn.Module, inputs: Tensor, batch: Any, mask: Tensor | None) -> Tensor:
-        tokens = input_tokens(module, inputs, batch_samples(batch)).float()
-        if mask is not None and mask.shape == tokens.shape[:2]:
-            return tokens[mask]
-        return tokens.flatten(0, 1)
+    def _tokens(self, module: torch.nn.Module, inputs: Tensor, samples: int) -> Tensor:
+        return input_tokens(module, inputs, samples).float()
 
     def _advance(self, block: int) -> None:
         if block <= self._at or not self._is_chain(block):

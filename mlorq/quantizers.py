@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,33 @@ class RowQuantizer:
     def round_trip(self, values: Tensor) -> Tensor:
         """``dequantize(quantize(values))``: what is left of the values after quantization."""
         return self.dequantize(self.quantize(values))
+
+
+class Rounded(NamedTuple):
+    """A matrix with codes found for it.
+
+    Attributes:
+        codes: ``(rows, columns)`` float32 whole numbers.
+        quantizer: of its rows.
+        values: what the codes stand for, ``(rows, columns)``.
+    """
+
+    codes: Tensor
+    quantizer: RowQuantizer
+    values: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes give, float32."""
+        return self.quantizer.dequantize(self.codes)
+
+    def latent(self, margin: float = 0.05) -> Tensor:
+        """Values inside the cells of the codes, as near to ``values`` as leaves them a share of the cell to its border.
+
+        Rounding them to nearest gives the codes; they say which other code is the nearer one.
+        """
+        scale = self.quantizer.scale.unsqueeze(-1)
+        centre = self.dequantize()
+        return centre + (self.values - centre).clamp(-(0.5 - margin) * scale, (0.5 - margin) * scale)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mlorq.pareto import pareto_front
 
-COLOURS = {"Q": "#2f6fb0", "LR": "#d1662f"}
+COLOURS = {"Q": "#2f6fb0", "LR": "#d1662f", "QLR": "#3c8d5a"}
 
 
 def front_picture(

@@ -99,6 +99,45 @@ def measured_points(table: pa.Table, points: int) -> list[int]:
     return chosen
 
 
+def decisive_points(table: pa.Table, points: int) -> list[int]:
+    """Rows that are measured where closed forms stand for the rest: every ``Q``, and ``points`` a form of the front.
+
+    Points of a form are spread evenly by index over its part of the front by rising bytes, both ends included. One
+    point is the middle one, of ``Q`` too.
+    """
+    form = np.array(table["form"].to_pylist())
+    front = table["on_front"].to_numpy()
+    size = table["bytes"].to_numpy()
+    chosen: list[int] = []
+    for name in ("Q", "LR", "QLR"):
+        rows = np.flatnonzero((form == name) & front)
+        rows = rows[np.argsort(size[rows], kind="stable")]
+        if points == 1:
+            chosen += rows[len(rows) // 2 : len(rows) // 2 + 1].tolist()
+        else:
+            chosen += rows.tolist() if name == "Q" else [int(rows[index]) for index in spread(len(rows), points)]
+    return chosen
+
+
+def scaled_closed_form(local: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Global costs from local ones, with a factor fitted where costs were measured.
+
+    The factor, global by local, is interpolated linearly between its measured neighbours, logarithm against logarithm,
+    and kept beyond them.
+
+    Args:
+        local: ``(points,)`` local costs of one form of one layer.
+        known: indices of the measured points.
+        values: their global costs.
+    """
+    tiny = np.finfo(float).tiny
+    logs = np.log(np.maximum(local, tiny))
+    order = known[np.argsort(logs[known], kind="stable")]
+    measured = dict(zip(known.tolist(), values.tolist(), strict=True))
+    factor = np.array([np.log(max(measured[index], tiny)) for index in order.tolist()]) - logs[order]
+    return np.exp(np.minimum(logs + np.interp(logs, logs[order], factor), 700.0))
+
+
 def _pair_rows(table: pa.Table, front: np.ndarray) -> list[np.ndarray]:
     """Rows on the front of each pair of factor bit-widths, by rising rank."""
     low_rank = np.array(table["form"].to_pylist()) == "LR"
@@ -141,6 +180,7 @@ def measured_sensitivity(
     table: pa.Table,
     *,
     points: int = 5,
+    closed_form: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
     """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``).
@@ -149,11 +189,12 @@ def measured_sensitivity(
         probe: measures the layer.
         search: makes the layer's candidates.
         table: the layer's candidates (``tables.CANDIDATES``).
-        points: measured a bit pair.
+        points: measured a bit pair; with ``closed_form``, a form.
+        closed_form: measure fewer and let scaled local costs stand for the rest, instead of interpolating.
         progress: called with (candidates measured, candidates to measure).
     """
     rows = table.to_pylist()
-    chosen = measured_points(table, points)
+    chosen = decisive_points(table, points) if closed_form else measured_points(table, points)
     cost: dict[int, float] = {}
     for index, row in enumerate(chosen):
         cost[row] = probe.nmse(search.dense(candidate_of(rows[row])))
@@ -161,7 +202,7 @@ def measured_sensitivity(
             progress(index + 1, len(chosen))
     how = {row: "measured" for row in chosen}
     local = table["local_cost"].to_numpy()
-    for group in _pair_rows(table, table["on_front"].to_numpy()):
+    for group in [] if closed_form else _pair_rows(table, table["on_front"].to_numpy()):
         known = np.array([index for index, row in enumerate(group) if int(row) in cost], dtype=int)
         if not len(known):
             continue
@@ -169,6 +210,17 @@ def measured_sensitivity(
         for row, value in zip(group, interpolate(local[group], known, values), strict=True):
             cost.setdefault(int(row), float(value))
             how.setdefault(int(row), "interpolated")
+    if closed_form:
+        form = np.array(table["form"].to_pylist())
+        for name in sorted(set(form)):
+            group = np.flatnonzero((form == name) & table["on_front"].to_numpy())
+            known = np.array([index for index, row in enumerate(group) if int(row) in cost], dtype=int)
+            if not len(known):
+                continue
+            values = np.array([cost[int(group[index])] for index in known])
+            for place, value in zip(group.tolist(), scaled_closed_form(local[group], known, values), strict=True):
+                cost.setdefault(place, float(value))
+                how.setdefault(place, "closed_form")
     order = sorted(cost)
     return pa.table(
         {

@@ -18,6 +18,10 @@ def settings_params(search: SearchConfig) -> dict[str, Any]:
         "bits": list(search.bits),
         "factor_bits": list(search.factor_bits),
         "rank_multiple": search.rank_multiple,
+        "forms": list(search.forms),
+        "sum_bits": list(search.sum_bits),
+        "sum_factor_bits": list(search.sum_factor_bits),
+        "sum_ranks": list(search.sum_ranks),
         "accounting": search.accounting,
         **quantizer_params(search),
     }
@@ -26,6 +30,7 @@ def settings_params(search: SearchConfig) -> dict[str, Any]:
 def quantizer_params(search: SearchConfig) -> dict[str, Any]:
     """The parameters that decide the matrices of one given candidate."""
     return {
+        "metric": search.metric,
         "factor_split": search.factor_split,
         "zero_point": search.zero_point,
         "percentiles": list(search.percentiles),
@@ -52,4 +57,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"candidates.parquet": table_bytes(search.table())}
 
 
-STEP = Step("candidates", 1, run)
+STEP = Step("candidates", 2, run)

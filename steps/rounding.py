@@ -12,6 +12,10 @@ from steps.base import Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
 from steps.workbench import Workbench
 
+LRA = ("iterations", "learning_rate", "regularisation", "beta_start", "beta_end", "warm_up", "stop_loss", "start")
+# What a method reads of the configuration's rounding section: nothing else is in a layer's key.
+SETTINGS = {"lra": ("samples", *LRA), "gptq": ("samples",), "closed_form": ("samples",), "block": ("samples",)}
+
 
 def is_sequential(method: str) -> bool:
     """Whether a method must round layers in execution order."""
@@ -40,7 +44,7 @@ def spec(
     }
     inputs: dict[str, ArtifactRef | str] = {"model": bench.model.key, "layers": layers, "capture": capture}
     if is_sequential(method):
-        params |= {"settings": config.rounding.model_dump(exclude={"method"})}
+        params |= {"settings": {name: getattr(config.rounding, name) for name in SETTINGS[method]}}
         inputs |= {"calibration": bench.calibration.key}
         if previous is not None:
             inputs["previous"] = previous
@@ -65,7 +69,9 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.
         used = method if moments is not None else "nearest"
-        result = METHODS[used](layer.name, search, candidate, moments, RoundingSettings(used, **settings), progress)
+        result = METHODS[used](
+            layer.name, search, candidate, moments, RoundingSettings(used, **settings), progress, bench.bias(layer)
+        )
         paired.set(layer, result.layer)
         bench.keep_paired(paired, spec.ref, samples)
     info = {
@@ -80,4 +86,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"codes.safetensors": tensors_bytes(result.layer.tensors()), "layer.json": json_bytes(info)}
 
 
-STEP = Step("round", 1, run)
+STEP = Step("round", 2, run)

@@ -37,10 +37,15 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     layer = layers[spec.params["layer"]]
     search = bench.search(layer, spec.artifact("capture"), settings_of(spec.params))
     table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
-    batches = bench.batches(spec.params["samples"])
+    how = spec.params["how"]
+    # Candidates in the metric of moments are fitted on one fold: they are measured on samples of the other.
+    batches = bench.held_out(spec.params["samples"]) if search.is_fitted else bench.batches(spec.params["samples"])
+    points = 1 if how == "closed_form" else spec.params["points"]
     with LayerProbe(bench.model, layer, layers.blocks, batches, bench.device) as probe:
-        costs = measured_sensitivity(probe, search, table, points=spec.params["points"], progress=progress)
+        costs = measured_sensitivity(
+            probe, search, table, points=points, closed_form=how != "measured", progress=progress
+        )
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-STEP = Step("sensitivity", 1, run)
+STEP = Step("sensitivity", 2, run)

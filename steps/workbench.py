@@ -25,8 +25,10 @@ from mlorq.errors import ConfigError, DataError
 from mlorq.forms import Candidate, CompressedLayer
 from mlorq.layers import Layer, LayerList, weight_matrix
 from mlorq.models import load_model
-from mlorq.models.base import FloatModel, check_weights
+from mlorq.models.base import FloatModel, check_weights, fold_batches
+from mlorq.moment_search import MomentSearch
 from mlorq.paired import PairedForward
+from mlorq.second_moments import moments_of_tensors
 from mlorq.sensitivity import spread_batches
 from mlorq.store import ArtifactRef, Store
 from mlorq.tables import layers_from_table
@@ -118,6 +120,10 @@ class Workbench:
         """Calibration batches with about ``samples`` samples, spread evenly."""
         return spread_batches(self.calibration.batches, samples)
 
+    def held_out(self, samples: int) -> list[Any]:
+        """Batches with about ``samples`` samples of the second fold, spread evenly."""
+        return spread_batches(fold_batches(self.calibration.batches, 1) or self.calibration.batches, samples)
+
     # -- artifacts --------------------------------------------------------------------------------------------
 
     def layer_list(self, ref: ArtifactRef) -> LayerList:
@@ -129,14 +135,19 @@ class Workbench:
             self._lists[ref.key] = LayerList(layers, extra["blocks"], skipped)
         return self._lists[ref.key]
 
-    def hessian(self, capture: ArtifactRef, layer: str) -> Tensor:
-        """A layer's label-free Hessian, ``(out_features, in_features)``, on this device."""
-        return self.store.read_tensors(capture, moments_file(layer))["hessian"].to(self.device)
-
     def search(self, layer: Layer, capture: ArtifactRef, settings: CandidateSettings) -> LayerSearch:
         """The candidates of a layer."""
         weight = weight_matrix(self.model.module.get_submodule(layer.name))
-        return LayerSearch(weight, self.hessian(capture, layer.name), settings, layer.groups)
+        tensors = self.store.read_tensors(capture, moments_file(layer.name))
+        hessian = tensors["hessian"].to(self.device)
+        if settings.metric == "moments" and "inputs" in tensors:
+            return MomentSearch(weight, hessian, settings, moments_of_tensors(tensors, self.device))
+        return LayerSearch(weight, hessian, settings, layer.groups)
+
+    def bias(self, layer: Layer) -> Tensor | None:
+        """The bias that a layer may change: its own, where no other module has the weight."""
+        bias = self.model.module.get_submodule(layer.name).bias
+        return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
 
     def rounded(self, ref: ArtifactRef) -> tuple[CompressedLayer, ArtifactRef | None]:
         """A rounded layer and the one that was rounded before it, if its inputs depended on any."""

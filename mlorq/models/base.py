@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,41 @@ def batch_samples(batch: Batch) -> int:
         if isinstance(value, Tensor) and value.dim() > 0:
             return int(value.shape[0])
     raise ModelError("a batch must be a tensor, or a tuple, list or mapping with one in it")
+
+
+def take_samples(batch: Batch, index: slice) -> Batch:
+    """Some samples of a batch: every tensor whose leading axis is that of the samples is cut."""
+    count = batch_samples(batch)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[index] if value.dim() > 0 and value.shape[0] == count else value
+        if isinstance(value, Mapping):
+            return {name: take(item) for name, item in value.items()}
+        return type(value)(take(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+    return take(batch)
+
+
+def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """The same samples in batches of at most ``size``."""
+    return [
+        take_samples(batch, slice(start, start + size))
+        for batch in batches
+        for start in range(0, batch_samples(batch), size)
+    ]
+
+
+def fold_batches(batches: Sequence[Batch], fold: int, folds: int = 2) -> list[Batch]:
+    """Every ``folds``-th sample, counted through all batches, from sample ``fold`` on; empty batches are left out."""
+    found, first = [], 0
+    for batch in batches:
+        count = batch_samples(batch)
+        start = (fold - first) % folds
+        if start < count:
+            found.append(take_samples(batch, slice(start, None, folds)))
+        first += count
+    return found
 
 
 def no_token_mask(batch: Batch) -> Tensor | None:

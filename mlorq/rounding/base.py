@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class RoundingSettings:
     beta_end: float = 2.0
     warm_up: float = 0.2
     stop_loss: float = 1e-8
+    start: Literal["nearest", "closed_form"] = "nearest"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class RoundingResult:
     Attributes:
         layer: the stored layer.
         error_before: ``E‖W x - Ŵ x̃‖² / out_features`` with nearest rounding; None where no inputs were looked at.
-        error_after: the same with the codes returned; never above ``error_before``.
+        error_after: the same with the codes (and the bias) returned; of ``lra`` never above ``error_before``.
         iterations: optimiser steps taken.
     """
 

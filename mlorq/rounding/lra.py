@@ -1,8 +1,9 @@
 """Low-rank-aware adaptive rounding (METHOD 6; MLoRQ, arXiv 2507.09616; AdaRound, arXiv 2004.10568).
 
 Every code is ``floor(w/s) + h(α) + z`` with a rectified sigmoid ``h(α) = clamp(σ(α)(ζ-γ)+γ, 0, 1)``, ``γ = -0.1``,
-``ζ = 1.1``; α starts where h(α) is the fractional part and the final code rounds up where ``α ≥ 0``. For ``LR`` the α
-of both factors are learned jointly through ``A B x̃``. The loss is the output error plus ``λ Σ mean(1 - |2h(α)-1|^β)``.
+``ζ = 1.1``; α starts where h(α) is the fractional part and the final code rounds up where ``α ≥ 0``. The α of all
+matrices that a form stores are learned jointly, those of both factors through ``A B x̃``. The loss is the output error
+plus ``λ Σ mean(1 - |2h(α)-1|^β)``.
 
 The output error is quadratic in Ŵ = Â B̂, so its gradient is written with the second moments of the inputs: every step
 sees all calibration tokens, where the published code draws 32 images a step, at a cost that does not depend on their
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from mlorq.candidates import LayerSearch
-from mlorq.forms import Candidate, CompressedLayer
+from mlorq.forms import Candidate, CompressedLayer, combine
 from mlorq.paired import InputMoments
 from mlorq.quantizers import RowQuantizer, store_matrix
 from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
+from mlorq.rounding.closed_form import closed_form
 
 GAMMA, ZETA = -0.1, 1.1
 CHECK_EVERY = 50  # iterations between looks at the exact loss
@@ -84,20 +86,27 @@ class _Objective:
         self.offset = (w @ moments.drift_cross).float()
         self.factor = 2.0 / weight.shape[0]
 
-    def gradients(self, values: list[Tensor]) -> list[Tensor]:
-        """By Ŵ for ``[Ŵ]``; by Â and B̂ for ``[Â, B̂]``."""
-        if len(values) == 1:
-            return [self.factor * ((values[0] - self.weight) @ self.compressed - self.offset)]
-        a, b = values
+    def gradients(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By each of the matrices that a form stores."""
+        found: dict[str, Tensor] = {}
+        target = self.target
+        if "weight" in values:
+            dense = combine(values)
+            by_weight = (dense - self.weight) @ self.compressed - self.offset
+            found["weight"] = self.factor * by_weight
+            if "a" in values:
+                found["a"] = self.factor * (by_weight @ values["b"].T)
+                found["b"] = self.factor * (values["a"].T @ by_weight)
+            return found
+        a, b = values["a"], values["b"]
         projected = b @ self.compressed  # (rank, in_features)
-        gradient_a = a @ (projected @ b.T) - self.target @ b.T
-        gradient_b = (a.T @ a) @ projected - a.T @ self.target
-        return [self.factor * gradient_a, self.factor * gradient_b]
+        found["a"] = self.factor * (a @ (projected @ b.T) - target @ b.T)
+        found["b"] = self.factor * ((a.T @ a) @ projected - a.T @ target)
+        return found
 
-    def exact(self, values: list[Tensor]) -> float:
+    def exact(self, values: dict[str, Tensor]) -> float:
         """The output error itself, in float64."""
-        product = values[0] if len(values) == 1 else values[0].double() @ values[1].double()
-        return output_error(self.weight, product, self.moments)
+        return output_error(self.weight, combine({key: value.double() for key, value in values.items()}), self.moments)
 
 
 def round_lra(
@@ -107,6 +116,7 @@ def round_lra(
     moments: InputMoments | None,
     settings: RoundingSettings,
     progress: Callable[[int, int], None] | None = None,
+    bias: Tensor | None = None,
 ) -> RoundingResult:
     """Learn the rounding of one layer's codes; nearest rounding is kept where learning does not lower the error.
 
@@ -117,40 +127,52 @@ def round_lra(
         moments: of its inputs; required.
         settings: iterations, step size, regulariser.
         progress: called with (iterations done, iterations).
+        bias: not read: the codes alone are learned.
     """
     assert moments is not None, "lra needs the moments of the layer's inputs"
     parts = search.quantized_parts(candidate)
+    if settings.start == "closed_form":
+        parts = _closed_form_parts(search, candidate, moments)
     soft = {key: _SoftMatrix.start(values, quantizer) for key, (values, quantizer) in parts.items()}
     objective = _Objective(search.weight, moments)
     nearest = {key: quantizer.quantize(values) for key, (values, quantizer) in parts.items()}
-    before = objective.exact([parts[key][1].dequantize(codes) for key, codes in nearest.items()])
-    done = _optimise(list(soft.values()), objective, settings, progress)
+    before = objective.exact({key: parts[key][1].dequantize(codes) for key, codes in nearest.items()})
+    done = _optimise(soft, objective, settings, progress)
     learned = {key: matrix.hard_codes() for key, matrix in soft.items()}
-    after = objective.exact([parts[key][1].dequantize(codes) for key, codes in learned.items()])
+    after = objective.exact({key: parts[key][1].dequantize(codes) for key, codes in learned.items()})
     codes, after = (learned, after) if after < before else (nearest, before)
     matrices = {key: store_matrix(values, parts[key][1], search.settings.zero_point) for key, values in codes.items()}
     return RoundingResult(CompressedLayer(name, candidate, matrices), before, after, done)
 
 
+def _closed_form_parts(
+    search: LayerSearch, candidate: Candidate, moments: InputMoments
+) -> dict[str, tuple[Tensor, RowQuantizer]]:
+    """Matrices whose nearest rounding is that of the closed form."""
+    found = closed_form(search, search.weight, moments).rounded(candidate)
+    return {name: (part.latent(), part.quantizer) for name, part in found.items()}
+
+
 def _optimise(
-    matrices: list[_SoftMatrix],
+    matrices: dict[str, _SoftMatrix],
     objective: _Objective,
     settings: RoundingSettings,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    optimiser = torch.optim.RAdam([matrix.alpha for matrix in matrices], lr=settings.learning_rate)
+    optimiser = torch.optim.RAdam([matrix.alpha for matrix in matrices.values()], lr=settings.learning_rate)
     warm = settings.warm_up * settings.iterations
     for iteration in range(settings.iterations):
         share = max(0.0, (iteration - warm) / max(1.0, settings.iterations - warm))
         beta = settings.beta_start + (settings.beta_end - settings.beta_start) * share
-        soft = [matrix.soft() for matrix in matrices]
+        soft = {key: matrix.soft() for key, matrix in matrices.items()}
         if iteration % CHECK_EVERY == 0:
             if progress is not None:
                 progress(iteration, settings.iterations)
-            if objective.exact([values for values, _, _ in soft]) < settings.stop_loss:
+            if objective.exact({key: values for key, (values, _, _) in soft.items()}) < settings.stop_loss:
                 return iteration
-        gradients = objective.gradients([values for values, _, _ in soft])
-        for matrix, gradient, (_, h, slope) in zip(matrices, gradients, soft, strict=True):
-            matrix.alpha.grad = matrix.alpha_gradient(gradient, h, slope, beta, settings.regularisation)
+        gradients = objective.gradients({key: values for key, (values, _, _) in soft.items()})
+        for key, matrix in matrices.items():
+            _, h, slope = soft[key]
+            matrix.alpha.grad = matrix.alpha_gradient(gradients[key], h, slope, beta, settings.regularisation)
         optimiser.step()
     return settings.iterations

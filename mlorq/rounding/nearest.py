@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from mlorq.candidates import LayerSearch
 from mlorq.forms import Candidate
 from mlorq.paired import InputMoments
@@ -17,6 +19,7 @@ def round_nearest(
     moments: InputMoments | None,
     settings: RoundingSettings,
     progress: Callable[[int, int], None] | None = None,
+    bias: Tensor | None = None,
 ) -> RoundingResult:
     """Round one layer to nearest; ``moments`` only serve to report the error."""
     layer = search.realise(name, candidate)
