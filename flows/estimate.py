@@ -25,6 +25,7 @@ FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float6
 ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry
 ROUNDING = 400.0  # … and one iteration of adaptive rounding
 MEASURED = 0.7  # share of the points that are measured: fronts of some bit pairs have fewer
+CLOSED = 60.0  # products of size m·n·n that scales, GPTQ and coordinate descent of a layer cost
 BACKWARD = 3.5  # forwards that a backward pass with squared weight gradients costs
 FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "pack": 0.3}
 SUMMARY_SECONDS = 2.0  # drawing the report
@@ -94,7 +95,17 @@ class Estimate:
             return self._capture()
         if step in ("baseline", "evaluate"):
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
+        if step == "round":
+            return self._reconstruct()
         return SUMMARY_SECONDS if step == "summary" else fixed
+
+    def _reconstruct(self) -> float:
+        """Seconds of one block's reconstruction: its share of a forward and backward pass a step."""
+        rounding = self.bench.config.rounding
+        blocks = max(1, len(self.layers.blocks))
+        share = 1 / blocks if rounding.loss == "block" else 0.5
+        samples = min(rounding.samples, self.bench.calibration.samples)
+        return self.speed.forward * (BACKWARD * share * rounding.iterations * rounding.batch_size + 2 * samples)
 
     def _evaluated(self) -> int:
         data = self.bench.evaluation
@@ -143,6 +154,7 @@ class Estimate:
         if rounding.method == "nearest":
             return self._factorisation(layer)
         samples = min(rounding.samples, self.bench.calibration.samples)
+        closed = CLOSED * self.speed.product * layer.params * layer.in_features
         # The chosen form is not known; a product with the inputs' moments costs about as much in either.
         iteration = layer.params * layer.in_features + ROUNDING * layer.params
         forwards = 2 * samples / max(1, len(self.layers.blocks) or 1)
@@ -150,7 +162,8 @@ class Estimate:
         moments = 3 * tokens * layer.in_features**2 * layer.groups
         return (
             self._factorisation(layer)
-            + self.speed.product * (rounding.iterations * iteration + moments)
+            + (closed if rounding.method != "lra" else self.speed.product * rounding.iterations * iteration)
+            + self.speed.product * moments
             + self.speed.forward * forwards
         )
 

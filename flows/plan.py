@@ -21,6 +21,7 @@ from mlorq.memory import candidate_bytes, parse_budget
 from steps import baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
 from steps.pipeline import run_allocations, run_budget, run_search
+from steps.reconstruct import members
 from steps.summary import model_name
 from steps.workbench import Workbench
 
@@ -90,7 +91,7 @@ class Planner:
             if outcome is not None:
                 self.counts[self._phase].reused += 1
             else:
-                self._count(self._phase, None if spec.layer is None else self.found[spec.layer])
+                self._count(self._phase, next((item for item in self.found.layers if item.name == spec.layer), None))
         return outcome or Outcome(spec.ref, False, 0.0)
 
     def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
@@ -102,6 +103,10 @@ class Planner:
         for phase in phases:
             for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
+            if phase == "round" and self.bench.config.rounding.method == "block":
+                for block in range(len(self.found.blocks)):
+                    if members(self.found, block):
+                        self._count(phase, None)
 
     def _count(self, phase: str, layer: Layer | None) -> None:
         self.counts[phase].compute += 1

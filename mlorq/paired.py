@@ -66,6 +66,26 @@ def _averaged(sums: dict[str, Tensor], tokens: int, folds: tuple[InputMoments, .
     return InputMoments(**{name: sums[name] / max(1, tokens) for name in FIELDS}, tokens=tokens, folds=folds)
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """One batch at the entry of a block of the compressed model, and what is aimed at.
+
+    Attributes:
+        batch: the model's input.
+        args, kwargs: what the block is called with.
+        target: the float block's output in the float model, float32.
+        outputs: f(x) of the float model, ``(samples, outputs)``; None where it was not asked for.
+        mask: ``(samples, tokens)``, True where a token of the target counts; None where all do.
+    """
+
+    batch: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Tensor
+    outputs: Tensor | None
+    mask: Tensor | None
+
+
 class PairedForward:
     """Carries calibration data through the float model and through its compressed copy, block by block.
 
@@ -146,6 +166,29 @@ class PairedForward:
         moments = _averaged(both, sum(tokens), parts)
         self._last = (layer.input_group, moments)
         return moments
+
+    # -- whole blocks -----------------------------------------------------------------------------------------
+
+    def block_calls(self, block: int, *, outputs: bool = False) -> list[BlockCall]:
+        """All batches at the entry of a block, with the model's outputs where asked; the layers before are rounded."""
+        self._advance(block)
+        calls = []
+        for batch, (carry, changed) in zip(self.batches, self._carries, strict=True):
+            args, kwargs = self._changed.block_arguments(batch, self._at, changed, block)
+            after = self._float.advance(batch, self._at, carry, block + 1)
+            target = (after if isinstance(after, Tensor) else after[0]).float()
+            whole = self._float.outputs(batch, self._at, carry) if outputs else None
+            mask = counting(self.model.token_mask(batch), target)
+            calls.append(BlockCall(batch, args, kwargs, target, whole, mask))
+        return calls
+
+    def run_block(self, block: int, call: BlockCall) -> Any:
+        """The output of a block of the compressed copy, differentiable."""
+        return self._changed.blocks[block](*call.args, **call.kwargs)
+
+    def finish(self, call: BlockCall, start: int, carry: Any) -> Tensor:
+        """f(x) of the float model entered at block ``start``, differentiable."""
+        return self._float.differentiable_outputs(call.batch, start, carry)
 
     def _tokens(self, module: torch.nn.Module, inputs: Tensor, samples: int) -> Tensor:
         return input_tokens(module, inputs, samples).float()

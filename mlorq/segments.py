@@ -36,8 +36,23 @@ class Segments:
     @torch.no_grad()
     def outputs(self, batch: Any, start: int = 0, carry: Any = None) -> Tensor:
         """f(x), ``(samples, outputs)``, entered at block ``start`` with the output of the block before it."""
+        return self.differentiable_outputs(batch, start, carry)
+
+    def differentiable_outputs(self, batch: Any, start: int = 0, carry: Any = None) -> Tensor:
+        """``outputs``, through which gradients reach ``carry``."""
         with self._entered_at(start, carry):
             return self.model.outputs(self.module, batch)
+
+    @torch.no_grad()
+    def block_arguments(self, batch: Any, start: int, carry: Any, block: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a block is called with, entered at block ``start``."""
+
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached((args, kwargs))
+
+        handle = self.blocks[block].register_forward_pre_hook(leave, with_kwargs=True)
+        result: tuple[tuple[Any, ...], dict[str, Any]] = self._until(batch, start, carry, handle)
+        return result
 
     @torch.no_grad()
     def advance(self, batch: Any, start: int, carry: Any, stop: int) -> Any:

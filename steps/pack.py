@@ -16,7 +16,7 @@ from steps.workbench import Workbench
 
 
 def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded: Sequence[ArtifactRef]) -> StepSpec:
-    """Depends on the rounded layers and, for what the checkpoint says of itself, the allocation."""
+    """Depends on the artifacts that changed each layer last and, for what it says of itself, the allocation."""
     search = bench.config.search
     configuration = {
         "preset": bench.config.preset,
@@ -51,9 +51,9 @@ def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     layers = bench.layer_list(spec.artifact("layers"))
     compressed = {}
-    for index in range(len(layers.layers)):
-        layer, _ = bench.rounded(spec.artifact(f"round/{index}"))
-        compressed[layer.layer] = layer
+    for index, layer in enumerate(layers.layers):
+        found, _ = bench.rounded(spec.artifact(f"round/{index}"))
+        compressed[layer.name] = next(item for item in found if item.layer == layer.name)
         progress(index + 1, len(layers.layers))
     module = deepcopy(bench.model.module).to("cpu")
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
@@ -74,4 +74,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return checkpoint_files(module, description)
 
 
-STEP = Step("compressed", 1, run)
+STEP = Step("compressed", 2, run)

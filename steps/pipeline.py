@@ -23,6 +23,7 @@ from steps import (
     evaluate,
     layers,
     pack,
+    reconstruct,
     rounding,
     sensitivity,
     summary,
@@ -121,21 +122,58 @@ def run_allocations(bench: Workbench, executor: Executor, search: Search, budget
     return [Compressed(budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
 
 
-def run_rounding(bench: Workbench, executor: Executor, search: Search, allocation: ArtifactRef) -> list[ArtifactRef]:
-    """Round every layer, one after another where the method needs it."""
+@dataclass
+class RoundedLayers:
+    """The artifacts of the layers' codes.
+
+    Attributes:
+        layers: ``{layer: artifact}`` of their rounding.
+        blocks: ``{block: artifact}`` of what was reconstructed afterwards.
+        last: ``{layer: artifact}`` that changed each layer last.
+    """
+
+    layers: dict[str, ArtifactRef] = field(default_factory=dict)
+    blocks: dict[str, ArtifactRef] = field(default_factory=dict)
+    last: dict[str, ArtifactRef] = field(default_factory=dict)
+
+
+def run_rounding(bench: Workbench, executor: Executor, search: Search, allocation: ArtifactRef) -> RoundedLayers:
+    """Round every layer, one after another where the method needs it; a block is reconstructed when it is complete."""
     rows = bench.store.read_table(allocation, "allocation.parquet").to_pylist()
     chosen = {row["layer"]: candidate_of(row) for row in rows}
-    executor.phase("round", len(search.layers))
+    method = bench.config.rounding.method
+    blocks = complete_blocks(bench, search) if method == "block" else {}
+    executor.phase("round", len(search.layers) + len(blocks))
+    result = RoundedLayers()
 
     def spec(layer: Layer, previous: ArtifactRef | None) -> StepSpec:
         return rounding.spec(bench, search.capture, search.layers_ref, layer, chosen[layer.name], previous)
 
-    if not rounding.is_sequential(bench.config.rounding.method):
-        return [outcome.ref for outcome in executor.map([spec(layer, None) for layer in search.layers])]
-    refs: list[ArtifactRef] = []
+    if not rounding.is_sequential(method):
+        outcomes = executor.map([spec(layer, None) for layer in search.layers])
+        refs = {layer.name: outcome.ref for layer, outcome in zip(search.layers, outcomes, strict=True)}
+        return RoundedLayers(refs, {}, refs)
+    previous: ArtifactRef | None = None
     for layer in search.layers:
-        refs.append(executor.run(spec(layer, refs[-1] if refs else None)).ref)
-    return refs
+        previous = executor.run(spec(layer, previous)).ref
+        result.layers[layer.name] = result.last[layer.name] = previous
+        if layer.name in blocks:
+            index, name, inside = blocks[layer.name]
+            previous = executor.run(reconstruct.spec(bench, search.layers_ref, index, name, previous)).ref
+            result.blocks[name] = previous
+            result.last |= dict.fromkeys(inside, previous)
+    return result
+
+
+def complete_blocks(bench: Workbench, search: Search) -> dict[str, tuple[int, str, list[str]]]:
+    """``{its last layer: (index, name, layers)}`` of every block that has layers to compress."""
+    listed = bench.layer_list(search.layers_ref)
+    found = {}
+    for index, name in enumerate(listed.blocks):
+        inside = [layer.name for layer in reconstruct.members(listed, index)]
+        if inside:
+            found[inside[-1]] = (index, name, inside)
+    return found
 
 
 def run_budget(
@@ -144,7 +182,9 @@ def run_budget(
     """Rounding, checkpoint, evaluation and summary of one allocated budget."""
     rounded = run_rounding(bench, executor, search, result.allocation)
     executor.phase("pack", 1)
-    result.checkpoint = executor.run(pack.spec(bench, search.layers_ref, result.allocation, rounded)).ref
+    result.checkpoint = executor.run(
+        pack.spec(bench, search.layers_ref, result.allocation, [rounded.last[layer.name] for layer in search.layers])
+    ).ref
     executor.phase("evaluate", 1)
     result.evaluation = executor.run(evaluate.spec(bench, result.checkpoint, float_evaluation)).ref
     executor.phase("summary", 1)
@@ -157,7 +197,8 @@ def run_budget(
         "evaluation": result.evaluation,
         **{f"candidates/{name}": ref for name, ref in search.candidates.items()},
         **{f"sensitivity/{name}": ref for name, ref in search.sensitivity.items()},
-        **{f"round/{layer.name}": ref for layer, ref in zip(search.layers, rounded, strict=True)},
+        **{f"round/{name}": ref for name, ref in rounded.layers.items()},
+        **{f"reconstruct/{name}": ref for name, ref in rounded.blocks.items()},
     }
     result.summary = executor.run(summary.spec(bench, artifacts, result.budget)).ref
     return result

@@ -14,7 +14,12 @@ from steps.workbench import Workbench
 
 LRA = ("iterations", "learning_rate", "regularisation", "beta_start", "beta_end", "warm_up", "stop_loss", "start")
 # What a method reads of the configuration's rounding section: nothing else is in a layer's key.
-SETTINGS = {"lra": ("samples", *LRA), "gptq": ("samples",), "closed_form": ("samples",), "block": ("samples",)}
+SETTINGS = {
+    "lra": ("samples", *LRA),
+    "gptq": ("samples",),
+    "closed_form": ("samples",),
+    "block": ("samples", "batch_size"),
+}
 
 
 def is_sequential(method: str) -> bool:
@@ -63,9 +68,9 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         previous = None
     else:
         settings = dict(params["settings"])
-        samples = settings.pop("samples")
+        samples, batch_size = settings.pop("samples"), settings.pop("batch_size", None)
         previous = spec.artifact("previous") if "previous" in spec.inputs else None
-        paired = bench.paired(layers, previous, samples)
+        paired = bench.paired(layers, previous, samples, batch_size)
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.
         used = method if moments is not None else "nearest"
@@ -73,7 +78,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
             layer.name, search, candidate, moments, RoundingSettings(used, **settings), progress, bench.bias(layer)
         )
         paired.set(layer, result.layer)
-        bench.keep_paired(paired, spec.ref, samples)
+        bench.keep_paired(paired, spec.ref, samples, batch_size)
     info = {
         "layer": layer.name,
         "candidate": asdict(candidate),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from mlorq.errors import ConfigError, DataError
 from mlorq.forms import Candidate, CompressedLayer
 from mlorq.layers import Layer, LayerList, weight_matrix
 from mlorq.models import load_model
-from mlorq.models.base import FloatModel, check_weights, fold_batches
+from mlorq.models.base import FloatModel, check_weights, fold_batches, split_batches
 from mlorq.moment_search import MomentSearch
 from mlorq.paired import PairedForward
 from mlorq.second_moments import moments_of_tensors
@@ -149,39 +149,62 @@ class Workbench:
         bias = self.model.module.get_submodule(layer.name).bias
         return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
 
-    def rounded(self, ref: ArtifactRef) -> tuple[CompressedLayer, ArtifactRef | None]:
-        """A rounded layer and the one that was rounded before it, if its inputs depended on any."""
-        info = self.store.read_json(ref, "layer.json")
-        candidate = Candidate(**info["candidate"])
-        tensors = self.store.read_tensors(ref, "codes.safetensors")
-        previous = ArtifactRef.from_json(info["previous"]) if info["previous"] else None
-        return CompressedLayer.from_tensors(info["layer"], candidate, tensors), previous
+    def rounded(self, ref: ArtifactRef) -> tuple[list[CompressedLayer], ArtifactRef | None]:
+        """What a ``round`` or ``reconstruct`` artifact holds, and the one before it, if its inputs depended on any."""
+        blockwise = ref.step == "reconstruct"
+        info = self.store.read_json(ref, "block.json" if blockwise else "layer.json")
+        layers = []
+        for row in info["layers"] if blockwise else [info]:
+            tensors = self.store.read_tensors(ref, f"{row['layer']}.safetensors" if blockwise else "codes.safetensors")
+            layers.append(CompressedLayer.from_tensors(row["layer"], Candidate(**row["candidate"]), tensors))
+        return layers, ArtifactRef.from_json(info["previous"]) if info["previous"] else None
+
+    def all_rounded(
+        self, last: ArtifactRef | None, wanted: Collection[str] | None = None
+    ) -> dict[str, CompressedLayer]:
+        """The layers of a chain of artifacts by name, each as the last of them left it; all, or the wanted ones."""
+        found: dict[str, CompressedLayer] = {}
+        while last is not None and not (wanted is not None and found.keys() >= set(wanted)):
+            layers, last = self.rounded(last)
+            for layer in layers:
+                found.setdefault(layer.layer, layer)
+        return found
 
     # -- sequential rounding ----------------------------------------------------------------------------------
 
-    def paired(self, layers: LayerList, previous: ArtifactRef | None, samples: int) -> PairedForward:
+    def paired(
+        self, layers: LayerList, previous: ArtifactRef | None, samples: int, batch_size: int | None = None
+    ) -> PairedForward:
         """Float and compressed model with all layers up to ``previous`` rounded.
 
         The last one is kept: a run that goes on layer by layer advances it, one that resumes in the middle (or in
         another process) builds it from the chain of rounded artifacts.
+
+        Args:
+            layers: of the model.
+            previous: the last artifact of the chain; None at its start.
+            samples: most calibration samples used.
+            batch_size: samples in a batch; None: as the data comes.
         """
         key = None if previous is None else previous.key
-        state = f"{self.calibration.key}:{samples}"
-        if self._paired is not None and self._paired[:2] == (key, state):
+        if self._paired is not None and self._paired[:2] == (key, self._pair_state(samples, batch_size)):
             return self._paired[2]
-        chain: list[CompressedLayer] = []
-        ref = previous
-        while ref is not None:
-            compressed, ref = self.rounded(ref)
-            chain.append(compressed)
-        paired = PairedForward(self.model, layers.blocks, self.batches(samples), self.device)
-        for compressed in reversed(chain):
+        batches = self.batches(samples)
+        if batch_size is not None:
+            batches = split_batches(batches, batch_size)
+        paired = PairedForward(self.model, layers.blocks, batches, self.device)
+        for compressed in self.all_rounded(previous).values():
             paired.set(layers[compressed.layer], compressed)
         return paired
 
-    def keep_paired(self, paired: PairedForward, last: ArtifactRef, samples: int) -> None:
+    def keep_paired(
+        self, paired: PairedForward, last: ArtifactRef, samples: int, batch_size: int | None = None
+    ) -> None:
         """Remember a pair in which every layer up to ``last`` is rounded."""
-        self._paired = (last.key, f"{self.calibration.key}:{samples}", paired)
+        self._paired = (last.key, self._pair_state(samples, batch_size), paired)
+
+    def _pair_state(self, samples: int, batch_size: int | None) -> str:
+        return f"{self.calibration.key}:{samples}:{batch_size}"
 
 
 def open_store(config: RunConfig) -> Store:

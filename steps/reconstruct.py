@@ -1,0 +1,78 @@
+"""Step ``reconstruct``: the codes, scales and biases of one block's layers, optimised together after their rounding."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from mlorq.layers import Layer, LayerList
+from mlorq.reconstruct import ReconstructionSettings, reconstruct
+from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from steps.base import Progress, Step, StepSpec
+from steps.workbench import Workbench
+
+SETTINGS = ("iterations", "code_rate", "scale_rate", "bias_rate", "loss")
+
+
+def members(layers: LayerList, block: int) -> list[Layer]:
+    """The layers inside a block, in execution order."""
+    prefix = f"{layers.blocks[block]}."
+    return [layer for layer in layers.layers if layer.name.startswith(prefix)]
+
+
+def spec(bench: Workbench, layers: ArtifactRef, block: int, name: str, previous: ArtifactRef) -> StepSpec:
+    """Depends on all layers rounded so far (the block's own among them), the model and the calibration data.
+
+    Args:
+        bench: of the run.
+        layers: the ``layers`` artifact.
+        block: index of the block.
+        name: of the block, for people.
+        previous: the last layer that was rounded.
+    """
+    rounding = bench.config.rounding
+    params = {
+        "block": block,
+        "samples": rounding.samples,
+        "batch_size": rounding.batch_size,
+        "seed": bench.config.seed,
+        **{name: getattr(rounding, name) for name in SETTINGS},
+    }
+    inputs: dict[str, ArtifactRef | str] = {
+        "model": bench.model.key,
+        "calibration": bench.calibration.key,
+        "layers": layers,
+        "previous": previous,
+    }
+    return replace(STEP.spec(params, inputs), layer=name)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    params = spec.params
+    layers = bench.layer_list(spec.artifact("layers"))
+    own = {layer.name: layer for layer in members(layers, params["block"])}
+    previous = spec.artifact("previous")
+    paired = bench.paired(layers, previous, params["samples"], params["batch_size"])
+    rounded = bench.all_rounded(previous, own)
+    settings = ReconstructionSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
+    pairs = [(layer, rounded[name]) for name, layer in own.items()]
+    result = reconstruct(paired, params["block"], pairs, settings, progress)
+    files = {}
+    for compressed in result.layers:
+        paired.set(own[compressed.layer], compressed)
+        files[f"{compressed.layer}.safetensors"] = tensors_bytes(compressed.tensors())
+    bench.keep_paired(paired, spec.ref, params["samples"], params["batch_size"])
+    files["block.json"] = json_bytes(
+        {
+            "layers": [
+                {"layer": compressed.layer, "candidate": asdict(compressed.candidate)} for compressed in result.layers
+            ],
+            "previous": previous.to_json(),
+            "loss_before": result.loss_before,
+            "loss_after": result.loss_after,
+            "iterations": result.iterations,
+        }
+    )
+    return files
+
+
+STEP = Step("reconstruct", 1, run)
