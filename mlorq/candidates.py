@@ -284,6 +284,10 @@ class LayerSearch:
             leading = RowQuantizer(right.scale[:rank], right.zero_point[:rank], right.bits)
             parts["a"] = (search.factors.a[:, :rank].float(), search.left_quantizer(bits_a, rank))
             parts["b"] = (search.factors.b[:rank].float(), leading)
+            if candidate.bits is not None:
+                # What the codes stand for, now that the product is there.
+                a, b = (parts[name][1].round_trip(parts[name][0]) for name in ("a", "b"))
+                parts["weight"] = (self.weight - a @ b, parts["weight"][1])
         return parts
 
     def rounded_parts(self, candidate: Candidate) -> dict[str, Rounded]:

@@ -32,9 +32,9 @@ def resolve_location(location: str, folder: str) -> str:
     return location
 
 
-def is_remote(folder: str) -> bool:
+def is_remote(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder is a URL of something other than this machine's files."""
-    scheme, separator, _ = folder.partition("://")
+    scheme, separator, _ = os.fspath(folder).partition("://")
     return bool(separator) and scheme not in ("file", "local")
 
 

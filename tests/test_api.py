@@ -194,8 +194,8 @@ def test_progress_is_reported(capsys):
 @pytest.mark.parametrize(
     ("error", "words", "options"),
     [
-        (ConfigError, "'best'", {"preset": "best"}),
-        (ConfigError, "'gptq'", {"rounding": "gptq"}),
+        (ConfigError, "'fast'", {"preset": "fast"}),
+        (ConfigError, "'erq'", {"rounding": "erq"}),
         (ConfigError, "did you mean 'samples'", {"search": {"sampels": 3}}),
         (ConfigError, "activations", {"activations": {"bits": 4}}),
         (ConfigError, "cuda:99", {"device": "cuda:99"}),

@@ -148,8 +148,8 @@ def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("setting", "said"),
     [
         ("search.smaples=3", "did you mean 'samples'"),
-        ("preset=best", "preset: 'best' is not available"),
-        ("rounding.method=gptq", "rounding.method"),
+        ("preset=fast", "preset: "),
+        ("rounding.method=erq", "rounding.method"),
         ("search.bits=[1]", "search.bits"),
         ("engine.devices=cuda:77", "engine.devices: 'cuda:77' is not there"),
         ("store=nonsense://x", "nonsense"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mlorq.compressed import CompressedConv2d, CompressedLinear, replace_layers
 from mlorq.errors import ModelError
-from mlorq.forms import Candidate, CompressedLayer
+from mlorq.forms import MATRICES, Candidate, CompressedLayer
 from mlorq.memory import candidate_bytes, stored_matrices
 from mlorq.quantizers import QuantizedMatrix, ZeroPoint
 
@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTIZED = Candidate("Q", bits=3)
 LOW_RANK = Candidate("LR", bits_a=6, bits_b=4, rank=5)
-CANDIDATES = (QUANTIZED, Candidate("Q", bits=8), LOW_RANK, Candidate("LR", bits_a=4, bits_b=8, rank=2))
+BOTH = Candidate("QLR", bits=3, bits_a=6, bits_b=4, rank=5)
+CANDIDATES = (QUANTIZED, Candidate("Q", bits=8), LOW_RANK, Candidate("LR", bits_a=4, bits_b=8, rank=2), BOTH)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -76,8 +77,9 @@ def test_linear_is_exact(candidate: Candidate, dtype: torch.dtype, bias: bool, z
     if candidate.form == "Q":
         expected = F.linear(inputs, parts(compressed, dtype)[0], layer.bias)
     else:
-        a, b = parts(compressed, dtype)
+        *weight, a, b = parts(compressed, dtype)
         expected = F.linear(F.linear(inputs, b), a, layer.bias)
+        expected = expected + F.linear(inputs, weight[0]) if weight else expected
     for _ in range(2):  # computed, then kept
         outputs = module(inputs)
         assert outputs.dtype == dtype
@@ -94,7 +96,7 @@ def test_buffers_hold_the_exact_bytes_and_give_the_record_back(candidate: Candid
     compressed = random_compressed("fc", layer, candidate, 5, zero_point)
     module = CompressedLinear.from_layer(layer, compressed)
     assert module.stored_bytes == candidate_bytes(candidate, 13, 19, "exact", zero_point)
-    names = {"weight"} if candidate.form == "Q" else {"a", "b"}
+    names = set(MATRICES[candidate.form])
     suffixes = ("codes", "scale", "zero_point")
     assert set(module.state_dict()) == {f"{name}_{part}" for name in names for part in suffixes} | {"bias"}
     back = module.compressed_layer()
@@ -115,7 +117,7 @@ def test_low_rank_forward_never_forms_the_dense_weight(monkeypatch: pytest.Monke
     assert shapes == [(5, 40), (30, 5)]
 
 
-@pytest.mark.parametrize("candidate", [QUANTIZED, LOW_RANK])
+@pytest.mark.parametrize("candidate", [QUANTIZED, LOW_RANK, BOTH])
 def test_gradient_of_the_input(candidate: Candidate) -> None:
     layer = random_linear(9)
     compressed = random_compressed("fc", layer, candidate, 10)
@@ -127,6 +129,19 @@ def test_gradient_of_the_input(candidate: Candidate) -> None:
     module(inputs).sum().backward()
     assert inputs.grad is not None
     torch.testing.assert_close(inputs.grad, compressed.dense().sum(0).expand(4, -1))
+
+
+def test_a_bias_of_the_record_takes_the_place_of_the_layers() -> None:
+    layer = random_linear(14)
+    compressed = replace(random_compressed("fc", layer, QUANTIZED, 15), bias=torch.arange(13.0))
+    module = CompressedLinear.from_layer(layer, compressed)
+    assert module.bias is not None
+    assert torch.equal(module.bias, torch.arange(13.0))
+    back = CompressedLayer.from_tensors("fc", QUANTIZED, compressed.tensors())
+    assert back.bias is not None
+    assert torch.equal(back.bias, torch.arange(13.0))
+    with pytest.raises(ModelError, match="'fc' has no bias"):
+        CompressedLinear.from_layer(random_linear(14, bias=False), compressed)
 
 
 # -- convolution --------------------------------------------------------------------------------------------
@@ -145,7 +160,7 @@ GEOMETRIES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("candidate", [QUANTIZED, LOW_RANK], ids=lambda candidate: candidate.candidate_id)
+@pytest.mark.parametrize("candidate", [QUANTIZED, LOW_RANK, BOTH], ids=lambda candidate: candidate.candidate_id)
 @pytest.mark.parametrize("batched", [True, False])
 def test_convolution_matches_the_float_layer_with_its_weight(
     candidate: Candidate, geometry: dict[str, Any], batched: bool

@@ -214,7 +214,7 @@ def test_form_has_every_key_with_what_it_means() -> None:
     for key, field in fields.items():
         assert field.get("description") or "$ref" in field, key
     assert fields["ModelForm.family"]["enum"] == ["timm", "transformers", "custom"]
-    assert fields["RoundingForm.iterations"]["description"].endswith("(None means quick: 500; paper: 20000)")
+    assert fields["RoundingForm.iterations"]["description"].endswith("(None means best: 300; quick: 500; paper: 20000)")
     form = schema["definitions"]["ConfigurationForm"]
     assert set(form["properties"]) == set(RunConfig.model_fields) - {"folder"}
     assert form["required"] == ["model", "data"]
@@ -240,7 +240,7 @@ def test_what_the_form_sends_leaves_the_rest_to_the_preset() -> None:
         ({"budgte": "3bit"}, "'budgte' was unexpected"),
         ({"search": {"smaples": 3}}, "config"),
         ({"search": {"bits": "many"}}, "bits"),
-        ({"preset": "best"}, "'best' is not one of"),
+        ({"preset": "fast"}, "'fast' is not one of"),
         ({"model": {"family": "tensorflow"}}, "'tensorflow' is not one of"),
         ({"seed": -1}, "minimum"),
         ({"data": None}, "data"),

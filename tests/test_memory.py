@@ -82,7 +82,15 @@ def test_stored_matrices_and_incomplete_candidates() -> None:
     assert stored_matrices(Candidate("Q", bits=4), 6, 9) == {"weight": (6, 9, 4)}
     low_rank = Candidate("LR", bits_a=4, bits_b=8, rank=2)
     assert stored_matrices(low_rank, 6, 9) == {"a": (6, 2, 4), "b": (2, 9, 8)}
-    for bad in (Candidate("Q"), Candidate("LR", bits=4), Candidate("LR", bits_a=4, rank=2)):
+    both = Candidate("QLR", bits=3, bits_a=4, bits_b=8, rank=2)
+    assert stored_matrices(both, 6, 9) == {"weight": (6, 9, 3), "a": (6, 2, 4), "b": (2, 9, 8)}
+    for bad in (
+        Candidate("QLR", bits=3),
+        Candidate("Q", bits=3, bits_a=4, bits_b=4, rank=2),
+        Candidate("Q"),
+        Candidate("LR", bits=4),
+        Candidate("LR", bits_a=4, rank=2),
+    ):
         with pytest.raises(ValueError, match="incomplete"):
             candidate_bytes(bad, 6, 9, "exact", "codes")
 

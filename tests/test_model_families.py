@@ -303,7 +303,11 @@ def test_padding_counts_nowhere(kind, task, tmp_path):
             assert (batched[name] - expected).abs().max() <= 1e-4 * scale, name
     assert sum(float(value.max()) > 0 for value in single.values()) >= 12
 
-    _, samples = capture(model, layers, [together], rows=300)
+    samples = capture(model, layers, [together], rows=300).samples
+    for name, products in capture(model, layers, [noisy], moments=True).inputs.items():
+        wanted = capture(model, layers, alone, moments=True).inputs[name]
+        assert products.counts == wanted.counts
+        torch.testing.assert_close(products.means(), wanted.means(), rtol=1e-3, atol=1e-4)
     length = together["attention_mask"].sum(1)
     for name in (f"{block}.{leaf}" for block in model.blocks for leaf in ("attention.self.query", "attention.q_lin")):
         if name in samples:
