@@ -84,10 +84,10 @@ def compress(
         budget: ``"3bit"`` (average a weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
             ``"25MiB"`` for the whole checkpoint.
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
-        preset: ``quick`` or ``paper``: defaults of the search and the rounding.
+        preset: ``quick``, ``best`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
-        rounding: ``nearest`` or ``lra``.
-        rounding_iterations: of ``lra``, a layer.
+        rounding: ``nearest``, ``gptq``, ``closed_form``, ``block`` or ``lra``.
+        rounding_iterations: of ``lra`` a layer, of ``block`` a block.
         activations: must be None: quantized activations are not available in this version.
         evaluate: called with the float and the compressed module; its numbers are reported.
         forward: ``forward(module, batch)`` gives the output tensor f(x), samples first; default: call the module.
