@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mlorq.factorize import Factors, Split, weighted_svd
 from mlorq.forms import Candidate, CompressedLayer, Form, combine
+from mlorq.grams import leading_errors
 from mlorq.memory import Accounting, candidate_bytes, low_rank_bytes
 from mlorq.pareto import pareto_front
 from mlorq.quantizers import (
@@ -344,11 +345,8 @@ def gram_costs(
     costs = {}
     for bits_a in left:
         for bits_b in right:
-            linear = (projected[bits_a] * wide_b[bits_b]).sum(1)
-            quadratic = gram_a[bits_a] * gram_b[bits_b]
-            growth = 2 * quadratic.triu(1).sum(0) + quadratic.diagonal()
-            error = total + torch.cumsum(growth - 2 * linear, 0)
-            costs[bits_a, bits_b] = (error.clamp(min=0) / w.numel()).cpu().numpy()
+            error = leading_errors(total, projected[bits_a], wide_b[bits_b], gram_a[bits_a], gram_b[bits_b])
+            costs[bits_a, bits_b] = (error / w.numel()).cpu().numpy()
     return costs
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mlorq.forms import Candidate, combine
 from mlorq.gptq import descend, gptq, refit_scale, row_errors
+from mlorq.grams import leading_errors
 from mlorq.quantizers import Rounded, RowQuantizer, ZeroPoint, search_quantizer
 
 SWEEPS = 2  # of coordinate descent after GPTQ, scales refitted before each
@@ -236,8 +237,7 @@ def product_costs(
     costs = {}
     for bits_a in left:
         for bits_b in right:
-            linear = (projected[bits_a] * wide_b[bits_b]).sum(1)
-            quadratic = gram_a[bits_a] * gram_b[bits_b]
-            growth = 2 * quadratic.triu(1).sum(0) + quadratic.diagonal()
-            costs[bits_a, bits_b] = (total + torch.cumsum(growth - 2 * linear, 0)).clamp(min=0)
+            costs[bits_a, bits_b] = leading_errors(
+                total, projected[bits_a], wide_b[bits_b], gram_a[bits_a], gram_b[bits_b]
+            )
     return costs

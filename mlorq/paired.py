@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mlorq.capture import counting
+from mlorq.errors import ModelError
 from mlorq.forms import CompressedLayer
 from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.second_moments import FOLDS
-from mlorq.segments import Segments
+from mlorq.segments import Segments, enters_cleanly
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,14 @@ class PairedForward:
     # -- whole blocks -----------------------------------------------------------------------------------------
 
     def block_calls(self, block: int, *, outputs: bool = False) -> list[BlockCall]:
-        """All batches at the entry of a block, with the model's outputs where asked; the layers before are rounded."""
+        """All batches at the entry of a block, with the model's outputs where asked; the layers before are rounded.
+
+        Raises:
+            ModelError: outputs are asked for, and later parts of the model read earlier blocks again: no block has a
+                rest that could follow it alone.
+        """
+        if outputs and not self._is_chain():
+            raise ModelError("rounding.loss: output needs a model whose blocks are a chain; use block")
         self._advance(block)
         calls = []
         for batch, (carry, changed) in zip(self.batches, self._carries, strict=True):
@@ -194,7 +202,7 @@ class PairedForward:
         return input_tokens(module, inputs, samples).float()
 
     def _advance(self, block: int) -> None:
-        if block <= self._at or not self._is_chain(block):
+        if block <= self._at or not self._is_chain():
             return
         self._carries = [
             (
@@ -205,12 +213,15 @@ class PairedForward:
         ]
         self._at = block
 
-    def _is_chain(self, block: int) -> bool:
-        """Whether entering the float model at ``block`` gives its full outputs; if not, every run is a full one."""
-        batch = self.batches[0]
+    def _is_chain(self) -> bool:
+        """Whether the float model can be entered behind its last block; if not, every run is a full one.
+
+        There, and not at the first block asked for: a model that reads an early block again is right until that one is
+        skipped with another's output.
+        """
         if not self._chain_checked:
-            carry = self._float.advance(batch, self._at, self._carries[0][0], block)
-            full, entered = self._float.outputs(batch), self._float.outputs(batch, block, carry)
-            self._chain_holds = bool((entered - full).norm() <= 1e-5 * full.norm())
+            batch, last = self.batches[0], len(self._float.blocks)
+            carry = self._float.advance(batch, self._at, self._carries[0][0], last)
+            self._chain_holds = enters_cleanly(self._float, batch, last, carry, self._float.outputs(batch))
             self._chain_checked = True
         return self._chain_holds

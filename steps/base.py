@@ -37,11 +37,11 @@ class Needs:
 
     @classmethod
     def of_layer(cls, layer: Layer) -> Needs:
-        """For the search or the rounding of one layer: float64 copies of W and its factors, and Gram matrices.
+        """For the search or the rounding of one layer: float64 copies of W and its factors, and moments in two folds.
 
         Doubled, for PyTorch's temporaries and the allocator's gaps.
         """
-        return cls(True, 2 * 8 * (8 * layer.params + 3 * (layer.in_features * layer.groups) ** 2))
+        return cls(True, 2 * 8 * (8 * layer.params + 9 * (layer.in_features * layer.groups) ** 2))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlorq.candidates import CandidateSettings, LayerSearch
+from mlorq.errors import ModelError
 from mlorq.forms import Candidate, CompressedLayer
 from mlorq.layers import Layer, find_layers, weight_matrix
 from mlorq.models.base import FloatModel, fold_batches, split_batches, take_samples
@@ -158,6 +159,14 @@ def test_reconstruction_lowers_the_error_of_the_block(kind: type[TokenNet], loss
         paired.set(layer, compressed)
     if loss == "block":
         assert block_error(model, paired, batches, 1) < before
+
+
+def test_a_loss_at_the_output_needs_a_chain() -> None:
+    model = token_net(0, SkipNet)
+    batches = [images(8, index) for index in range(3)]
+    paired, inside = rounded_block(model, batches, 1)
+    with pytest.raises(ModelError, match="blocks are a chain"):
+        reconstruct(paired, 1, inside, ReconstructionSettings(iterations=2, loss="output"))
 
 
 def test_what_is_no_better_on_held_out_samples_is_not_kept(seed: int) -> None:
