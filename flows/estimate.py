@@ -97,6 +97,8 @@ class Estimate:
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
         if step == "round":
             return self._reconstruct()
+        if step == "refine":
+            return self._refine()
         return SUMMARY_SECONDS if step == "summary" else fixed
 
     def _reconstruct(self) -> float:
@@ -106,6 +108,13 @@ class Estimate:
         share = 1 / blocks if rounding.loss == "block" else 0.5
         samples = min(rounding.samples, self.bench.calibration.samples)
         return self.speed.forward * (BACKWARD * share * rounding.iterations * rounding.batch_size + 2 * samples)
+
+    def _refine(self) -> float:
+        """Seconds of measuring whole allocations: a round runs what follows each layer, and all layers once."""
+        samples = min(self.search.samples, self.bench.calibration.samples)
+        found = self.layers.layers
+        forwards = self.search.rounds * (len(found) / 2 + 1) + 2
+        return self.speed.forward * samples * forwards + sum(self._factorisation(layer) for layer in found)
 
     def _evaluated(self) -> int:
         data = self.bench.evaluation
@@ -144,6 +153,10 @@ class Estimate:
     def _sensitivity(self, layer: Layer) -> float:
         widths = len(self.search.factor_bits) if layer.groups == 1 else 0
         points = MEASURED * (len(self.search.bits) + widths * widths * self.search.points)
+        if self.search.sensitivity == "auto":
+            points = MEASURED * self.search.points * len(self.search.forms)
+        elif self.search.sensitivity == "closed_form":
+            points = len(self.search.forms)
         samples = min(self.search.samples, self.bench.calibration.samples)
         blocks = len(self.layers.blocks)
         rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)

@@ -26,7 +26,7 @@ from steps.summary import model_name
 from steps.workbench import Workbench
 
 SEARCH = ("layers", "capture", "candidates", "sensitivity")
-BY_BUDGET = ("allocate", "round", "pack", "evaluate", "summary")
+BY_BUDGET = ("allocate", "refine", "round", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
@@ -75,7 +75,9 @@ class Planner:
         self.bench = bench
         self.found = found
         self.estimate = estimate
-        self.counts: dict[str, Counts] = {name: Counts() for name in (*SEARCH, "allocate", "baseline", *BY_BUDGET[1:])}
+        self.by_budget = [name for name in BY_BUDGET if name != "refine" or bench.config.search.rounds]
+        first, *rest = self.by_budget
+        self.counts: dict[str, Counts] = {name: Counts() for name in (*SEARCH, first, "baseline", *rest)}
         self._phase = ""
         self._seen: set[str] = set()
 
@@ -172,7 +174,7 @@ def _walk(planner: Planner, budgets: Sequence[str]) -> None:
     if find(layers.spec(bench), bench) is None:
         planner.count_all(*SEARCH)
         for _ in budgets:
-            planner.count_all(*BY_BUDGET)
+            planner.count_all(*planner.by_budget)
         return
     search = run_search(bench, planner)
     for budget in budgets:
@@ -180,4 +182,4 @@ def _walk(planner: Planner, budgets: Sequence[str]) -> None:
         if bench.store.exists(result.allocation):
             run_budget(bench, planner, search, result, float_evaluation)
         else:
-            planner.count_all(*BY_BUDGET[1:])
+            planner.count_all(*[name for name in planner.by_budget if name not in ("allocate", "refine")])

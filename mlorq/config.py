@@ -24,6 +24,7 @@ Preset = Literal["best", "quick", "paper"]
 Sensitivity = Literal["measured", "auto", "closed_form"]
 RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra"]
 Accounting = Literal["exact", "paper"]
+Cost = Literal["nmse", "kl", "task"]
 
 # Names that the design reserves for work that is not there yet: an error, never an alias of something else.
 RESERVED = {
@@ -44,7 +45,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "metric": "moments",
             "forms": ["Q", "LR", "QLR"],
             "sensitivity": "auto",
-            "points": 4,
+            "points": 6,
+            "rounds": 3,
             "zero_point": "codes",
             "percentiles": PERCENTILES,
         },
@@ -186,7 +188,18 @@ class SearchConfig(_Section):
         "measurements where the allocation is decided), closed_form (scaled by one measurement a form)",
     )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
-    points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair; auto: a form")
+    points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair; auto: most a form")
+    tolerance: float = Field(
+        0.2, ge=0, description="auto: no further measurements where costs were predicted this well (as a logarithm)"
+    )
+    cost: Cost = Field(
+        "nmse",
+        description="global cost: nmse of the output; kl of the predictions; task, the rise of the task's loss, "
+        "which needs labels of the calibration data",
+    )
+    rounds: int = Field(
+        0, ge=0, description="times that the chosen allocation is measured and the program solved again around it"
+    )
     accounting: Accounting = Field("exact", description="exact: bytes on disk; paper: weight bits alone")
     objective: Literal["nsr", "sqnr"] = Field("nsr", description="minimise summed NMSE, or maximise summed 1/NMSE")
     solver: Literal["highs", "cbc"] = Field("highs", description="integer programming solver")

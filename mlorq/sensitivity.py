@@ -1,13 +1,14 @@
 """Inter-layer costs: what compressing one layer alone does to the model's output (METHOD 5).
 
-The global cost of a candidate is the NMSE ``E‖f_ℓ(x) - f(x)‖² / E‖f(x)‖²`` over calibration samples. ``Q`` candidates
-are measured. For each pair of factor bit-widths a few points of the front, spread evenly by index along the rank, are
-measured, and the rest is interpolated linearly in local cost between the two measured neighbours.
+The global cost of a candidate is the NMSE ``E‖f_ℓ(x) - f(x)‖² / E‖f(x)‖²`` over calibration samples, or another cost of
+the output (``mlorq.output_costs``). ``Q`` candidates are measured. For each pair of factor bit-widths a few points of
+the front, spread evenly by index along the rank, are measured, and the rest is interpolated linearly in local cost
+between the two measured neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from mlorq.candidates import LayerSearch, candidate_of, spread
 from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.output_costs import CostName, OutputCost
 from mlorq.segments import Segments, enters_cleanly
 from mlorq.tables import SENSITIVITY
 
@@ -37,6 +39,9 @@ class LayerProbe:
         blocks: Sequence[str],
         batches: Sequence[Any],
         device: torch.device | str = "cpu",
+        *,
+        cost: CostName = "nmse",
+        labels: Sequence[Tensor] | None = None,
     ) -> None:
         self.model = model
         self.parameter: Tensor = model.module.get_submodule(layer.name).weight  # type: ignore[assignment]
@@ -53,7 +58,7 @@ class LayerProbe:
             self.start = 0
             self.carries = [None] * len(self.batches)
             self.references = [self.segments.outputs(batch) for batch in self.batches]
-        self.power = sum(float(reference.double().square().sum()) for reference in self.references)
+        self._output_cost = OutputCost(cost, self.references, labels)
 
     def _is_a_chain(self) -> bool:
         full = self.segments.outputs(self.batches[0])
@@ -69,14 +74,11 @@ class LayerProbe:
         with torch.no_grad():
             self.parameter.copy_(weight.reshape(self.parameter.shape))
 
-    def nmse(self, weight: Tensor) -> float:
-        """NMSE of the output with the layer's weight replaced by ``weight`` ``(out_features, in_features)``."""
+    def cost(self, weight: Tensor) -> float:
+        """What it costs to put ``weight`` ``(out_features, in_features)`` in the place of the layer's."""
         self._set(weight)
-        error = 0.0
-        for batch, carry, reference in zip(self.batches, self.carries, self.references, strict=True):
-            difference = self.segments.outputs(batch, self.start, carry) - reference
-            error += float(difference.double().square().sum())
-        return error / self.power if self.power > 0 else 0.0
+        pairs = zip(self.batches, self.carries, strict=True)
+        return self._output_cost([self.segments.outputs(batch, self.start, carry) for batch, carry in pairs])
 
 
 def spread_batches(batches: Sequence[Any], samples: int) -> list[Any]:
@@ -97,45 +99,6 @@ def measured_points(table: pa.Table, points: int) -> list[int]:
     for rows in _pair_rows(table, front):
         chosen += [int(rows[index]) for index in spread(len(rows), points)]
     return chosen
-
-
-def decisive_points(table: pa.Table, points: int) -> list[int]:
-    """Rows that are measured where closed forms stand for the rest: every ``Q``, and ``points`` a form of the front.
-
-    Points of a form are spread evenly by index over its part of the front by rising bytes, both ends included. One
-    point is the middle one, of ``Q`` too.
-    """
-    form = np.array(table["form"].to_pylist())
-    front = table["on_front"].to_numpy()
-    size = table["bytes"].to_numpy()
-    chosen: list[int] = []
-    for name in ("Q", "LR", "QLR"):
-        rows = np.flatnonzero((form == name) & front)
-        rows = rows[np.argsort(size[rows], kind="stable")]
-        if points == 1:
-            chosen += rows[len(rows) // 2 : len(rows) // 2 + 1].tolist()
-        else:
-            chosen += rows.tolist() if name == "Q" else [int(rows[index]) for index in spread(len(rows), points)]
-    return chosen
-
-
-def scaled_closed_form(local: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Global costs from local ones, with a factor fitted where costs were measured.
-
-    The factor, global by local, is interpolated linearly between its measured neighbours, logarithm against logarithm,
-    and kept beyond them.
-
-    Args:
-        local: ``(points,)`` local costs of one form of one layer.
-        known: indices of the measured points.
-        values: their global costs.
-    """
-    tiny = np.finfo(float).tiny
-    logs = np.log(np.maximum(local, tiny))
-    order = known[np.argsort(logs[known], kind="stable")]
-    measured = dict(zip(known.tolist(), values.tolist(), strict=True))
-    factor = np.array([np.log(max(measured[index], tiny)) for index in order.tolist()]) - logs[order]
-    return np.exp(np.minimum(logs + np.interp(logs, logs[order], factor), 700.0))
 
 
 def _pair_rows(table: pa.Table, front: np.ndarray) -> list[np.ndarray]:
@@ -180,29 +143,27 @@ def measured_sensitivity(
     table: pa.Table,
     *,
     points: int = 5,
-    closed_form: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``).
+    """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``), as METHOD 5 has them.
 
     Args:
         probe: measures the layer.
         search: makes the layer's candidates.
         table: the layer's candidates (``tables.CANDIDATES``).
-        points: measured a bit pair; with ``closed_form``, a form.
-        closed_form: measure fewer and let scaled local costs stand for the rest, instead of interpolating.
+        points: measured a bit pair.
         progress: called with (candidates measured, candidates to measure).
     """
     rows = table.to_pylist()
-    chosen = decisive_points(table, points) if closed_form else measured_points(table, points)
+    chosen = measured_points(table, points)
     cost: dict[int, float] = {}
     for index, row in enumerate(chosen):
-        cost[row] = probe.nmse(search.dense(candidate_of(rows[row])))
+        cost[row] = probe.cost(search.dense(candidate_of(rows[row])))
         if progress is not None:
             progress(index + 1, len(chosen))
-    how = {row: "measured" for row in chosen}
+    how = dict.fromkeys(chosen, "measured")
     local = table["local_cost"].to_numpy()
-    for group in [] if closed_form else _pair_rows(table, table["on_front"].to_numpy()):
+    for group in _pair_rows(table, table["on_front"].to_numpy()):
         known = np.array([index for index, row in enumerate(group) if int(row) in cost], dtype=int)
         if not len(known):
             continue
@@ -210,21 +171,22 @@ def measured_sensitivity(
         for row, value in zip(group, interpolate(local[group], known, values), strict=True):
             cost.setdefault(int(row), float(value))
             how.setdefault(int(row), "interpolated")
-    if closed_form:
-        form = np.array(table["form"].to_pylist())
-        for name in sorted(set(form)):
-            group = np.flatnonzero((form == name) & table["on_front"].to_numpy())
-            known = np.array([index for index, row in enumerate(group) if int(row) in cost], dtype=int)
-            if not len(known):
-                continue
-            values = np.array([cost[int(group[index])] for index in known])
-            for place, value in zip(group.tolist(), scaled_closed_form(local[group], known, values), strict=True):
-                cost.setdefault(place, float(value))
-                how.setdefault(place, "closed_form")
+    return sensitivity_table(table, cost, how)
+
+
+def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[int, str]) -> pa.Table:
+    """``tables.SENSITIVITY`` of some rows of a candidate table.
+
+    Args:
+        table: the layer's candidates.
+        cost: global cost by row.
+        how: how it was found, by row.
+    """
+    names = table["candidate_id"].to_pylist()
     order = sorted(cost)
     return pa.table(
         {
-            "candidate_id": [rows[row]["candidate_id"] for row in order],
+            "candidate_id": [names[row] for row in order],
             "global_cost": [cost[row] for row in order],
             "how": [how[row] for row in order],
         },

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from mlorq.allocate import allocate, allocation_table, choices_from_tables, smallest_bytes
+from mlorq.allocate import Choices, allocate, allocation_table, choices_from_tables, smallest_bytes
 from mlorq.store import ArtifactRef, json_bytes, table_bytes
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
+
+SOLVER = ("objective", "solver", "time_limit", "gap")
 
 
 def spec(
@@ -24,10 +27,7 @@ def spec(
         "layers": layers,
         "budget": budget,
         "budget_bytes": budget_bytes,
-        "objective": search.objective,
-        "solver": search.solver,
-        "time_limit": search.time_limit,
-        "gap": search.gap,
+        **{name: getattr(search, name) for name in SOLVER},
     }
     inputs: dict[str, ArtifactRef | str] = {}
     for name in layers:
@@ -38,20 +38,8 @@ def spec(
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     params = spec.params
-    choices, rows = [], {}
-    for name in params["layers"]:
-        candidates = bench.store.read_table(spec.artifact(f"candidates/{name}"), "candidates.parquet")
-        sensitivity = bench.store.read_table(spec.artifact(f"sensitivity/{name}"), "sensitivity.parquet")
-        choice, rows[name] = choices_from_tables(name, candidates, sensitivity)
-        choices.append(choice)
-    picked, report = allocate(
-        choices,
-        params["budget_bytes"],
-        objective=params["objective"],
-        solver=params["solver"],
-        time_limit=params["time_limit"],
-        gap=params["gap"],
-    )
+    choices, rows = joined(spec, bench)
+    picked, report = allocate(choices, params["budget_bytes"], **{name: params[name] for name in SOLVER})
     table = allocation_table(choices, picked, rows)
     info = {
         "budget": params["budget"],
@@ -63,6 +51,17 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         "solver": {name: value for name, value in report.to_json().items() if name != "seconds"},
     }
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
+
+
+def joined(spec: StepSpec, bench: Workbench) -> tuple[list[Choices], dict[str, list[dict[str, Any]]]]:
+    """What the program chooses from: the candidates of a step's layers with their costs, and their rows."""
+    choices, rows = [], {}
+    for name in spec.params["layers"]:
+        candidates = bench.store.read_table(spec.artifact(f"candidates/{name}"), "candidates.parquet")
+        sensitivity = bench.store.read_table(spec.artifact(f"sensitivity/{name}"), "sensitivity.parquet")
+        choice, rows[name] = choices_from_tables(name, candidates, sensitivity)
+        choices.append(choice)
+    return choices, rows
 
 
 STEP = Step("allocate", 1, run)

@@ -1,8 +1,8 @@
 """The order of a run's steps, whoever carries them out.
 
-``capture → candidates[ℓ] → sensitivity[ℓ] → allocate → round (ℓ in order) → pack → evaluate → summary``; what does not
-depend on the budget comes first and is shared by all budgets. An executor runs single steps and fan-outs; the Python
-API brings one that calls them in this process, the flows one that makes Prefect tasks of them.
+``capture → candidates[ℓ] → sensitivity[ℓ] → allocate (→ refine) → round (ℓ in order) → pack → evaluate → summary``;
+what does not depend on the budget comes first and is shared by all budgets. An executor runs single steps and fan-outs;
+the Python API brings one that calls them in this process, the flows one that makes Prefect tasks of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from steps import (
     layers,
     pack,
     reconstruct,
+    refine,
     rounding,
     sensitivity,
     summary,
@@ -66,10 +67,14 @@ class Search:
 
 @dataclass
 class Compressed:
-    """The artifacts of one budget; those after ``allocation`` are None where only the allocation was asked for."""
+    """The artifacts of one budget; those after ``allocation`` are None where only the allocation was asked for.
+
+    ``program`` is the integer program's own solution where ``allocation`` is one that was found from it.
+    """
 
     budget: str
     allocation: ArtifactRef
+    program: ArtifactRef | None = None
     checkpoint: ArtifactRef | None = None
     evaluation: ArtifactRef | None = None
     summary: ArtifactRef | None = None
@@ -77,6 +82,7 @@ class Compressed:
 
 def run_search(bench: Workbench, executor: Executor) -> Search:
     """Everything that does not depend on the budget, except the float model's evaluation."""
+    sensitivity.cost_params(bench)  # refuses a cost that the data cannot give before anything is computed
     executor.phase("layers", 1)
     layers_ref = executor.run(layers.spec(bench)).ref
     found = bench.layer_list(layers_ref).layers
@@ -116,10 +122,16 @@ def allocation_spec(bench: Workbench, search: Search, budget: str) -> StepSpec:
 
 
 def run_allocations(bench: Workbench, executor: Executor, search: Search, budgets: Sequence[str]) -> list[Compressed]:
-    """The integer program of every budget."""
+    """The integer program of every budget; where asked, whole allocations are measured and improved afterwards."""
     specs = [allocation_spec(bench, search, budget) for budget in budgets]
     executor.phase("allocate", len(specs))
-    return [Compressed(budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
+    results = [Compressed(budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
+    if bench.config.search.rounds:
+        executor.phase("refine", len(specs))
+        for result, spec in zip(results, specs, strict=True):
+            result.program = result.allocation
+            result.allocation = executor.run(refine.spec(bench, search.capture, search.layers_ref, spec)).ref
+    return results
 
 
 @dataclass
@@ -192,6 +204,7 @@ def run_budget(
         "layers": search.layers_ref,
         "capture": search.capture,
         "allocation": result.allocation,
+        **({"program": result.program} if result.program else {}),
         "checkpoint": result.checkpoint,
         "baseline": float_evaluation,
         "evaluation": result.evaluation,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from mlorq.errors import DataError
+from mlorq.hashing import digest_json
 from mlorq.layers import Layer
+from mlorq.scaled_costs import scaled_sensitivity
 from mlorq.sensitivity import LayerProbe, measured_sensitivity
 from mlorq.store import ArtifactRef, table_bytes
 from steps.base import Progress, Step, StepSpec
@@ -20,6 +25,8 @@ def spec(
         "how": search.sensitivity,
         "samples": search.samples,
         "points": search.points,
+        **({"tolerance": search.tolerance} if search.sensitivity == "auto" else {}),
+        **cost_params(bench),
         **settings_params(search),
     }
     inputs: dict[str, ArtifactRef | str] = {
@@ -37,15 +44,37 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     layer = layers[spec.params["layer"]]
     search = bench.search(layer, spec.artifact("capture"), settings_of(spec.params))
     table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
-    how = spec.params["how"]
+    params = spec.params
+    how, points = params["how"], params["points"]
     # Candidates in the metric of moments are fitted on one fold: they are measured on samples of the other.
-    batches = bench.held_out(spec.params["samples"]) if search.is_fitted else bench.batches(spec.params["samples"])
-    points = 1 if how == "closed_form" else spec.params["points"]
-    with LayerProbe(bench.model, layer, layers.blocks, batches, bench.device) as probe:
-        costs = measured_sensitivity(
-            probe, search, table, points=points, closed_form=how != "measured", progress=progress
-        )
+    batches, labels = bench.measuring(params["samples"], held_out=search.is_fitted)
+    with LayerProbe(
+        bench.model, layer, layers.blocks, batches, bench.device, cost=params["cost"], labels=labels
+    ) as probe:
+        if how == "measured":
+            costs = measured_sensitivity(probe, search, table, points=points, progress=progress)
+        elif how == "closed_form":
+            costs = scaled_sensitivity(probe, search, table, points=1, progress=progress)
+        else:
+            costs = scaled_sensitivity(
+                probe, search, table, points=points, tolerance=params["tolerance"], progress=progress
+            )
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-STEP = Step("sensitivity", 2, run)
+def cost_params(bench: Workbench) -> dict[str, Any]:
+    """What the measured cost of an output depends on beside the samples: which one it is, and the labels it reads.
+
+    Raises:
+        DataError: the cost reads labels, and there are none.
+    """
+    cost = bench.config.search.cost
+    if cost != "task":
+        return {"cost": cost}
+    labels = bench.calibration.labels
+    if labels is None:
+        raise DataError("search.cost: task needs calibration data with labels; use nmse or kl")
+    return {"cost": cost, "labels": digest_json([part.tolist() for part in labels])}
+
+
+STEP = Step("sensitivity", 3, run)

@@ -92,6 +92,7 @@ def allocation_json(
         "float_bytes": None,
         "smallest_bytes": info["smallest_bytes"],
         "predicted_cost": info["predicted_cost"],
+        "measured_cost": info.get("measured_cost"),
         "nmse": None,
         "metric": None,
         "allocation": rows,
@@ -138,4 +139,4 @@ def made_in(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 1, run)
+STEP = Step("summary", 2, run)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -120,9 +120,19 @@ class Workbench:
         """Calibration batches with about ``samples`` samples, spread evenly."""
         return spread_batches(self.calibration.batches, samples)
 
-    def held_out(self, samples: int) -> list[Any]:
-        """Batches with about ``samples`` samples of the second fold, spread evenly."""
-        return spread_batches(fold_batches(self.calibration.batches, 1) or self.calibration.batches, samples)
+    def measuring(self, samples: int, *, held_out: bool) -> tuple[list[Any], list[Tensor] | None]:
+        """About ``samples`` calibration samples to measure costs on, spread evenly, and their labels if there are any.
+
+        Args:
+            samples: how many.
+            held_out: take them from the second fold, to which nothing was fitted.
+        """
+
+        def chosen(parts: Sequence[Any]) -> list[Any]:
+            return spread_batches((fold_batches(parts, 1) if held_out else []) or parts, samples)
+
+        data = self.calibration
+        return chosen(data.batches), None if data.labels is None else chosen(data.labels)
 
     # -- artifacts --------------------------------------------------------------------------------------------
 

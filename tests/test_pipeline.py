@@ -132,7 +132,7 @@ def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_fac
     assert files[folder] == files[other]
 
 
-ALL = set(REGISTRY) - {"reconstruct"}  # which is of another method
+ALL = set(REGISTRY) - {"reconstruct", "refine"}  # which other settings bring
 FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
 
 
@@ -246,6 +246,35 @@ def test_held_out_costs_are_measured_and_scaled_in_the_best_preset(folder):
                     how[row["how"]] = how.get(row["how"], 0) + 1
                     assert row["global_cost"] >= 0
         assert set(how) == {"measured", "closed_form"}
+
+
+def test_allocations_are_measured_and_never_worse_than_the_program_or_the_best_uniform_one(folder):
+    (result,), done = run(folder, **BEST, search__rounds=2)
+    assert {"allocate", "refine"} <= computed(done)
+    store = Store(f"file://{folder / '.mlorq'}")
+    reference = {role: ArtifactRef(value["step"], value["key"]) for role, value in result["artifacts"].items()}
+    info = store.read_json(reference["allocation"], "allocation.json")
+    assert info["measured_cost"] == result["measured_cost"] == min(one["measured"] for one in info["measured"])
+    assert {"program"} <= {one["origin"] for one in info["measured"]}
+    assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"] <= result["budget_bytes"]
+    assert reference["program"].step == "allocate"
+    assert reference["allocation"].step == "refine"
+    assert result["solver"]["status"] == "optimal"
+
+    (without,), done = run(folder, **BEST, search__rounds=0)
+    assert "refine" not in computed(done)
+    assert without["measured_cost"] is None
+    assert without["artifacts"]["allocation"] == result["artifacts"]["program"]
+
+
+def test_other_costs_of_the_output_change_costs_and_nothing_before_them(folder):
+    run(folder)
+    (result,), done = run(folder, search__cost="kl")
+    assert computed(done) >= {"sensitivity", "allocate"}
+    assert not computed(done) & {"layers", "capture", "candidates", "baseline"}
+    assert result["predicted_cost"] > 0
+    with pytest.raises(DataError, match="task needs calibration data with labels"):
+        run(folder, search__cost="task", seed=1)
 
 
 def test_another_budget_computes_only_what_depends_on_it(folder):

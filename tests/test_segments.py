@@ -72,7 +72,7 @@ def test_probe_measures_the_full_models_nmse(kind, seed):
             module.weight.copy_(before)
         expected = float((compressed - reference).double().square().sum() / reference.double().square().sum())
         with LayerProbe(model, layer, found.blocks, batches) as probe:
-            assert probe.nmse(changed.reshape(layer.out_features, -1)) == pytest.approx(expected, rel=1e-4)
+            assert probe.cost(changed.reshape(layer.out_features, -1)) == pytest.approx(expected, rel=1e-4)
         assert torch.equal(module.weight, before)
 
 

@@ -50,7 +50,7 @@ def test_interpolated_costs_are_close_to_measured_ones(seed):
     with LayerProbe(model, layer, found.blocks, batches) as probe:
         some = measured_sensitivity(probe, search, table, points=5).to_pylist()
         rows = {row["candidate_id"]: row for row in table.to_pylist()}
-        full = np.array([probe.nmse(search.dense(candidate_of(rows[row["candidate_id"]]))) for row in some])
+        full = np.array([probe.cost(search.dense(candidate_of(rows[row["candidate_id"]]))) for row in some])
     found_costs = np.array([row["global_cost"] for row in some])
     interpolated = np.array([row["how"] == "interpolated" for row in some])
     assert interpolated.any()

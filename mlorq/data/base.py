@@ -24,6 +24,8 @@ class Dataset:
         metric_name: the metric that stands for the task (``accuracy``, ``spearman`` …); None without labels.
         metric: maps f(x) of all samples, ``(samples, outputs)``, to ``{name: value}``; None without labels.
         evaluate: user code called with the model instead of ``metric``; its results are reported as they are.
+        labels: of calibration data, ``(samples,)`` a batch: class numbers (int64) or a regressor's values (float);
+            None where there are none.
     """
 
     batches: Sequence[Batch]
@@ -32,3 +34,4 @@ class Dataset:
     metric_name: str | None = None
     metric: OutputMetric | None = None
     evaluate: ModelMetric | None = None
+    labels: Sequence[Tensor] | None = None

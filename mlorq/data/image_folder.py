@@ -69,7 +69,10 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
     if role == "evaluation" and all(label is not None for label in labels):
         metric = _Accuracy(np.array(labels))
     batches = _LazyBatches([image.path for image in images], contents, described, source.batch_size)
-    return Dataset(batches, len(images), key, "accuracy" if metric else None, metric)
+    known = None
+    if role == "calibration" and all(label is not None for label in labels):
+        known = list(torch.tensor(labels).split(source.batch_size))
+    return Dataset(batches, len(images), key, "accuracy" if metric else None, metric, labels=known)
 
 
 class _LazyBatches(Sequence[Tensor]):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
@@ -53,11 +54,18 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
     else:
         raise DataError("data.evaluation.samples is not available for source table")
     labels = None
-    if source.label is not None and role == "evaluation":
+    if source.label is not None and (role == "evaluation" or not pairs):
         labels = _labels(columns[source.label], numbers, source.label, location, classes=name in CLASSIFICATION)
     tokens = tokenizer(model_config, folder)
     batches, order = _tokenize(tokens, chosen, source)
     metric = None
+    known = None
+    if labels is not None and role == "calibration":
+        # No part of the key: what does not look at labels is reused whatever they are.
+        of_text = dict(zip(samples, labels.tolist(), strict=True))
+        values = torch.tensor([of_text[text] for text in order])
+        known = list((values.long() if name in CLASSIFICATION else values).split(source.batch_size))
+        labels = None
     if labels is not None:
         if pairs and len(texts) != 2:
             raise DataError("a sentence encoder's metric needs two text columns")
@@ -71,7 +79,7 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
             "batches": [digest_batch(batch) for batch in batches],
         }
     )
-    return Dataset(batches, len(order), key, name if metric else None, metric)
+    return Dataset(batches, len(order), key, name if metric else None, metric, labels=known)
 
 
 @dataclass(frozen=True)

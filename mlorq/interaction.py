@@ -1,0 +1,204 @@
+"""Interaction between layers: whole allocations are measured, and the program is solved again around them (METHOD 7).
+
+The integer program adds up what each layer costs alone. Together the layers cost more or less than that, each by its
+own factor. Around an allocation S the cost of a layer's candidates is taken to be what it was alone, scaled so that the
+chosen one costs what it costs in S:
+
+    cost_ℓc ← cost_ℓc · (F(S) - F(S with layer ℓ float)) / cost_ℓ,S(ℓ),
+
+F the measured cost of the whole model. The program under these costs gives the next allocation. The best of all that
+were measured is kept; the uniform allocations that fit the budget are among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlorq.allocate import Choices
+from mlorq.layers import Layer
+from mlorq.models.base import FloatModel, move_batch
+from mlorq.output_costs import CostName, OutputCost
+from mlorq.segments import Segments, enters_cleanly
+
+LARGEST_CORRECTION = 4.0  # of a layer's costs, either way: a marginal cost near zero is noise
+
+
+class WholeModel:
+    """Measures what the model's output costs with many layers changed at once.
+
+    Args:
+        model: the float model; it is copied.
+        blocks: names of its blocks.
+        batches: samples to measure on.
+        device: where to run.
+        cost: which cost of the output.
+        labels: for cost ``task``.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        blocks: Sequence[str],
+        batches: Sequence[Any],
+        device: torch.device | str = "cpu",
+        *,
+        cost: CostName = "nmse",
+        labels: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.module = deepcopy(model.module)
+        self._float = dict(model.module.named_parameters())
+        self._segments = Segments(model, self.module, blocks)
+        self._batches = [move_batch(batch, device, model.dtype) for batch in batches]
+        references = self._outputs(0, [None] * len(self._batches))
+        self._cost = OutputCost(cost, references, labels)
+        carry = self._segments.advance(self._batches[0], 0, None, len(blocks))
+        self._chain = enters_cleanly(self._segments, self._batches[0], len(blocks), carry, references[0])
+
+    def _outputs(self, start: int, carries: Sequence[Any]) -> list[Tensor]:
+        pairs = zip(self._batches, carries, strict=True)
+        return [self._segments.outputs(batch, start, carry) for batch, carry in pairs]
+
+    def set(self, layer: Layer, weight: Tensor | None) -> None:
+        """Put a weight ``(out_features, in_features)`` in the place of a layer's; None: the float one."""
+        parameter = self.module.get_submodule(layer.name).weight
+        assert isinstance(parameter, Tensor)
+        found = self._float[f"{layer.name}.weight"] if weight is None else weight
+        with torch.no_grad():
+            parameter.copy_(found.reshape(parameter.shape))
+
+    def cost(self) -> float:
+        """Of the model as it is."""
+        return self._cost(self._outputs(0, [None] * len(self._batches)))
+
+    def costs_without(
+        self,
+        layers: Sequence[Layer],
+        weights: Mapping[str, Tensor],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[float]:
+        """Costs of the model with one layer at a time float again; a block's layers share the part before it.
+
+        Args:
+            layers: in execution order.
+            weights: of all of them, by name; what the model has now.
+            progress: called with the layers done.
+        """
+        found = []
+        at, carries = 0, [None] * len(self._batches)
+        for index, layer in enumerate(layers):
+            if self._chain and layer.block > at:
+                pairs = zip(self._batches, carries, strict=True)
+                carries = [self._segments.advance(batch, at, carry, layer.block) for batch, carry in pairs]
+                at = layer.block
+            self.set(layer, None)
+            found.append(self._cost(self._outputs(at, carries)))
+            self.set(layer, weights[layer.name])
+            if progress is not None:
+                progress(index + 1)
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One allocation that was measured.
+
+    Attributes:
+        origin: ``program``, ``round 1`` …, or ``uniform 3 bit`` ….
+        picked: index of each layer's candidate.
+        predicted: summed cost of its layers alone.
+        measured: cost of the whole model.
+        bytes: of its layers.
+    """
+
+    origin: str
+    picked: tuple[int, ...]
+    predicted: float
+    measured: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("origin", "predicted", "measured", "bytes")}
+
+
+def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> tuple[int, tuple[int, ...]] | None:
+    """``(bits, candidates)`` of the largest uniform quantization within the budget; None where none fits.
+
+    Args:
+        rows: the candidates of every layer.
+        limit: most bytes.
+    """
+    by_bits = [{row["bits"]: index for index, row in enumerate(layer) if row["form"] == "Q"} for layer in rows]
+    for bits in sorted(set.intersection(*(set(places) for places in by_bits)), reverse=True):
+        picked = tuple(places[bits] for places in by_bits)
+        if sum(layer[index]["bytes"] for layer, index in zip(rows, picked, strict=True)) <= limit:
+            return int(bits), picked
+    return None
+
+
+def refine(
+    choices: Sequence[Choices],
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    limit: int,
+    start: Sequence[int],
+    solve: Callable[[Sequence[Choices]], Sequence[int]],
+    measure: Callable[[Sequence[int]], float],
+    without: Callable[[Sequence[int]], Sequence[float]],
+    rounds: int,
+) -> list[Measured]:
+    """Measure allocations and look for better ones.
+
+    Args:
+        choices: the layers and their candidates.
+        rows: the candidates' rows.
+        limit: most bytes.
+        start: the program's solution.
+        solve: the program's solution under other costs.
+        measure: cost of the whole model under an allocation.
+        without: cost of the whole model under an allocation with one layer at a time float.
+        rounds: most programs to solve.
+
+    Returns:
+        What was measured, the best first.
+    """
+
+    def measured(origin: str, picked: Sequence[int]) -> Measured:
+        pairs = list(zip(choices, picked, strict=True))
+        predicted = float(sum(layer.cost[index] for layer, index in pairs))
+        size = int(sum(layer.size[index] for layer, index in pairs))
+        return Measured(origin, tuple(picked), predicted, measure(picked), size)
+
+    found = [measured("program", start)]
+    known = {found[0].picked}
+    uniform = largest_uniform(rows, limit)
+    if uniform is not None and uniform[1] not in known:
+        found.append(measured(f"uniform {uniform[0]} bit", uniform[1]))
+        known.add(uniform[1])
+    for index in range(rounds):
+        best = min(found, key=lambda one: one.measured)
+        corrected = _around(choices, best, without(best.picked))
+        picked = tuple(solve(corrected))
+        if picked in known:
+            break
+        known.add(picked)
+        found.append(measured(f"round {index + 1}", picked))
+        if found[-1].measured >= best.measured:
+            break  # the next round would start from the same allocation
+    return sorted(found, key=lambda one: one.measured)
+
+
+def _around(choices: Sequence[Choices], at: Measured, without: Sequence[float]) -> list[Choices]:
+    """Costs scaled to what the layers cost in an allocation."""
+    corrected = []
+    for layer, index, rest in zip(choices, at.picked, without, strict=True):
+        alone, together = float(layer.cost[index]), at.measured - rest
+        factor = together / alone if alone > 0 else 1.0
+        factor = float(np.clip(factor, 1 / LARGEST_CORRECTION, LARGEST_CORRECTION))
+        corrected.append(replace(layer, cost=layer.cost * factor))
+    return corrected

@@ -1,0 +1,106 @@
+"""Step ``refine``: one budget's allocation, measured on the whole model and improved by programs around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mlorq.allocate import Choices, allocate, allocation_table, smallest_bytes
+from mlorq.candidates import candidate_of
+from mlorq.interaction import WholeModel, refine
+from mlorq.store import ArtifactRef, json_bytes, table_bytes
+from steps.allocate import SOLVER, joined
+from steps.base import Progress, Step, StepSpec
+from steps.candidates import quantizer_params, settings_of
+from steps.sensitivity import cost_params
+from steps.workbench import Workbench
+
+
+def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation: StepSpec) -> StepSpec:
+    """Depends on all that the allocation depends on, the model and the calibration data.
+
+    Args:
+        bench: of the run.
+        capture: the ``capture`` artifact.
+        layers: the ``layers`` artifact.
+        allocation: the ``allocate`` step whose result is refined.
+    """
+    search = bench.config.search
+    params = {
+        **allocation.params,
+        "rounds": search.rounds,
+        "samples": search.samples,
+        **cost_params(bench),
+        **quantizer_params(search),
+    }
+    inputs: dict[str, ArtifactRef | str] = {
+        "model": bench.model.key,
+        "calibration": bench.calibration.key,
+        "layers": layers,
+        "capture": capture,
+        "allocation": allocation.ref,
+        **allocation.inputs,
+    }
+    return STEP.spec(params, inputs)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    params = spec.params
+    listed = bench.layer_list(spec.artifact("layers"))
+    layers = [listed[name] for name in params["layers"]]
+    settings = settings_of(params)
+    choices, rows = joined(spec, bench)
+    ordered = [rows[layer.name] for layer in layers]
+    first = bench.store.read_table(spec.artifact("allocation"), "allocation.parquet").to_pylist()
+    chosen = {row["layer"]: row["candidate_id"] for row in first}
+    start = [
+        next(index for index, row in enumerate(layer_rows) if row["candidate_id"] == chosen[layer.name])
+        for layer, layer_rows in zip(layers, ordered, strict=True)
+    ]
+    fitted = bench.search(layers[0], spec.artifact("capture"), settings).is_fitted
+    batches, labels = bench.measuring(params["samples"], held_out=fitted)
+    whole = WholeModel(bench.model, listed.blocks, batches, bench.device, cost=params["cost"], labels=labels)
+    weights: dict[tuple[str, int], Tensor] = {}
+    total = (params["rounds"] + 2) * len(layers)
+    done = 0
+
+    def set_all(picked: Sequence[int]) -> dict[str, Tensor]:
+        found = {}
+        for layer, index, layer_rows in zip(layers, picked, ordered, strict=True):
+            if (layer.name, index) not in weights:
+                search = bench.search(layer, spec.artifact("capture"), settings)
+                weights[layer.name, index] = search.dense(candidate_of(layer_rows[index]))
+            found[layer.name] = weights[layer.name, index]
+            whole.set(layer, found[layer.name])
+        return found
+
+    def measure(picked: Sequence[int]) -> float:
+        set_all(picked)
+        return whole.cost()
+
+    def without(picked: Sequence[int]) -> list[float]:
+        nonlocal done
+        found = whole.costs_without(layers, set_all(picked), lambda count: progress(min(done + count, total), total))
+        done += len(layers)
+        return found
+
+    def solve(costs: Sequence[Choices]) -> list[int]:
+        return allocate(costs, params["budget_bytes"], **{name: params[name] for name in SOLVER})[0]
+
+    measured = refine(choices, ordered, params["budget_bytes"], start, solve, measure, without, params["rounds"])
+    progress(total, total)
+    best = measured[0]
+    table = allocation_table(choices, best.picked, rows)
+    before = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
+    info = before | {
+        "bytes": best.bytes,
+        "smallest_bytes": smallest_bytes(choices),
+        "predicted_cost": best.predicted,
+        "measured_cost": best.measured,
+        "measured": [one.to_json() for one in measured],
+    }
+    return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
+
+
+STEP = Step("refine", 1, run)

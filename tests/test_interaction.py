@@ -1,0 +1,112 @@
+"""Whole allocations: measured like a model in which everything is replaced, and improved where layers interact."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from mlorq.allocate import Choices, allocate
+from mlorq.evaluate import output_nmse
+from mlorq.interaction import WholeModel, largest_uniform, refine
+from mlorq.layers import find_layers
+from tests.nets import SkipNet, TokenNet, images, token_net
+
+
+@pytest.mark.parametrize("kind", [TokenNet, SkipNet])
+def test_costs_are_those_of_a_model_with_the_weights_replaced(kind, seed):
+    model = token_net(seed, kind)
+    batches = [images(5, seed), images(3, seed + 1)]
+    found = find_layers(model, batches[0])
+    torch.manual_seed(seed)
+    weights = {}
+    for layer in found.layers:
+        weight = model.module.get_submodule(layer.name).weight
+        weights[layer.name] = (weight + 0.1 * weight.std() * torch.randn_like(weight)).reshape(layer.out_features, -1)
+
+    def naive(left_out: str | None) -> float:
+        module = deepcopy(model.module)
+        for name, weight in weights.items():
+            if name != left_out:
+                parameter = module.get_submodule(name).weight
+                parameter.copy_(weight.reshape(parameter.shape))
+        outputs, references = (
+            torch.cat([model.outputs(net, batch) for batch in batches]) for net in (module, model.module)
+        )
+        return output_nmse(outputs, references)
+
+    whole = WholeModel(model, found.blocks, batches)
+    for layer in found.layers:
+        whole.set(layer, weights[layer.name])
+    with torch.no_grad():
+        assert whole.cost() == pytest.approx(naive(None), rel=1e-4)
+        expected = [naive(layer.name) for layer in found.layers]
+    assert whole.costs_without(found.layers, weights) == pytest.approx(expected, rel=1e-4)
+    assert whole.cost() == pytest.approx(naive(None), rel=1e-4)  # everything is back
+
+
+def interacting(seed: int, layers: int = 5, widths: tuple[int, ...] = (2, 3, 4)):
+    """Layers whose errors add up alone, and are amplified by factors of their own together."""
+    rng = np.random.default_rng(seed)
+    alone = rng.uniform(0.5, 2.0, layers)
+    together = alone * rng.choice([0.4, 2.5], layers)
+    rows = [[{"form": "Q", "bits": bits, "bytes": 100 * bits} for bits in widths] for _ in range(layers)]
+    cost = [np.array([scale * 4.0**-bits for bits in widths]) for scale in alone]
+    true = [np.array([scale * 4.0**-bits for bits in widths]) for scale in together]
+    size = np.array([100 * bits for bits in widths], dtype=np.int64)
+    choices = [Choices(str(index), values, size) for index, values in enumerate(cost)]
+    return choices, rows, true
+
+
+def refined(seed: int, rounds: int):
+    choices, rows, true = interacting(seed)
+    limit = 1500
+
+    def measure(picked):
+        return float(sum(values[index] for values, index in zip(true, picked, strict=True)))
+
+    def without(picked):
+        return [measure(picked) - values[index] for values, index in zip(true, picked, strict=True)]
+
+    def solve(costs):
+        return allocate(costs, limit, gap=0.0)[0]
+
+    start = solve(choices)
+    found = refine(choices, rows, limit, start, solve, measure, without, rounds)
+    fitting = [picked for picked in product(range(3), repeat=5) if 100 * sum(picked) + 5 * 200 <= limit]
+    return found, measure(start), min(map(measure, fitting))
+
+
+def test_what_is_kept_is_the_best_that_was_measured(seed):
+    improved = 0
+    for index in range(12):
+        found, first, least = refined(seed + index, 3)
+        assert found[0].measured == min(one.measured for one in found)
+        assert all(one.bytes <= 1500 for one in found)
+        assert {"program"} <= {one.origin for one in found}
+        # Costs that are amplified layer by layer are known exactly after one round.
+        assert found[0].measured == pytest.approx(least)
+        improved += found[0].measured < first * (1 - 1e-9)
+    assert improved > 3
+
+
+def test_without_rounds_the_uniform_allocation_is_still_compared(seed):
+    for index in range(12):
+        found, first, _ = refined(seed + index, 0)
+        origins = {one.origin for one in found}
+        assert origins <= {"program", "uniform 3 bit"}
+        assert found[0].measured <= first
+
+
+def test_the_largest_uniform_allocation_that_fits():
+    rows = [
+        [{"form": "Q", "bits": bits, "bytes": 10 * bits} for bits in (2, 3, 4)]
+        + [{"form": "LR", "bits": None, "bytes": 1}],
+        [{"form": "Q", "bits": bits, "bytes": 20 * bits} for bits in (2, 4)],
+    ]
+    assert largest_uniform(rows, 200) == (4, (2, 1))
+    assert largest_uniform(rows, 119) == (2, (0, 0))  # 3 bit is no choice of the second layer
+    assert largest_uniform(rows, 59) is None
