@@ -98,6 +98,11 @@ class ModelConfig(_Section):
     )
     factory: str | None = Field(None, description="family custom: package:function that returns an nn.Module")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype the model runs in")
+    rotation: int | None = Field(
+        None,
+        ge=0,
+        description="seed of a random rotation of the residual stream, folded into the weights (pre-norm ViT, DeiT)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -108,6 +113,8 @@ class ModelConfig(_Section):
             raise ValueError(f"family {self.family} needs a name")
         if self.family == "transformers" and self.task not in ("text-classification", "sentence-similarity"):
             raise ValueError("family transformers needs task: text-classification or sentence-similarity")
+        if self.rotation is not None and self.family == "transformers":
+            raise ValueError("rotation is for pre-norm vision transformers of timm")
         if self.family == "timm" and not self.pretrained and not self.checkpoint:
             raise ValueError("weights are missing: give checkpoint: URI, or pretrained: true to fetch them")
         return self

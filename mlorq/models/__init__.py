@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from mlorq.errors import CheckpointError
 from mlorq.models import custom, timm, transformers
 from mlorq.models.base import FloatModel
 from mlorq.models.custom import from_module
+from mlorq.rotation import rotate_residual_stream
 
 __all__ = ["FloatModel", "from_module", "known_models", "load_model", "rebuild"]
 
@@ -37,7 +39,11 @@ def load_model(config: ModelConfig, folder: str = "") -> FloatModel:
     Raises:
         ModelError: the model, its weights or its code cannot be loaded.
     """
-    return FAMILIES[config.family].load(config, folder)
+    model: FloatModel = FAMILIES[config.family].load(config, folder)
+    if config.rotation is None:
+        return model
+    rotate_residual_stream(model.module, config.rotation)
+    return replace(model, key="")  # of the weights as they are now
 
 
 def rebuild(architecture: dict[str, Any]) -> nn.Module:
