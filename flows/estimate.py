@@ -97,6 +97,9 @@ class Estimate:
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
         if step == "round":
             return self._reconstruct()
+        if step == "tune":
+            rounding = self.bench.config.rounding
+            return self.speed.forward * (BACKWARD + 1) * rounding.tuning * rounding.batch_size
         if step == "refine":
             return self._refine()
         return SUMMARY_SECONDS if step == "summary" else fixed

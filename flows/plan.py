@@ -26,7 +26,7 @@ from steps.summary import model_name
 from steps.workbench import Workbench
 
 SEARCH = ("layers", "capture", "candidates", "sensitivity")
-BY_BUDGET = ("allocate", "refine", "round", "pack", "evaluate", "summary")
+BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
@@ -75,7 +75,9 @@ class Planner:
         self.bench = bench
         self.found = found
         self.estimate = estimate
-        self.by_budget = [name for name in BY_BUDGET if name != "refine" or bench.config.search.rounds]
+        rounding = bench.config.rounding
+        optional = {"refine": bench.config.search.rounds, "tune": rounding.method == "block" and rounding.tuning}
+        self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
         first, *rest = self.by_budget
         self.counts: dict[str, Counts] = {name: Counts() for name in (*SEARCH, first, "baseline", *rest)}
         self._phase = ""

@@ -11,7 +11,16 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mlorq.config import PRESETS, EngineConfig, ModelConfig, RoundingConfig, RunConfig, SearchConfig, SourceConfig
+from mlorq.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    EngineConfig,
+    ModelConfig,
+    RoundingConfig,
+    RunConfig,
+    SearchConfig,
+    SourceConfig,
+)
 from mlorq.errors import ConfigError
 
 COMMENT_COLUMN = 44
@@ -54,7 +63,7 @@ def template(model: str = "timm") -> str:
     model_values, data = EXAMPLES[family]
     if name:
         model_values = model_values | {"factory" if family == "custom" else "name": name}
-    preset = PRESETS["quick"]
+    preset = PRESETS[DEFAULT_PRESET]
     lines = [
         "# A run of mlorq. Relative paths start from this file's folder. `mlorq compress FILE --dry-run` says what",
         "# a run would do; `mlorq compress FILE` does it. Keys that are commented out have the value shown.",

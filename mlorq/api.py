@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from mlorq.config import RunConfig
+from mlorq.config import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ def compress(
     *,
     budget: str = "3bit",
     validation: Sequence[Any] | None = None,
-    preset: str = "quick",
+    preset: str = DEFAULT_PRESET,
     accounting: str | None = None,
     rounding: str | None = None,
     rounding_iterations: int | None = None,
@@ -84,7 +84,7 @@ def compress(
         budget: ``"3bit"`` (average a weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
             ``"25MiB"`` for the whole checkpoint.
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
-        preset: ``quick``, ``best`` or ``paper``: defaults of the search and the rounding.
+        preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
         rounding: ``nearest``, ``gptq``, ``closed_form``, ``block`` or ``lra``.
         rounding_iterations: of ``lra`` a layer, of ``block`` a block.

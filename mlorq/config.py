@@ -26,6 +26,8 @@ RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra"]
 Accounting = Literal["exact", "paper"]
 Cost = Literal["nmse", "kl", "task"]
 
+DEFAULT_PRESET: Preset = "best"
+
 # Names that the design reserves for work that is not there yet: an error, never an alias of something else.
 RESERVED = {
     "rounding.method": {"erq", "brecq"},
@@ -259,6 +261,8 @@ class RoundingConfig(_Section):
     code_rate: float = Field(0.01, gt=0, description="block: step size of the codes, in codes")
     scale_rate: float = Field(1e-3, ge=0, description="block: step size of scales, relative to them")
     bias_rate: float = Field(1e-4, ge=0, description="block: step size of biases")
+    tuning: int = Field(0, ge=0, description="block: steps that train all layers together at the end; 0: none")
+    tuning_rate: float = Field(0.01, gt=0, description="block: step size of the codes there, in codes")
     loss: Literal["block", "output"] = Field(
         "block", description="block: error of the block's output, or of the model's through its float rest"
     )
@@ -329,7 +333,11 @@ class RunConfig(_Section):
     model: ModelConfig
     data: DataConfig
     budget: str | list[str] = Field("3bit", description='"3bit", "12.5%", "25MB", "25MiB", or a list')
-    preset: Preset = Field("quick", description="defaults of search and rounding: quick, or the paper's numbers")
+    preset: Preset = Field(
+        DEFAULT_PRESET,
+        description="defaults of search and rounding: best; paper, the published method and its numbers; quick, that "
+        "method with fewer of everything",
+    )
     search: SearchConfig = Field(default_factory=SearchConfig)
     rounding: RoundingConfig = Field(default_factory=RoundingConfig)
     activations: None = Field(None, description="activation quantization; null: activations stay float")
@@ -354,7 +362,7 @@ class RunConfig(_Section):
             raise ConfigError("a configuration is a mapping of keys to values")
         values = dict(values)
         _reject_reserved(values)
-        preset = values.get("preset", "quick")
+        preset = values.get("preset", DEFAULT_PRESET)
         for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
             given = values.get(section)
             if given is None or isinstance(given, dict):

@@ -1,28 +1,27 @@
 """Block reconstruction: the codes, scales, factors and biases of a block's layers, optimised together (METHOD 7).
 
-The layers of a block start from their closed forms. Their codes become latent numbers in code units, rounded in every
-forward pass and trained as if they were not (straight through); scales and biases are trained beside them at far
-smaller rates. The loss is the error of the block's output, on inputs of the model whose earlier blocks are compressed
-already, against the float block's output in the float model (BRECQ, arXiv 2102.05426, without the sigmoid) or, with
-``output``, the error of the model's output when the float rest of the model follows.
+The layers of a block start from their closed forms. Their codes are trained straight through the rounding, scales and
+biases beside them at far smaller rates (``mlorq.trainable``). The loss is the error of the block's output, on inputs of
+the model whose earlier blocks are compressed already, against the float block's output in the float model (BRECQ, arXiv
+2102.05426, without the sigmoid) or, with ``output``, the error of the model's output when the float rest of the model
+follows.
 
 Whatever is learned is kept only where it lowers the loss on samples that were not trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlorq.forms import CompressedLayer, combine
+from mlorq.forms import CompressedLayer
 from mlorq.layers import Layer
 from mlorq.paired import BlockCall, PairedForward
-from mlorq.quantizers import SMALLEST_SCALE, QuantizedMatrix
+from mlorq.trainable import TrainableLayer, all_attached, batch_order, parameter_groups, refresh_all
 
 HELD_OUT = 5  # one sample batch in so many is not trained on
 CHECKS = 4  # looks at the held-out loss
@@ -57,72 +56,6 @@ class ReconstructionResult:
     iterations: int
 
 
-class _Matrix:
-    """One stored matrix with trainable codes and scales."""
-
-    def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
-        self.stored = matrix
-        self.zero = matrix.zero_point.float().to(device).unsqueeze(1)
-        self.base = matrix.scale.float().to(device).unsqueeze(1)
-        self.top = 2**matrix.bits - 1
-        self.latent = nn.Parameter(matrix.codes.float().to(device))
-        self.growth = nn.Parameter(torch.zeros_like(self.base))  # of the scale, as a logarithm
-
-    def scale(self) -> Tensor:
-        return self.base * self.growth.exp()
-
-    def values(self) -> Tensor:
-        """Dequantized; gradients pass the rounding, and stop where a code is clamped."""
-        inside = self.latent.clamp(0, self.top)
-        codes = inside + (inside.round() - inside).detach()
-        scale = self.scale()
-        stored = scale.detach().to(torch.float16).float().clamp(min=SMALLEST_SCALE)
-        return (codes - self.zero) * (scale + (stored - scale).detach())
-
-    def result(self) -> QuantizedMatrix:
-        codes = self.latent.detach().clamp(0, self.top).round().to(torch.uint8).cpu()
-        scale = self.scale().detach().squeeze(1).to(torch.float16).clamp(min=SMALLEST_SCALE).cpu()
-        return replace(self.stored, codes=codes, scale=scale)
-
-
-class _TrainableLayer:
-    """A layer whose weight and bias are computed from what is trained, while ``attached``."""
-
-    def __init__(self, module: nn.Module, layer: CompressedLayer, may_change_bias: bool) -> None:
-        self.module = module
-        self.layer = layer
-        weight = module._parameters["weight"]
-        assert weight is not None
-        self.shape, self.dtype = weight.shape, weight.dtype
-        self.matrices = {name: _Matrix(matrix, weight.device) for name, matrix in layer.matrices.items()}
-        bias = module._parameters.get("bias")
-        self.bias = nn.Parameter(bias.detach().float().clone()) if may_change_bias and bias is not None else None
-
-    def refresh(self) -> None:
-        """Compute the weight anew; the graph reaches back to what is trained."""
-        dense = combine({name: matrix.values() for name, matrix in self.matrices.items()})
-        self.module.weight = dense.reshape(self.shape).to(self.dtype)
-        if self.bias is not None:
-            self.module.bias = self.bias.to(self.dtype)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Plain tensors in the place of the module's parameters, which come back at the end."""
-        names = ["weight"] + (["bias"] if self.bias is not None else [])
-        kept = {name: self.module._parameters.pop(name) for name in names}
-        try:
-            yield
-        finally:
-            for name, parameter in kept.items():
-                self.module.__dict__.pop(name, None)
-                self.module._parameters[name] = parameter
-
-    def result(self) -> CompressedLayer:
-        matrices = {name: matrix.result() for name, matrix in self.matrices.items()}
-        bias = self.layer.bias if self.bias is None else self.bias.detach().float().cpu().clone()
-        return replace(self.layer, matrices=matrices, bias=bias)
-
-
 def reconstruct(
     paired: PairedForward,
     block: int,
@@ -146,18 +79,17 @@ def reconstruct(
     held, trained = calls[::HELD_OUT], [call for index, call in enumerate(calls) if index % HELD_OUT]
     trained = trained or calls
     objective = _Objective(paired, block)
-    trainable = [
-        _TrainableLayer(paired.compressed.get_submodule(layer.name), compressed, not layer.aliases)
-        for layer, compressed in layers
-    ]
-    optimiser = torch.optim.Adam(_groups(trainable, settings))
+    trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
+    optimiser = torch.optim.Adam(
+        parameter_groups(trainable, settings.code_rate, settings.scale_rate, settings.bias_rate)
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.iterations)
-    order = _order(len(trained), settings.iterations, settings.seed)
+    order = batch_order(len(trained), settings.iterations, settings.seed)
     best = [compressed for _, compressed in layers]
-    with _all_attached(trainable):
+    with all_attached(trainable):
         before = least = _loss(trainable, objective, held)
         for step, index in enumerate(order):
-            _refresh(trainable)
+            refresh_all(trainable)
             optimiser.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 objective(trained[index]).backward()
@@ -207,41 +139,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _loss(layers: Sequence[_TrainableLayer], objective: _Objective, calls: Sequence[BlockCall]) -> float:
-    _refresh(layers)
+def _loss(layers: Sequence[TrainableLayer], objective: _Objective, calls: Sequence[BlockCall]) -> float:
+    refresh_all(layers)
     errors = sum(float(objective._error(call).double()) for call in calls)
     return errors / sum(objective.power(call) for call in calls)
-
-
-def _refresh(layers: Sequence[_TrainableLayer]) -> None:
-    with torch.enable_grad():
-        for layer in layers:
-            layer.refresh()
-
-
-@contextmanager
-def _all_attached(layers: Sequence[_TrainableLayer]) -> Iterator[None]:
-    if not layers:
-        yield
-        return
-    with layers[0].attached(), _all_attached(layers[1:]):
-        yield
-
-
-def _groups(layers: Sequence[_TrainableLayer], settings: ReconstructionSettings) -> list[dict[str, Any]]:
-    matrices = [matrix for layer in layers for matrix in layer.matrices.values()]
-    groups: list[dict[str, Any]] = [
-        {"params": [matrix.latent for matrix in matrices], "lr": settings.code_rate},
-        {"params": [matrix.growth for matrix in matrices], "lr": settings.scale_rate},
-    ]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return groups + ([{"params": biases, "lr": settings.bias_rate}] if biases else [])
-
-
-def _order(count: int, steps: int, seed: int) -> list[int]:
-    """Which batch each step sees: every one once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[int] = []
-    while len(found) < steps:
-        found += torch.randperm(count, generator=generator).tolist()
-    return found[:steps]

@@ -71,12 +71,12 @@ def rotate_residual_stream(module: nn.Module, seed: int) -> None:
     stream = _vision_transformer(module)
     width = stream.readers[0][0].normalized_shape[0]
     rotation = rotation_matrix(width, seed)
-    for scale, writer in stream.scales:
+    for scale, scaled in stream.scales:
         gamma = scale.gamma
         assert isinstance(gamma, nn.Parameter)
-        _set(writer.weight, gamma.double().unsqueeze(1) * writer.weight.double())
-        if writer.bias is not None:
-            _set(writer.bias, gamma.double() * writer.bias.double())
+        _set(scaled.weight, gamma.double().unsqueeze(1) * scaled.weight.double())
+        if scaled.bias is not None:
+            _set(scaled.bias, gamma.double() * scaled.bias.double())
         gamma.fill_(1.0)
     for norm, reader in stream.readers:
         weight = reader.weight.double()
@@ -86,12 +86,12 @@ def rotate_residual_stream(module: nn.Module, seed: int) -> None:
         _set(reader.weight, (weight * norm.weight.double()) @ rotation.T.to(weight.device))
         norm.weight.fill_(1.0)
     for writer in stream.writers:
-        weight, bias = writer._parameters["weight"], writer._parameters.get("bias")
-        assert weight is not None
-        turned = rotation.to(weight.device) @ weight.double().flatten(1)
-        _set(weight, turned.reshape(weight.shape))
-        if bias is not None:
-            _set(bias, rotation.to(bias.device) @ bias.double())
+        own, shift = writer._parameters["weight"], writer._parameters.get("bias")
+        assert own is not None
+        turned = rotation.to(own.device) @ own.double().flatten(1)
+        _set(own, turned.reshape(own.shape))
+        if shift is not None:
+            _set(shift, rotation.to(shift.device) @ shift.double())
     for token in stream.tokens:
         _set(token, token.double() @ rotation.T.to(token.device))
 

@@ -15,6 +15,7 @@ from steps import (
     rounding,
     sensitivity,
     summary,
+    tune,
 )
 from steps.base import Step
 
@@ -29,6 +30,7 @@ REGISTRY: dict[str, Step] = {
         refine,
         rounding,
         reconstruct,
+        tune,
         pack,
         baseline,
         evaluate,

@@ -28,6 +28,7 @@ from steps import (
     rounding,
     sensitivity,
     summary,
+    tune,
 )
 from steps.base import Outcome, StepSpec
 from steps.workbench import Workbench
@@ -141,11 +142,13 @@ class RoundedLayers:
     Attributes:
         layers: ``{layer: artifact}`` of their rounding.
         blocks: ``{block: artifact}`` of what was reconstructed afterwards.
+        tuned: the artifact of all layers' tuning, where there was one.
         last: ``{layer: artifact}`` that changed each layer last.
     """
 
     layers: dict[str, ArtifactRef] = field(default_factory=dict)
     blocks: dict[str, ArtifactRef] = field(default_factory=dict)
+    tuned: ArtifactRef | None = None
     last: dict[str, ArtifactRef] = field(default_factory=dict)
 
 
@@ -164,7 +167,7 @@ def run_rounding(bench: Workbench, executor: Executor, search: Search, allocatio
     if not rounding.is_sequential(method):
         outcomes = executor.map([spec(layer, None) for layer in search.layers])
         refs = {layer.name: outcome.ref for layer, outcome in zip(search.layers, outcomes, strict=True)}
-        return RoundedLayers(refs, {}, refs)
+        return RoundedLayers(refs, last=refs)
     previous: ArtifactRef | None = None
     for layer in search.layers:
         previous = executor.run(spec(layer, previous)).ref
@@ -174,6 +177,10 @@ def run_rounding(bench: Workbench, executor: Executor, search: Search, allocatio
             previous = executor.run(reconstruct.spec(bench, search.layers_ref, index, name, previous)).ref
             result.blocks[name] = previous
             result.last |= dict.fromkeys(inside, previous)
+    if method == "block" and bench.config.rounding.tuning and previous is not None:
+        executor.phase("tune", 1)
+        result.tuned = executor.run(tune.spec(bench, search.layers_ref, previous)).ref
+        result.last = dict.fromkeys(result.last, result.tuned)
     return result
 
 
@@ -212,6 +219,7 @@ def run_budget(
         **{f"sensitivity/{name}": ref for name, ref in search.sensitivity.items()},
         **{f"round/{name}": ref for name, ref in rounded.layers.items()},
         **{f"reconstruct/{name}": ref for name, ref in rounded.blocks.items()},
+        **({"tune": rounded.tuned} if rounded.tuned else {}),
     }
     result.summary = executor.run(summary.spec(bench, artifacts, result.budget)).ref
     return result

@@ -160,8 +160,8 @@ class Workbench:
         return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
 
     def rounded(self, ref: ArtifactRef) -> tuple[list[CompressedLayer], ArtifactRef | None]:
-        """What a ``round`` or ``reconstruct`` artifact holds, and the one before it, if its inputs depended on any."""
-        blockwise = ref.step == "reconstruct"
+        """The layers that a step which rounds wrote, and the artifact before it, if its inputs depended on any."""
+        blockwise = ref.step in ("reconstruct", "tune")
         info = self.store.read_json(ref, "block.json" if blockwise else "layer.json")
         layers = []
         for row in info["layers"] if blockwise else [info]:

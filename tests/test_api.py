@@ -76,7 +76,7 @@ def test_learned_rounding_beats_nearest():
 def test_dtypes(dtype, tmp_path):
     model = net(width=16).to(dtype)
     data = [batch.to(dtype) for batch in batches()]
-    result = mlorq.compress(model, data, budget="6bit", rounding="nearest", search=QUICK)
+    result = mlorq.compress(model, data, budget="6bit", rounding="nearest", preset="quick", search=QUICK)
     assert result.metrics["nmse"] < 0.05
     with torch.no_grad():
         assert result.model(data[0]).dtype == dtype
@@ -161,7 +161,13 @@ def test_layers_left_alone_stay_float():
 
 def test_paper_accounting_counts_weight_bits_alone():
     result = mlorq.compress(
-        net(width=16), batches(), budget="3bit", rounding="nearest", accounting="paper", search=QUICK
+        net(width=16),
+        batches(),
+        budget="3bit",
+        preset="quick",
+        rounding="nearest",
+        accounting="paper",
+        search=QUICK,
     )
     counted = 0
     for row in result.allocation.to_pylist():

@@ -70,6 +70,7 @@ def write_project(folder: Path, **changes: Any) -> Path:
             "evaluation": {"source": "custom", "factory": "tiny_project:evaluate"},
         },
         "budget": "4bit",
+        "preset": "quick",
         "search": {"points": 3},
         "rounding": {"method": "lra", "iterations": 20},
         "store": "file://./store",

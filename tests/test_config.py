@@ -84,9 +84,9 @@ def test_presets_fill_in_beneath_what_is_written():
     assert paper.search.hessian_probes == 100
     assert paper.search.time_limit == 120
     assert config(preset="paper").rounding.iterations == 20_000
-    quick = config()
-    assert quick.preset == "quick"
-    assert quick.rounding.iterations == 500
+    assert (config().preset, config().rounding.method) == ("best", "block")
+    quick = config(preset="quick")
+    assert (quick.rounding.method, quick.rounding.iterations) == ("lra", 500)
 
 
 def test_files_that_are_no_configuration(tmp_path):

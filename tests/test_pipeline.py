@@ -44,6 +44,7 @@ CONFIG = {
         "evaluation": {"source": "custom", "factory": "small_model:evaluate"},
     },
     "budget": "4bit",
+    "preset": "quick",
     "search": {"samples": 8, "points": 2, "hessian_mode": "exact", "factor_bits": [4, 8]},
     "rounding": {"iterations": 20},
     "engine": {"devices": "cpu", "threads": 1},
@@ -132,7 +133,7 @@ def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_fac
     assert files[folder] == files[other]
 
 
-ALL = set(REGISTRY) - {"reconstruct", "refine"}  # which other settings bring
+ALL = set(REGISTRY) - {"reconstruct", "refine", "tune"}  # which other settings bring
 FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
 
 
@@ -209,6 +210,7 @@ BEST = {
     "search__samples": 8,
     "rounding__iterations": 8,
     "rounding__batch_size": 2,
+    "rounding__tuning": 6,
 }
 
 
@@ -222,11 +224,11 @@ def test_the_best_preset_reconstructs_blocks_and_goes_on_where_it_was_stopped(fo
     before = fingerprint(store)
     # The second block and all after it are gone: float and compressed model are rebuilt from what is there.
     by_age = sorted(store.glob("reconstruct/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
-    for step in ("compressed", "evaluate", "summary"):
+    for step in ("tune", "compressed", "evaluate", "summary"):
         shutil.rmtree(store / step)
     shutil.rmtree(by_age[-1].parent)
     _, done = run(folder, **BEST)
-    assert computed(done) == {"reconstruct", "compressed", "evaluate", "summary"}
+    assert computed(done) == {"reconstruct", "tune", "compressed", "evaluate", "summary"}
     after = fingerprint(store)
     for name, (_, digest) in before.items():
         if name.endswith((".safetensors", ".parquet")):

@@ -109,6 +109,7 @@ def run(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The result object of one run of every step in this process, on one CPU thread."""
     values = {
         "budget": "5bit",
+        "preset": "quick",
         "search": QUICK,
         "rounding": {"method": "nearest"},
         "engine": {"devices": "cpu", "threads": 1},

@@ -1,0 +1,143 @@
+"""One model, several budgets, every way of getting there: metric, output NMSE, exact bytes, seconds and peak memory.
+
+    .venv/bin/python benchmarks/table.py examples/vit_tiny.yaml --budget 3bit --budget 2.5bit
+
+Rows of a budget of whole bits: nearest rounding and GPTQ with that many bits in every layer; the published method
+without and with learned rounding (``preset: quick``, whose search it is, with ``--lra`` iterations a layer); the best
+preset without and with reconstruction. Mixed rows get exactly the bytes of the uniform rows, at 2.5 bit the mean of
+those of 2 and 3 bit.
+
+Every row is a run in a process of its own on one store, so that a second call computes nothing; ``--only`` names rows.
+Seconds are those that its steps took when they were computed, peak memory is that of the process that rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlorq.config import RunConfig
+from mlorq.store import Store
+from steps.base import Outcome
+from steps.inprocess import InProcess
+from steps.pipeline import result_json, run_pipeline
+from steps.workbench import Workbench
+
+SEARCH = ("capture", "candidates", "sensitivity", "allocate", "refine")
+ROUNDING = ("round", "reconstruct", "tune")
+COLUMNS = (
+    "budget",
+    "method",
+    "bytes",
+    "metric",
+    "float",
+    "output NMSE",
+    "search, s",
+    "rounding, s",
+    "peak, GB",
+    "Q / LR / QLR",
+)
+
+
+def run(path: str, budget: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """One run, with some keys of the configuration set."""
+    config = RunConfig.from_yaml(path, overrides)
+    bench = Workbench(config, Store(config.resolve(config.store)))
+    outcomes: list[Outcome] = []
+    executor = InProcess(
+        bench, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr), outcomes.append
+    )
+    (result,) = run_pipeline(bench, executor, [budget])
+    found = result_json(bench, result)
+    computed = any(outcome.ref.step in ROUNDING and not outcome.reused for outcome in outcomes)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return found | {"peak": peak if computed else None}
+
+
+def run_apart(path: str, budget: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """``run`` in a process of its own, for the sake of its peak memory."""
+    command = [sys.executable, __file__, path, "--row", json.dumps([budget, overrides])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Overrides of the mixed rows."""
+    paper = common | {"preset": "quick"}
+    best = common | {"preset": "best"}
+    rows = {"MLoRQ, nearest": paper | {"rounding.method": "nearest"}}
+    for count in lra:
+        rows[f"MLoRQ + LRA, {count}"] = paper | {"rounding.method": "lra", "rounding.iterations": count}
+    rows["best without reconstruction"] = best | {"rounding.method": "closed_form"}
+    rows["best without tuning"] = best | {"rounding.tuning": 0}
+    rows["best"] = best
+    return rows
+
+
+def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Budget and overrides of a uniform row: one candidate a layer, whose cost decides nothing."""
+    return f"{bits + 1}bit", common | {
+        "preset": "best",
+        "search.bits": [bits],
+        "search.forms": ["Q"],
+        "search.sensitivity": "measured",
+        "search.samples": 2,
+        "search.rounds": 0,
+        "rounding.method": method,
+    }
+
+
+def line(budget: str, name: str, result: dict[str, Any]) -> str:
+    """A row of the table, as Markdown."""
+    metric = result["metric"]
+    seconds = [sum(result["seconds"].get(step, 0.0) for step in steps) for steps in (SEARCH, ROUNDING)]
+    forms = Counter(row["form"] for row in result["allocation"])
+    peak = "" if result["peak"] is None else f"{result['peak']:.1f}"
+    shares = " / ".join(str(forms[form]) for form in ("Q", "LR", "QLR"))
+    return (
+        f"| {budget} | {name} | {result['bytes']:,} | {metric['compressed']:.4f} | {metric['float']:.4f} "
+        f"| {result['nmse']:.4f} | {seconds[0]:.0f} | {seconds[1]:.0f} | {peak} | {shares} |"
+    )
+
+
+def main() -> None:
+    """Print a row a run, as Markdown."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--budget", action="append", default=[], help="whole or half bits, as in 3bit")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--lra", action="append", type=int, default=[], help="iterations a layer")
+    parser.add_argument("--only", action="append", default=[], help="names of rows")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(run(arguments.config, *json.loads(arguments.row))))
+        return
+    common = dict(item.split("=", 1) for item in arguments.set)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for budget in arguments.budget:
+        width = float(budget.removesuffix("bit"))
+        whole = [int(width)] if width == int(width) else [int(width), int(width) + 1]
+        sizes = []
+        for bits in whole:
+            for method in ("nearest", "gptq") if len(whole) == 1 else ("nearest",):
+                result = run_apart(arguments.config, *uniform(bits, method, common))
+                if len(whole) == 1:
+                    print(line(budget, f"{method}, uniform", result), flush=True)
+            sizes.append(result["bytes"])
+        params = result["float_bytes"] // 4
+        exact = f"{(8 * (sum(sizes) // len(sizes)) + 1) / params:.12f}bit"  # rounded down to whole bytes again
+        for name, overrides in methods(arguments.lra or [500], common).items():
+            if not arguments.only or name in arguments.only:
+                print(line(budget, name, run_apart(arguments.config, exact, overrides)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

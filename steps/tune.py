@@ -1,0 +1,62 @@
+"""Step ``tune``: the codes, scales and biases of all layers, trained together after the last block."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from mlorq.models.base import split_batches
+from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.tuning import TuningSettings, tune
+from steps.base import Progress, Step, StepSpec
+from steps.workbench import Workbench
+
+SETTINGS = ("tuning", "tuning_rate", "scale_rate", "bias_rate")
+
+
+def spec(bench: Workbench, layers: ArtifactRef, previous: ArtifactRef) -> StepSpec:
+    """Depends on all rounded layers, the model and the calibration data.
+
+    Args:
+        bench: of the run.
+        layers: the ``layers`` artifact.
+        previous: the last artifact of the rounded layers.
+    """
+    rounding = bench.config.rounding
+    params = {
+        "samples": rounding.samples,
+        "batch_size": rounding.batch_size,
+        "seed": bench.config.seed,
+        **{name: getattr(rounding, name) for name in SETTINGS},
+    }
+    inputs: dict[str, ArtifactRef | str] = {
+        "model": bench.model.key,
+        "calibration": bench.calibration.key,
+        "layers": layers,
+        "previous": previous,
+    }
+    return STEP.spec(params, inputs)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    params = spec.params
+    listed = bench.layer_list(spec.artifact("layers"))
+    previous = spec.artifact("previous")
+    rounded = bench.all_rounded(previous)
+    batches = split_batches(bench.batches(params["samples"]), params["batch_size"])
+    settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
+    pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
+    result = tune(bench.model, listed.blocks, pairs, batches, settings, bench.device, progress)
+    files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
+    files["block.json"] = json_bytes(
+        {
+            "layers": [{"layer": layer.layer, "candidate": asdict(layer.candidate)} for layer in result.layers],
+            "previous": previous.to_json(),
+            "loss_before": result.loss_before,
+            "loss_after": result.loss_after,
+            "iterations": result.iterations,
+        }
+    )
+    return files
+
+
+STEP = Step("tune", 1, run)
