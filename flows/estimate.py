@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mlorq.data.base import Dataset
+from mlorq.importance import PASSES
 from mlorq.layers import Layer, LayerList
 from mlorq.models.base import batch_samples, move_batch
 from steps.base import Needs
@@ -131,7 +132,9 @@ class Estimate:
             self.search.hessian_mode == "auto" and self.speed.outputs <= self.search.hessian_probes
         )
         passes = self.speed.outputs if exact else self.search.hessian_probes
-        return self.speed.forward * (calibration.samples + samples * (1 + BACKWARD * passes))
+        weighing = self.search.metric == "moments" and self.search.token_weights
+        every = calibration.samples * (1 + (1 + BACKWARD * PASSES if weighing else 0))
+        return self.speed.forward * (every + samples * (1 + BACKWARD * passes))
 
     def _factorisation(self, layer: Layer) -> float:
         """Seconds of a layer's weighted factors and of the quantizers of both."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError
+from mlorq.importance import Importance, leaders
 from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.second_moments import OuterProducts
@@ -60,6 +61,7 @@ def capture(
     rows: int = 256,
     seed: int = 0,
     moments: bool = False,
+    importance: Sequence[Importance] | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Captured:
@@ -73,6 +75,7 @@ def capture(
             among those that count.
         seed: of the choice of tokens.
         moments: whether to sum the outer products of all inputs as well.
+        importance: weights of the tokens in these sums, a mapping a batch; None: all weigh the same.
         device: where the model is.
         progress: called with (batches done, batches).
 
@@ -85,13 +88,11 @@ def capture(
     kept: dict[str, list[InputSample]] = {layer.name: [] for layer in layers}
     references: list[Tensor] = []
     products: dict[str, OuterProducts] = {}
-    leaders: dict[int, str] = {}
-    if moments:
-        for layer in layers:
-            if layer.groups == 1:
-                leader = leaders.setdefault(layer.input_group, layer.name)
-                products[layer.name] = products.get(leader) or OuterProducts(layer.in_features, device)
-    leading = set(leaders.values())
+    leader = leaders([layer for layer in layers if layer.groups == 1] if moments else [])
+    for layer in layers:
+        if layer.name in leader:
+            products[layer.name] = products.get(leader[layer.name]) or OuterProducts(layer.in_features, device)
+    leading = set(leader.values())
     first = 0
 
     for index, batch in enumerate(batches):
@@ -99,8 +100,11 @@ def capture(
         moved = move_batch(batch, device, model.dtype)
         mask = model.token_mask(moved)
         seen: set[str] = set()
+        weights = importance[index] if importance is not None else {}
 
-        def hook(name: str, start: int, count: int, mask: Tensor | None, seen: set[str]) -> Callable[..., None]:
+        def hook(
+            name: str, start: int, count: int, mask: Tensor | None, seen: set[str], weights: Importance
+        ) -> Callable[..., None]:
             def record(child: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
                 if not torch.isfinite(args[0]).all():
                     raise ModelError(f"layer {name!r}: its inputs hold NaN or infinite values")
@@ -110,12 +114,14 @@ def capture(
                 tokens = input_tokens(child, args[0], count)
                 kept[name].append(_choose(tokens, mask, share, start, generator))
                 if name in leading:
-                    products[name].add(tokens, start, counting(mask, tokens))
+                    products[name].add(tokens, start, counting(mask, tokens), weights.get(name))
 
             return record
 
         handles = [
-            model.module.get_submodule(layer.name).register_forward_hook(hook(layer.name, first, count, mask, seen))
+            model.module.get_submodule(layer.name).register_forward_hook(
+                hook(layer.name, first, count, mask, seen, weights)
+            )
             for layer in layers
         ]
         try:

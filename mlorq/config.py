@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hessian_min_probes": 8,
             "hessian_mode": "probes",
             "metric": "moments",
+            "token_weights": True,
             "forms": ["Q", "LR", "QLR"],
             "sensitivity": "auto",
             "points": 6,
@@ -171,6 +172,9 @@ class SearchConfig(_Section):
     metric: Literal["hessian", "moments"] = Field(
         "hessian",
         description="of local costs and fits: hessian, the paper's; moments, input and output-gradient covariance",
+    )
+    token_weights: bool = Field(
+        False, description="moments: weigh tokens by the output's squared gradients there, in every fit and loss"
     )
     sum_bits: list[int] = Field([2, 3, 4], description="QLR: bit-widths of the codes")
     sum_factor_bits: list[int] = Field([4], description="QLR: bit-widths of the factors")

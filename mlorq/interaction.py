@@ -180,6 +180,8 @@ def refine(
     if uniform is not None and uniform[1] not in known:
         found.append(measured(f"uniform {uniform[0]} bit", uniform[1]))
         known.add(uniform[1])
+    if all(len(layer.cost) == 1 for layer in choices):
+        rounds = 0  # there is nothing to choose
     for index in range(rounds):
         best = min(found, key=lambda one: one.measured)
         corrected = _around(choices, best, without(best.picked))

@@ -8,7 +8,7 @@ all layers takes two forwards of each block and input, not one of the whole mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from mlorq.capture import counting
 from mlorq.errors import ModelError
 from mlorq.forms import CompressedLayer
+from mlorq.importance import Importance
 from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.second_moments import FOLDS
@@ -33,7 +34,7 @@ class InputMoments:
         compressed: ``E[x̃ x̃ᵀ]``, ``(in_features, in_features)``.
         drift_cross: ``E[(x - x̃) x̃ᵀ]``.
         drift: ``E[(x - x̃)(x - x̃)ᵀ]``.
-        tokens: how many tokens were averaged.
+        tokens: how many tokens were averaged, or the sum of their weights.
         mean: ``E[x̃]``, ``(in_features,)``; None where it was not looked at.
         drift_mean: ``E[x - x̃]``.
         folds: the same of every other sample and of the rest; empty for a fold itself.
@@ -63,8 +64,9 @@ class InputMoments:
 FIELDS = ("compressed", "drift_cross", "drift", "mean", "drift_mean")
 
 
-def _averaged(sums: dict[str, Tensor], tokens: int, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
-    return InputMoments(**{name: sums[name] / max(1, tokens) for name in FIELDS}, tokens=tokens, folds=folds)
+def _averaged(sums: dict[str, Tensor], tokens: float, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
+    total = tokens if tokens > 0 else 1.0
+    return InputMoments(**{name: sums[name] / total for name in FIELDS}, tokens=round(tokens), folds=folds)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class BlockCall:
         args, kwargs: what the block is called with.
         target: the float block's output in the float model, float32.
         outputs: f(x) of the float model, ``(samples, outputs)``; None where it was not asked for.
-        mask: ``(samples, tokens)``, True where a token of the target counts; None where all do.
+        weights: of the target's tokens in the error, the target's shape without its last axis: 0 where one does not
+            count; None where all weigh the same.
     """
 
     batch: Any
@@ -84,13 +87,29 @@ class BlockCall:
     kwargs: dict[str, Any]
     target: Tensor
     outputs: Tensor | None
-    mask: Tensor | None
+    weights: Tensor | None
+
+
+def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Weights of a block's outputs: importance where there is any, 0 where a token does not count."""
+    if weights is None:
+        return None if mask is None else mask.to(target.dtype)
+    moved = weights.to(target.device, target.dtype)
+    return moved if mask is None else moved * mask
 
 
 class PairedForward:
     """Carries calibration data through the float model and through its compressed copy, block by block.
 
     Layers must be asked for in execution order, and set as soon as they are rounded.
+
+    Args:
+        model: the float model.
+        blocks: names of its blocks.
+        batches: calibration samples.
+        device: where to run.
+        importance: weights of the tokens, a mapping a batch; None: all weigh the same.
+        leaders: the name in ``importance`` by layer.
     """
 
     def __init__(
@@ -99,9 +118,15 @@ class PairedForward:
         blocks: Sequence[str],
         batches: Sequence[Any],
         device: torch.device | str = "cpu",
+        *,
+        importance: Sequence[Importance] | None = None,
+        leaders: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
+        self._block_names = list(blocks)
+        self._leaders = leaders or {}
+        self._importance: Sequence[Importance] = importance or [{}] * len(self.batches)
         self.compressed = deepcopy(model.module)
         self._float = Segments(model, model.module, blocks)
         self._changed = Segments(model, self.compressed, blocks)
@@ -141,26 +166,29 @@ class PairedForward:
             }
             for _ in range(FOLDS)
         ]
-        tokens = [0] * FOLDS
+        tokens = [0.0] * FOLDS
         first = 0
-        for batch, (carry, changed) in zip(self.batches, self._carries, strict=True):
+        name = self._leaders.get(layer.name, layer.name)
+        for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
             samples = batch_samples(batch)
             mask = self.model.token_mask(batch)
             float_tokens = self._tokens(module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples)
             own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
             mask = counting(mask, own_tokens)
+            weights = importance.get(name, torch.ones(own_tokens.shape[:2])).to(device)
             for fold, sums in enumerate(folds):
                 part = slice((fold - first) % FOLDS, None, FOLDS)
                 chosen = None if mask is None else mask[part]
-                x, y = (
+                x, y, weight = (
                     values[part].flatten(0, 1) if chosen is None else values[part][chosen]
-                    for values in (float_tokens, own_tokens)
+                    for values in (float_tokens, own_tokens, weights.unsqueeze(-1))
                 )
                 drift = x - y
-                products = (y.T @ y, drift.T @ y, drift.T @ drift, y.sum(0), drift.sum(0))
-                for name, product in zip(FIELDS, products, strict=True):
-                    sums[name] += product.double()
-                tokens[fold] += x.shape[0]
+                own, lost = weight * y, weight * drift
+                products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
+                for field, product in zip(FIELDS, products, strict=True):
+                    sums[field] += product.double()
+                tokens[fold] += float(weight.double().sum())
             first += samples
         parts = tuple(_averaged(sums, count) for sums, count in zip(folds, tokens, strict=True) if count)
         both = {name: sum((sums[name] for sums in folds[1:]), folds[0][name]) for name in FIELDS}
@@ -181,13 +209,14 @@ class PairedForward:
             raise ModelError("rounding.loss: output needs a model whose blocks are a chain; use block")
         self._advance(block)
         calls = []
-        for batch, (carry, changed) in zip(self.batches, self._carries, strict=True):
+        for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
             args, kwargs = self._changed.block_arguments(batch, self._at, changed, block)
             after = self._float.advance(batch, self._at, carry, block + 1)
             target = (after if isinstance(after, Tensor) else after[0]).float()
             whole = self._float.outputs(batch, self._at, carry) if outputs else None
-            mask = counting(self.model.token_mask(batch), target)
-            calls.append(BlockCall(batch, args, kwargs, target, whole, mask))
+            weights = importance.get(self._block_names[block])
+            weights = token_weights(target, counting(self.model.token_mask(batch), target), weights)
+            calls.append(BlockCall(batch, args, kwargs, target, whole, weights))
         return calls
 
     def run_block(self, block: int, call: BlockCall) -> Any:

@@ -120,16 +120,17 @@ class _Objective:
         if call.outputs is not None:
             output = self.paired.finish(call, self.block + 1, output)
             return (output - call.outputs).square().sum()
-        difference = first_tensor(output).float() - call.target
-        if call.mask is not None:
-            difference = difference[call.mask]
-        return difference.square().sum()
+        return weighted_square(first_tensor(output).float() - call.target, call.weights).sum()
 
     def power(self, call: BlockCall) -> float:
         """Of what is aimed at."""
-        aim = call.target if call.mask is None else call.target[call.mask]
-        aim = aim if call.outputs is None else call.outputs
-        return max(float(aim.double().square().sum()), torch.finfo(torch.float32).tiny)
+        aim = weighted_square(call.target, call.weights) if call.outputs is None else call.outputs.square()
+        return max(float(aim.double().sum()), torch.finfo(torch.float32).tiny)
+
+
+def weighted_square(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Squares of a block's output or its error, tokens weighed."""
+    return values.square() if weights is None else values.square() * weights.unsqueeze(-1)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Second moments of layers' inputs and of their output gradients, in two folds of the samples (METHOD 7).
 
 ``Σ = E[x xᵀ]`` of a layer's inputs and ``G = E[g gᵀ]``, ``g = ∂(v · f)/∂y``, of its outputs (K-FAC, arXiv 1503.05671)
-hold all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs. Every other sample belongs to the second fold, so that what is
+hold all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs; Σ may weigh tokens (``mlorq.importance``). Every other sample belongs to the second fold, so that what is
 fitted on one can be judged on samples that did not fit it: where tokens are few, Σ has directions without any variance,
 and a low rank looks free on the samples that it was fitted to.
 """
@@ -74,28 +74,44 @@ class OuterProducts:
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.sums = torch.zeros(FOLDS, size, size, dtype=torch.float64, device=device)
-        self.counts = [0] * FOLDS
+        self.weights = [0.0] * FOLDS
+        self.squares = [0.0] * FOLDS
 
-    def add(self, vectors: Tensor, first: int, mask: Tensor | None = None) -> None:
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens each fold is worth: of equal weight, their number; else Kish's ``(Σ w)² / Σ w²``."""
+        pairs = zip(self.weights, self.squares, strict=True)
+        return [round(total**2 / square) if square else 0 for total, square in pairs]
+
+    def add(self, vectors: Tensor, first: int, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add the tokens of a batch.
 
         Args:
             vectors: ``(samples, tokens, size)``.
             first: running index of the batch's first sample.
             mask: ``(samples, tokens)``, True where a token counts.
+            weights: ``(samples, tokens)`` of the tokens in the sums; None: one.
         """
         for fold in range(FOLDS):
             start = (fold - first) % FOLDS
             chosen = vectors[start::FOLDS]
             rows = chosen[mask[start::FOLDS].to(chosen.device)] if mask is not None else chosen.flatten(0, 1)
             rows = rows.float()
-            self.sums[fold] += (rows.T @ rows).double()
-            self.counts[fold] += rows.shape[0]
+            if weights is None:
+                self.sums[fold] += (rows.T @ rows).double()
+                self.weights[fold] += rows.shape[0]
+                self.squares[fold] += rows.shape[0]
+                continue
+            own = weights[start::FOLDS].to(rows.device)
+            own = own[mask[start::FOLDS].to(own.device)] if mask is not None else own.flatten()
+            self.sums[fold] += ((own.unsqueeze(1) * rows).T @ rows).double()
+            self.weights[fold] += float(own.double().sum())
+            self.squares[fold] += float(own.double().square().sum())
 
     def means(self) -> Tensor:
         """``(folds, size, size)`` float64; zeros for a fold without tokens."""
-        counts = torch.tensor(self.counts, dtype=torch.float64, device=self.sums.device).clamp(min=1)
-        return self.sums / counts[:, None, None]
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=self.sums.device)
+        return self.sums / torch.where(weights > 0, weights, 1.0)[:, None, None]
 
 
 def moments_tensors(inputs: OuterProducts, gradients: OuterProducts) -> dict[str, Tensor]:

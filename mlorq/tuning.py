@@ -3,8 +3,7 @@
 Layers are rounded and blocks reconstructed front to back: an early one cannot know what later ones make of its error.
 Here the codes, scales, factors and biases of all layers are trained together, straight through the rounding, to give
 the float model's output and the outputs of its blocks, since there are few samples and their outputs alone tell little
-about others. Blocks' outputs are compared after a LayerNorm without parameters: what follows a block sees it through
-one, and single channels of a residual stream are orders of magnitude larger than the rest. No labels are used.
+about others. No labels are used.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.capture import counting
 from mlorq.forms import CompressedLayer
+from mlorq.importance import Importance
 from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, move_batch
-from mlorq.reconstruct import CHECKS, HELD_OUT, ReconstructionResult, first_tensor
+from mlorq.paired import token_weights
+from mlorq.reconstruct import CHECKS, HELD_OUT, ReconstructionResult, first_tensor, weighted_square
 from mlorq.trainable import TrainableLayer, all_attached, batch_order, parameter_groups, refresh_all
 
 
@@ -46,6 +46,8 @@ def tune(
     settings: TuningSettings,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    *,
+    importance: Sequence[Importance] | None = None,
 ) -> ReconstructionResult:
     """Train all compressed layers of a model together.
 
@@ -57,6 +59,7 @@ def tune(
         settings: steps and rates.
         device: where to run.
         progress: called with (steps done, steps).
+        importance: weights of the tokens of the blocks' outputs, a mapping a batch; None: all weigh the same.
 
     Returns:
         The layers; those given where the loss on held-out batches did not fall.
@@ -68,7 +71,8 @@ def tune(
         if compressed.bias is not None and isinstance(bias, Tensor):
             bias.detach().copy_(compressed.bias)
         trainable.append(TrainableLayer(module, layer, compressed))
-    moved = [move_batch(batch, device, model.dtype) for batch in batches]
+    weights: Sequence[Importance] = importance or [{}] * len(batches)
+    moved = [(move_batch(batch, device, model.dtype), own) for batch, own in zip(batches, weights, strict=True)]
     held, trained = moved[::HELD_OUT], [batch for index, batch in enumerate(moved) if index % HELD_OUT]
     trained = trained or moved
     objective = _Objective(model, module, blocks)
@@ -82,7 +86,7 @@ def tune(
             refresh_all(trainable)
             optimiser.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                objective(trained[index]).backward()
+                objective(*trained[index]).backward()
             optimiser.step()
             schedule.step()
             done = step + 1
@@ -96,40 +100,44 @@ def tune(
 
 
 class _Objective:
-    """NMSE of the output, and the mean error of the blocks' normalised outputs, of one batch."""
+    """NMSE of the output, and the mean relative error of the blocks' outputs, of one batch."""
 
     def __init__(self, model: FloatModel, module: nn.Module, blocks: Sequence[str]) -> None:
         self.model = model
         self.module = module
         self.blocks = list(blocks)
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Any, importance: Importance) -> Tensor:
         with torch.no_grad(), _outputs_of(self.model.module, self.blocks) as wanted:
             reference = self.model.outputs(self.model.module, batch)
         with _outputs_of(self.module, self.blocks) as found:
             output = self.model.outputs(self.module, batch)
-        power = reference.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-        loss = (output - reference).square().sum() / power
+        loss = _relative(output - reference, reference, None)
         mask = self.model.token_mask(batch)
-        errors = [_normalised_error(a, b, mask) for a, b in zip(found, wanted, strict=True)]
+        errors = []
+        for name, target in wanted.items():
+            weights = token_weights(target, counting(mask, target), importance.get(name))
+            errors.append(_relative(found[name] - target, target, weights))
         return loss + sum(errors, torch.zeros_like(loss)) / max(1, len(errors))
 
 
-def _normalised_error(output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    difference = F.layer_norm(output, output.shape[-1:]) - F.layer_norm(wanted, wanted.shape[-1:])
-    chosen = counting(mask, wanted)
-    return (difference if chosen is None else difference[chosen]).square().mean()
+def _relative(error: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
+    power = weighted_square(wanted, weights).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return weighted_square(error, weights).sum() / power
 
 
 @contextmanager
-def _outputs_of(module: nn.Module, blocks: Sequence[str]) -> Iterator[list[Tensor]]:
-    """What the blocks return in one forward pass, float32, in the order of their calls."""
-    found: list[Tensor] = []
+def _outputs_of(module: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What the blocks return in one forward pass, float32; of each its last call."""
+    found: dict[str, Tensor] = {}
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(first_tensor(output).float())
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            found[name] = first_tensor(output).float()
 
-    handles = [module.get_submodule(name).register_forward_hook(keep) for name in blocks]
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in blocks]
     try:
         yield found
     finally:
@@ -138,6 +146,8 @@ def _outputs_of(module: nn.Module, blocks: Sequence[str]) -> Iterator[list[Tenso
 
 
 @torch.no_grad()
-def _held_out_loss(layers: Sequence[TrainableLayer], objective: _Objective, batches: Sequence[Any]) -> float:
+def _held_out_loss(
+    layers: Sequence[TrainableLayer], objective: _Objective, batches: Sequence[tuple[Any, Importance]]
+) -> float:
     refresh_all(layers)
-    return sum(float(objective(batch)) for batch in batches) / len(batches)
+    return sum(float(objective(*batch)) for batch in batches) / len(batches)

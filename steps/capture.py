@@ -2,7 +2,7 @@
 
 Output: ``reference.parquet`` (f(x) of every sample), ``activations/<layer>.parquet`` (a bounded random sample of the
 layer's inputs) and ``moments/<layer>.safetensors`` (the label-free Hessian and, where the metric needs them, second
-moments of inputs and output gradients in two folds).
+moments of inputs and output gradients in two folds); ``importance.safetensors`` (weights of all tokens), where asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 
 from mlorq.capture import capture
 from mlorq.hessian import label_free_hessian
+from mlorq.importance import PASSES, importance_tensors, token_importance
 from mlorq.second_moments import OuterProducts, moments_tensors
 from mlorq.store import ArtifactRef, table_bytes, tensors_bytes
 from mlorq.tables import matrix_table
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench, moments_file
+from steps.workbench import IMPORTANCE, Workbench, moments_file
 
 ACTIVATION_ROWS = 256
 
@@ -32,6 +33,7 @@ def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
         "tolerance": search.hessian_tolerance,
         "mode": search.hessian_mode,
         "moments": search.metric == "moments",
+        "token_weights": search.metric == "moments" and search.token_weights,
         "seed": bench.config.seed,
     }
     inputs: dict[str, ArtifactRef | str] = {
@@ -44,12 +46,26 @@ def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     params = spec.params
-    layers = bench.layer_list(spec.artifact("layers")).layers
+    listed = bench.layer_list(spec.artifact("layers"))
+    layers = listed.layers
     hessian_batches = bench.batches(params["samples"])
     batches = bench.calibration.batches
     # One unit of progress a pass; a backward pass costs about two forwards.
-    unknown = len(batches) + len(hessian_batches) * params["probes"]
+    weighing = (1 + PASSES) * len(batches) if params["token_weights"] else 0
+    before = weighing + len(batches)
+    unknown = before + len(hessian_batches) * params["probes"]
     progress(0, unknown)
+    importance = None
+    if params["token_weights"]:
+        importance = token_importance(
+            bench.model,
+            layers,
+            listed.blocks,
+            batches,
+            seed=params["seed"],
+            device=bench.device,
+            progress=lambda done, _: progress((1 + PASSES) * done, unknown),
+        )
     captured = capture(
         bench.model,
         layers,
@@ -57,8 +73,9 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         rows=params["rows"],
         seed=params["seed"],
         moments=params["moments"],
+        importance=importance,
         device=bench.device,
-        progress=lambda done, _: progress(done, unknown),
+        progress=lambda done, _: progress(weighing + done, unknown),
     )
     gradients = {
         layer.name: OuterProducts(layer.out_features, bench.device) for layer in layers if layer.name in captured.inputs
@@ -74,10 +91,12 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         seed=params["seed"],
         gradients=gradients,
         device=bench.device,
-        progress=lambda done, total: progress(len(batches) + done, len(batches) + total),
+        progress=lambda done, total: progress(before + done, before + total),
     )
     index = {"sample": torch.arange(captured.reference.shape[0])}
     files = {"reference.parquet": table_bytes(matrix_table(captured.reference, "output", index, pa.float32()))}
+    if importance is not None:
+        files[IMPORTANCE] = tensors_bytes(importance_tensors(importance))
     for layer in layers:
         kept = captured.samples[layer.name]
         table = matrix_table(kept.x, "x", {"sample": kept.sample, "token": kept.token}, pa.float16())
@@ -89,4 +108,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return files
 
 
-STEP = Step("capture", 2, run)
+STEP = Step("capture", 3, run)

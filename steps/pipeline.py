@@ -174,12 +174,14 @@ def run_rounding(bench: Workbench, executor: Executor, search: Search, allocatio
         result.layers[layer.name] = result.last[layer.name] = previous
         if layer.name in blocks:
             index, name, inside = blocks[layer.name]
-            previous = executor.run(reconstruct.spec(bench, search.layers_ref, index, name, previous)).ref
+            previous = executor.run(
+                reconstruct.spec(bench, search.capture, search.layers_ref, index, name, previous)
+            ).ref
             result.blocks[name] = previous
             result.last |= dict.fromkeys(inside, previous)
     if method == "block" and bench.config.rounding.tuning and previous is not None:
         executor.phase("tune", 1)
-        result.tuned = executor.run(tune.spec(bench, search.layers_ref, previous)).ref
+        result.tuned = executor.run(tune.spec(bench, search.capture, search.layers_ref, previous)).ref
         result.last = dict.fromkeys(result.last, result.tuned)
     return result
 

@@ -19,11 +19,14 @@ def members(layers: LayerList, block: int) -> list[Layer]:
     return [layer for layer in layers.layers if layer.name.startswith(prefix)]
 
 
-def spec(bench: Workbench, layers: ArtifactRef, block: int, name: str, previous: ArtifactRef) -> StepSpec:
+def spec(
+    bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, block: int, name: str, previous: ArtifactRef
+) -> StepSpec:
     """Depends on all layers rounded so far (the block's own among them), the model and the calibration data.
 
     Args:
         bench: of the run.
+        capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         block: index of the block.
         name: of the block, for people.
@@ -41,6 +44,7 @@ def spec(bench: Workbench, layers: ArtifactRef, block: int, name: str, previous:
         "model": bench.model.key,
         "calibration": bench.calibration.key,
         "layers": layers,
+        "capture": capture,
         "previous": previous,
     }
     return replace(STEP.spec(params, inputs), layer=name)
@@ -51,7 +55,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     layers = bench.layer_list(spec.artifact("layers"))
     own = {layer.name: layer for layer in members(layers, params["block"])}
     previous = spec.artifact("previous")
-    paired = bench.paired(layers, previous, params["samples"], params["batch_size"])
+    paired = bench.paired(layers, spec.artifact("capture"), previous, params["samples"], params["batch_size"])
     rounded = bench.all_rounded(previous, own)
     settings = ReconstructionSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[name]) for name, layer in own.items()]
@@ -75,4 +79,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return files
 
 
-STEP = Step("reconstruct", 1, run)
+STEP = Step("reconstruct", 2, run)

@@ -70,7 +70,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         settings = dict(params["settings"])
         samples, batch_size = settings.pop("samples"), settings.pop("batch_size", None)
         previous = spec.artifact("previous") if "previous" in spec.inputs else None
-        paired = bench.paired(layers, previous, samples, batch_size)
+        paired = bench.paired(layers, spec.artifact("capture"), previous, samples, batch_size)
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.
         used = method if moments is not None else "nearest"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from mlorq.models.base import split_batches
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.tuning import TuningSettings, tune
 from steps.base import Progress, Step, StepSpec
@@ -13,11 +12,12 @@ from steps.workbench import Workbench
 SETTINGS = ("tuning", "tuning_rate", "scale_rate", "bias_rate")
 
 
-def spec(bench: Workbench, layers: ArtifactRef, previous: ArtifactRef) -> StepSpec:
+def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef) -> StepSpec:
     """Depends on all rounded layers, the model and the calibration data.
 
     Args:
         bench: of the run.
+        capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         previous: the last artifact of the rounded layers.
     """
@@ -32,6 +32,7 @@ def spec(bench: Workbench, layers: ArtifactRef, previous: ArtifactRef) -> StepSp
         "model": bench.model.key,
         "calibration": bench.calibration.key,
         "layers": layers,
+        "capture": capture,
         "previous": previous,
     }
     return STEP.spec(params, inputs)
@@ -42,10 +43,10 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     listed = bench.layer_list(spec.artifact("layers"))
     previous = spec.artifact("previous")
     rounded = bench.all_rounded(previous)
-    batches = split_batches(bench.batches(params["samples"]), params["batch_size"])
+    batches, importance = bench.rounding_batches(spec.artifact("capture"), params["samples"], params["batch_size"])
     settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
-    result = tune(bench.model, listed.blocks, pairs, batches, settings, bench.device, progress)
+    result = tune(bench.model, listed.blocks, pairs, batches, settings, bench.device, progress, importance=importance)
     files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
     files["block.json"] = json_bytes(
         {

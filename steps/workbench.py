@@ -23,6 +23,7 @@ from mlorq.data import load_dataset
 from mlorq.data.base import Dataset
 from mlorq.errors import ConfigError, DataError
 from mlorq.forms import Candidate, CompressedLayer
+from mlorq.importance import importance_of_tensors, leaders
 from mlorq.layers import Layer, LayerList, weight_matrix
 from mlorq.models import load_model
 from mlorq.models.base import FloatModel, check_weights, fold_batches, split_batches
@@ -59,6 +60,7 @@ class Workbench:
         self.device = device
         self._given = (model, calibration, evaluation)
         self._lists: dict[str, LayerList] = {}
+        self._importance: dict[str, list[dict[str, Tensor]] | None] = {}
         self._paired: tuple[str | None, str, PairedForward] | None = None
 
     def on_device(self, device: str) -> Workbench:
@@ -154,6 +156,16 @@ class Workbench:
             return MomentSearch(weight, hessian, settings, moments_of_tensors(tensors, self.device))
         return LayerSearch(weight, hessian, settings, layer.groups)
 
+    def importance(self, capture: ArtifactRef) -> list[dict[str, Tensor]] | None:
+        """Weights of the calibration data's tokens, a mapping a batch; None where the capture has none."""
+        if capture.key not in self._importance:
+            found = None
+            if IMPORTANCE in (self.store.manifest(capture) or {"files": {}})["files"]:
+                tensors = self.store.read_tensors(capture, IMPORTANCE)
+                found = importance_of_tensors(tensors, len(self.calibration.batches))
+            self._importance = {capture.key: found if found and all(found) else None}
+        return self._importance[capture.key]
+
     def bias(self, layer: Layer) -> Tensor | None:
         """The bias that a layer may change: its own, where no other module has the weight."""
         bias = self.model.module.get_submodule(layer.name).bias
@@ -182,8 +194,29 @@ class Workbench:
 
     # -- sequential rounding ----------------------------------------------------------------------------------
 
+    def rounding_batches(
+        self, capture: ArtifactRef, samples: int, batch_size: int | None
+    ) -> tuple[list[Any], list[dict[str, Tensor]] | None]:
+        """Calibration batches that rounding sees, and the weights of their tokens where there are any.
+
+        Args:
+            capture: the ``capture`` artifact.
+            samples: most samples used.
+            batch_size: samples in a batch; None: as the data comes.
+        """
+        weights = self.importance(capture)
+        found = [self.batches(samples), None if weights is None else spread_batches(weights, samples)]
+        if batch_size is not None:
+            found = [None if part is None else split_batches(part, batch_size) for part in found]
+        return found[0] or [], found[1]
+
     def paired(
-        self, layers: LayerList, previous: ArtifactRef | None, samples: int, batch_size: int | None = None
+        self,
+        layers: LayerList,
+        capture: ArtifactRef,
+        previous: ArtifactRef | None,
+        samples: int,
+        batch_size: int | None = None,
     ) -> PairedForward:
         """Float and compressed model with all layers up to ``previous`` rounded.
 
@@ -192,6 +225,7 @@ class Workbench:
 
         Args:
             layers: of the model.
+            capture: the ``capture`` artifact.
             previous: the last artifact of the chain; None at its start.
             samples: most calibration samples used.
             batch_size: samples in a batch; None: as the data comes.
@@ -199,10 +233,10 @@ class Workbench:
         key = None if previous is None else previous.key
         if self._paired is not None and self._paired[:2] == (key, self._pair_state(samples, batch_size)):
             return self._paired[2]
-        batches = self.batches(samples)
-        if batch_size is not None:
-            batches = split_batches(batches, batch_size)
-        paired = PairedForward(self.model, layers.blocks, batches, self.device)
+        batches, importance = self.rounding_batches(capture, samples, batch_size)
+        paired = PairedForward(
+            self.model, layers.blocks, batches, self.device, importance=importance, leaders=leaders(layers.layers)
+        )
         for compressed in self.all_rounded(previous).values():
             paired.set(layers[compressed.layer], compressed)
         return paired
@@ -242,6 +276,9 @@ def reachable_checkpoint(store: Store, ref: ArtifactRef) -> Iterator[str]:
         for name in (TENSORS, CONFIG):
             Path(folder, name).write_bytes(store.read_bytes(ref, name))
         yield folder
+
+
+IMPORTANCE = "importance.safetensors"
 
 
 def moments_file(layer: str) -> str:

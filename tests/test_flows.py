@@ -195,6 +195,26 @@ def test_dry_run_of_a_finished_run(finished: Finished, capsys: pytest.CaptureFix
     assert plan["smallest_bytes"] == finished.result["smallest_bytes"]
 
 
+def test_the_default_preset_does_what_its_dry_run_says(
+    tmp_path: Path, prefect_server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = {"points": 3, "samples": 8, "sum_ranks": [2, 4]}
+    rounding = {"iterations": 6, "tuning": 4, "batch_size": 4}
+    path = write_project(tmp_path, preset="best", search=search, rounding=rounding)
+    plan = prints_json(capsys, "compress", path, "--dry-run")
+    result = prints_json(capsys, "compress", path)
+    assert {"refine", "tune"} <= set(plan["steps"])
+    assert sum(row["compute"] for row in plan["steps"].values()) == result["steps"]["computed"]
+    assert set(result["seconds"]) == set(steps.REGISTRY)
+    assert result["measured_cost"] > 0
+    assert result["bytes"] <= result["budget_bytes"]
+    again = prints_json(capsys, "compress", path)
+    assert again["steps"] == {"computed": 0, "reused": result["steps"]["computed"]}
+    (alone,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
+    assert alone["steps"]["computed"] == 2  # the program and what is measured around it
+    assert alone["measured_cost"] <= result["measured_cost"]
+
+
 def test_rebudget_and_allocate_only(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(finished.store)
     asked = ["--budget", "3bit", "--budget", "5bit"]
