@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "zero_point": "codes",
             "percentiles": PERCENTILES,
         },
-        "rounding": {"method": "block", "iterations": 300},
+        "rounding": {"method": "block", "iterations": 200, "tuning": 150},
     },
     # The published method at a price that fits a CPU: fewer probes and LRA iterations, integer zero-points that
     # fit the codes, and a percentile grid that reaches the Gaussian optimum of 2 and 3 bits.
@@ -266,7 +266,7 @@ class RoundingConfig(_Section):
     scale_rate: float = Field(1e-3, ge=0, description="block: step size of scales, relative to them")
     bias_rate: float = Field(1e-4, ge=0, description="block: step size of biases")
     tuning: int = Field(0, ge=0, description="block: steps that train all layers together at the end; 0: none")
-    tuning_rate: float = Field(0.01, gt=0, description="block: step size of the codes there, in codes")
+    tuning_rate: float = Field(0.005, gt=0, description="block: step size of the codes there, in codes")
     loss: Literal["block", "output"] = Field(
         "block", description="block: error of the block's output, or of the model's through its float rest"
     )

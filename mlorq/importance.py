@@ -1,10 +1,10 @@
 """Which tokens matter: the output's squared gradients at what layers and blocks put out (METHOD 7).
 
-Errors of different tokens do not weigh the same. A classifier that reads one token never sees what the last block makes of
-the others, and a few tokens carry most of the gradient in most layers. With ``w_t = E_v ‖∂(v · f)/∂y_t‖²`` (v as in the
-label-free Hessian) an error e of the outputs costs about ``Σ_t w_t ‖e_t‖²``: input covariances, closed forms and block
-losses are averages under these weights (GuidedQuant, arXiv 2505.07004, weighs groups of output channels apart; here all
-channels of a token share a weight, so that layers with one input still share its moments).
+Errors of different tokens do not weigh the same. A classifier that reads one token never sees what the last block makes
+of the others, and a few tokens carry most of the gradient in most layers. With ``w_t = E_v ‖∂(v · f)/∂y_t‖²`` (v as in
+the label-free Hessian) an error e of the outputs costs about ``Σ_t w_t ‖e_t‖²``: input covariances, closed forms and
+block losses are averages under these weights (GuidedQuant, arXiv 2505.07004, weighs groups of output channels apart;
+here all channels of a token share a weight, so that layers with one input still share its moments).
 """
 
 from __future__ import annotations
@@ -89,15 +89,9 @@ def token_importance(
 def _normalised(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Weights by their mean over all batches, mixed with one; what never has a gradient is left out."""
     names = [name for name in batches[0] if all(name in batch for batch in batches)]
-    means = {
-        name: sum(float(batch[name].double().sum()) for batch in batches)
-        / sum(batch[name].numel() for batch in batches)
-        for name in names
-    }
-    return [
-        {name: (1 - FLOOR) * batch[name] / means[name] + FLOOR for name in names if means[name] > 0}
-        for batch in batches
-    ]
+    means = {name: float(torch.cat([batch[name].double().flatten() for batch in batches]).mean()) for name in names}
+    useful = [name for name in names if means[name] > 0]
+    return [{name: (1 - FLOOR) * batch[name] / means[name] + FLOOR for name in useful} for batch in batches]
 
 
 class _Outputs:

@@ -1,9 +1,9 @@
 """Second moments of layers' inputs and of their output gradients, in two folds of the samples (METHOD 7).
 
 ``Σ = E[x xᵀ]`` of a layer's inputs and ``G = E[g gᵀ]``, ``g = ∂(v · f)/∂y``, of its outputs (K-FAC, arXiv 1503.05671)
-hold all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs; Σ may weigh tokens (``mlorq.importance``). Every other sample belongs to the second fold, so that what is
-fitted on one can be judged on samples that did not fit it: where tokens are few, Σ has directions without any variance,
-and a low rank looks free on the samples that it was fitted to.
+hold all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs; Σ may weigh tokens (``mlorq.importance``). Every other sample
+belongs to the second fold, so that what is fitted on one can be judged on samples that did not fit it: where tokens are
+few, Σ has directions without any variance, and a low rank looks free on the samples that it was fitted to.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from mlorq.trainable import TrainableLayer, all_attached, batch_order, parameter
 class TuningSettings:
     """The fields mean what they mean in ``RoundingConfig``."""
 
-    tuning: int = 300
-    tuning_rate: float = 0.01
+    tuning: int = 150
+    tuning_rate: float = 0.005
     scale_rate: float = 1e-3
     bias_rate: float = 1e-4
     seed: int = 0

@@ -214,7 +214,7 @@ def test_form_has_every_key_with_what_it_means() -> None:
     for key, field in fields.items():
         assert field.get("description") or "$ref" in field, key
     assert fields["ModelForm.family"]["enum"] == ["timm", "transformers", "custom"]
-    assert fields["RoundingForm.iterations"]["description"].endswith("(None means best: 300; quick: 500; paper: 20000)")
+    assert fields["RoundingForm.iterations"]["description"].endswith("(None means best: 200; quick: 500; paper: 20000)")
     form = schema["definitions"]["ConfigurationForm"]
     assert set(form["properties"]) == set(RunConfig.model_fields) - {"folder"}
     assert form["required"] == ["model", "data"]
