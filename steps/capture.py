@@ -1,8 +1,8 @@
 """Step ``capture``: one pass over the calibration data.
 
 Output: ``reference.parquet`` (f(x) of every sample), ``activations/<layer>.parquet`` (a bounded random sample of the
-layer's inputs), ``moments/<layer>.safetensors`` (the label-free Hessian and, where the metric needs them, second moments
-of inputs and output gradients in two folds) and, where asked for, ``importance.safetensors`` (weights of all tokens).
+layer's inputs), ``moments/<layer>.safetensors`` (the label-free Hessian and, where the metric needs them, moments of
+inputs and output gradients in two folds) and, where asked for, ``importance.safetensors`` (weights of all tokens).
 """
 
 from __future__ import annotations
