@@ -84,7 +84,7 @@ def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]
 def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Budget and overrides of a uniform row: one candidate a layer, whose cost decides nothing."""
     return f"{bits + 1}bit", common | {
-        "preset": "best",
+        "preset": "quick" if method == "nearest" else "best",
         "search.bits": [bits],
         "search.forms": ["Q"],
         "search.sensitivity": "measured",
