@@ -21,10 +21,7 @@ from torch import Tensor
 from mlorq.forms import CompressedLayer
 from mlorq.layers import Layer
 from mlorq.paired import BlockCall, PairedForward
-from mlorq.trainable import TrainableLayer, all_attached, batch_order, parameter_groups, refresh_all
-
-HELD_OUT = 5  # one sample batch in so many is not trained on
-CHECKS = 4  # looks at the held-out loss
+from mlorq.trainable import Rates, TrainableLayer, Trained, train
 
 
 @dataclass(frozen=True)
@@ -39,30 +36,13 @@ class ReconstructionSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class ReconstructionResult:
-    """A reconstructed block.
-
-    Attributes:
-        layers: its layers; those given where nothing better was found.
-        loss_before: on held-out samples, relative to the power of the target.
-        loss_after: the same with the layers returned; never above ``loss_before``.
-        iterations: steps taken.
-    """
-
-    layers: list[CompressedLayer]
-    loss_before: float
-    loss_after: float
-    iterations: int
-
-
 def reconstruct(
     paired: PairedForward,
     block: int,
     layers: Sequence[tuple[Layer, CompressedLayer]],
     settings: ReconstructionSettings,
     progress: Callable[[int, int], None] | None = None,
-) -> ReconstructionResult:
+) -> Trained:
     """Optimise the layers of one block.
 
     Args:
@@ -76,33 +56,10 @@ def reconstruct(
         The layers; the copy in ``paired`` is as it was: set what is returned.
     """
     calls = paired.block_calls(block, outputs=settings.loss == "output")
-    held, trained = calls[::HELD_OUT], [call for index, call in enumerate(calls) if index % HELD_OUT]
-    trained = trained or calls
     objective = _Objective(paired, block)
     trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
-    optimiser = torch.optim.Adam(
-        parameter_groups(trainable, settings.code_rate, settings.scale_rate, settings.bias_rate)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.iterations)
-    order = batch_order(len(trained), settings.iterations, settings.seed)
-    best = [compressed for _, compressed in layers]
-    with all_attached(trainable):
-        before = least = _loss(trainable, objective, held)
-        for step, index in enumerate(order):
-            refresh_all(trainable)
-            optimiser.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                objective(trained[index]).backward()
-            optimiser.step()
-            schedule.step()
-            done = step + 1
-            if progress is not None:
-                progress(done, settings.iterations)
-            if done == settings.iterations or done % max(1, settings.iterations // CHECKS) == 0:
-                loss = _loss(trainable, objective, held)
-                if loss < least:
-                    best, least = [layer.result() for layer in trainable], loss
-    return ReconstructionResult(best, before, least, settings.iterations)
+    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate)
+    return train(trainable, calls, objective, objective.of_all, rates, settings.iterations, settings.seed, progress)
 
 
 class _Objective:
@@ -114,6 +71,10 @@ class _Objective:
 
     def __call__(self, call: BlockCall) -> Tensor:
         return self._error(call) / self.power(call)
+
+    def of_all(self, calls: Sequence[BlockCall]) -> float:
+        """Relative error of many batches together."""
+        return sum(float(self._error(call).double()) for call in calls) / sum(self.power(call) for call in calls)
 
     def _error(self, call: BlockCall) -> Tensor:
         output = self.paired.run_block(self.block, call)
@@ -137,10 +98,3 @@ def first_tensor(output: Any) -> Tensor:
     """A block's output, or the first of several."""
     result: Tensor = output if isinstance(output, Tensor) else output[0]
     return result
-
-
-@torch.no_grad()
-def _loss(layers: Sequence[TrainableLayer], objective: _Objective, calls: Sequence[BlockCall]) -> float:
-    refresh_all(layers)
-    errors = sum(float(objective._error(call).double()) for call in calls)
-    return errors / sum(objective.power(call) for call in calls)

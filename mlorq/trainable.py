@@ -7,10 +7,10 @@ of its weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from mlorq.forms import CompressedLayer, combine
 from mlorq.layers import Layer
 from mlorq.quantizers import SMALLEST_SCALE, QuantizedMatrix
+
+HELD_OUT = 5  # one batch in so many is not trained on
+CHECKS = 4  # looks at the held-out loss
 
 
 class _Matrix:
@@ -104,29 +107,100 @@ def refresh_all(layers: Sequence[TrainableLayer]) -> None:
             layer.refresh()
 
 
-@contextmanager
-def all_attached(layers: Sequence[TrainableLayer]) -> Iterator[None]:
-    """What is trained in the place of the modules' parameters, which come back at the end."""
+@dataclass(frozen=True)
+class Rates:
+    """Step sizes: of codes in codes, of scales relative to them, of biases."""
+
+    codes: float
+    scales: float
+    biases: float
+
+    def groups(self, layers: Sequence[TrainableLayer]) -> list[dict[str, Any]]:
+        """What an optimiser trains, each kind at its own rate."""
+        matrices = [matrix for layer in layers for matrix in layer.matrices.values()]
+        groups: list[dict[str, Any]] = [
+            {"params": [matrix.latent for matrix in matrices], "lr": self.codes},
+            {"params": [matrix.growth for matrix in matrices], "lr": self.scales},
+        ]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return groups + ([{"params": biases, "lr": self.biases}] if biases else [])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training came to.
+
+    Attributes:
+        layers: those given where nothing better was found.
+        loss_before: on held-out samples.
+        loss_after: the same with the layers returned; never above ``loss_before``.
+        iterations: steps taken.
+    """
+
+    layers: list[CompressedLayer]
+    loss_before: float
+    loss_after: float
+    iterations: int
+
+
+Samples = TypeVar("Samples")
+
+
+def train(
+    layers: Sequence[TrainableLayer],
+    batches: Sequence[Samples],
+    objective: Callable[[Samples], Tensor],
+    held_out_loss: Callable[[Sequence[Samples]], float],
+    rates: Rates,
+    iterations: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train layers with Adam, one batch a step, at rates that fall to zero; the best on held-out batches is returned.
+
+    Args:
+        layers: what is trained.
+        batches: samples; every fifth batch is held out.
+        objective: the loss of one batch, differentiable.
+        held_out_loss: the loss of all held-out batches.
+        rates: step sizes.
+        iterations: steps.
+        seed: of the batches' order.
+        progress: called with (steps done, steps).
+    """
+    held, trained = batches[::HELD_OUT], [batch for index, batch in enumerate(batches) if index % HELD_OUT]
+    trained = trained or list(batches)
+    optimiser = torch.optim.Adam(rates.groups(layers))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
+
+    @torch.no_grad()
+    def loss_held_out() -> float:
+        refresh_all(layers)
+        return held_out_loss(held)
+
+    best = [layer.layer for layer in layers]
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.attached())
-        yield
+        before = least = loss_held_out()
+        for step, index in enumerate(_batch_order(len(trained), iterations, seed)):
+            refresh_all(layers)
+            optimiser.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                objective(trained[index]).backward()
+            optimiser.step()
+            schedule.step()
+            done = step + 1
+            if progress is not None:
+                progress(done, iterations)
+            if done == iterations or done % max(1, iterations // CHECKS) == 0:
+                loss = loss_held_out()
+                if loss < least:
+                    best, least = [layer.result() for layer in layers], loss
+    return Trained(best, before, least, iterations)
 
 
-def parameter_groups(
-    layers: Sequence[TrainableLayer], code_rate: float, scale_rate: float, bias_rate: float
-) -> list[dict[str, Any]]:
-    """What an optimiser trains, each kind at its own rate: codes in codes, scales relative to them, biases."""
-    matrices = [matrix for layer in layers for matrix in layer.matrices.values()]
-    groups: list[dict[str, Any]] = [
-        {"params": [matrix.latent for matrix in matrices], "lr": code_rate},
-        {"params": [matrix.growth for matrix in matrices], "lr": scale_rate},
-    ]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return groups + ([{"params": biases, "lr": bias_rate}] if biases else [])
-
-
-def batch_order(count: int, steps: int, seed: int) -> list[int]:
+def _batch_order(count: int, steps: int, seed: int) -> list[int]:
     """Which batch each step sees: every one once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = []

@@ -23,8 +23,8 @@ from mlorq.importance import Importance
 from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, move_batch
 from mlorq.paired import token_weights
-from mlorq.reconstruct import CHECKS, HELD_OUT, ReconstructionResult, first_tensor, weighted_square
-from mlorq.trainable import TrainableLayer, all_attached, batch_order, parameter_groups, refresh_all
+from mlorq.reconstruct import first_tensor, weighted_square
+from mlorq.trainable import Rates, TrainableLayer, Trained, train
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def tune(
     progress: Callable[[int, int], None] | None = None,
     *,
     importance: Sequence[Importance] | None = None,
-) -> ReconstructionResult:
+) -> Trained:
     """Train all compressed layers of a model together.
 
     Args:
@@ -73,30 +73,9 @@ def tune(
         trainable.append(TrainableLayer(module, layer, compressed))
     weights: Sequence[Importance] = importance or [{}] * len(batches)
     moved = [(move_batch(batch, device, model.dtype), own) for batch, own in zip(batches, weights, strict=True)]
-    held, trained = moved[::HELD_OUT], [batch for index, batch in enumerate(moved) if index % HELD_OUT]
-    trained = trained or moved
     objective = _Objective(model, module, blocks)
-    groups = parameter_groups(trainable, settings.tuning_rate, settings.scale_rate, settings.bias_rate)
-    optimiser = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.tuning)
-    best = [compressed for _, compressed in layers]
-    with all_attached(trainable):
-        before = least = _held_out_loss(trainable, objective, held)
-        for step, index in enumerate(batch_order(len(trained), settings.tuning, settings.seed)):
-            refresh_all(trainable)
-            optimiser.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                objective(*trained[index]).backward()
-            optimiser.step()
-            schedule.step()
-            done = step + 1
-            if progress is not None:
-                progress(done, settings.tuning)
-            if done == settings.tuning or done % max(1, settings.tuning // CHECKS) == 0:
-                loss = _held_out_loss(trainable, objective, held)
-                if loss < least:
-                    best, least = [layer.result() for layer in trainable], loss
-    return ReconstructionResult(best, before, least, settings.tuning)
+    rates = Rates(settings.tuning_rate, settings.scale_rate, settings.bias_rate)
+    return train(trainable, moved, objective, objective.of_all, rates, settings.tuning, settings.seed, progress)
 
 
 class _Objective:
@@ -107,7 +86,12 @@ class _Objective:
         self.module = module
         self.blocks = list(blocks)
 
-    def __call__(self, batch: Any, importance: Importance) -> Tensor:
+    def of_all(self, samples: Sequence[tuple[Any, Importance]]) -> float:
+        """Mean loss of many batches."""
+        return sum(float(self(one)) for one in samples) / len(samples)
+
+    def __call__(self, samples: tuple[Any, Importance]) -> Tensor:
+        batch, importance = samples
         with torch.no_grad(), _outputs_of(self.model.module, self.blocks) as wanted:
             reference = self.model.outputs(self.model.module, batch)
         with _outputs_of(self.module, self.blocks) as found:
@@ -143,11 +127,3 @@ def _outputs_of(module: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def _held_out_loss(
-    layers: Sequence[TrainableLayer], objective: _Objective, batches: Sequence[tuple[Any, Importance]]
-) -> float:
-    refresh_all(layers)
-    return sum(float(objective(*batch)) for batch in batches) / len(batches)
