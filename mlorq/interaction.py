@@ -1,13 +1,15 @@
-"""Interaction between layers: whole allocations are measured, and the program is solved again around them (METHOD 7).
+"""Interaction between layers: whole allocations are measured, and programs are solved again around them (METHOD 7).
 
-The integer program adds up what each layer costs alone. Together the layers cost more or less than that, each by its
-own factor. Around an allocation S the cost of a layer's candidates is taken to be what it was alone, scaled so that the
-chosen one costs what it costs in S:
+The integer program adds up what each layer costs alone. Together the layers cost more than that, the more the larger
+single errors are, and a program picks the candidates whose costs came out too low. So several allocations are measured
+on the whole model: the program's, the best uniform one within the budget, the program's without low rank, and those of
+programs that shun large single costs, ``min Σ cost^p``. Around the best of them, S, the cost of a layer's candidates is
+scaled by how much more the chosen one costs in S than alone,
 
-    cost_ℓc ← cost_ℓc · (F(S) - F(S with layer ℓ float)) / cost_ℓ,S(ℓ),
+    cost_ℓc ← cost_ℓc · √((F(S) - F(S with layer ℓ float)) / cost_ℓ,S(ℓ)),
 
-F the measured cost of the whole model. The program under these costs gives the next allocation. The best of all that
-were measured is kept; the uniform allocations that fit the budget are among them.
+F the measured cost of the whole model; the root, as half of what is seen is how this one rounding happens to correlate
+with the others. The program under these costs gives the next allocation. The best that was measured is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from mlorq.models.base import FloatModel, move_batch
 from mlorq.output_costs import CostName, OutputCost
 from mlorq.segments import Segments, enters_cleanly
 
-LARGEST_CORRECTION = 4.0  # of a layer's costs, either way: a marginal cost near zero is noise
+LARGEST_CORRECTION = 2.0  # of a layer's costs, either way: a marginal cost near zero is noise
+POWERS = (1.5, 2.0, 3.0)  # of costs, in programs that shun large ones
 
 
 class WholeModel:
@@ -110,7 +113,7 @@ class Measured:
     """One allocation that was measured.
 
     Attributes:
-        origin: ``program``, ``round 1`` …, or ``uniform 3 bit`` ….
+        origin: ``program``, ``uniform 3 bit``, ``codes alone``, ``power 2`` …, or ``round 1`` ….
         picked: index of each layer's candidate.
         predicted: summed cost of its layers alone.
         measured: cost of the whole model.
@@ -162,7 +165,7 @@ def refine(
         solve: the program's solution under other costs.
         measure: cost of the whole model under an allocation.
         without: cost of the whole model under an allocation with one layer at a time float.
-        rounds: most programs to solve.
+        rounds: most programs to solve around what was measured; 0: none of the other programs either.
 
     Returns:
         What was measured, the best first.
@@ -176,23 +179,51 @@ def refine(
 
     found = [measured("program", start)]
     known = {found[0].picked}
+
+    def look_at(origin: str, picked: Sequence[int]) -> bool:
+        """Measure an allocation that was not seen yet; whether it is the best so far."""
+        if tuple(picked) in known:
+            return False
+        known.add(tuple(picked))
+        found.append(measured(origin, picked))
+        return found[-1].measured < min(one.measured for one in found[:-1])
+
     uniform = largest_uniform(rows, limit)
-    if uniform is not None and uniform[1] not in known:
-        found.append(measured(f"uniform {uniform[0]} bit", uniform[1]))
-        known.add(uniform[1])
+    if uniform is not None:
+        look_at(f"uniform {uniform[0]} bit", uniform[1])
     if all(len(layer.cost) == 1 for layer in choices):
         rounds = 0  # there is nothing to choose
+    if rounds:
+        look_at("codes alone", _codes_alone(choices, rows, limit, solve))
+        for power in POWERS:
+            look_at(f"power {power:g}", solve(_powers(choices, start, power)))
     for index in range(rounds):
         best = min(found, key=lambda one: one.measured)
-        corrected = _around(choices, best, without(best.picked))
-        picked = tuple(solve(corrected))
-        if picked in known:
-            break
-        known.add(picked)
-        found.append(measured(f"round {index + 1}", picked))
-        if found[-1].measured >= best.measured:
+        if not look_at(f"round {index + 1}", solve(_around(choices, best, without(best.picked)))):
             break  # the next round would start from the same allocation
     return sorted(found, key=lambda one: one.measured)
+
+
+def _codes_alone(
+    choices: Sequence[Choices],
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    limit: int,
+    solve: Callable[[Sequence[Choices]], Sequence[int]],
+) -> list[int]:
+    """The program's solution without low rank; with all forms where codes alone do not fit."""
+    kept = [[index for index, row in enumerate(layer) if row["form"] == "Q"] for layer in rows]
+    if sum(int(layer.size[part].min()) for layer, part in zip(choices, kept, strict=True)) > limit:
+        return list(solve(choices))
+    part = [
+        replace(layer, cost=layer.cost[own], size=layer.size[own]) for layer, own in zip(choices, kept, strict=True)
+    ]
+    return [own[index] for own, index in zip(kept, solve(part), strict=True)]
+
+
+def _powers(choices: Sequence[Choices], start: Sequence[int], power: float) -> list[Choices]:
+    """Costs to a power, relative to the mean cost of a layer in an allocation."""
+    mean = max(float(np.mean([layer.cost[index] for layer, index in zip(choices, start, strict=True)])), 1e-30)
+    return [replace(layer, cost=(layer.cost / mean) ** power) for layer in choices]
 
 
 def _around(choices: Sequence[Choices], at: Measured, without: Sequence[float]) -> list[Choices]:
@@ -200,7 +231,7 @@ def _around(choices: Sequence[Choices], at: Measured, without: Sequence[float]) 
     corrected = []
     for layer, index, rest in zip(choices, at.picked, without, strict=True):
         alone, together = float(layer.cost[index]), at.measured - rest
-        factor = together / alone if alone > 0 else 1.0
+        factor = float(np.sqrt(max(together, 0.0) / alone)) if alone > 0 else 1.0
         factor = float(np.clip(factor, 1 / LARGEST_CORRECTION, LARGEST_CORRECTION))
         corrected.append(replace(layer, cost=layer.cost * factor))
     return corrected

@@ -16,6 +16,8 @@ from steps.candidates import quantizer_params, settings_of
 from steps.sensitivity import cost_params
 from steps.workbench import Workbench
 
+SAMPLES = 4  # times those of a layer's costs: few allocations are measured, and differences between them are small
+
 
 def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation: StepSpec) -> StepSpec:
     """Depends on all that the allocation depends on, the model and the calibration data.
@@ -30,7 +32,7 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation
     params = {
         **allocation.params,
         "rounds": search.rounds,
-        "samples": search.samples,
+        "samples": SAMPLES * search.samples,
         **cost_params(bench),
         **quantizer_params(search),
     }
@@ -103,4 +105,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 
 
-STEP = Step("refine", 1, run)
+STEP = Step("refine", 2, run)
