@@ -20,7 +20,7 @@ from mlorq.importance import PASSES
 from mlorq.layers import Layer, LayerList
 from mlorq.models.base import batch_samples, move_batch
 from steps.base import Needs
-from steps.refine import SAMPLES
+from steps.refine import WHOLE_SAMPLES
 from steps.workbench import Workbench
 
 FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs
@@ -116,10 +116,11 @@ class Estimate:
 
     def _refine(self) -> float:
         """Seconds of measuring whole allocations: a round runs what follows each layer, and all layers once."""
-        samples = min(SAMPLES * self.search.samples, self.bench.calibration.samples)
+        samples = min(self.search.samples, self.bench.calibration.samples)
+        every = min(WHOLE_SAMPLES * self.search.samples, self.bench.calibration.samples)
         found = self.layers.layers
-        forwards = self.search.rounds * (len(found) / 2 + 1) + 6
-        return self.speed.forward * samples * forwards + sum(self._factorisation(layer) for layer in found)
+        forwards = samples * self.search.rounds * (len(found) / 2 + 1) + 7 * every
+        return self.speed.forward * forwards + sum(self._factorisation(layer) for layer in found)
 
     def _evaluated(self) -> int:
         data = self.bench.evaluation

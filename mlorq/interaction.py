@@ -80,13 +80,13 @@ class WholeModel:
         """Of the model as it is."""
         return self._cost(self._outputs(0, [None] * len(self._batches)))
 
-    def costs_without(
+    def contributions(
         self,
         layers: Sequence[Layer],
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None] | None = None,
     ) -> list[float]:
-        """Costs of the model with one layer at a time float again; a block's layers share the part before it.
+        """What the model costs more than with one layer at a time float again; a block's layers share what is before.
 
         Args:
             layers: in execution order.
@@ -94,6 +94,7 @@ class WholeModel:
             progress: called with the layers done.
         """
         found = []
+        whole = self.cost()
         at, carries = 0, [None] * len(self._batches)
         for index, layer in enumerate(layers):
             if self._chain and layer.block > at:
@@ -101,7 +102,7 @@ class WholeModel:
                 carries = [self._segments.advance(batch, at, carry, layer.block) for batch, carry in pairs]
                 at = layer.block
             self.set(layer, None)
-            found.append(self._cost(self._outputs(at, carries)))
+            found.append(whole - self._cost(self._outputs(at, carries)))
             self.set(layer, weights[layer.name])
             if progress is not None:
                 progress(index + 1)
@@ -152,7 +153,7 @@ def refine(
     start: Sequence[int],
     solve: Callable[[Sequence[Choices]], Sequence[int]],
     measure: Callable[[Sequence[int]], float],
-    without: Callable[[Sequence[int]], Sequence[float]],
+    contributions: Callable[[Sequence[int]], Sequence[float]],
     rounds: int,
 ) -> list[Measured]:
     """Measure allocations and look for better ones.
@@ -164,7 +165,7 @@ def refine(
         start: the program's solution.
         solve: the program's solution under other costs.
         measure: cost of the whole model under an allocation.
-        without: cost of the whole model under an allocation with one layer at a time float.
+        contributions: what the whole model costs more under an allocation than with one layer at a time float.
         rounds: most programs to solve around what was measured; 0: none of the other programs either.
 
     Returns:
@@ -199,7 +200,7 @@ def refine(
             look_at(f"power {power:g}", solve(_powers(choices, start, power)))
     for index in range(rounds):
         best = min(found, key=lambda one: one.measured)
-        if not look_at(f"round {index + 1}", solve(_around(choices, best, without(best.picked)))):
+        if not look_at(f"round {index + 1}", solve(_around(choices, best, contributions(best.picked)))):
             break  # the next round would start from the same allocation
     return sorted(found, key=lambda one: one.measured)
 
@@ -226,11 +227,11 @@ def _powers(choices: Sequence[Choices], start: Sequence[int], power: float) -> l
     return [replace(layer, cost=(layer.cost / mean) ** power) for layer in choices]
 
 
-def _around(choices: Sequence[Choices], at: Measured, without: Sequence[float]) -> list[Choices]:
+def _around(choices: Sequence[Choices], at: Measured, contributions: Sequence[float]) -> list[Choices]:
     """Costs scaled to what the layers cost in an allocation."""
     corrected = []
-    for layer, index, rest in zip(choices, at.picked, without, strict=True):
-        alone, together = float(layer.cost[index]), at.measured - rest
+    for layer, index, together in zip(choices, at.picked, contributions, strict=True):
+        alone = float(layer.cost[index])
         factor = float(np.sqrt(max(together, 0.0) / alone)) if alone > 0 else 1.0
         factor = float(np.clip(factor, 1 / LARGEST_CORRECTION, LARGEST_CORRECTION))
         corrected.append(replace(layer, cost=layer.cost * factor))

@@ -16,7 +16,7 @@ from steps.candidates import quantizer_params, settings_of
 from steps.sensitivity import cost_params
 from steps.workbench import Workbench
 
-SAMPLES = 4  # times those of a layer's costs: few allocations are measured, and differences between them are small
+WHOLE_SAMPLES = 4  # times those that a layer's costs are measured on
 
 
 def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation: StepSpec) -> StepSpec:
@@ -32,7 +32,7 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation
     params = {
         **allocation.params,
         "rounds": search.rounds,
-        "samples": SAMPLES * search.samples,
+        "samples": search.samples,
         **cost_params(bench),
         **quantizer_params(search),
     }
@@ -61,36 +61,43 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         for layer, layer_rows in zip(layers, ordered, strict=True)
     ]
     fitted = bench.search(layers[0], spec.artifact("capture"), settings).is_fitted
-    batches, labels = bench.measuring(params["samples"], held_out=fitted)
-    whole = WholeModel(bench.model, listed.blocks, batches, bench.device, cost=params["cost"], labels=labels)
+    # Differences between whole allocations are small and few are measured; of single layers there are many.
+    whole, part = (
+        WholeModel(bench.model, listed.blocks, batches, bench.device, cost=params["cost"], labels=labels)
+        for batches, labels in (
+            bench.measuring(times * params["samples"], held_out=fitted) for times in (WHOLE_SAMPLES, 1)
+        )
+    )
     weights: dict[tuple[str, int], Tensor] = {}
     total = (params["rounds"] + 2) * len(layers)
     done = 0
 
-    def set_all(picked: Sequence[int]) -> dict[str, Tensor]:
+    def set_all(model: WholeModel, picked: Sequence[int]) -> dict[str, Tensor]:
         found = {}
         for layer, index, layer_rows in zip(layers, picked, ordered, strict=True):
             if (layer.name, index) not in weights:
                 search = bench.search(layer, spec.artifact("capture"), settings)
                 weights[layer.name, index] = search.dense(candidate_of(layer_rows[index]))
             found[layer.name] = weights[layer.name, index]
-            whole.set(layer, found[layer.name])
+            model.set(layer, found[layer.name])
         return found
 
     def measure(picked: Sequence[int]) -> float:
-        set_all(picked)
+        set_all(whole, picked)
         return whole.cost()
 
-    def without(picked: Sequence[int]) -> list[float]:
+    def contributions(picked: Sequence[int]) -> list[float]:
         nonlocal done
-        found = whole.costs_without(layers, set_all(picked), lambda count: progress(min(done + count, total), total))
+        found = part.contributions(
+            layers, set_all(part, picked), lambda count: progress(min(done + count, total), total)
+        )
         done += len(layers)
         return found
 
     def solve(costs: Sequence[Choices]) -> list[int]:
         return allocate(costs, params["budget_bytes"], **{name: params[name] for name in SOLVER})[0]
 
-    measured = refine(choices, ordered, params["budget_bytes"], start, solve, measure, without, params["rounds"])
+    measured = refine(choices, ordered, params["budget_bytes"], start, solve, measure, contributions, params["rounds"])
     progress(total, total)
     best = measured[0]
     table = allocation_table(choices, best.picked, rows)
