@@ -111,8 +111,10 @@ def scaled_sensitivity(
             found = {middle: measure(int(group[middle]))}
         else:
             found = measure_where_needed(local[group], partial(_at, measure, group), points, tolerance)
-        known = np.array(sorted(found))
-        scaled = scaled_closed_form(local[group], known, np.array([found[index] for index in sorted(found)]))
+        # A cost of nothing (a task's loss that fell) has no factor: the others tell it, and none tells nothing.
+        known = np.array([index for index in sorted(found) if found[index] > 0], dtype=int)
+        values = np.array([found[index] for index in known.tolist()])
+        scaled = scaled_closed_form(local[group], known, values) if len(known) else np.zeros(len(group))
         cost |= {int(row): found.get(index, float(scaled[index])) for index, row in enumerate(group)}
         spared += min(points, len(group)) - (len(measured) - before)
     if progress is not None:

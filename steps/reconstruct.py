@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from mlorq.layers import Layer, LayerList
 from mlorq.reconstruct import ReconstructionSettings, reconstruct
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.trainable import Trained
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
 
@@ -60,11 +61,15 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     settings = ReconstructionSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[name]) for name, layer in own.items()]
     result = reconstruct(paired, params["block"], pairs, settings, progress)
-    files = {}
     for compressed in result.layers:
         paired.set(own[compressed.layer], compressed)
-        files[f"{compressed.layer}.safetensors"] = tensors_bytes(compressed.tensors())
     bench.keep_paired(paired, spec.ref, params["samples"], params["batch_size"])
+    return trained_files(result, previous)
+
+
+def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
+    """What ``Workbench.rounded`` reads: trained layers, and the artifact whose layers they were."""
+    files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
     files["block.json"] = json_bytes(
         {
             "layers": [

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.store import ArtifactRef
 from mlorq.tuning import TuningSettings, tune
 from steps.base import Progress, Step, StepSpec
+from steps.reconstruct import trained_files
 from steps.workbench import Workbench
 
 SETTINGS = ("tuning", "tuning_rate", "scale_rate", "bias_rate")
@@ -47,17 +46,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
     result = tune(bench.model, listed.blocks, pairs, batches, settings, bench.device, progress, importance=importance)
-    files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
-    files["block.json"] = json_bytes(
-        {
-            "layers": [{"layer": layer.layer, "candidate": asdict(layer.candidate)} for layer in result.layers],
-            "previous": previous.to_json(),
-            "loss_before": result.loss_before,
-            "loss_after": result.loss_after,
-            "iterations": result.iterations,
-        }
-    )
-    return files
+    return trained_files(result, previous)
 
 
 STEP = Step("tune", 1, run)

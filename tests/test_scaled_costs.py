@@ -82,3 +82,20 @@ def test_scaled_costs_are_close_to_measured_ones_and_progress_ends(seed):
     assert 4 <= measured.sum() <= 10
     np.testing.assert_allclose(estimated[measured], full[measured], rtol=1e-5)
     assert np.median(np.abs(np.log(estimated / full))) < 0.7  # local costs alone are off by a factor
+
+
+def test_costs_that_are_nothing_do_not_drag_others_down(seed, monkeypatch):
+    model, found, layer, batches, search = searched_layer(seed)
+    table = search.table()
+    with LayerProbe(model, layer, found.blocks, batches) as probe:
+        plain = scaled_sensitivity(probe, search, table, points=3).to_pylist()
+        measure, smallest = probe.cost, min(row["global_cost"] for row in plain)
+        # As a task's loss that falls for the smallest changes.
+        monkeypatch.setattr(probe, "cost", lambda weight: 0.0 if (cost := measure(weight)) < 2 * smallest else cost)
+        found_costs = scaled_sensitivity(probe, search, table, points=3).to_pylist()
+        monkeypatch.setattr(probe, "cost", lambda weight: 0.0)
+        nothing = scaled_sensitivity(probe, search, table, points=3).to_pylist()
+    assert sum(row["global_cost"] == 0 for row in found_costs) == 1
+    costs = [row["global_cost"] for row in found_costs if row["how"] == "closed_form"]
+    assert min(costs) > 1e-3 * smallest
+    assert not any(row["global_cost"] for row in nothing)
