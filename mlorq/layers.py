@@ -210,6 +210,9 @@ def _reason_to_skip(
     return None
 
 
+UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+
+
 def _observe(
     model: FloatModel, batch: Any, targets: dict[int, nn.Module], blocks: list[str]
 ) -> dict[int, dict[str, int]]:
@@ -231,7 +234,9 @@ def _observe(
             return
         inputs.append(args[0])
         # The version tells a tensor that was changed in place from what it was before.
-        identity = (args[0].data_ptr(), args[0]._version, complete, tuple(args[0].shape))
+        # Convolutions that unfold one tensor in different ways have different rows, and tokens, to multiply.
+        unfolding = tuple(str(getattr(child, name, None)) for name in UNFOLDING)
+        identity = (args[0].data_ptr(), args[0]._version, complete, tuple(args[0].shape), unfolding)
         calls[id(child)] = {
             "order": len(calls),
             "block": complete,

@@ -44,4 +44,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     }
 
 
-STEP = Step("layers", 1, run)
+STEP = Step("layers", 2, run)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mlorq
 from mlorq.capture import capture
 from mlorq.forms import Candidate, CompressedLayer, QuantizedMatrix
 from mlorq.importance import (
@@ -238,3 +239,31 @@ def test_a_net_whose_blocks_read_all_tokens_still_reconstructs(seed):
     inside = [(layer, coarse(layer, model.module)) for layer in listed.layers[1:3]]
     result = reconstruct(paired, 0, inside, ReconstructionSettings(iterations=40, seed=seed))
     assert result.loss_after <= result.loss_before
+
+
+class Downsampling(nn.Module):
+    """Two convolutions that read one tensor with different kernels, as a residual network's first block has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(2, 8, 3, stride=2, padding=1), nn.Conv2d(2, 8, 1, stride=2)
+        self.narrow, self.head = nn.Conv2d(2, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x)) + self.shortcut(x)
+        return self.head(y.mean((2, 3)) + self.narrow(x).mean((2, 3)))
+
+
+def test_convolutions_that_unfold_one_tensor_differently_share_no_moments(seed):
+    torch.manual_seed(seed)
+    module, batches = Downsampling(), [images(8, seed), images(8, seed + 1)]
+    listed = find_layers(float_model(module), batches[0])
+    assert len({layer.input_group for layer in listed.layers}) == 4
+    result = mlorq.compress(
+        module,
+        batches,
+        budget="8bit",
+        rounding_iterations=5,
+        search={"samples": 8, "factor_bits": [4], "sum_ranks": [2]},
+    )
+    assert result.metrics["nmse"] < 0.1
