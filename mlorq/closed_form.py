@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mlorq.forms import Candidate, combine
-from mlorq.gptq import descend, gptq, refit_scale, row_errors
+from mlorq.gptq import RowHessian, descend, gptq, refit_scale
 from mlorq.grams import leading_errors
 from mlorq.quantizers import Rounded, RowQuantizer, ZeroPoint, search_quantizer
 
@@ -66,6 +66,11 @@ class Metric:
     def right(self) -> Tensor:
         """``L_Σ``, lower triangular."""
         return torch.linalg.cholesky(self.inputs)
+
+    @cached_property
+    def rows(self) -> RowHessian:
+        """Σ as the Hessian of rows."""
+        return RowHessian(self.inputs)
 
     def cost(self, difference: Tensor) -> float:
         """``tr(G ΔW Σ ΔWᵀ)`` of a difference ``(out_features, in_features)``, float64."""
@@ -141,13 +146,13 @@ class ClosedForm:
     def quantized(self, bits: int) -> Rounded:
         """W as codes."""
         if bits not in self._rounded:
-            self._rounded[bits] = self.round_rows(self.weight, self.metric.inputs, bits)
+            self._rounded[bits] = self.round_rows(self.weight, self.metric.rows, bits)
         return self._rounded[bits]
 
     def right(self, bits: int) -> Rounded:
         """B̂ for all ranks."""
         if bits not in self._right:
-            self._right[bits] = self.round_rows(self.factors.b, self.metric.inputs, bits)
+            self._right[bits] = self.round_rows(self.factors.b, self.metric.rows, bits)
         return self._right[bits]
 
     def left_at_all_ranks(self, bits: int) -> Tensor:
@@ -155,17 +160,19 @@ class ClosedForm:
         quantizer = self._search(self.factors.a, None, bits)
         return quantizer.round_trip(self.factors.a.float())
 
-    def round_rows(self, values: Tensor, hessian: Tensor, bits: int) -> Rounded:
+    def round_rows(self, values: Tensor, hessian: RowHessian, bits: int) -> Rounded:
         """Scales and codes of rows under one Hessian; never worse than nearest rounding with the searched scales."""
         quantizer = self._search(values, hessian, bits)
-        best = Rounded(quantizer.quantize(values.float()), quantizer, values.float())
-        least = row_errors(values, best.dequantize(), hessian)
-        codes = gptq(values, hessian, quantizer)
+        norms = hessian.norms(values)
+        codes = quantizer.quantize(values.float())
+        fitted, least = refit_scale(values, hessian, quantizer, codes, norms)
+        best = Rounded(codes, fitted, values.float())
         for sweep in range(SWEEPS + 1):
             if sweep:
-                quantizer = refit_scale(values, hessian, quantizer, codes)
                 codes = descend(values, hessian, quantizer, codes)
-            errors = row_errors(values, quantizer.dequantize(codes), hessian)
+            else:
+                codes = gptq(values, hessian, quantizer)
+            quantizer, errors = refit_scale(values, hessian, quantizer, codes, norms)
             better = errors < least
             least = torch.where(better, errors, least)
             scale = torch.where(better, quantizer.scale, best.quantizer.scale)
@@ -173,9 +180,9 @@ class ClosedForm:
             best = Rounded(torch.where(better.unsqueeze(1), codes, best.codes), kept, best.values)
         return best
 
-    def _search(self, values: Tensor, hessian: Tensor | None, bits: int) -> RowQuantizer:
+    def _search(self, values: Tensor, hessian: RowHessian | None, bits: int) -> RowQuantizer:
         values = values.float()
-        weights = None if hessian is None else hessian.diagonal().float().expand_as(values)
+        weights = None if hessian is None else hessian.single.diagonal().expand_as(values)
         return search_quantizer(values, bits, self.percentiles, weights=weights, zero_point=self.zero_point)
 
     def _with_left(self, target: Tensor, bits_a: int, right: Rounded) -> dict[str, Rounded]:
@@ -186,7 +193,7 @@ class ClosedForm:
         level = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         gram = gram + RIDGE * level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         a = torch.cholesky_solve(weighted @ target.T, torch.linalg.cholesky(gram)).T
-        return {"a": self.round_rows(a, gram, bits_a), "b": right}
+        return {"a": self.round_rows(a, RowHessian(gram), bits_a), "b": right}
 
     def _with_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         best: dict[str, Rounded] = {}
@@ -194,9 +201,9 @@ class ClosedForm:
         product = torch.zeros_like(self.weight)
         for turn in range(TURNS):
             left = self.weight - product
-            quantized = self.quantized(bits) if turn == 0 else self.round_rows(left, self.metric.inputs, bits)
+            quantized = self.quantized(bits) if turn == 0 else self.round_rows(left, self.metric.rows, bits)
             remainder = self.weight - quantized.dequantize().double()
-            b = self.round_rows(self.metric.svd(remainder).b[:rank], self.metric.inputs, bits_b)
+            b = self.round_rows(self.metric.svd(remainder).b[:rank], self.metric.rows, bits_b)
             parts = {"weight": quantized, **self._with_left(remainder, bits_a, b)}
             values = {name: part.dequantize().double() for name, part in parts.items()}
             product = values["a"] @ values["b"]

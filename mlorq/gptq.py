@@ -3,9 +3,13 @@
 For rows w with scales of their own and one H, both lower ``(ŵ - w) H (ŵ - w)ᵀ`` over the codes. GPTQ (arXiv 2210.17323)
 rounds column after column and moves the error of each into those not rounded yet. Coordinate descent then goes round
 the columns again: each code is set to the best one given all the others, so the error never rises.
+
+Both keep the columns as rows of what they work on: a column of many rows is then one stretch of memory.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,87 +20,121 @@ DAMPING = 0.01  # of the mean diagonal of H
 BLOCK = 64  # columns between updates of all others
 
 
-def gptq(weight: Tensor, hessian: Tensor, quantizer: RowQuantizer) -> Tensor:
-    """Codes by GPTQ, columns of the largest diagonal of H first.
+class RowHessian:
+    """H, ``(columns, columns)``, positive semi-definite, with what rounding needs of it, computed once for all rows."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix.double()
+
+    @cached_property
+    def single(self) -> Tensor:
+        """H in float32."""
+        return self.matrix.float()
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The order in which GPTQ takes the columns: the largest diagonal first."""
+        return self.matrix.diagonal().argsort(descending=True, stable=True)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """The upper factor of H⁻¹ in that order, float32: how a column's error is shared among those after it."""
+        h = self.matrix[self.order][:, self.order]
+        h = h + DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * torch.eye(
+            len(h), dtype=torch.float64, device=h.device
+        )
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+
+    def norms(self, rows: Tensor) -> Tensor:
+        """``w H wᵀ`` of every row, ``(rows,)`` float64."""
+        wide = rows.double()
+        return ((wide @ self.matrix) * wide).sum(1)
+
+
+def gptq(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer) -> Tensor:
+    """Codes by GPTQ.
 
     Args:
         weight: ``(rows, columns)``.
-        hessian: H, ``(columns, columns)``, positive semi-definite.
+        hessian: H of all rows.
         quantizer: scales and zero-points of the rows.
 
     Returns:
         ``(rows, columns)`` float32 whole numbers.
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    h = hessian.double()[order][:, order]
-    h = h + DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * torch.eye(
-        len(h), dtype=torch.float64, device=h.device
-    )
-    # The rows of the upper factor of H⁻¹ say how the error of a column is shared among those after it.
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    left = weight.float()[:, order].clone()
+    order, upper = hessian.order, hessian.shares
+    left = weight.float().T[order].contiguous()
     codes = torch.empty_like(left)
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
-    columns = left.shape[1]
+    pivots = upper.diagonal().tolist()
+    columns = len(left)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.empty_like(left[:, start:stop])
+        errors = torch.empty_like(left[start:stop])
         for column in range(start, stop):
-            code = (left[:, column] / scale).round_().add_(zero).clamp_(0, top)
-            codes[:, column] = code
-            error = (left[:, column] - (code - zero) * scale) / upper[column, column]
-            left[:, column + 1 : stop].addr_(error, upper[column, column + 1 : stop], alpha=-1)
-            errors[:, column - start] = error
-        left[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+            code = (left[column] / scale).round_().add_(zero).clamp_(0, top)
+            codes[column] = code
+            error = errors[column - start]
+            torch.sub(left[column], code.sub_(zero).mul_(scale), out=error).div_(pivots[column])
+            left[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     result = torch.empty_like(codes)
-    result[:, order] = codes
-    return result
+    result[order] = codes
+    return result.T.contiguous()
 
 
-def descend(weight: Tensor, hessian: Tensor, quantizer: RowQuantizer, codes: Tensor, sweeps: int = 1) -> Tensor:
+def descend(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes: Tensor, sweeps: int = 1) -> Tensor:
     """Codes after cyclic coordinate descent from ``codes``; shapes as for ``gptq``."""
-    h = hessian.float()
+    h = hessian.single
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
-    codes = codes.clone()
-    diagonal = h.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
-    columns = codes.shape[1]
+    found = codes.T.contiguous()
+    diagonal = h.diagonal().clamp(min=torch.finfo(torch.float32).tiny).tolist()
+    columns = len(found)
     for _ in range(sweeps):
-        slope = (quantizer.dequantize(codes) - weight.float()) @ h  # half the gradient
+        slope = h @ (quantizer.dequantize(found.T) - weight.float()).T  # half the gradient
         changed = False
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            own = slope[:, start:stop]
+            own = slope[start:stop]
             block = h[start:stop, start:stop]
-            moves = torch.zeros_like(own)
+            moves = torch.empty_like(own)
             for index, column in enumerate(range(start, stop)):
-                old = codes[:, column]
-                best = (old - zero - own[:, index] / (diagonal[column] * scale)).round_().add_(zero).clamp_(0, top)
-                move = (best - old) * scale
-                codes[:, column] = best
-                moves[:, index] = move
-                own = own.addr(move, block[index])
-            slope.addmm_(moves, h[start:stop])
+                old = found[column]
+                best = (old - zero - own[index] / (scale * diagonal[column])).round_().add_(zero).clamp_(0, top)
+                torch.sub(best, old, out=moves[index]).mul_(scale)
+                found[column] = best
+                # What this column does to those before it shows in the next sweep's slope.
+                own[index + 1 :].addr_(block[index, index + 1 :], moves[index])
+            slope[stop:].addmm_(h[stop:, start:stop], moves)
             changed = changed or bool(moves.any())
         if not changed:
             break
-    return codes
+    return found.T.contiguous()
 
 
-def refit_scale(weight: Tensor, hessian: Tensor, quantizer: RowQuantizer, codes: Tensor) -> RowQuantizer:
-    """The scales that fit given codes best, as float16 values: ``(q H wᵀ) / (q H qᵀ)`` a row, q less zero-point.
+def refit_scale(
+    weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes: Tensor, norms: Tensor | None = None
+) -> tuple[RowQuantizer, Tensor]:
+    """The scales that fit given codes best, and the rows' errors with them.
 
-    Rows where that is not positive keep theirs, and so do rows that float16 has no scale for.
+    The error of a row is a parabola in its scale with its least value at ``(q H wᵀ) / (q H qᵀ)``, q the codes less the
+    zero-point, so that of all float16 values the nearest one is best: never worse than the scale given. Rows where that
+    is not positive keep theirs, and so do rows that float16 has no scale for.
+
+    Args:
+        weight, hessian, quantizer, codes: as for ``gptq``.
+        norms: ``w H wᵀ`` of the rows, where they are known.
+
+    Returns:
+        The quantizer, and ``(ŵ - w) H (ŵ - w)ᵀ`` of every row, ``(rows,)`` float64.
     """
     centred = (codes - quantizer.zero_point.unsqueeze(1)).double()
-    weighted = centred @ hessian.double()
+    weighted = centred @ hessian.matrix
     power = (weighted * centred).sum(1)
-    best = (weighted * weight.double()).sum(1) / power.clamp(min=torch.finfo(torch.float64).tiny)
-    stored = best.to(torch.float16).float()
+    cross = (weighted * weight.double()).sum(1)
+    stored = (cross / power.clamp(min=torch.finfo(torch.float64).tiny)).to(torch.float16).float()
     usable = (power > 0) & torch.isfinite(stored) & (stored >= SMALLEST_SCALE)
-    return RowQuantizer(torch.where(usable, stored, quantizer.scale), quantizer.zero_point, quantizer.bits)
-
-
-def row_errors(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
-    """``(ŵ - w) H (ŵ - w)ᵀ`` of every row, ``(rows,)`` float64."""
-    error = rounded.double() - weight.double()
-    return ((error @ hessian.double()) * error).sum(1)
+    scale = torch.where(usable, stored, quantizer.scale)
+    wide = scale.double()
+    errors = (hessian.norms(weight) if norms is None else norms) + wide * (wide * power - 2 * cross)
+    return RowQuantizer(scale, quantizer.zero_point, quantizer.bits), errors

@@ -57,4 +57,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"candidates.parquet": table_bytes(search.table())}
 
 
-STEP = Step("candidates", 2, run)
+STEP = Step("candidates", 3, run)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from mlorq.allocate import Choices, allocate, allocation_table, smallest_bytes
 from mlorq.candidates import candidate_of
-from mlorq.interaction import WholeModel, refine
+from mlorq.interaction import POWERS, WholeModel, refine
 from mlorq.store import ArtifactRef, json_bytes, table_bytes
 from steps.allocate import SOLVER, joined
-from steps.base import Progress, Step, StepSpec
+from steps.base import Needs, Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
 from steps.sensitivity import cost_params
 from steps.workbench import Workbench
@@ -44,7 +45,11 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation
         "allocation": allocation.ref,
         **allocation.inputs,
     }
-    return STEP.spec(params, inputs)
+    listed = bench.layer_list(layers).layers
+    numbers = sum(layer.params for layer in listed)
+    hardest = max(Needs.of_layer(layer).memory_bytes for layer in listed)
+    # Two copies of the model, and of each layer the weights that were tried: three or four in all runs looked at.
+    return replace(STEP.spec(params, inputs), needs=Needs(True, 4 * (2 + 4) * numbers + hardest))
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
@@ -69,8 +74,14 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         )
     )
     weights: dict[tuple[str, int], Tensor] = {}
-    total = (params["rounds"] + 2) * len(layers)
+    # Allocations: the program's, the uniform one, codes alone, powers, and in each round one and its contributions.
+    total = ((3 + len(POWERS) if params["rounds"] else 2) + 2 * params["rounds"]) * len(layers)
     done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total)
 
     def set_all(model: WholeModel, picked: Sequence[int]) -> dict[str, Tensor]:
         found = {}
@@ -80,6 +91,8 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
                 weights[layer.name, index] = search.dense(candidate_of(layer_rows[index]))
             found[layer.name] = weights[layer.name, index]
             model.set(layer, found[layer.name])
+            if model is whole:
+                advance()
         return found
 
     def measure(picked: Sequence[int]) -> float:
@@ -87,12 +100,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         return whole.cost()
 
     def contributions(picked: Sequence[int]) -> list[float]:
-        nonlocal done
-        found = part.contributions(
-            layers, set_all(part, picked), lambda count: progress(min(done + count, total), total)
-        )
-        done += len(layers)
-        return found
+        return part.contributions(layers, set_all(part, picked), lambda _: advance())
 
     def solve(costs: Sequence[Choices]) -> list[int]:
         return allocate(costs, params["budget_bytes"], **{name: params[name] for name in SOLVER})[0]
@@ -112,4 +120,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 
 
-STEP = Step("refine", 2, run)
+STEP = Step("refine", 3, run)

@@ -77,4 +77,4 @@ def cost_params(bench: Workbench) -> dict[str, Any]:
     return {"cost": cost, "labels": digest_json([part.tolist() for part in labels])}
 
 
-STEP = Step("sensitivity", 3, run)
+STEP = Step("sensitivity", 4, run)
