@@ -94,6 +94,11 @@ def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[str, dict[s
     }
 
 
+def exact_budget(size: int, result: dict[str, Any]) -> str:
+    """A number of bytes of the compressible layers as bits a weight."""
+    return f"{(8 * size + 1) / (result['float_bytes'] // 4):.12f}bit"  # rounded down to whole bytes again
+
+
 def line(budget: str, name: str, result: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
     metric = result["metric"]
@@ -132,8 +137,7 @@ def main() -> None:
                 if len(whole) == 1:
                     print(line(budget, f"{method}, uniform", result), flush=True)
             sizes.append(result["bytes"])
-        params = result["float_bytes"] // 4
-        exact = f"{(8 * (sum(sizes) // len(sizes)) + 1) / params:.12f}bit"  # rounded down to whole bytes again
+        exact = exact_budget(sum(sizes) // len(sizes), result)
         for name, overrides in methods(arguments.lra or [500], common).items():
             if not arguments.only or name in arguments.only:
                 print(line(budget, name, run_apart(arguments.config, exact, overrides)), flush=True)

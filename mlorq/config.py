@@ -253,6 +253,9 @@ class RoundingConfig(_Section):
         "reconstruction); lra (low-rank-aware adaptive rounding)",
     )
     start: Literal["nearest", "closed_form"] = Field("nearest", description="lra: rounding to start from")
+    feedback: bool = Field(
+        True, description="closed_form, block: move weights and biases to make up for what layers before have changed"
+    )
     iterations: int = Field(500, ge=1, description="lra: iterations a layer (paper: 20000); block: steps a block")
     learning_rate: float = Field(0.3, gt=0, description="lra: RAdam step size")
     regularisation: float = Field(0.3, ge=0, description="lra: weight of the rounding regulariser")

@@ -17,8 +17,8 @@ LRA = ("iterations", "learning_rate", "regularisation", "beta_start", "beta_end"
 SETTINGS = {
     "lra": ("samples", *LRA),
     "gptq": ("samples",),
-    "closed_form": ("samples",),
-    "block": ("samples", "batch_size"),
+    "closed_form": ("samples", "feedback"),
+    "block": ("samples", "batch_size", "feedback"),
 }
 
 
@@ -69,11 +69,14 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     else:
         settings = dict(params["settings"])
         samples, batch_size = settings.pop("samples"), settings.pop("batch_size", None)
+        feedback = settings.pop("feedback", True)
         previous = spec.artifact("previous") if "previous" in spec.inputs else None
         paired = bench.paired(layers, spec.artifact("capture"), previous, samples, batch_size)
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.
         used = method if moments is not None else "nearest"
+        if used in ("closed_form", "block") and not feedback:
+            used = "gptq"
         result = METHODS[used](
             layer.name, search, candidate, moments, RoundingSettings(used, **settings), progress, bench.bias(layer)
         )

@@ -20,7 +20,7 @@ CONFIGURATIONS = sorted(EXAMPLES.rglob("*.yaml"))
 
 
 def test_there_are_examples():
-    assert {"minilm.yaml", "vit_tiny.yaml", "digits.yaml"} <= {path.name for path in CONFIGURATIONS}
+    assert {"minilm.yaml", "minilm_sst2.yaml", "vit_tiny.yaml", "digits.yaml"} <= {path.name for path in CONFIGURATIONS}
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)

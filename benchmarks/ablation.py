@@ -1,0 +1,77 @@
+"""What single parts of the best preset are worth: one row with everything, and one row a part that is left out.
+
+    .venv/bin/python benchmarks/ablation.py examples/minilm.yaml --budget 3bit
+    .venv/bin/python benchmarks/ablation.py examples/minilm.yaml --budget 3bit --only best --samples 32 --samples 64
+
+Every row has the bytes of the uniform row of that budget. ``--samples`` repeats the rows chosen with so many
+calibration samples. Each row is a run in a process of its own on one store (``table.py``): what two rows share is
+computed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from table import COLUMNS, exact_budget, line, run_apart, uniform
+
+# Overrides of the best preset, by what is left out or put in another's place (parts as numbered in docs/METHOD.md, 7).
+PARTS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "tokens alike": {"search.token_weights": False},
+    "candidates in the Hessian's metric": {
+        "search.metric": "hessian",
+        "search.token_weights": False,
+        "search.forms": ["Q", "LR"],
+    },
+    "codes alone": {"search.forms": ["Q"]},
+    "no QLR": {"search.forms": ["Q", "LR"]},
+    "costs measured": {"search.sensitivity": "measured"},
+    "costs of closed forms alone": {"search.sensitivity": "closed_form"},
+    "no error feedback": {"rounding.feedback": False},
+    "no reconstruction": {"rounding.method": "closed_form"},
+    "no reconstruction, no error feedback": {"rounding.method": "gptq"},
+    "no tuning": {"rounding.tuning": 0},
+    "blocks by the model's output": {"rounding.loss": "output"},
+    "rotated residual stream": {"model.rotation": 1},
+    "no refinement": {"search.rounds": 0},
+    "cost: kl": {"search.cost": "kl"},
+    "LRA from the closed form, 500": {
+        "rounding.method": "lra",
+        "rounding.start": "closed_form",
+        "rounding.iterations": 500,
+    },
+    "nearest rounding": {"rounding.method": "nearest"},
+}
+UNIFORM = "uniform, reconstructed"
+
+
+def main() -> None:
+    """Print a row a run, as Markdown."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--budget", default="3bit", help="whole bits, as in 3bit")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--only", action="append", default=[], help=f"rows: {', '.join([UNIFORM, *PARTS])}")
+    parser.add_argument("--skip", action="append", default=[], help="rows to leave out")
+    parser.add_argument("--samples", action="append", type=int, default=[], help="calibration samples")
+    arguments = parser.parse_args()
+    common = {"preset": "best"} | dict(item.split("=", 1) for item in arguments.set)
+    bits = int(arguments.budget.removesuffix("bit"))
+    chosen = [name for name in arguments.only or [UNIFORM, *PARTS] if name not in arguments.skip]
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    smallest = run_apart(arguments.config, *uniform(bits, "nearest", common))
+    exact = exact_budget(smallest["bytes"], smallest)
+    for samples in arguments.samples or [None]:
+        sized = common if samples is None else common | {"data.calibration.samples": samples}
+        suffix = "" if samples is None else f", {samples} samples"
+        for name in chosen:
+            if name == UNIFORM:
+                budget, overrides = uniform(bits, "block", sized)
+            else:
+                budget, overrides = exact, sized | PARTS[name]
+            print(line(arguments.budget, name + suffix, run_apart(arguments.config, budget, overrides)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
