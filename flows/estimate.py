@@ -95,6 +95,8 @@ class Estimate:
             ](layer)
         if step == "capture":
             return self._capture()
+        if step == "activations" and self.bench.config.activations is not None:
+            return 4 * self.speed.forward * self.bench.config.activations.samples
         if step in ("baseline", "evaluate"):
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
         if step == "round":

@@ -18,14 +18,14 @@ from mlorq.errors import BudgetError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer, LayerList
 from mlorq.memory import candidate_bytes, parse_budget
-from steps import baseline, layers, pack
+from steps import activations, baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
 from steps.pipeline import run_allocations, run_budget, run_search
 from steps.reconstruct import members
 from steps.summary import model_name
 from steps.workbench import Workbench
 
-SEARCH = ("layers", "capture", "candidates", "sensitivity")
+SEARCH = ("layers", "activations", "capture", "candidates", "sensitivity")
 BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
@@ -77,9 +77,11 @@ class Planner:
         self.estimate = estimate
         rounding = bench.config.rounding
         optional = {"refine": bench.config.search.rounds, "tune": rounding.method == "block" and rounding.tuning}
+        optional["activations"] = bench.config.activations is not None
+        self.search = [name for name in SEARCH if optional.get(name, True)]
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
         first, *rest = self.by_budget
-        self.counts: dict[str, Counts] = {name: Counts() for name in (*SEARCH, first, "baseline", *rest)}
+        self.counts: dict[str, Counts] = {name: Counts() for name in (*self.search, first, "baseline", *rest)}
         self._phase = ""
         self._seen: set[str] = set()
 
@@ -169,12 +171,26 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dic
     }
 
 
+def _first_missing(bench: Workbench) -> str | None:
+    """Of the steps without whose artifact no later step has a key: the first that the store lacks."""
+    listed = find(layers.spec(bench), bench)
+    if listed is None:
+        return "layers"
+    if bench.config.activations is not None and find(activations.spec(bench, listed.ref), bench) is None:
+        return "activations"
+    return None
+
+
 def _walk(planner: Planner, budgets: Sequence[str]) -> None:
     bench = planner.bench
     planner.phase("baseline", 1)
     float_evaluation = planner.run(baseline.spec(bench)).ref
-    if find(layers.spec(bench), bench) is None:
-        planner.count_all(*SEARCH)
+    first_missing = _first_missing(bench)
+    if first_missing is not None:
+        if first_missing == "activations":
+            planner.phase("layers", 1)
+            planner.run(layers.spec(bench))
+        planner.count_all(*planner.search[planner.search.index(first_missing) :])
         for _ in budgets:
             planner.count_all(*planner.by_budget)
         return

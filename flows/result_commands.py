@@ -26,7 +26,7 @@ def evaluate(arguments: argparse.Namespace) -> Finish:
     config = read_arguments(arguments)
     hashes = inspect_checkpoint(arguments.checkpoint)["hashes"]
     bench = open_bench(config)
-    if hashes.get("model") not in (None, bench.model.key):
+    if hashes.get("model") not in (None, bench.float_model.key):
         say("note: the checkpoint was made from another float model than the configuration's")
     result = _measure(arguments.checkpoint, bench)
 

@@ -88,7 +88,8 @@ def compress(
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
         rounding: ``nearest``, ``gptq``, ``closed_form``, ``block`` or ``lra``.
         rounding_iterations: of ``lra`` a layer, of ``block`` a block.
-        activations: must be None: quantized activations are not available in this version.
+        activations: as the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
+            stay float.
         evaluate: called with the float and the compressed module; its numbers are reported.
         forward: ``forward(module, batch)`` gives the output tensor f(x), samples first; default: call the module.
         include, exclude: glob patterns of layer names.

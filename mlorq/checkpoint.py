@@ -29,6 +29,7 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor, nn
 
+from mlorq.activations.plan import ActivationPlan
 from mlorq.checkpoint_entry import LayerEntry, dtype_name, dtype_of
 from mlorq.compressed import (
     CompressedModule,
@@ -46,7 +47,7 @@ FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
 
-DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "extra"}
+DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
 HASH_KEYS = ("model", "calibration", "configuration")
 
@@ -63,8 +64,9 @@ def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[
         module: the model with its layers replaced (``mlorq.compressed.replace_layers``).
         description: JSON values. ``architecture`` (``{"family": "timm" | "transformers" | "custom", …}``) is
             needed; ``dtype`` (default: that of the first floating parameter), ``budget`` (``asked``,
-            ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``) and
-            ``extra`` (anything) may be left out.
+            ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
+            ``activations`` (``ActivationPlan.to_json``, of the quantizers that the module has) and ``extra``
+            (anything) may be left out.
 
     Raises:
         CheckpointError: the description is not JSON or has other keys; a part of the state is no tensor.
@@ -203,6 +205,7 @@ def _config_bytes(
             "aliases": dict(aliases),
             "buffers": buffers,
             "extra": given.get("extra") or {},
+            **({"activations": given["activations"]} if given.get("activations") else {}),
         }
     )
 
@@ -317,6 +320,8 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
     try:
         for entry in entries:
             _install(module, entry)
+        if config.get("activations"):
+            ActivationPlan.from_json(config["activations"]).install(module)
         _fill(module, tensors, entries, config)
     except (CheckpointError, ModelError) as error:
         raise CheckpointError(f"checkpoint {location}: {error}") from error
@@ -431,6 +436,7 @@ def _read_config(location: Location) -> tuple[dict[str, Any], list[LayerEntry]]:
                 raise ValueError(f"{wrong} are not what they should be")
             for dtype in config["buffers"].values():
                 dtype_of(dtype)
+            ActivationPlan.from_json(config.get("activations") or {"sites": [], "folds": []})
             return config, [LayerEntry.from_json(row) for row in config["layers"]]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)

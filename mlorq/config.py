@@ -161,6 +161,12 @@ class DataConfig(_Section):
     evaluation: SourceConfig
 
 
+def _checked_percentiles(value: list[float]) -> list[float]:
+    if not value or any(not 0.5 < p <= 1 for p in value):
+        raise ValueError("percentiles lie in (0.5, 1]")
+    return sorted(set(value))
+
+
 class SearchConfig(_Section):
     """Candidates, their costs, and the integer program (docs/METHOD.md, 1-5)."""
 
@@ -230,12 +236,7 @@ class SearchConfig(_Section):
             raise ValueError("bit-widths must differ")
         return sorted(value)
 
-    @field_validator("percentiles")
-    @classmethod
-    def _check_percentiles(cls, value: list[float]) -> list[float]:
-        if not value or any(not 0.5 < p <= 1 for p in value):
-            raise ValueError("percentiles lie in (0.5, 1]")
-        return sorted(set(value))
+    _check_percentiles = field_validator("percentiles")(_checked_percentiles)
 
     @model_validator(mode="after")
     def _check(self) -> SearchConfig:
@@ -273,6 +274,28 @@ class RoundingConfig(_Section):
     loss: Literal["block", "output"] = Field(
         "block", description="block: error of the block's output, or of the model's through its float rest"
     )
+
+
+class ActivationsConfig(_Section):
+    """Quantized activations (docs/METHOD.md, 8)."""
+
+    bits: int = Field(4, ge=2, le=8, description="code width of layers' inputs and of the operands of products")
+    method: Literal["uniform", "repq", "adalog"] = Field(
+        "repq",
+        description="uniform: one range a tensor; repq: ranges a channel folded into LayerNorms, log-sqrt2 after "
+        "softmax; adalog: as repq, with searched logarithms after softmax and GELU",
+    )
+    products: bool = Field(True, description="quantize the operands of attention's two matrix products too")
+    first_bits: int = Field(8, ge=2, le=8, description="code width of pixels, where a convolution comes first")
+    mixed: bool = Field(
+        False, description="give smaller tensors more bits: the most with size x bits within that of the largest"
+    )
+    percentiles: list[float] = Field(
+        [0.999, 0.9999, 0.99999], description="upper percentiles p of the ranges (1-p, p) tried"
+    )
+    samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
+
+    _check_percentiles = field_validator("percentiles")(_checked_percentiles)
 
 
 class DaskConfig(_Section):
@@ -347,7 +370,9 @@ class RunConfig(_Section):
     )
     search: SearchConfig = Field(default_factory=SearchConfig)
     rounding: RoundingConfig = Field(default_factory=RoundingConfig)
-    activations: None = Field(None, description="activation quantization; null: activations stay float")
+    activations: ActivationsConfig | None = Field(
+        None, description="quantized activations, as in {bits: 4, method: repq}; null: they stay float"
+    )
     store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
     engine: EngineConfig = Field(default_factory=EngineConfig)
     seed: int = Field(0, ge=0, description="seed of every random choice")
@@ -455,8 +480,6 @@ def _reject_reserved(values: dict[str, Any]) -> None:
         chosen = section.get(last) if isinstance(section, dict) else None
         if isinstance(chosen, str) and chosen in names:
             raise ConfigError(f"{path}: {chosen!r} is not available in this version; choose {_choices(path)}")
-    if values.get("activations") is not None:
-        raise ConfigError("activations: quantized activations are not available in this version; leave it null")
 
 
 def _choices(path: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlorq.activations.plan import ActivationPlan
 from mlorq.allocate import Choices
 from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, move_batch
@@ -43,6 +44,7 @@ class WholeModel:
         device: where to run.
         cost: which cost of the output.
         labels: for cost ``task``.
+        activations: quantized in whatever is measured; None: in none.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class WholeModel:
         *,
         cost: CostName = "nmse",
         labels: Sequence[Tensor] | None = None,
+        activations: ActivationPlan | None = None,
     ) -> None:
         self.module = deepcopy(model.module)
         self._float = dict(model.module.named_parameters())
@@ -61,6 +64,9 @@ class WholeModel:
         self._batches = [move_batch(batch, device, model.dtype) for batch in batches]
         references = self._outputs(0, [None] * len(self._batches))
         self._cost = OutputCost(cost, references, labels)
+        if activations is not None:
+            activations.install(self.module)
+            references = self._outputs(0, [None] * len(self._batches))
         carry = self._segments.advance(self._batches[0], 0, None, len(blocks))
         self._chain = enters_cleanly(self._segments, self._batches[0], len(blocks), carry, references[0])
 

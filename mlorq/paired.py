@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlorq.activations.plan import ActivationPlan
 from mlorq.capture import counting
 from mlorq.errors import ModelError
 from mlorq.forms import CompressedLayer
@@ -110,6 +111,7 @@ class PairedForward:
         device: where to run.
         importance: weights of the tokens, a mapping a batch; None: all weigh the same.
         leaders: the name in ``importance`` by layer.
+        activations: quantized in the compressed copy; None: in none.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class PairedForward:
         *,
         importance: Sequence[Importance] | None = None,
         leaders: Mapping[str, str] | None = None,
+        activations: ActivationPlan | None = None,
     ) -> None:
         self.model = model
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
@@ -128,6 +131,8 @@ class PairedForward:
         self._leaders = leaders or {}
         self._importance: Sequence[Importance] = importance or [{}] * len(self.batches)
         self.compressed = deepcopy(model.module)
+        if activations is not None:
+            activations.install(self.compressed)
         self._float = Segments(model, model.module, blocks)
         self._changed = Segments(model, self.compressed, blocks)
         self._at = 0

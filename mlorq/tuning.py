@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlorq.activations.plan import ActivationPlan
 from mlorq.capture import counting
 from mlorq.forms import CompressedLayer
 from mlorq.importance import Importance
@@ -48,6 +49,7 @@ def tune(
     progress: Callable[[int, int], None] | None = None,
     *,
     importance: Sequence[Importance] | None = None,
+    activations: ActivationPlan | None = None,
 ) -> Trained:
     """Train all compressed layers of a model together.
 
@@ -60,11 +62,14 @@ def tune(
         device: where to run.
         progress: called with (steps done, steps).
         importance: weights of the tokens of the blocks' outputs, a mapping a batch; None: all weigh the same.
+        activations: quantized in the compressed model; None: in none.
 
     Returns:
         The layers; those given where the loss on held-out batches did not fall.
     """
     module = deepcopy(model.module)
+    if activations is not None:
+        activations.install(module)
     trainable = []
     for layer, compressed in layers:
         bias = module.get_submodule(layer.name).bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from steps import (
+    activations,
     allocate,
     baseline,
     candidates,
@@ -23,6 +24,7 @@ REGISTRY: dict[str, Step] = {
     module.STEP.name: module.STEP
     for module in (
         layers,
+        activations,
         capture,
         candidates,
         sensitivity,

@@ -193,6 +193,9 @@ def execute(spec: StepSpec, bench: Workbench, progress: Progress | None = None) 
             "the process or image that runs the step holds another version of mlorq than the flow"
         )
     bench.use_threads()
+    activations = spec.inputs.get("activations")
+    if isinstance(activations, ArtifactRef):
+        bench.use_activations(activations)
     started = time.perf_counter()
     files = step.run(spec, bench, progress or (lambda done, total: None))
     # Whole milliseconds from the start: sums of what was just computed and of what a manifest says then agree.

@@ -15,7 +15,7 @@ from steps.workbench import Workbench
 
 def spec(bench: Workbench) -> StepSpec:
     """Depends on the model and the evaluation data."""
-    inputs = {"model": bench.model.key, "evaluation": bench.evaluation.key, "nmse": nmse_data(bench).key}
+    inputs = {"model": bench.float_model.key, "evaluation": bench.evaluation.key, "nmse": nmse_data(bench).key}
     return STEP.spec({}, dict(inputs))
 
 
@@ -32,7 +32,7 @@ def measure(data: Dataset, outputs: torch.Tensor, module: torch.nn.Module) -> di
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    model = bench.model
+    model = bench.float_model
     outputs = model_outputs(model, model.module, nmse_data(bench).batches, device=bench.device, progress=progress)
     metrics = measure(bench.evaluation, outputs, model.module)
     index = {"sample": torch.arange(outputs.shape[0])}

@@ -48,7 +48,7 @@ def settings_of(params: dict[str, Any]) -> CandidateSettings:
 def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
     """Depends on the layer's weight and Hessian (by the capture's key) and the candidates' settings."""
     params = {"layer": layer.name, **settings_params(bench.config.search)}
-    return STEP.spec(params, {"capture": capture, "layers": layers, "model": bench.model.key}, layer)
+    return STEP.spec(params, {"capture": capture, "layers": layers, **bench.model_inputs}, layer)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:

@@ -37,7 +37,7 @@ def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
         "seed": bench.config.seed,
     }
     inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.model.key,
+        **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
     }

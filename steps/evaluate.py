@@ -19,7 +19,7 @@ def spec(bench: Workbench, checkpoint: ArtifactRef, float_evaluation: ArtifactRe
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    model = bench.model
+    model = bench.float_model
     # Loaded into a copy of the float model's structure only where the architecture alone cannot rebuild it.
     instance = model.module if model.family == "custom" else None
     with reachable_checkpoint(bench.store, spec.artifact("checkpoint")) as location:

@@ -14,7 +14,7 @@ def spec(bench: Workbench) -> StepSpec:
     search = bench.config.search
     return STEP.spec(
         {"include": search.include, "exclude": search.exclude},
-        {"model": bench.model.key, "calibration": bench.calibration.key},
+        {"model": bench.float_model.key, "calibration": bench.calibration.key},
     )
 
 
@@ -22,7 +22,7 @@ def discover(bench: Workbench) -> LayerList:
     """List the layers without reading or writing the store (for a dry run)."""
     search = bench.config.search
     return find_layers(
-        bench.model,
+        bench.float_model,
         bench.calibration.batches[0],
         include=search.include,
         exclude=search.exclude,
@@ -36,7 +36,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         "layers.parquet": table_bytes(layers_table(found.layers)),
         "model.json": json_bytes(
             {
-                "architecture": bench.model.architecture,
+                "architecture": bench.float_model.architecture,
                 "blocks": found.blocks,
                 "skipped": [list(item) for item in found.skipped],
             }

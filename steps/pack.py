@@ -18,14 +18,16 @@ from steps.workbench import Workbench
 def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded: Sequence[ArtifactRef]) -> StepSpec:
     """Depends on the artifacts that changed each layer last and, for what it says of itself, the allocation."""
     search = bench.config.search
+    activations = bench.config.activations
     configuration = {
         "preset": bench.config.preset,
         "search": search.model_dump(mode="json"),
         "rounding": bench.config.rounding.model_dump(mode="json"),
         "seed": bench.config.seed,
+        **({} if activations is None else {"activations": activations.model_dump(mode="json")}),
     }
     inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.model.key,
+        **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
         "allocation": allocation,
@@ -39,13 +41,18 @@ def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded
 def describe(bench: Workbench) -> dict[str, Any]:
     """What a checkpoint of this model says of itself, as far as it is known before a budget is."""
     model = bench.model
-    return {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
+    found = {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
+    return found if bench.plan is None else found | {"activations": bench.plan.without_folds().to_json()}
 
 
 def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
     """Most bytes of a checkpoint that are not the compressible layers' weights."""
     aliases = {layer.name: layer.aliases for layer in layers}
-    return rest_upper_bound(bench.model.module, aliases, describe(bench), accounting=bench.config.search.accounting)
+    module = bench.model.module
+    if bench.plan is not None:
+        module = deepcopy(module)
+        bench.plan.install(module)
+    return rest_upper_bound(module, aliases, describe(bench), accounting=bench.config.search.accounting)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
@@ -57,6 +64,8 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         progress(index + 1, len(layers.layers))
     module = deepcopy(bench.model.module).to("cpu")
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
+    if bench.plan is not None:
+        bench.plan.install(module)
     allocation = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
     description = {
         **describe(bench),
@@ -66,7 +75,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
             "accounting": spec.params["accounting"],
         },
         "hashes": {
-            "model": spec.inputs["model"],
+            "model": bench.float_model.key,
             "calibration": spec.inputs["calibration"],
             "configuration": spec.params["configuration"],
         },

@@ -1,8 +1,9 @@
 """The order of a run's steps, whoever carries them out.
 
-``capture → candidates[ℓ] → sensitivity[ℓ] → allocate (→ refine) → round (ℓ in order) → pack → evaluate → summary``;
-what does not depend on the budget comes first and is shared by all budgets. An executor runs single steps and fan-outs;
-the Python API brings one that calls them in this process, the flows one that makes Prefect tasks of them.
+``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate (→ refine) → round (ℓ in order)
+→ pack → evaluate → summary``; what does not depend on the budget comes first and is shared by all budgets. An executor
+runs single steps and fan-outs; the Python API brings one that calls them in this process, the flows one that makes
+Prefect tasks of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mlorq.layers import Layer
 from mlorq.memory import parse_budget
 from mlorq.store import ArtifactRef
 from steps import (
+    activations,
     allocate,
     baseline,
     candidates,
@@ -57,6 +59,7 @@ class Search:
         capture: the ``capture`` artifact.
         candidates: ``{layer: artifact}``.
         sensitivity: ``{layer: artifact}``.
+        activations: the ``activations`` artifact; None where they stay float.
     """
 
     layers_ref: ArtifactRef
@@ -64,6 +67,7 @@ class Search:
     capture: ArtifactRef
     candidates: dict[str, ArtifactRef] = field(default_factory=dict)
     sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
+    activations: ArtifactRef | None = None
 
 
 @dataclass
@@ -87,9 +91,14 @@ def run_search(bench: Workbench, executor: Executor) -> Search:
     executor.phase("layers", 1)
     layers_ref = executor.run(layers.spec(bench)).ref
     found = bench.layer_list(layers_ref).layers
+    activations_ref = None
+    if bench.config.activations is not None:
+        executor.phase("activations", 1)
+        activations_ref = executor.run(activations.spec(bench, layers_ref)).ref
+        bench.use_activations(activations_ref)
     executor.phase("capture", 1)
     capture_ref = executor.run(capture.spec(bench, layers_ref)).ref
-    search = Search(layers_ref, found, capture_ref)
+    search = Search(layers_ref, found, capture_ref, activations=activations_ref)
     # Large layers first: the last worker to finish then has a small one.
     ordered = sorted(found, key=lambda layer: (-layer.params, layer.order))
     executor.phase("candidates", len(found))
@@ -211,6 +220,7 @@ def run_budget(
     executor.phase("summary", 1)
     artifacts = {
         "layers": search.layers_ref,
+        **({"activations": search.activations} if search.activations else {}),
         "capture": search.capture,
         "allocation": result.allocation,
         **({"program": result.program} if result.program else {}),

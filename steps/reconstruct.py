@@ -42,7 +42,7 @@ def spec(
         **{name: getattr(rounding, name) for name in SETTINGS},
     }
     inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.model.key,
+        **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
         "capture": capture,

@@ -38,7 +38,7 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation
         **quantizer_params(search),
     }
     inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.model.key,
+        **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
         "capture": capture,
@@ -68,7 +68,15 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     fitted = bench.search(layers[0], spec.artifact("capture"), settings).is_fitted
     # Differences between whole allocations are small and few are measured; of single layers there are many.
     whole, part = (
-        WholeModel(bench.model, listed.blocks, batches, bench.device, cost=params["cost"], labels=labels)
+        WholeModel(
+            bench.model,
+            listed.blocks,
+            batches,
+            bench.device,
+            cost=params["cost"],
+            labels=labels,
+            activations=bench.plan,
+        )
         for batches, labels in (
             bench.measuring(times * params["samples"], held_out=fitted) for times in (WHOLE_SAMPLES, 1)
         )

@@ -47,7 +47,7 @@ def spec(
         "method": method,
         **quantizer_params(config.search),
     }
-    inputs: dict[str, ArtifactRef | str] = {"model": bench.model.key, "layers": layers, "capture": capture}
+    inputs: dict[str, ArtifactRef | str] = {**bench.model_inputs, "layers": layers, "capture": capture}
     if is_sequential(method):
         params |= {"settings": {name: getattr(config.rounding, name) for name in SETTINGS[method]}}
         inputs |= {"calibration": bench.calibration.key}

@@ -30,7 +30,7 @@ def spec(
         **settings_params(search),
     }
     inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.model.key,
+        **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
         "capture": capture,

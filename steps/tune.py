@@ -28,7 +28,7 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: 
         **{name: getattr(rounding, name) for name in SETTINGS},
     }
     inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.model.key,
+        **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
         "capture": capture,
@@ -45,7 +45,17 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     batches, importance = bench.rounding_batches(spec.artifact("capture"), params["samples"], params["batch_size"])
     settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
-    result = tune(bench.model, listed.blocks, pairs, batches, settings, bench.device, progress, importance=importance)
+    result = tune(
+        bench.model,
+        listed.blocks,
+        pairs,
+        batches,
+        settings,
+        bench.device,
+        progress,
+        importance=importance,
+        activations=bench.plan,
+    )
     return trained_files(result, previous)
 
 

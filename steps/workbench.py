@@ -9,6 +9,7 @@ import contextlib
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlorq.activations import ActivationPlan
 from mlorq.candidates import CandidateSettings, LayerSearch
 from mlorq.checkpoint import CONFIG, TENSORS
 from mlorq.config import RunConfig
@@ -23,6 +25,7 @@ from mlorq.data import load_dataset
 from mlorq.data.base import Dataset
 from mlorq.errors import ConfigError, DataError
 from mlorq.forms import Candidate, CompressedLayer
+from mlorq.hashing import digest_json
 from mlorq.importance import importance_of_tensors, leaders
 from mlorq.layers import Layer, LayerList, weight_matrix
 from mlorq.models import load_model
@@ -62,11 +65,13 @@ class Workbench:
         self._lists: dict[str, LayerList] = {}
         self._importance: dict[str, list[dict[str, Tensor]] | None] = {}
         self._paired: tuple[str | None, str, PairedForward] | None = None
+        self._activations: ArtifactRef | None = None
+        self.plan: ActivationPlan | None = None
 
     def on_device(self, device: str) -> Workbench:
         """A workbench for another worker: its own copy of the model, the same data."""
         model = None if self._given[0] is None else deepcopy(self._given[0])
-        return Workbench(
+        other = Workbench(
             self.config,
             self.store,
             device,
@@ -74,6 +79,9 @@ class Workbench:
             calibration=self._given[1],
             evaluation=self._given[2],
         )
+        if self._activations is not None:
+            other.use_activations(self._activations)
+        return other
 
     def use_threads(self) -> None:
         """Give the calling thread the run's fixed number of CPU threads, where one is configured."""
@@ -84,12 +92,38 @@ class Workbench:
     # -- inputs -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def model(self) -> FloatModel:
-        """The float model, checked to be finite, on this device."""
+    def float_model(self) -> FloatModel:
+        """The float model as it was given, checked to be finite, on this device."""
         model = self._given[0] or load_model(self.config.model, self.config.folder)
         check_weights(model.module)
         model.module.to(self.device)
         return model
+
+    @cached_property
+    def model(self) -> FloatModel:
+        """The float model that is compressed: with its LayerNorms folded where activations are quantized."""
+        if self.plan is None or self._activations is None:
+            return self.float_model
+        module = deepcopy(self.float_model.module)
+        self.plan.fold(module)
+        key = digest_json([self.float_model.key, self._activations.key])
+        return replace(self.float_model, module=module, key=key)
+
+    def use_activations(self, ref: ArtifactRef) -> None:
+        """Work with quantized activations from now on: ``ref`` is the run's ``activations`` artifact."""
+        if self._activations == ref:
+            return
+        self.plan = ActivationPlan.from_json(
+            self.store.read_json(ref, PLAN), self.store.read_tensors(ref, PLAN_TENSORS)
+        )
+        self._activations, self._paired = ref, None
+        self.__dict__.pop("model", None)
+
+    @property
+    def model_inputs(self) -> dict[str, ArtifactRef | str]:
+        """What a step that works with ``model`` depends on."""
+        found: dict[str, ArtifactRef | str] = {"model": self.model.key}
+        return found if self._activations is None else found | {"activations": self._activations}
 
     @cached_property
     def calibration(self) -> Dataset:
@@ -97,7 +131,7 @@ class Workbench:
         data = self._given[1] or load_dataset(
             self.config.data.calibration,
             "calibration",
-            self.model,
+            self.float_model,
             self.config.model,
             self.config.folder,
             self.config.seed,
@@ -112,7 +146,7 @@ class Workbench:
         return self._given[2] or load_dataset(
             self.config.data.evaluation,
             "evaluation",
-            self.model,
+            self.float_model,
             self.config.model,
             self.config.folder,
             self.config.seed,
@@ -235,7 +269,13 @@ class Workbench:
             return self._paired[2]
         batches, importance = self.rounding_batches(capture, samples, batch_size)
         paired = PairedForward(
-            self.model, layers.blocks, batches, self.device, importance=importance, leaders=leaders(layers.layers)
+            self.model,
+            layers.blocks,
+            batches,
+            self.device,
+            importance=importance,
+            leaders=leaders(layers.layers),
+            activations=self.plan,
         )
         for compressed in self.all_rounded(previous).values():
             paired.set(layers[compressed.layer], compressed)
@@ -279,6 +319,7 @@ def reachable_checkpoint(store: Store, ref: ArtifactRef) -> Iterator[str]:
 
 
 IMPORTANCE = "importance.safetensors"
+PLAN, PLAN_TENSORS = "activations.json", "activations.safetensors"
 
 
 def moments_file(layer: str) -> str:

@@ -203,7 +203,7 @@ def test_progress_is_reported(capsys):
         (ConfigError, "'fast'", {"preset": "fast"}),
         (ConfigError, "'erq'", {"rounding": "erq"}),
         (ConfigError, "did you mean 'samples'", {"search": {"sampels": 3}}),
-        (ConfigError, "activations", {"activations": {"bits": 4}}),
+        (ConfigError, "activations.bits", {"activations": {"bits": 40}}),
         (ConfigError, "cuda:99", {"device": "cuda:99"}),
         (BudgetError, "three bits", {"budget": "three bits"}),
         (BudgetError, "smallest possible", {"budget": "0.1bit"}),

@@ -60,7 +60,8 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"search__sensitivity": "guess"}, ["search.sensitivity", "'guess'", "'measured'"]),
         ({"search__forms": ["LR"]}, ["search", "forms must have Q"]),
         ({"rounding__method": "erq"}, ["rounding.method", "'erq'", "'nearest'", "'block'"]),
-        ({"activations": {"bits": 4}}, ["activations"]),
+        ({"activations": {"bits": 40}}, ["activations.bits"]),
+        ({"activations": {"method": "rep"}}, ["activations.method", "'repq'"]),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(changes, words):

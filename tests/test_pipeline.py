@@ -133,7 +133,7 @@ def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_fac
     assert files[folder] == files[other]
 
 
-ALL = set(REGISTRY) - {"reconstruct", "refine", "tune"}  # which other settings bring
+ALL = set(REGISTRY) - {"activations", "reconstruct", "refine", "tune"}  # which other settings bring
 FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
 
 

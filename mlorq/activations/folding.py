@@ -1,0 +1,142 @@
+"""LayerNorms that take over what differs between the channels of their outputs (RepQ-ViT, arXiv 2212.08254; METHOD 8).
+
+The outputs of a LayerNorm differ widely from channel to channel: one range for all of them wastes most codes. Ranges a
+channel (s, z) become one range for all, ``s̄ = mean(s)``, ``z̄ = mean(z)``, after the change of variables
+``x = r ∘ (x' + b)`` with ``r = s / s̄``, ``b = z̄ s̄ - z s̄``, which is folded into what is before and after:
+
+    γ' = γ / r,  β' = β / r - b;     W' = W diag(r),  bias' = bias + W' b.
+
+The float function stays as it is. It does so only where nothing else reads the LayerNorm's output, which is not guessed
+from names: readers are the layers whose inputs have the same values channel by channel, and each fold is tried with
+random r and b, and kept only where the model's output does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.layers import Layer
+from mlorq.models.base import FloatModel
+
+UNCHANGED = 1e-4  # of the output's norm, in float32
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A LayerNorm and the linear layers that read its output, all of its readers."""
+
+    norm: str
+    layers: tuple[str, ...]
+
+
+def fold_norm(module: nn.Module, fold: Fold, scale: Tensor, shift: Tensor) -> None:
+    """Put ``x = r ∘ (x' + b)`` between a LayerNorm and its readers, in place.
+
+    Args:
+        module: the model.
+        fold: which.
+        scale: r, ``(channels,)``, positive.
+        shift: b, ``(channels,)``; zeros where a reader has no bias.
+    """
+    norm = module.get_submodule(fold.norm)
+    weight, bias = norm.weight, norm.bias
+    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)  # noqa: PT018
+    r, b = scale.to(weight.device).double(), shift.to(weight.device).double()
+    with torch.no_grad():
+        weight.copy_(weight.double() / r)
+        bias.copy_(bias.double() / r - b)
+        for name in fold.layers:
+            layer = module.get_submodule(name)
+            matrix, own = layer.weight, layer.bias
+            assert isinstance(matrix, Tensor)
+            moved = matrix.double() * r
+            matrix.copy_(moved)
+            if isinstance(own, Tensor):
+                own.copy_(own.double() + moved @ b)
+
+
+def has_bias(module: nn.Module, fold: Fold) -> bool:
+    """Whether all readers have a bias, which takes up a shift."""
+    return all(isinstance(module.get_submodule(name).bias, Tensor) for name in fold.layers)
+
+
+def find_folds(model: FloatModel, layers: Sequence[Layer], batch: Any, seed: int = 0) -> list[Fold]:
+    """The LayerNorms of a model that can be folded.
+
+    Args:
+        model: the float model, on the batch's device.
+        layers: the compressible layers.
+        batch: some samples.
+        seed: of the changes that are tried.
+    """
+    candidates = _by_channel(model, layers, batch)
+    with torch.no_grad():
+        expected = model.outputs(model.module, batch)
+
+    def holds(folds: Sequence[Fold]) -> bool:
+        module = deepcopy(model.module)
+        generator = torch.Generator().manual_seed(seed)
+        for fold in folds:
+            weight = module.get_submodule(fold.norm).weight
+            assert isinstance(weight, Tensor)
+            scale = torch.randn(len(weight), generator=generator).mul(0.3).exp()
+            shift = torch.randn(len(weight), generator=generator) * 0.3 * float(has_bias(module, fold))
+            fold_norm(module, fold, scale, shift)
+        with torch.no_grad():
+            found = model.outputs(module, batch)
+        return bool((found - expected).norm() <= UNCHANGED * expected.norm())
+
+    if not candidates or holds(candidates):
+        return candidates
+    return [fold for fold in candidates if holds([fold])]
+
+
+def _by_channel(model: FloatModel, layers: Sequence[Layer], batch: Any) -> list[Fold]:
+    """LayerNorms and the linear layers whose inputs have the same least and largest values channel by channel."""
+    norms: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def span(values: Tensor) -> Tensor:
+        tokens = values.reshape(-1, values.shape[-1])
+        return torch.stack([tokens.amin(0), tokens.amax(0)])
+
+    handles = []
+    for name, child in model.module.named_modules():
+        if isinstance(child, nn.LayerNorm) and child.weight is not None and child.bias is not None:
+
+            def after(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
+                calls[name] = calls.get(name, 0) + 1
+                norms[name] = span(output)
+
+            handles.append(child.register_forward_hook(after))
+    for layer in layers:
+        if layer.kind == "linear" and not layer.aliases:
+
+            def before(_: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
+                calls[name] = calls.get(name, 0) + 1
+                inputs[name] = span(args[0])
+
+            handles.append(model.module.get_submodule(layer.name).register_forward_pre_hook(before))
+    try:
+        with torch.no_grad():
+            model.outputs(model.module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for name, values in norms.items():
+        readers = tuple(
+            layer
+            for layer, seen in inputs.items()
+            if calls[layer] == 1 and seen.shape == values.shape and torch.equal(seen, values)
+        )
+        if readers and calls[name] == 1:
+            found.append(Fold(name, readers))
+    return found

@@ -1,0 +1,125 @@
+"""Products of two activations, seen and changed while a module runs.
+
+Attention multiplies queries by keys and probabilities by values; neither is a layer. ``ProductMode`` catches the
+calls (``@``, ``matmul``, ``bmm``, ``einsum``, and ``scaled_dot_product_attention``, taken apart into its two products)
+as PyTorch dispatches them, so that any model's own code stays as it is: nothing is traced or rewritten. Products with
+parameters are layers' business and pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mlorq.activations.quantizers import ActivationQuantizer
+
+PRODUCTS = {"matmul", "__matmul__", "bmm"}
+Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ProductMode(TorchFunctionMode):
+    """Hands both operands of every product of activations to a function, and multiplies what it returns."""
+
+    def __init__(self, operands: Operands) -> None:
+        super().__init__()
+        self._operands = operands
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if name in PRODUCTS and not kwargs and len(args) == 2 and _are_activations(*args):
+            return func(*self._operands(*args))
+        if name == "einsum" and len(args) == 3 and _are_activations(*args[1:]):
+            return func(args[0], *self._operands(*args[1:]))
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As documented for ``scaled_dot_product_attention``, without dropout, in two products."""
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        query, keys = self._operands(query, key.transpose(-2, -1))
+        scores = (query @ keys) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        if is_causal:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~allowed, -math.inf)
+        if attn_mask is not None:
+            mask = attn_mask
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        probabilities, value = self._operands(scores.softmax(-1), value)
+        return probabilities @ value
+
+
+def _are_activations(left: Any, right: Any) -> bool:
+    return all(
+        isinstance(one, Tensor) and not isinstance(one, nn.Parameter) and one.is_floating_point() and one.dim() > 1
+        for one in (left, right)
+    )
+
+
+class ProductQuantizers(nn.Module):
+    """Quantizes the operands of a module's own products while that module runs.
+
+    Args:
+        quantizers: ``{"0_left": …, "0_right": …, "1_left": …}``, by the product's number in a call of the module.
+    """
+
+    def __init__(self, quantizers: dict[str, ActivationQuantizer]) -> None:
+        super().__init__()
+        self.operands = nn.ModuleDict(quantizers)
+        self._modes: list[ProductMode] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook."""
+        count = 0
+
+        def quantized(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal count
+            names = (f"{count}_left", f"{count}_right")
+            count += 1
+            pairs = zip(names, (left, right), strict=True)
+            first, second = (self.operands[name](x) if name in self.operands else x for name, x in pairs)
+            return first, second
+
+        mode = ProductMode(quantized)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook, also called where the module raised."""
+        if self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+    def forward(self) -> None:
+        """Not called: the hooks do the work."""
+
+
+def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
+    """Have a module's products quantized from now on, in copies of it too."""
+    module.product_quantizers = quantizers
+    module.register_forward_pre_hook(quantizers.enter)
+    module.register_forward_hook(quantizers.leave, always_call=True)
+
+
+def attach_input(module: nn.Module, quantizer: ActivationQuantizer) -> None:
+    """Have a layer's input quantized from now on, in copies of it too."""
+    module.input_quantizer = quantizer
+    module.register_forward_pre_hook(quantizer.hook)

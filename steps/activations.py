@@ -1,0 +1,33 @@
+"""Step ``activations``: where activations are quantized, with which ranges, and which LayerNorms are folded for it."""
+
+from __future__ import annotations
+
+from mlorq.activations import ActivationSettings, calibrate
+from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from steps.base import Progress, Step, StepSpec
+from steps.workbench import PLAN, PLAN_TENSORS, Workbench
+
+
+def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
+    """Depends on the float model, the calibration data, the layers and the ``activations`` section."""
+    chosen = bench.config.activations
+    assert chosen is not None
+    params = {**chosen.model_dump(mode="json"), "seed": bench.config.seed}
+    inputs: dict[str, ArtifactRef | str] = {
+        "model": bench.float_model.key,
+        "calibration": bench.calibration.key,
+        "layers": layers,
+    }
+    return STEP.spec(params, inputs)
+
+
+def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
+    params = dict(spec.params)
+    batches = bench.batches(params.pop("samples"))
+    params["percentiles"] = tuple(params["percentiles"])
+    layers = bench.layer_list(spec.artifact("layers")).layers
+    plan = calibrate(bench.float_model, layers, batches, ActivationSettings(**params), bench.device, progress)
+    return {PLAN: json_bytes(plan.to_json()), PLAN_TENSORS: tensors_bytes(dict(plan.tensors))}
+
+
+STEP = Step("activations", 1, run)
