@@ -8,12 +8,12 @@ channel (s, z) become one range for all, ``s̄ = mean(s)``, ``z̄ = mean(z)``, a
 
 The float function stays as it is. It does so only where nothing else reads the LayerNorm's output, which is not guessed
 from names: readers are the layers whose inputs have the same values channel by channel, and each fold is tried with
-random r and b, and kept only where the model's output does not change.
+random r and b, and kept only where neither the output nor what any other layer reads changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.layers import Layer
-from mlorq.models.base import FloatModel
+from mlorq.models.base import FloatModel, take_samples
 
-UNCHANGED = 1e-4  # of the output's norm, in float32
+UNCHANGED = 1e-4  # of the norm, in float32
+FEW = 4  # samples that folds are tried on
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batch: Any, seed: int
         batch: some samples.
         seed: of the changes that are tried.
     """
-    candidates = _by_channel(model, layers, batch)
-    with torch.no_grad():
-        expected = model.outputs(model.module, batch)
+    few = take_samples(batch, slice(0, FEW))
+    candidates = _by_channel(model, layers, few)
+    expected = _seen(model, model.module, layers, few)
 
     def holds(folds: Sequence[Fold]) -> bool:
         module = deepcopy(model.module)
@@ -88,13 +89,31 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batch: Any, seed: int
             scale = torch.randn(len(weight), generator=generator).mul(0.3).exp()
             shift = torch.randn(len(weight), generator=generator) * 0.3 * float(has_bias(module, fold))
             fold_norm(module, fold, scale, shift)
-        with torch.no_grad():
-            found = model.outputs(module, batch)
-        return bool((found - expected).norm() <= UNCHANGED * expected.norm())
+        found = _seen(model, module, layers, few)
+        changed = {name for fold in folds for name in fold.layers}
+        pairs = [(found[name], value) for name, value in expected.items() if name not in changed]
+        return all(bool((new - old).norm() <= UNCHANGED * old.norm()) for new, old in pairs)
 
     if not candidates or holds(candidates):
         return candidates
     return [fold for fold in candidates if holds([fold])]
+
+
+def _seen(model: FloatModel, module: nn.Module, layers: Sequence[Layer], batch: Any) -> dict[str, Tensor]:
+    """What every layer reads, and the output: a model's output alone may hardly depend on what is inside it."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args: found.__setitem__(name, args[0].float())
+
+    handles = [module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name)) for layer in layers]
+    try:
+        with torch.no_grad():
+            found["output"] = model.outputs(module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _by_channel(model: FloatModel, layers: Sequence[Layer], batch: Any) -> list[Fold]:
