@@ -174,7 +174,7 @@ class Estimate:
 
     def _round(self, layer: Layer) -> float:
         rounding = self.bench.config.rounding
-        if rounding.method == "nearest":
+        if rounding.method in ("nearest", "brecq", "qdrop"):
             return self._factorisation(layer)
         samples = min(rounding.samples, self.bench.calibration.samples)
         closed = CLOSED * self.speed.product * layer.params * layer.in_features

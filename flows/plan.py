@@ -18,6 +18,7 @@ from mlorq.errors import BudgetError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer, LayerList
 from mlorq.memory import candidate_bytes, parse_budget
+from mlorq.rounding import BY_BLOCKS
 from steps import activations, baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
 from steps.pipeline import run_allocations, run_budget, run_search
@@ -109,7 +110,7 @@ class Planner:
         for phase in phases:
             for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
-            if phase == "round" and self.bench.config.rounding.method == "block":
+            if phase == "round" and self.bench.config.rounding.method in BY_BLOCKS:
                 for block in range(len(self.found.blocks)):
                     if members(self.found, block):
                         self._count(phase, None)

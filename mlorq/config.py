@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import fsspec
 import yaml
@@ -22,16 +22,11 @@ from mlorq.locations import folder_of_url, resolve_location
 
 Preset = Literal["best", "quick", "paper"]
 Sensitivity = Literal["measured", "auto", "closed_form"]
-RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra"]
+RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra", "erq", "brecq", "qdrop"]
 Accounting = Literal["exact", "paper"]
 Cost = Literal["nmse", "kl", "task"]
 
 DEFAULT_PRESET: Preset = "best"
-
-# Names that the design reserves for work that is not there yet: an error, never an alias of something else.
-RESERVED = {
-    "rounding.method": {"erq", "brecq"},
-}
 
 PERCENTILES = [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0]
 
@@ -251,9 +246,16 @@ class RoundingConfig(_Section):
     method: RoundingMethod = Field(
         "lra",
         description="nearest; gptq; closed_form (GPTQ with error feedback); block (closed form, then block "
-        "reconstruction); lra (low-rank-aware adaptive rounding)",
+        "reconstruction); lra (low-rank-aware adaptive rounding); erq, brecq, qdrop: those of their papers",
     )
-    start: Literal["nearest", "closed_form"] = Field("nearest", description="lra: rounding to start from")
+    start: Literal["nearest", "closed_form", "erq"] = Field(
+        "nearest", description="lra: rounding to start from; erq: nearest, of weights moved by ERQ's first regression"
+    )
+    drop: float = Field(
+        0.0, ge=0, lt=1, description="block: share of activations that stay float in each step (qdrop: 0.5)"
+    )
+    soft_rate: float = Field(0.02, gt=0, description="brecq, qdrop: step size of adaptive rounding")
+    soft_weight: float = Field(0.01, ge=0, description="brecq, qdrop: weight of the rounding regulariser")
     feedback: bool = Field(
         True, description="closed_form, block: move weights and biases to make up for what layers before have changed"
     )
@@ -393,7 +395,6 @@ class RunConfig(_Section):
         if not isinstance(values, dict):
             raise ConfigError("a configuration is a mapping of keys to values")
         values = dict(values)
-        _reject_reserved(values)
         preset = values.get("preset", DEFAULT_PRESET)
         for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
             given = values.get(section)
@@ -469,22 +470,6 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, not a section: cannot set {key}")
     values[last] = value
-
-
-def _reject_reserved(values: dict[str, Any]) -> None:
-    for path, names in RESERVED.items():
-        *parents, last = path.split(".")
-        section: Any = values
-        for part in parents:
-            section = section.get(part) if isinstance(section, dict) else None
-        chosen = section.get(last) if isinstance(section, dict) else None
-        if isinstance(chosen, str) and chosen in names:
-            raise ConfigError(f"{path}: {chosen!r} is not available in this version; choose {_choices(path)}")
-
-
-def _choices(path: str) -> str:
-    kind = {"preset": Preset, "search.sensitivity": Sensitivity, "rounding.method": RoundingMethod}[path]
-    return " or ".join(repr(name) for name in get_args(kind))
 
 
 def _explain(error: ValidationError) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class InputMoments:
         mean: ``E[x̃]``, ``(in_features,)``; None where it was not looked at.
         drift_mean: ``E[x - x̃]``.
         folds: the same of every other sample and of the rest; empty for a fold itself.
+        has_tokens: whether a sample gives more than one input.
     """
 
     compressed: Tensor
@@ -48,6 +49,7 @@ class InputMoments:
     mean: Tensor | None = None
     drift_mean: Tensor | None = None
     folds: tuple[InputMoments, ...] = ()
+    has_tokens: bool = True
 
     def centred(self) -> InputMoments:
         """Moments about the means: what is left to the weights where the bias takes care of the mean error."""
@@ -59,6 +61,7 @@ class InputMoments:
             self.drift - torch.outer(drift, drift),
             self.tokens,
             folds=tuple(fold.centred() for fold in self.folds),
+            has_tokens=self.has_tokens,
         )
 
 
@@ -67,7 +70,16 @@ FIELDS = ("compressed", "drift_cross", "drift", "mean", "drift_mean")
 
 def _averaged(sums: dict[str, Tensor], tokens: float, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
     total = tokens if tokens > 0 else 1.0
-    return InputMoments(**{name: sums[name] / total for name in FIELDS}, tokens=round(tokens), folds=folds)
+    means = {name: sums[name] / total for name in FIELDS}
+    return InputMoments(
+        means["compressed"],
+        means["drift_cross"],
+        means["drift"],
+        round(tokens),
+        means["mean"],
+        means["drift_mean"],
+        folds,
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ class BlockCall:
         target: the float block's output in the float model, float32.
         outputs: f(x) of the float model, ``(samples, outputs)``; None where it was not asked for.
         weights: of the target's tokens in the error, the target's shape without its last axis: 0 where one does not
-            count; None where all weigh the same.
+            count; or of its entries, the target's shape; None where all weigh the same.
+        float_input: the block's first argument in the float model; None where it was not asked for.
     """
 
     batch: Any
@@ -89,6 +102,7 @@ class BlockCall:
     target: Tensor
     outputs: Tensor | None
     weights: Tensor | None
+    float_input: Tensor | None = None
 
 
 def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
@@ -172,7 +186,7 @@ class PairedForward:
             for _ in range(FOLDS)
         ]
         tokens = [0.0] * FOLDS
-        first = 0
+        first, several = 0, False
         name = self._leaders.get(layer.name, layer.name)
         for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
             samples = batch_samples(batch)
@@ -180,6 +194,7 @@ class PairedForward:
             float_tokens = self._tokens(module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples)
             own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
             mask = counting(mask, own_tokens)
+            several = several or own_tokens.shape[1] > 1
             weights = importance.get(name, torch.ones(own_tokens.shape[:2])).to(device)
             for fold, sums in enumerate(folds):
                 part = slice((fold - first) % FOLDS, None, FOLDS)
@@ -197,21 +212,33 @@ class PairedForward:
             first += samples
         parts = tuple(_averaged(sums, count) for sums, count in zip(folds, tokens, strict=True) if count)
         both = {name: sum((sums[name] for sums in folds[1:]), folds[0][name]) for name in FIELDS}
-        moments = _averaged(both, sum(tokens), parts)
+        moments = replace(_averaged(both, sum(tokens), parts), has_tokens=several)
         self._last = (layer.input_group, moments)
         return moments
 
     # -- whole blocks -----------------------------------------------------------------------------------------
 
-    def block_calls(self, block: int, *, outputs: bool = False) -> list[BlockCall]:
-        """All batches at the entry of a block, with the model's outputs where asked; the layers before are rounded.
+    def block_calls(
+        self, block: int, *, outputs: bool = False, fisher: bool = False, float_inputs: bool = False, seed: int = 0
+    ) -> list[BlockCall]:
+        """All batches at the entry of a block; the layers before are rounded.
+
+        Args:
+            block: its index.
+            outputs: give the model's outputs too.
+            fisher: weigh entries of the block's output by the squared gradient there of ``v · f``, v Gaussian, instead
+                of tokens by their importance (BRECQ, arXiv 2102.05426, whose f is the labelled loss).
+            float_inputs: give the float model's input of the block too.
+            seed: of v.
 
         Raises:
-            ModelError: outputs are asked for, and later parts of the model read earlier blocks again: no block has a
-                rest that could follow it alone.
+            ModelError: outputs or gradients are asked for, and later parts of the model read earlier blocks again: no
+                block has a rest that could follow it alone.
         """
-        if outputs and not self._is_chain():
-            raise ModelError("rounding.loss: output needs a model whose blocks are a chain; use block")
+        if (outputs or fisher) and not self._is_chain():
+            asked = "rounding.loss: output" if outputs else "rounding.method: brecq"
+            raise ModelError(f"{asked} needs a model whose blocks are a chain; use block")
+        generator = torch.Generator().manual_seed(seed)
         self._advance(block)
         calls = []
         for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
@@ -220,13 +247,37 @@ class PairedForward:
             target = (after if isinstance(after, Tensor) else after[0]).float()
             whole = self._float.outputs(batch, self._at, carry) if outputs else None
             weights = importance.get(self._block_names[block])
-            weights = token_weights(target, counting(self.model.token_mask(batch), target), weights)
-            calls.append(BlockCall(batch, args, kwargs, target, whole, weights))
+            mask = counting(self.model.token_mask(batch), target)
+            weights = token_weights(target, mask, None if fisher else weights)
+            if fisher:
+                squared = self._squared_gradients(batch, block + 1, after, generator)
+                weights = squared if weights is None else squared * weights.unsqueeze(-1)
+            own = None
+            if float_inputs:
+                positional, named = self._float.block_arguments(batch, self._at, carry, block)
+                own = positional[0] if positional else next(iter(named.values()))
+            calls.append(BlockCall(batch, args, kwargs, target, whole, weights, own))
         return calls
+
+    def _squared_gradients(self, batch: Any, start: int, after: Any, generator: torch.Generator) -> Tensor:
+        """``(∂(v · f)/∂z)²`` of a block's output z, with mean 1."""
+        first = after if isinstance(after, Tensor) else after[0]
+        with torch.enable_grad():
+            entry = first.detach().clone().requires_grad_(True)
+            carry = entry if isinstance(after, Tensor) else (entry, *after[1:])
+            output = self._float.differentiable_outputs(batch, start, carry)
+            vector = torch.randn(output.shape, generator=generator).to(output.device)
+            (gradient,) = torch.autograd.grad((output * vector).sum(), entry, allow_unused=True)
+        squared = torch.ones_like(first) if gradient is None else gradient.square()
+        return (squared / squared.mean().clamp(min=torch.finfo(squared.dtype).tiny)).float()
 
     def run_block(self, block: int, call: BlockCall) -> Any:
         """The output of a block of the compressed copy, differentiable."""
         return self._changed.blocks[block](*call.args, **call.kwargs)
+
+    def block(self, block: int) -> torch.nn.Module:
+        """A block of the compressed copy."""
+        return self._changed.blocks[block]
 
     def finish(self, call: BlockCall, start: int, carry: Any) -> Tensor:
         """f(x) of the float model entered at block ``start``, differentiable."""

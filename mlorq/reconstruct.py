@@ -6,22 +6,31 @@ the model whose earlier blocks are compressed already, against the float block's
 2102.05426, without the sigmoid) or, with ``output``, the error of the model's output when the float rest of the model
 follows.
 
+``brecq`` and ``qdrop`` are the published methods beside it: soft rounding from nearest (``mlorq.adaround``) with
+scales and biases as they are, and entries of the block's output weighed by squared gradients, or activations that stay
+float at random.
+
 Whatever is learned is kept only where it lowers the loss on samples that were not trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mlorq.activations.plan import quantizers_of
+from mlorq.adaround import Regulariser, SoftLayer, set_hard
 from mlorq.forms import CompressedLayer
 from mlorq.layers import Layer
 from mlorq.paired import BlockCall, PairedForward
-from mlorq.trainable import Rates, TrainableLayer, Trained, train
+from mlorq.quantizers import RowQuantizer, ZeroPoint
+from mlorq.trainable import Rates, TrainableLayer, Trained, refresh_all, train
+
+Parts = Mapping[str, tuple[Tensor, RowQuantizer]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,10 @@ class ReconstructionSettings:
     scale_rate: float = 1e-3
     bias_rate: float = 1e-4
     loss: Literal["block", "output"] = "block"
+    method: Literal["block", "brecq", "qdrop"] = "block"
+    drop: float = 0.0
+    soft_rate: float = 0.02
+    soft_weight: float = 0.01
     seed: int = 0
 
 
@@ -42,6 +55,8 @@ def reconstruct(
     layers: Sequence[tuple[Layer, CompressedLayer]],
     settings: ReconstructionSettings,
     progress: Callable[[int, int], None] | None = None,
+    parts: Mapping[str, Parts] | None = None,
+    zero_point: ZeroPoint = "codes",
 ) -> Trained:
     """Optimise the layers of one block.
 
@@ -51,15 +66,74 @@ def reconstruct(
         layers: of the block, as they are rounded.
         settings: steps and rates.
         progress: called with (steps done, steps).
+        parts: of ``brecq`` and ``qdrop``, by layer: the float matrices that it stores, and their quantizers.
+        zero_point: where their zero-points lie.
 
     Returns:
         The layers; the copy in ``paired`` is as it was: set what is returned.
     """
-    calls = paired.block_calls(block, outputs=settings.loss == "output")
+    calls = paired.block_calls(
+        block,
+        outputs=settings.loss == "output",
+        fisher=settings.method == "brecq",
+        float_inputs=settings.drop > 0,
+        seed=settings.seed,
+    )
     objective = _Objective(paired, block)
-    trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
-    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate)
-    return train(trainable, calls, objective, objective.of_all, rates, settings.iterations, settings.seed, progress)
+    if parts is None:
+        trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
+        rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate)
+        step: Callable[[BlockCall], Tensor] = objective
+    else:
+        soft = [SoftLayer(paired.compressed, layer, one, parts[layer.name], zero_point) for layer, one in layers]
+        regulariser = Regulariser(soft, settings.iterations, settings.soft_weight)
+        trainable, rates = list(soft), Rates(settings.soft_rate, 0.0, 0.0)
+
+        def step(call: BlockCall) -> Tensor:
+            return objective(call) + regulariser()
+
+    def held_out(batches: Sequence[BlockCall]) -> float:
+        set_hard(trainable, True)
+        refresh_all(trainable)
+        found = objective.of_all(batches)
+        set_hard(trainable, False)
+        return found
+
+    if settings.drop:
+        step = _dropping(paired, block, step, settings)
+    return train(trainable, calls, step, held_out, rates, settings.iterations, settings.seed, progress)
+
+
+def _dropping(
+    paired: PairedForward, block: int, step: Callable[[BlockCall], Tensor], settings: ReconstructionSettings
+) -> Callable[[BlockCall], Tensor]:
+    """A step in which a share of the block's input comes from the float model, and of its activations stays float.
+
+    QDrop, arXiv 2203.05740: what is learned then holds for more than one pattern of quantization errors.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    quantizers = quantizers_of(paired.block(block))
+
+    def mixed(call: BlockCall) -> Tensor:
+        for quantizer in quantizers:
+            quantizer.drop, quantizer.generator = settings.drop, generator
+        try:
+            return step(_mixed_input(call, settings.drop, generator))
+        finally:
+            for quantizer in quantizers:
+                quantizer.drop, quantizer.generator = 0.0, None
+
+    return mixed
+
+
+def _mixed_input(call: BlockCall, share: float, generator: torch.Generator) -> BlockCall:
+    assert call.float_input is not None
+    own = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    chosen = torch.rand(own.shape, generator=generator).to(own.device) < share
+    value = torch.where(chosen, call.float_input, own)
+    if call.args:
+        return replace(call, args=(value, *call.args[1:]))
+    return replace(call, kwargs={**call.kwargs, next(iter(call.kwargs)): value})
 
 
 class _Objective:
@@ -90,8 +164,10 @@ class _Objective:
 
 
 def weighted_square(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Squares of a block's output or its error, tokens weighed."""
-    return values.square() if weights is None else values.square() * weights.unsqueeze(-1)
+    """Squares of a block's output or its error, tokens or entries weighed."""
+    if weights is None:
+        return values.square()
+    return values.square() * (weights if weights.dim() == values.dim() else weights.unsqueeze(-1))
 
 
 def first_tensor(output: Any) -> Tensor:

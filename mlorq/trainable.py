@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,26 @@ HELD_OUT = 5  # one batch in so many is not trained on
 CHECKS = 4  # looks at the held-out loss
 
 
+class Matrix(Protocol):
+    """One stored matrix with something to train.
+
+    Attributes:
+        latent: what its codes are computed from.
+        growth: of its scales, as a logarithm; without effect where scales stay.
+    """
+
+    latent: nn.Parameter
+    growth: nn.Parameter
+
+    def values(self) -> Tensor:
+        """Dequantized, differentiable."""
+
+    def result(self) -> QuantizedMatrix:
+        """What it is stored as."""
+
+
 class _Matrix:
-    """One stored matrix with trainable codes and scales."""
+    """Codes trained straight through their rounding, and scales."""
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
         self.stored = matrix
@@ -67,7 +85,9 @@ class TrainableLayer:
         weight = self.module._parameters["weight"]
         assert weight is not None
         self.shape, self.dtype = weight.shape, weight.dtype
-        self.matrices = {name: _Matrix(matrix, weight.device) for name, matrix in compressed.matrices.items()}
+        self.matrices: dict[str, Matrix] = {
+            name: _Matrix(matrix, weight.device) for name, matrix in compressed.matrices.items()
+        }
         bias = self.module._parameters.get("bias")
         own = bias is not None and not layer.aliases
         self.bias = nn.Parameter(bias.detach().float().clone()) if own and bias is not None else None

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from mlorq.candidates import candidate_of
 from mlorq.layers import Layer
 from mlorq.memory import parse_budget
+from mlorq.rounding import BY_BLOCKS
 from mlorq.store import ArtifactRef
 from steps import (
     activations,
@@ -166,7 +167,7 @@ def run_rounding(bench: Workbench, executor: Executor, search: Search, allocatio
     rows = bench.store.read_table(allocation, "allocation.parquet").to_pylist()
     chosen = {row["layer"]: candidate_of(row) for row in rows}
     method = bench.config.rounding.method
-    blocks = complete_blocks(bench, search) if method == "block" else {}
+    blocks = complete_blocks(bench, search) if method in BY_BLOCKS else {}
     executor.phase("round", len(search.layers) + len(blocks))
     result = RoundedLayers()
 

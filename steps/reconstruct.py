@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from mlorq.candidates import LayerSearch
 from mlorq.layers import Layer, LayerList
 from mlorq.reconstruct import ReconstructionSettings, reconstruct
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.trainable import Trained
 from steps.base import Progress, Step, StepSpec
+from steps.candidates import quantizer_params, settings_of
 from steps.workbench import Workbench
 
-SETTINGS = ("iterations", "code_rate", "scale_rate", "bias_rate", "loss")
+SETTINGS = {
+    "block": ("iterations", "code_rate", "scale_rate", "bias_rate", "loss", "drop"),
+    "brecq": ("iterations", "soft_rate", "soft_weight"),
+    "qdrop": ("iterations", "soft_rate", "soft_weight"),
+}
+QDROP = 0.5  # the published share
 
 
 def members(layers: LayerList, block: int) -> list[Layer]:
@@ -39,7 +46,9 @@ def spec(
         "samples": rounding.samples,
         "batch_size": rounding.batch_size,
         "seed": bench.config.seed,
-        **{name: getattr(rounding, name) for name in SETTINGS},
+        "method": rounding.method,
+        **{name: getattr(rounding, name) for name in SETTINGS[rounding.method]},
+        **({} if rounding.method == "block" else quantizer_params(bench.config.search)),
     }
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,
@@ -58,9 +67,20 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     previous = spec.artifact("previous")
     paired = bench.paired(layers, spec.artifact("capture"), previous, params["samples"], params["batch_size"])
     rounded = bench.all_rounded(previous, own)
-    settings = ReconstructionSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
+    method = params["method"]
+    chosen = {name: params[name] for name in SETTINGS[method]} | ({"drop": QDROP} if method == "qdrop" else {})
+    settings = ReconstructionSettings(**chosen, method=method, seed=params["seed"])
     pairs = [(layer, rounded[name]) for name, layer in own.items()]
-    result = reconstruct(paired, params["block"], pairs, settings, progress)
+    parts = None
+    if method != "block":
+        candidates = settings_of(params)
+        parts = {
+            name: LayerSearch.quantized_parts(
+                bench.search(layer, spec.artifact("capture"), candidates), rounded[name].candidate
+            )
+            for name, layer in own.items()
+        }
+    result = reconstruct(paired, params["block"], pairs, settings, progress, parts, bench.config.search.zero_point)
     for compressed in result.layers:
         paired.set(own[compressed.layer], compressed)
     bench.keep_paired(paired, spec.ref, params["samples"], params["batch_size"])
@@ -84,4 +104,4 @@ def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
     return files
 
 
-STEP = Step("reconstruct", 2, run)
+STEP = Step("reconstruct", 3, run)

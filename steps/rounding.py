@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from mlorq.forms import Candidate
 from mlorq.layers import Layer
-from mlorq.rounding import METHODS, NEEDS_MOMENTS, RoundingSettings
+from mlorq.rounding import BY_BLOCKS, METHODS, NEEDS_MOMENTS, RoundingSettings
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
@@ -19,12 +19,15 @@ SETTINGS = {
     "gptq": ("samples",),
     "closed_form": ("samples", "feedback"),
     "block": ("samples", "batch_size", "feedback"),
+    "erq": ("samples",),
+    "brecq": (),
+    "qdrop": (),
 }
 
 
 def is_sequential(method: str) -> bool:
     """Whether a method must round layers in execution order."""
-    return method in NEEDS_MOMENTS
+    return method in NEEDS_MOMENTS | BY_BLOCKS
 
 
 def spec(
@@ -63,14 +66,13 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     layer = layers[params["layer"]]
     candidate = Candidate(**params["candidate"])
     search = bench.search(layer, spec.artifact("capture"), settings_of(params))
-    if not is_sequential(method):
+    previous = spec.artifact("previous") if "previous" in spec.inputs else None
+    if method not in NEEDS_MOMENTS:
         result = METHODS[method](layer.name, search, candidate, None, RoundingSettings(method), progress)
-        previous = None
     else:
         settings = dict(params["settings"])
         samples, batch_size = settings.pop("samples"), settings.pop("batch_size", None)
         feedback = settings.pop("feedback", True)
-        previous = spec.artifact("previous") if "previous" in spec.inputs else None
         paired = bench.paired(layers, spec.artifact("capture"), previous, samples, batch_size)
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.

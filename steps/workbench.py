@@ -226,6 +226,15 @@ class Workbench:
                 found.setdefault(layer.layer, layer)
         return found
 
+    def _rounded_since(self, key: str | None, last: ArtifactRef | None) -> dict[str, CompressedLayer] | None:
+        """The layers that a chain's artifacts after ``key`` wrote, by name; None where it does not come by it."""
+        found: dict[str, CompressedLayer] = {}
+        while last is not None and last.key != key:
+            layers, last = self.rounded(last)
+            for layer in layers:
+                found.setdefault(layer.layer, layer)
+        return found if (None if last is None else last.key) == key else None
+
     # -- sequential rounding ----------------------------------------------------------------------------------
 
     def rounding_batches(
@@ -264,9 +273,13 @@ class Workbench:
             samples: most calibration samples used.
             batch_size: samples in a batch; None: as the data comes.
         """
-        key = None if previous is None else previous.key
-        if self._paired is not None and self._paired[:2] == (key, self._pair_state(samples, batch_size)):
-            return self._paired[2]
+        kept = self._paired
+        if kept is not None and kept[1] == self._pair_state(samples, batch_size):
+            later = self._rounded_since(kept[0], previous)
+            if later is not None:
+                for name, compressed in later.items():
+                    kept[2].set(layers[name], compressed)
+                return kept[2]
         batches, importance = self.rounding_batches(capture, samples, batch_size)
         paired = PairedForward(
             self.model,

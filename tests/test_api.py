@@ -201,7 +201,7 @@ def test_progress_is_reported(capsys):
     ("error", "words", "options"),
     [
         (ConfigError, "'fast'", {"preset": "fast"}),
-        (ConfigError, "'erq'", {"rounding": "erq"}),
+        (ConfigError, "'adaround'", {"rounding": "adaround"}),
         (ConfigError, "did you mean 'samples'", {"search": {"sampels": 3}}),
         (ConfigError, "activations.bits", {"activations": {"bits": 40}}),
         (ConfigError, "cuda:99", {"device": "cuda:99"}),

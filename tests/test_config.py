@@ -59,7 +59,7 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"preset": "fast"}, ["preset", "'fast'", "'best'"]),
         ({"search__sensitivity": "guess"}, ["search.sensitivity", "'guess'", "'measured'"]),
         ({"search__forms": ["LR"]}, ["search", "forms must have Q"]),
-        ({"rounding__method": "erq"}, ["rounding.method", "'erq'", "'nearest'", "'block'"]),
+        ({"rounding__method": "adaround"}, ["rounding.method", "'adaround'", "'nearest'", "'block'"]),
         ({"activations": {"bits": 40}}, ["activations.bits"]),
         ({"activations": {"method": "rep"}}, ["activations.method", "'repq'"]),
     ],

@@ -16,6 +16,7 @@ from mlorq.forms import Candidate, CompressedLayer
 from mlorq.paired import InputMoments
 from mlorq.rounding.base import RoundingResult, RoundingSettings
 from mlorq.rounding.closed_form import round_closed_form, round_gptq
+from mlorq.rounding.erq import round_erq
 from mlorq.rounding.lra import round_lra
 from mlorq.rounding.nearest import round_nearest
 
@@ -40,8 +41,13 @@ METHODS: dict[str, Method] = {
     "lra": round_lra,
     "gptq": round_gptq,
     "closed_form": round_closed_form,
-    "block": round_closed_form,  # where block reconstruction starts
+    "erq": round_erq,
+    # Where reconstruction by blocks starts:
+    "block": round_closed_form,
+    "brecq": round_nearest,
+    "qdrop": round_nearest,
 }
-NEEDS_MOMENTS = {"lra", "gptq", "closed_form", "block"}
+NEEDS_MOMENTS = {"lra", "gptq", "closed_form", "block", "erq"}
+BY_BLOCKS = {"block", "brecq", "qdrop"}
 
-__all__ = ["METHODS", "NEEDS_MOMENTS", "CompressedLayer", "Method", "RoundingResult", "RoundingSettings"]
+__all__ = ["BY_BLOCKS", "METHODS", "NEEDS_MOMENTS", "CompressedLayer", "Method", "RoundingResult", "RoundingSettings"]

@@ -24,7 +24,7 @@ class RoundingSettings:
     beta_end: float = 2.0
     warm_up: float = 0.2
     stop_loss: float = 1e-8
-    start: Literal["nearest", "closed_form"] = "nearest"
+    start: Literal["nearest", "closed_form", "erq"] = "nearest"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from mlorq.paired import InputMoments
 from mlorq.quantizers import RowQuantizer, store_matrix
 from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
 from mlorq.rounding.closed_form import closed_form
+from mlorq.rounding.erq import moved_search
 
 GAMMA, ZETA = -0.1, 1.1
 CHECK_EVERY = 50  # iterations between looks at the exact loss
@@ -130,7 +131,7 @@ def round_lra(
         bias: not read: the codes alone are learned.
     """
     assert moments is not None, "lra needs the moments of the layer's inputs"
-    parts = search.quantized_parts(candidate)
+    parts = (moved_search(search, moments) if settings.start == "erq" else search).quantized_parts(candidate)
     if settings.start == "closed_form":
         parts = _closed_form_parts(search, candidate, moments)
     soft = {key: _SoftMatrix.start(values, quantizer) for key, (values, quantizer) in parts.items()}
