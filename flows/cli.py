@@ -97,6 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--output", metavar="DIR", help="write the curve there: picture, page and table")
     _running(sweep)
 
+    compare = commands.add_parser("compare", help="one model by several methods at the same size, in one table")
+    _configured(compare)
+    compare.add_argument(
+        "--methods",
+        metavar="M,M",
+        help="of nearest, gptq, repq, erq, brecq, qdrop, mlorq, mlorq+erq, mlorq+lra, mlorq+erq+lra, best",
+    )
+    compare.add_argument("--activations", type=int, metavar="BITS", help="quantize activations to so many bits")
+    compare.add_argument("--output", metavar="DIR", help="write the table there: Parquet, page and JSON")
+    _running(compare)
+
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a configuration's evaluation data")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or fsspec URL")
     _configured(evaluate, budget=False)

@@ -32,13 +32,22 @@ def read_arguments(arguments: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: the file or a value is wrong.
     """
+    return RunConfig.from_yaml(arguments.config, overrides_of(arguments))
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` says.
+
+    Raises:
+        ConfigError: a value is not YAML.
+    """
     overrides = {}
     for key, text in arguments.set:
         try:
             overrides[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
-    return RunConfig.from_yaml(arguments.config, overrides)
+    return overrides
 
 
 def say(text: str) -> None:

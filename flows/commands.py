@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.command_tools import Finish, check_output, print_json, read_arguments, say
-from mlorq.config import RunConfig
+from flows.command_tools import Finish, check_output, overrides_of, print_json, read_arguments, say
+from mlorq.config import RunConfig, location_and_folder, read_values
 from mlorq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,6 +125,47 @@ def sweep(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
+def compare(arguments: argparse.Namespace) -> Finish:
+    """One model by several methods."""
+    from flows.methods import chosen
+
+    config = read_arguments(arguments)
+    budgets = _budgets(arguments, config)
+    chosen(_names(arguments))
+    if arguments.activations is not None and not 2 <= arguments.activations <= 8:
+        raise ConfigError(f"--activations {arguments.activations}: a code width from 2 to 8 is needed")
+    if arguments.output is not None:
+        check_output(arguments.output)
+    found = _flow(arguments, config, budgets)
+    if arguments.output is not None:
+        from flows.compare import table_files
+        from mlorq.checkpoint import save
+
+        files = table_files(found["rows"])
+        save(files, arguments.output)
+        found["output"] = [f"{arguments.output.rstrip('/')}/{name}" for name in files]
+
+    def finish() -> int:
+        from flows.render import console, print_comparison
+
+        if arguments.json:
+            print_json(found)
+            return 0
+        out = console()
+        print_comparison(found["rows"], out)
+        for location in found.get("output") or (found["files"] or {}).values():
+            out.print(location, markup=False, soft_wrap=True)
+        return 0
+
+    return finish
+
+
+def _names(arguments: argparse.Namespace) -> list[str] | None:
+    if arguments.methods is None:
+        return None
+    return [name.strip() for name in arguments.methods.split(",") if name.strip()]
+
+
 def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
     from mlorq.memory import parse_budget
 
@@ -151,11 +192,14 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] |
     allocate_only = bool(getattr(arguments, "allocate_only", False))
     with PrefectSession(verbose=arguments.verbose) as session:
         # The embedded server comes up while this loads the model.
+        from flows.methods import chosen
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 
         sweeping = arguments.command == "sweep"
-        bench = prepare(config, [] if sweeping else budgets or [], allocate_only=allocate_only)
+        free = sweeping or arguments.command == "compare"  # checks budgets by itself
+        bench = prepare(config, [] if free else budgets or [], allocate_only=allocate_only)
+        from flows.compare import compare_flow, plan
         from flows.compress import compress_flow
         from flows.rebudget import rebudget_flow
         from flows.sweep import ladder, sweep_flow
@@ -164,11 +208,17 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] |
             budgets, left_out = ladder(bench, budgets)
             if left_out:
                 say(f"left out, smaller than the model can be made: {', '.join(left_out)}")
-        session.ready()
         values = config.model_dump(mode="json")
+        if arguments.command == "compare":
+            # Without the preset's defaults: each method has its own.
+            values = read_values(location_and_folder(arguments.config)[0], overrides_of(arguments))
+            plan(bench, values, budgets or [], chosen(_names(arguments)), arguments.activations)
+        session.ready()
         with handing(Handed(bench, terminal_progress(), _command(arguments), session.expect, arguments.interrupted)):
             if arguments.command == "compress":
                 return compress_flow(values, config.folder, budgets)
+            if arguments.command == "compare":
+                return compare_flow(values, config.folder, budgets, _names(arguments), arguments.activations)
             if sweeping:
                 return sweep_flow(values, config.folder, budgets)
             return rebudget_flow(values, config.folder, budgets, allocate_only)

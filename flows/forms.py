@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
-from mlorq.config import PRESETS, RunConfig
+from mlorq.config import PRESETS, RunConfig, location_and_folder, read_values
 from mlorq.locations import absolute_folder, resolve_location
 
 BY_PRESET = ("search", "rounding")
@@ -114,14 +114,29 @@ def read_config(config: Any, folder: str = "") -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is wrong; the first problem is named.
     """
+    if isinstance(config, str):
+        return RunConfig.from_yaml(resolve_location(config, absolute_folder(folder) if folder else ""))
+    return RunConfig.from_mapping(*explicit_values(config, folder))
+
+
+def explicit_values(config: Any, folder: str = "") -> tuple[Any, str]:
+    """What a flow was told in so many words, without any preset's defaults, and the folder that paths start from.
+
+    Args:
+        config, folder: as for ``read_config``.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     folder = absolute_folder(folder) if folder else ""
     if isinstance(config, str):
-        return RunConfig.from_yaml(resolve_location(config, folder))
+        location, own = location_and_folder(resolve_location(config, folder))
+        return read_values(location), own
     if isinstance(config, BaseModel):
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping):
         config = {name: _without_none(value) if name in BY_PRESET else value for name, value in config.items()}
-    return RunConfig.from_mapping(config, folder)
+    return config, folder
 
 
 def _without_none(section: Any) -> Any:

@@ -286,6 +286,33 @@ def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
     out.print()
 
 
+def print_comparison(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """The end of ``mlorq compare``."""
+    cells = []
+    for row in rows:
+        metric, before = row["metric"], row["metric_float"]
+        shown = "" if metric is None else f"{metric:.4f}"
+        against = "" if before is None else f"{before:.4f}"
+        activations = "float" if row["activations"] is None else f"{row['activations']}"
+        cells.append(
+            (
+                row["budget"],
+                activations,
+                row["title"],
+                shown,
+                against,
+                f"{row['nmse']:.4f}",
+                f"{row['bytes']:,}",
+                row["Q / LR / QLR"],
+                f"{row['seconds']:.0f}",
+            )
+        )
+    name = rows[0]["metric_name"] or "metric"
+    columns = ("budget", "activations", "method", name, "float", "nmse", "bytes", "Q / LR / QLR", "seconds")
+    out.print(grid(columns, cells, right=(name, "float", "nmse", "bytes", "seconds")))
+    out.print()
+
+
 def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
     """The end of ``mlorq runs``."""
     cells = []

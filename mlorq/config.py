@@ -416,16 +416,8 @@ class RunConfig(_Section):
         Raises:
             ConfigError: the file is missing, is not YAML, or a key or value is wrong.
         """
-        location = os.fspath(path)
-        scheme, separator, rest = location.partition("://")
-        if not separator or scheme in ("file", "local"):
-            location = rest or location
-            folder = str(Path(location).resolve().parent)
-        else:
-            folder = folder_of_url(location)
-        values = _read_mapping(location)
-        for key, value in (overrides or {}).items():
-            _set_dotted(values, key, value)
+        location, folder = location_and_folder(path)
+        values = read_values(location, overrides)
         try:
             return cls.from_mapping(values, folder)
         except ConfigError as error:
@@ -442,6 +434,28 @@ class RunConfig(_Section):
     def with_budget(self, budget: str | list[str]) -> RunConfig:
         """The same configuration at another budget."""
         return self.model_copy(update={"budget": budget})
+
+
+def location_and_folder(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Where a configuration file is, and the folder that relative paths in it start from."""
+    location = os.fspath(path)
+    scheme, separator, rest = location.partition("://")
+    if not separator or scheme in ("file", "local"):
+        location = rest or location
+        return location, str(Path(location).resolve().parent)
+    return location, folder_of_url(location)
+
+
+def read_values(location: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a configuration file says, as it stands there, with some keys set; no defaults, and not checked.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    values = _read_mapping(location)
+    for key, value in (overrides or {}).items():
+        _set_dotted(values, key, value)
+    return values
 
 
 def _read_mapping(location: str) -> dict[str, Any]:

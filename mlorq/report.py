@@ -191,13 +191,21 @@ def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None
 
 def render_sweep(title: str, rows: Sequence[Mapping[str, Any]], curve: bytes) -> bytes:
     """One HTML page with the size–accuracy curve and a row a budget; it needs no other file."""
+    return _page(title, f"<img alt='size and accuracy' src='{data_url(curve)}'>{_table(rows)}")
+
+
+def render_table(title: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """One HTML page with a table of equal rows."""
+    return _page(title, _table(rows))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(rows[0])
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in columns) + "</tr>" for row in rows
     )
-    content = f"<img alt='size and accuracy' src='{data_url(curve)}'><table><tr>{head}</tr>{body}</table>"
-    return _page(title, content)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _page(title: str, content: str) -> bytes:
@@ -212,4 +220,6 @@ def _page(title: str, content: str) -> bytes:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.3e}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

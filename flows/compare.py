@@ -1,0 +1,197 @@
+"""Flow ``compare``: one model by several methods at the same size, in one table."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.logging import get_run_logger
+
+from flows.forms import ConfigFile, RunForm, explicit_values
+from flows.methods import Method, budget_for, chosen, configured, uniform_bytes, width_for
+from flows.pipeline import name_of_run, run_on, show
+from flows.progress import format_seconds, terminal_progress
+from flows.run import handed, handing, known_layers, prepare
+from mlorq.config import RunConfig
+from mlorq.errors import ConfigError, MlorqError
+from mlorq.hashing import digest_json
+from mlorq.report import render_table
+from mlorq.store import ArtifactRef, json_bytes
+from steps.pipeline import compressible_budget
+from steps.workbench import Workbench
+
+ARTIFACT = "compare"  # what the store calls it
+TABLE, PAGE, ROWS = "compare.parquet", "compare.html", "compare.json"
+
+
+def compare_name() -> str:
+    """Name of a flow run: the model and the budgets."""
+    return f"compare {name_of_run()}"
+
+
+@flow(name="compare-method", flow_run_name="{method}", validate_parameters=False, persist_result=False)
+def method_flow(method: str, config: dict[str, Any], folder: str, budget: str) -> dict[str, Any]:
+    """One method's run; what is in the store is reused.
+
+    Args:
+        method: its name, for people.
+        config: its whole configuration.
+        folder: that relative paths start from.
+        budget: of the run.
+
+    Returns:
+        As ``compress_flow``.
+    """
+    started = time.perf_counter()
+    given = handed()
+    bench = given.bench if given else prepare(RunConfig.from_mapping(config, folder), [budget])
+    return run_on(bench, [budget], started)
+
+
+@flow(name="compare", flow_run_name=compare_name, validate_parameters=False, persist_result=False)
+def compare_flow(
+    config: RunForm | ConfigFile,
+    folder: str = "",
+    budgets: list[str] | None = None,
+    methods: list[str] | None = None,
+    activations: int | None = None,
+) -> dict[str, Any]:
+    """Compress a model by several methods at the same size.
+
+    Args:
+        config: the model and the data, and what holds for all methods; or the file that says so.
+        folder: that relative paths of the configuration start from; empty: the working directory.
+        budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
+        methods: nearest, gptq, repq, erq, brecq, qdrop, mlorq, mlorq+erq, mlorq+lra, mlorq+erq+lra, best.
+        activations: their code width; none: as the configuration says.
+
+    Returns:
+        ``{"rows": [one a budget and method], "results": [as compress_flow], "files": {"table", "page", "rows"},
+        "steps", "wall_seconds"}``.
+    """
+    started = time.perf_counter()
+    values, folder = explicit_values(config, folder)
+    wanted, width = chosen(methods), _width(values, activations)
+    given = handed()
+    base = given.bench if given else prepare(RunConfig.from_mapping(values, folder), [])
+    asked = budgets or base.config.budgets
+    plans = plan(base, values, asked, wanted, width)
+    results, computed, reused = [], 0, 0
+    for method, own, asked_budget, budget in plans:
+        # Model and data are loaded once for all methods of this process.
+        bench = Workbench(
+            own,
+            base.store,
+            base.device,
+            model=base.float_model,
+            calibration=base.calibration,
+            evaluation=base.evaluation,
+        )
+        context = handing(replace(given, bench=bench, observer=terminal_progress())) if given else nullcontext()
+        with context:
+            found = method_flow(method.name, own.model_dump(mode="json"), folder, budget)
+        results.append((method, asked_budget, own, found["results"][0]))
+        computed, reused = computed + found["steps"]["computed"], reused + found["steps"]["reused"]
+    rows = [row(*result) for result in results]
+    about = f"{rows[0]['model']}: methods compared"
+    show("compare", lambda key: create_table_artifact(key=key, table=rows, description=about))
+    took = format_seconds(time.perf_counter() - started)
+    get_run_logger().info("%d methods, %d budgets, in %s", len(wanted), len(asked), took)
+    return {
+        "rows": rows,
+        "results": [result[3] for result in results],
+        "files": keep(base, rows),
+        "steps": {"computed": computed, "reused": reused},
+        "wall_seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def plan(
+    base: Workbench, values: Mapping[str, Any], budgets: Sequence[str], methods: Sequence[Method], width: int | None
+) -> list[tuple[Method, RunConfig, str, str]]:
+    """``(method, configuration, budget asked for, budget of the run)`` of every run, checked before any starts.
+
+    Raises:
+        ConfigError: a value does not fit a method.
+        BudgetError: a budget is malformed, or no uniform width fits it.
+    """
+    config = base.config
+    layers = known_layers(base).layers
+    params = sum(layer.params for layer in layers)
+    found = []
+    for budget in budgets:
+        limit = compressible_budget(base, layers, budget)
+        bits = width_for(budget, limit, layers, config)
+        size = uniform_bytes(layers, bits, config)
+        for method in methods:
+            own = configured(method, values, config.folder, bits, width)
+            found.append((method, own, budget, budget_for(method, budget, size, params)))
+    return found
+
+
+def _width(values: Mapping[str, Any], activations: int | None) -> int | None:
+    if activations is None:
+        section = values.get("activations")
+        return None if not section else int(section.get("bits", 4))
+    if isinstance(activations, bool) or not 2 <= activations <= 8:
+        raise ConfigError(f"activations: {activations!r} is no code width from 2 to 8")
+    return int(activations)
+
+
+def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    metric = result["metric"] or {}
+    forms = [layer["form"] for layer in result["allocation"]]
+    return {
+        "model": result["model"],
+        "budget": budget,
+        "method": method.name,
+        "title": method.title,
+        "weights": "uniform" if method.uniform else "mixed",
+        "activations": None if config.activations is None else config.activations.bits,
+        "metric_name": metric.get("name"),
+        "metric": metric.get("compressed"),
+        "metric_float": metric.get("float"),
+        "nmse": result["nmse"],
+        "bytes": result["bytes"],
+        "file_bytes": result["file_bytes"],
+        "Q / LR / QLR": " / ".join(str(forms.count(form)) for form in ("Q", "LR", "QLR")),
+        "seconds": round(sum(result["seconds"].values()), 1),
+        "run": result["run"],
+        "checkpoint": result["checkpoint"],
+    }
+
+
+def keep(bench: Workbench, rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """Write the table to the store unless it is there; gives the files' URIs, None where it cannot be written."""
+    store = bench.store
+    stable = [{name: value for name, value in one.items() if name != "seconds"} for one in rows]
+    ref = ArtifactRef(ARTIFACT, digest_json({"rows": stable, "version": 1}))
+    try:
+        if not store.exists(ref):
+            store.write(ARTIFACT, ref.key, table_files(rows), details={"runs": [one["run"] for one in rows]})
+    except MlorqError as error:
+        get_run_logger().warning("the table is not in the store: %s", error)
+        return None
+    return {"table": store.uri(ref, TABLE), "page": store.uri(ref, PAGE), "rows": store.uri(ref, ROWS)}
+
+
+def table_files(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """The table as Parquet, as a page that needs no other file, and as JSON, by file name."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(one) for one in rows]), buffer)
+    title = f"{rows[0]['model']}: {', '.join(dict.fromkeys(str(one['budget']) for one in rows))}"
+    shown = [{name: value for name, value in one.items() if name != "checkpoint"} for one in rows]
+    return {
+        TABLE: buffer.getvalue(),
+        PAGE: render_table(title, shown),
+        ROWS: json_bytes({"model": rows[0]["model"], "rows": [dict(one) for one in rows]}),
+    }
