@@ -132,6 +132,22 @@ def tokenizer(config: ModelConfig, folder: str = "") -> Any:
         raise ModelError(f"model {config.name!r}: its tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
+def class_names(config: ModelConfig, folder: str = "") -> list[str]:
+    """What a classifier's configuration calls its classes, in the order of its outputs; one: a regressor.
+
+    Raises:
+        ModelError: there is no configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            found = AutoConfig.from_pretrained(locate(config, folder), **config.arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model {config.name!r}: its configuration cannot be loaded: {_one_line(error)}") from error
+    return [str(found.id2label.get(index, index)) for index in range(found.num_labels)]
+
+
 def locate(config: ModelConfig, folder: str = "") -> str:
     """What a model's name means: a folder, a folder inside an installed package, or a hub name.
 
