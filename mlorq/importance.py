@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlorq.feeding import feed
 from mlorq.layers import Layer, output_tokens
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel, batch_samples
 
 PASSES = 2  # a batch; weights are sums over many channels, which a few probes tell well
 FLOOR = 0.1  # of the mean weight, for every token: gradients are first order, and errors are not small
@@ -60,9 +61,8 @@ def token_importance(
     generator = torch.Generator().manual_seed(seed)
     leader = leaders(layers)
     found = []
-    for index, batch in enumerate(batches):
-        moved = move_batch(batch, device, model.dtype)
-        count = batch_samples(batch)
+    for index, moved in enumerate(feed(batches, device, model.dtype)):
+        count = batch_samples(moved)
         with _Outputs(model.module, list(leader), blocks) as outputs, torch.enable_grad():
             result = model.outputs(model.module, moved)
         weights: dict[str, Tensor] = {}
