@@ -33,9 +33,9 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
     """
     location = locate(config, folder)
     embedding = None
-    if config.task == "sentence-similarity":
-        embedding = read_embedding(location, str(config.name))
-        location = os.path.join(location, embedding.inside) if embedding.inside else location
+    if config.task == "sentence-similarity" and os.path.isdir(location):
+        embedding = read_embedding(location, config.name or "")
+        location = os.path.join(location, embedding.inside)
     dtype = getattr(torch, config.dtype)
     auto = _auto_class(config.task)
     arguments = dict(config.arguments)
@@ -64,6 +64,9 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
     known = inspect.signature(type(module)).parameters
     if own := {name: value for name, value in arguments.items() if name in known}:
         architecture["arguments"] = _plain(own)
+    if config.task == "sentence-similarity" and embedding is None:
+        # On the hub transformers are not in subfolders; asked for only now, as the hub is there.
+        embedding = read_embedding(location, config.name or "")
     if embedding is not None:
         architecture |= embedding.described()
     return FloatModel(
@@ -134,8 +137,8 @@ def tokenizer(config: ModelConfig, folder: str = "") -> Any:
     try:
         with _quiet():
             location = locate(config, folder)
-            if config.task == "sentence-similarity" and (inside := read_embedding(location, str(config.name)).inside):
-                location = os.path.join(location, inside)
+            if config.task == "sentence-similarity" and os.path.isdir(location):
+                location = os.path.join(location, read_embedding(location, config.name or "").inside)
             return AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {config.name!r}: its tokenizer cannot be loaded: {_one_line(error)}") from error
