@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.config import ModelConfig, RunConfig, SourceConfig
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.images import ImageBatches
-from mlorq.errors import DataError
+from mlorq.errors import ConfigError, DataError
 from tests import zoo
 from tests.nets import TokenNet, float_model
 
@@ -247,6 +248,30 @@ def test_names_that_several_rows_have_are_refused(place):
     pq.write_table(image_table(files, [0, 1]), place / "same.parquet")
     (place / "list.txt").write_text("00.png\n")
     assert "row numbers" in refusal(place, path="same.parquet", list="list.txt")
+
+
+def test_lists_in_configurations():
+    values = {
+        "model": {"family": "timm", "name": zoo.VIT, "checkpoint": "w.safetensors"},
+        "data": {
+            "calibration": {"source": "image_parquet", "path": "data", "list": "rows.txt"},
+            "evaluation": {"source": "image_folder", "root": "images"},
+        },
+    }
+    config = RunConfig.from_mapping(values)
+    assert config.data.calibration.list == "rows.txt"
+    assert RunConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
+
+    def refused(**source) -> str:
+        with pytest.raises(ConfigError) as caught:
+            RunConfig.from_mapping({**values, "data": {**values["data"], "evaluation": source}})
+        return str(caught.value)
+
+    assert "samples and list" in refused(source="image_folder", root="images", list="a.txt", samples=3)
+    assert "list" in refused(source="custom", factory="a:b", list="a.txt")
+    assert "image_parquet needs path" in refused(source="image_parquet")
+    assert "glue needs task" in refused(source="glue")
+    assert "'sst3'" in refused(source="glue", task="sst3")
 
 
 # -- decoding -----------------------------------------------------------------------------------------------
