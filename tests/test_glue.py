@@ -254,6 +254,19 @@ def test_copies_at_fault_are_named(place, tmp_path):
     assert "noise.parquet is no Parquet" in refusal(place, "sst2", path=str(tmp_path / "noise.parquet"))
 
 
+def test_a_run_reports_the_tasks_metric_first_and_the_others_too(place):
+    source = {"source": "glue", "task": "mrpc", "path": "glue", "batch_size": 4}
+    values = {
+        "model": {"family": "transformers", "name": "two", "task": "text-classification"},
+        "data": {"calibration": source, "evaluation": source},
+        "store": "memory://glue-run",
+    }
+    result = zoo.run(place, values)
+    assert result["metric"]["name"] == "f1"
+    assert set(result["metrics"]["compressed"]) == set(result["metrics"]["float"]) == {"accuracy", "f1"}
+    assert 0 < result["nmse"] < 0.2
+
+
 # -- the hub ------------------------------------------------------------------------------------------------
 
 

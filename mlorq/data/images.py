@@ -102,7 +102,8 @@ class ImageBatches(Sequence[Tensor]):
         self, images: Sequence[Image], described: dict[str, Any], size: int, workers: int | None = None
     ) -> None:
         self._images, self._described, self._size = images, described, size
-        self._workers = workers or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._workers = workers or cores or 1
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._begun: dict[int, list[Future[Tensor]]] = {}

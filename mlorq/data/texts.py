@@ -116,7 +116,7 @@ def text_dataset(
             row_of = {sample: row for row, sample in enumerate(samples)}
             own = [row_of[text] for text in order]
             values = torch.tensor(labels[own])
-            known = list((values.long() if classes else values).split(source.batch_size))
+            known = list((values.long() if classes else values.float()).split(source.batch_size))
             check = LabelCheck(labels[own], lambda index: rows.where(own[index]), classes)
     elif rows.labels is not None and labels is not None:
         if pairs and len(rows.texts) != 2:
