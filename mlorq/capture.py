@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError
+from mlorq.feeding import feed
 from mlorq.importance import Importance, leaders
 from mlorq.layers import Layer, input_tokens
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel, batch_samples
 from mlorq.second_moments import OuterProducts
 
 FLOAT16_LARGEST = 65504.0
@@ -95,9 +96,8 @@ def capture(
     leading = set(leader.values())
     first = 0
 
-    for index, batch in enumerate(batches):
-        count = batch_samples(batch)
-        moved = move_batch(batch, device, model.dtype)
+    for index, moved in enumerate(feed(batches, device, model.dtype)):
+        count = batch_samples(moved)
         mask = model.token_mask(moved)
         seen: set[str] = set()
         weights = importance[index] if importance is not None else {}

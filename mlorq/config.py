@@ -118,16 +118,32 @@ class ModelConfig(_Section):
         return self
 
 
-class SourceConfig(_Section):
-    """One data source: an image folder, a table of texts, or the user's own code."""
+Columns = list[int | str]  # named here: in the class below, ``list`` is one of its keys
+GlueTask = Literal["sst2", "mrpc", "cola", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
-    source: Literal["image_folder", "table", "custom"] = Field(description="kind of source")
+
+class SourceConfig(_Section):
+    """One data source: images in a folder or in Parquet, a table of texts, a GLUE task, or the user's own code."""
+
+    source: Literal["image_folder", "image_parquet", "table", "glue", "custom"] = Field(description="kind of source")
     root: str | None = Field(None, description="image_folder: folder of images, local path or fsspec URL")
     labels: str | None = Field(None, description="image_folder: TSV or CSV with file, label[, split]")
-    split: str | None = Field(None, description="image_folder: value of the split column to use")
-    path: str | None = Field(None, description="table: CSV, TSV or Parquet file")
-    text: list[int | str] | None = Field(None, description="table: text columns, by name (header) or number (none)")
-    label: int | str | None = Field(None, description="table: label column; needed for a metric")
+    split: str | None = Field(
+        None,
+        description="image_folder: value of the split column to use; image_parquet: shards of that name; glue: the "
+        "split, by default train for calibration and validation for evaluation",
+    )
+    path: str | None = Field(
+        None,
+        description="table: CSV, TSV or Parquet file; image_parquet: file, folder of shards or glob; glue: local copy "
+        "(file, or folder as on the hub), by default the hub's",
+    )
+    text: Columns | None = Field(None, description="table: text columns, by name (header) or number (none)")
+    image: str = Field("image", description="image_parquet: column of encoded images")
+    label: int | str | None = Field(
+        None, description="table: label column; needed for a metric. image_parquet: 'label' where there is one"
+    )
+    task: GlueTask | None = Field(None, description="glue: the task; decides on text columns and metrics")
     factory: str | None = Field(
         None,
         description="custom: package:function; calibration returns batches, "
@@ -137,15 +153,28 @@ class SourceConfig(_Section):
         None, description="evaluation metric; the task's usual one by default"
     )
     samples: int | None = Field(None, ge=1, description="use a seeded random choice of this many samples")
+    list: str | None = Field(
+        None, description="text file that names the samples to use, one a line: a file's name, or a row number from 1"
+    )
     batch_size: int = Field(32, ge=1, description="samples a forward pass")
-    max_length: int = Field(128, ge=8, description="table: longest token sequence, longer texts are cut")
+    max_length: int = Field(128, ge=8, description="texts: longest token sequence, longer ones are cut")
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        needed = {"image_folder": ("root",), "table": ("path", "text"), "custom": ("factory",)}[self.source]
+        needed = {
+            "image_folder": ("root",),
+            "image_parquet": ("path",),
+            "table": ("path", "text"),
+            "glue": ("task",),
+            "custom": ("factory",),
+        }[self.source]
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"source {self.source} needs {name}")
+        if self.list is not None and self.samples is not None:
+            raise ValueError("samples and list both choose samples: give one of them")
+        if self.list is not None and self.source == "custom":
+            raise ValueError("list is not available for source custom")
         return self
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import DataError
-from mlorq.models.base import FloatModel, move_batch
+from mlorq.feeding import feed
+from mlorq.models.base import FloatModel
 
 
 def model_outputs(
@@ -31,8 +32,8 @@ def model_outputs(
     """
     outputs = []
     with torch.no_grad():
-        for index, batch in enumerate(batches):
-            outputs.append(model.outputs(module, move_batch(batch, device, model.dtype)).cpu())
+        for index, batch in enumerate(feed(batches, device, model.dtype)):
+            outputs.append(model.outputs(module, batch).cpu())
             if progress is not None:
                 progress(index + 1, len(batches))
     return torch.cat(outputs)

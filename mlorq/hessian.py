@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mlorq.capture import counting
 from mlorq.errors import ModelError
 from mlorq.layers import Layer, input_tokens, output_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
@@ -74,6 +75,7 @@ def label_free_hessian(
     for index, batch in enumerate(batches):
         moved = move_batch(batch, device, model.dtype)
         count = batch_samples(batch)
+        mask = model.token_mask(moved)
         with _recording(model, layers, modules) as record, torch.enable_grad():
             outputs = model.outputs(model.module, moved)
         exact = mode == "exact" or (mode == "auto" and outputs.shape[1] <= probes)
@@ -83,7 +85,7 @@ def label_free_hessian(
         done = 0
         for vectors in _vectors(outputs, exact, passes, generator):
             wanted = gradients if done * GRADIENT_PASSES // passes != (done - 1) * GRADIENT_PASSES // passes else None
-            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples)
+            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples, mask)
             done += 1
             if progress is not None:
                 progress(index * passes + done, len(batches) * passes)
@@ -152,6 +154,7 @@ def _add_pass(
     total: dict[str, Tensor],
     products: Mapping[str, OuterProducts] | None,
     first: int,
+    mask: Tensor | None,
 ) -> None:
     """Add ``Σ_samples (∂(v · f) / ∂W)²`` of one vector v a sample to the running sums, and gradients to theirs."""
     if not outputs.requires_grad:
@@ -169,8 +172,7 @@ def _add_pass(
         delta = torch.cat([output_tokens(module, gradient, samples) for _, gradient in parts], dim=1)
         add_squared_gradients(total[name], x.float(), delta.float(), getattr(module, "groups", 1))
         if products is not None and name in products:
-            # Tokens without any effect, such as padding behind a mask, add nothing but to the count.
-            products[name].add(delta, first)
+            products[name].add(delta, first, counting(mask, delta))
 
 
 def add_squared_gradients(total: Tensor, inputs: Tensor, gradients: Tensor, groups: int = 1) -> None:

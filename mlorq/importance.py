@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlorq.feeding import feed
 from mlorq.layers import Layer, output_tokens
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel, batch_samples
 
 PASSES = 2  # a batch; weights are sums over many channels, which a few probes tell well
 FLOOR = 0.1  # of the mean weight, for every token: gradients are first order, and errors are not small
@@ -41,7 +42,7 @@ def token_importance(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Weights of all tokens of the calibration data, with mean one and at least ``FLOOR``.
+    """Weights of all tokens of the calibration data, with mean one over those that count and at least ``FLOOR``.
 
     Args:
         model: the float model, on ``device``.
@@ -59,10 +60,10 @@ def token_importance(
     """
     generator = torch.Generator().manual_seed(seed)
     leader = leaders(layers)
-    found = []
-    for index, batch in enumerate(batches):
-        moved = move_batch(batch, device, model.dtype)
-        count = batch_samples(batch)
+    found: list[dict[str, Tensor]] = []
+    masks: list[Tensor | None] = []
+    for index, moved in enumerate(feed(batches, device, model.dtype)):
+        count = batch_samples(moved)
         with _Outputs(model.module, list(leader), blocks) as outputs, torch.enable_grad():
             result = model.outputs(model.module, moved)
         weights: dict[str, Tensor] = {}
@@ -81,15 +82,25 @@ def token_importance(
                 key = leader.get(name, name)
                 weights[key] = weights[key] + square if key in weights else square
         found.append({name: value.cpu() for name, value in weights.items()})
+        mask = model.token_mask(moved)
+        masks.append(None if mask is None else mask.cpu())
         if progress is not None:
             progress(index + 1, len(batches))
-    return _normalised(found)
+    return _normalised(found, masks)
 
 
-def _normalised(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Weights by their mean over all batches, mixed with one; what never has a gradient is left out."""
+def _normalised(batches: Sequence[dict[str, Tensor]], masks: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+    """Weights by their mean over the tokens that count, mixed with one; what never has a gradient is left out."""
     names = [name for name in batches[0] if all(name in batch for batch in batches)]
-    means = {name: float(torch.cat([batch[name].double().flatten() for batch in batches]).mean()) for name in names}
+
+    def mean(name: str) -> float:
+        values = [
+            batch[name].flatten() if mask is None or mask.shape != batch[name].shape else batch[name][mask]
+            for batch, mask in zip(batches, masks, strict=True)
+        ]
+        return float(torch.cat(values).double().mean())
+
+    means = {name: mean(name) for name in names}
     useful = [name for name in names if means[name] > 0]
     return [{name: (1 - FLOOR) * batch[name] / means[name] + FLOOR for name in useful} for batch in batches]
 

@@ -108,4 +108,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return files
 
 
-STEP = Step("capture", 3, run)
+STEP = Step("capture", 4, run)

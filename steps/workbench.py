@@ -138,6 +138,8 @@ class Workbench:
         )
         if not data.batches:
             raise DataError("the calibration data is empty")
+        if self.config.search.cost == "task":  # no other cost looks at the labels
+            data.check_labels(self.model)
         return data
 
     @cached_property

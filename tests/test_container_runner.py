@@ -122,6 +122,24 @@ def test_what_is_not_there_is_left_to_the_step(tmp_path: Path) -> None:
     assert [*binds(RunConfig.from_mapping(values, str(tmp_path)))] == [str(tmp_path), str(tmp_path / ".mlorq")]
 
 
+def test_lists_globs_and_glue_from_the_hub_are_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.constants, "HF_HOME", str(tmp_path / "hub"))
+    for folder in ("run", "shards", "lists"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lists" / "rows.txt").write_text("1\n")
+    model = {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "model.safetensors"}
+    images = {"source": "image_parquet", "path": "../shards/*.parquet", "list": "../lists/rows.txt"}
+    values = {"model": model, "data": {"calibration": images, "evaluation": images}}
+    found = binds(RunConfig.from_mapping(values, str(tmp_path / "run")))
+    assert str(tmp_path / "shards") in found
+    assert str(tmp_path / "lists" / "rows.txt") in found
+    assert str(tmp_path / "hub") not in found
+    model = {"family": "transformers", "name": "torch/nn", "task": "text-classification"}
+    glue = {"source": "glue", "task": "rte"}
+    values = {"model": model, "data": {"calibration": glue, "evaluation": glue}}
+    assert str(tmp_path / "hub") in binds(RunConfig.from_mapping(values, str(tmp_path / "run")))
+
+
 def test_a_package_needs_no_mount_and_a_model_of_the_hub_the_hubs_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def pixel_values(path: Path) -> torch.Tensor:
 # timm resizes by 1 / crop_pct before it crops; these tests want to know every pixel.
 @pytest.fixture
 def uncropped(monkeypatch):
-    import mlorq.data.image_folder as module
+    import mlorq.data.images as module
 
     real = module.preprocessing
     monkeypatch.setattr(module, "preprocessing", lambda config: {**real(config), "crop_pct": 1.0})

@@ -197,8 +197,15 @@ def _locations(config: RunConfig) -> list[str]:
     model = config.model
     named = [model.checkpoint, model.name if model.family == "transformers" else None]
     for source in (config.data.calibration, config.data.evaluation):
-        named += [source.root, source.labels, source.path]
+        named += [source.root, source.labels, source.list, _before_glob(source.path)]
     return [config.resolve(location) for location in named if location]
+
+
+def _before_glob(location: str | None) -> str | None:
+    """The folder that a glob starts from; other locations as they are."""
+    if location is None or not re.search(r"[*?\[]", location):
+        return location
+    return re.split(r"[*?\[]", location, maxsplit=1)[0].rpartition("/")[0] or "."
 
 
 def _hub_folder(config: RunConfig) -> str | None:
@@ -208,6 +215,8 @@ def _hub_folder(config: RunConfig) -> str | None:
         needed = not os.path.isabs(locate(model, config.folder))
     else:
         needed = model.family == "timm" and model.pretrained and not model.checkpoint
+    sources = (config.data.calibration, config.data.evaluation)
+    needed = needed or any(source.source == "glue" and source.path is None for source in sources)
     return os.path.abspath(constants.HF_HOME) if needed else None
 
 

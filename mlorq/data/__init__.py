@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlorq.config import ModelConfig, SourceConfig
-from mlorq.data import custom, image_folder, table
+from mlorq.data import custom, glue, image_folder, image_parquet, table
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
 from mlorq.hashing import digest_batch, digest_json
@@ -19,7 +19,13 @@ __all__ = ["Dataset", "from_batches", "load_dataset"]
 
 Role = Literal["calibration", "evaluation"]
 
-SOURCES = {"image_folder": image_folder.load, "table": table.load, "custom": custom.load}
+SOURCES = {
+    "image_folder": image_folder.load,
+    "image_parquet": image_parquet.load,
+    "table": table.load,
+    "glue": glue.load,
+    "custom": custom.load,
+}
 FEWEST_SAMPLES = 2
 
 
@@ -37,13 +43,16 @@ def load_dataset(
         seed: of the choice of ``samples``.
 
     Raises:
-        DataError: the data is missing, malformed or too small.
+        DataError: the data is missing, malformed or too small, or evaluation data has labels that the model cannot
+            give. Labels of calibration data, which few costs look at, are for the caller to check.
     """
     found = SOURCES[source.source](source, role, model_config, folder, seed)
     if source.source == "custom" and role == "calibration":
         found = from_batches(found.batches)
     if role == "calibration":
         _check_size(found.samples)
+    else:
+        found.check_labels(model)
     return found
 
 

@@ -6,11 +6,56 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+
+from mlorq.errors import DataError
+from mlorq.models.base import FloatModel
 
 Batch = Any
 OutputMetric = Callable[[Tensor], dict[str, float]]
 ModelMetric = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class LabelCheck:
+    """The labels of a data set as its files have them, to be compared with the model before hours of work.
+
+    Attributes:
+        values: ``(samples,)`` class numbers, or a regressor's values.
+        where: names the file and row of a label.
+        classes: whether they are class numbers.
+    """
+
+    values: np.ndarray
+    where: Callable[[int], str]
+    classes: bool = True
+
+    def check(self, outputs: int) -> None:
+        """Compare the labels with a model's number of outputs.
+
+        Raises:
+            DataError: names the first label that is no class of the model; or the model is no regressor, or is one.
+        """
+        if not self.classes:
+            if outputs != 1:
+                raise DataError(f"{self.where(0)}: values as labels need a model with one output, this has {outputs}")
+            return
+        if outputs == 1:
+            raise DataError(f"{self.where(0)}: a model with one output has no classes; use metric pearson or spearman")
+        wrong = np.flatnonzero((self.values < 0) | (self.values >= outputs))
+        if len(wrong):
+            label = int(self.values[wrong[0]])
+            raise DataError(f"{self.where(int(wrong[0]))}: label {label} is no class of the model, which has {outputs}")
+
+
+def classes_of(model: FloatModel) -> int | None:
+    """How many classes a model tells apart (one: a regressor), as its library has it; None where that is not known."""
+    if model.family == "timm":
+        return getattr(model.module, "num_classes", None) or None
+    if model.family == "transformers" and model.architecture.get("task") == "text-classification":
+        return int(model.module.config.num_labels)  # type: ignore[union-attr, arg-type]
+    return None
 
 
 @dataclass(frozen=True)
@@ -26,6 +71,7 @@ class Dataset:
         evaluate: user code called with the model instead of ``metric``; its results are reported as they are.
         labels: of calibration data, ``(samples,)`` a batch: class numbers (int64) or a regressor's values (float);
             None where there are none.
+        label_check: compares the labels with the model; None where there are none, or they stand for no output.
     """
 
     batches: Sequence[Batch]
@@ -35,3 +81,14 @@ class Dataset:
     metric: OutputMetric | None = None
     evaluate: ModelMetric | None = None
     labels: Sequence[Tensor] | None = None
+    label_check: LabelCheck | None = None
+
+    def check_labels(self, model: FloatModel) -> None:
+        """Refuse labels that the model cannot give, as far as its number of classes is known.
+
+        Raises:
+            DataError: names the file and row of the first one.
+        """
+        outputs = classes_of(model)
+        if outputs is not None and self.label_check is not None:
+            self.label_check.check(outputs)

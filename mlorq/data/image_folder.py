@@ -5,117 +5,62 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
 from fsspec.core import url_to_fs
-from torch import Tensor
 
 from mlorq.config import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
+from mlorq.data.choose import indices_of, listed_samples, seeded_choice
+from mlorq.data.images import READERS, Image, check_source, image_dataset
 from mlorq.errors import DataError
-from mlorq.hashing import digest_bytes, digest_json
 from mlorq.locations import resolve_location
-from mlorq.metrics import top_k_accuracy
-from mlorq.models.timm import preprocessing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-READERS = 8
 
 
 @dataclass(frozen=True)
-class _Image:
+class _Named:
     path: str  # relative to the root
     label: int | None
+    where: str = ""  # of the label, for errors
 
 
 def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
-    """Images as batches ``(samples, channels, height, width)``, preprocessed the way timm does for the model."""
-    if model_config.family != "timm":
-        raise DataError("source image_folder is for models of family timm; use source custom for others")
+    """The images of a folder, all of them or those that were chosen; no other file is read."""
+    check_source(source, model_config)
     assert source.root is not None
     root = resolve_location(source.root, folder)
     fs, path = url_to_fs(root)
     if not fs.isdir(path):
         raise DataError(f"image folder {root} does not exist")
-    if source.metric not in (None, "accuracy"):
-        raise DataError(f"metric {source.metric!r} does not fit image labels; choose accuracy")
     if source.split and not source.labels:
         raise DataError(f"split {source.split!r} of image folder {root} needs labels: a table with a split column")
     images = _listed(source, folder) if source.labels else _found(fs, path)
+    of_split = f" of split {source.split!r}" if source.split else ""
     if not images:
-        raise DataError(f"image folder {root} has no images" + (f" of split {source.split!r}" if source.split else ""))
-    images = _choose(images, source.samples, seed, root)
+        raise DataError(f"image folder {root} has no images{of_split}")
+    chosen = listed_samples(source, folder)
+    if chosen is None:
+        picked = seeded_choice(len(images), source.samples, seed, f"image folder {root}")
+    else:
+        places = {image.path: index for index, image in enumerate(images)}
+        picked = indices_of(chosen, places, f"image folder {root}{of_split}")
+    images = [images[index] for index in picked]
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(lambda image: _read(fs, posixpath.join(path, image.path)), images))
-    described = preprocessing(model_config)
-    key = digest_json(
-        {
-            "images": [
-                [posixpath.basename(image.path), digest_bytes(data), image.label]
-                for image, data in zip(images, contents, strict=True)
-            ],
-            "preprocessing": described,
-            "batch_size": source.batch_size,
-        }
+    pairs = zip(images, contents, strict=True)
+    return image_dataset(
+        [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs],
+        source,
+        role,
+        model_config,
     )
-    labels = [image.label for image in images]
-    metric = None
-    if role == "evaluation" and all(label is not None for label in labels):
-        metric = _Accuracy(np.array(labels))
-    batches = _LazyBatches([image.path for image in images], contents, described, source.batch_size)
-    known = None
-    if role == "calibration" and all(label is not None for label in labels):
-        known = list(torch.tensor(labels).split(source.batch_size))
-    return Dataset(batches, len(images), key, "accuracy" if metric else None, metric, labels=known)
 
 
-class _LazyBatches(Sequence[Tensor]):
-    """Decoded and preprocessed on first use, then kept: a run that reuses everything decodes nothing."""
-
-    def __init__(self, names: list[str], contents: list[bytes], described: dict[str, Any], size: int) -> None:
-        self._names, self._contents, self._described, self._size = names, contents, described, size
-
-    def __len__(self) -> int:
-        return -(-len(self._names) // self._size)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._batches[index]
-
-    @cached_property
-    def _batches(self) -> list[Tensor]:
-        import timm.data
-
-        names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        transform = timm.data.create_transform(
-            **{name: self._described[name] for name in names if name in self._described}, is_training=False
-        )
-        mode = "L" if self._described["input_size"][0] == 1 else "RGB"
-        with ThreadPoolExecutor(READERS) as pool:
-            decoded = list(
-                pool.map(lambda name, data: _decode(name, data, transform, mode), self._names, self._contents)
-            )
-        return list(torch.stack(decoded).split(self._size))
-
-
-@dataclass(frozen=True)
-class _Accuracy:
-    labels: np.ndarray
-
-    def __call__(self, outputs: Tensor) -> dict[str, float]:
-        logits = outputs.numpy()
-        bad = self.labels[(self.labels < 0) | (self.labels >= logits.shape[1])]
-        if len(bad):
-            raise DataError(f"image label {bad[0]} is no class of the model, which has {logits.shape[1]}")
-        return {"accuracy": top_k_accuracy(logits, self.labels, 1), "top5": top_k_accuracy(logits, self.labels, 5)}
-
-
-def _listed(source: SourceConfig, folder: str) -> list[_Image]:
+def _listed(source: SourceConfig, folder: str) -> list[_Named]:
     """Images named by a table with columns file, label and perhaps split."""
     assert source.labels is not None
     location = resolve_location(source.labels, folder)
@@ -140,7 +85,7 @@ def _listed(source: SourceConfig, folder: str) -> list[_Image]:
     images = []
     for number, row in numbered:
         try:
-            images.append(_Image(row["file"], int(row["label"])))
+            images.append(_Named(row["file"], int(row["label"]), f"label table {location}, row {number}"))
         except (TypeError, ValueError):
             raise DataError(
                 f"label table {location}, row {number}: label {row['label']!r} is no class number"
@@ -148,24 +93,15 @@ def _listed(source: SourceConfig, folder: str) -> list[_Image]:
     return images
 
 
-def _found(fs: Any, root: str) -> list[_Image]:
+def _found(fs: Any, root: str) -> list[_Named]:
     """Images under a folder; with subfolders, the sorted subfolder names are the classes."""
     files = sorted(file for file in fs.find(root) if file.lower().endswith(SUFFIXES))
     relative = [posixpath.relpath(file, root.rstrip("/")) for file in files]
     parents = sorted({posixpath.dirname(name) for name in relative})
     if "" in parents:
-        return [_Image(name, None) for name in relative]
+        return [_Named(name, None) for name in relative]
     classes = {parent: index for index, parent in enumerate(parents)}
-    return [_Image(name, classes[posixpath.dirname(name)]) for name in relative]
-
-
-def _choose(images: list[_Image], samples: int | None, seed: int, root: str) -> list[_Image]:
-    if samples is None:
-        return images
-    if samples > len(images):
-        raise DataError(f"image folder {root}: {samples} samples are asked for, there are {len(images)}")
-    picked = np.sort(np.random.default_rng(seed).choice(len(images), samples, replace=False))
-    return [images[index] for index in picked]
+    return [_Named(name, classes[posixpath.dirname(name)], f"image {name} (its folder)") for name in relative]
 
 
 def _read(fs: Any, path: str) -> bytes:
@@ -174,14 +110,3 @@ def _read(fs: Any, path: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"image {path} does not exist") from None
     return data
-
-
-def _decode(name: str, data: bytes, transform: Any, mode: str) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            result: Tensor = transform(image.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image {name} cannot be decoded: {error}") from error
-    return result

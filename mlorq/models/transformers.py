@@ -1,4 +1,4 @@
-"""Encoders of transformers: sequence classifiers, and sentence encoders with mean pooling."""
+"""Encoders of transformers: sequence classifiers, and sentence encoders with the pooling of their folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import safetensors
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.config import ModelConfig
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.locations import is_remote, resolve_location
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
+from mlorq.models.sentence import read_embedding
 
 ATTENTION = "sdpa"
 # What a configuration says about its origin and not about its function.
@@ -32,6 +32,10 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         ModelError: there is no such model, or its weights do not fit.
     """
     location = locate(config, folder)
+    embedding = None
+    if config.task == "sentence-similarity" and os.path.isdir(location):
+        embedding = read_embedding(location, config.name or "")
+        location = os.path.join(location, embedding.inside)
     dtype = getattr(torch, config.dtype)
     auto = _auto_class(config.task)
     arguments = dict(config.arguments)
@@ -41,7 +45,7 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
             module, info = auto.from_pretrained(location, **settings, **arguments)
             missing = info.get("missing_keys") or ()
             if config.task == "sentence-similarity" and missing and all(str(k).startswith("pooler.") for k in missing):
-                # The mean over the tokens uses no pooler, and many sentence encoders are stored without one.
+                # What is made of the tokens uses no pooler, and many sentence encoders are stored without one.
                 arguments["add_pooling_layer"] = False
                 module, info = auto.from_pretrained(location, **settings, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
@@ -60,11 +64,16 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
     known = inspect.signature(type(module)).parameters
     if own := {name: value for name, value in arguments.items() if name in known}:
         architecture["arguments"] = _plain(own)
+    if config.task == "sentence-similarity" and embedding is None:
+        # On the hub transformers are not in subfolders; asked for only now, as the hub is there.
+        embedding = read_embedding(location, config.name or "")
+    if embedding is not None:
+        architecture |= embedding.described()
     return FloatModel(
         module,
         "transformers",
         architecture,
-        sentence_embedding if config.task == "sentence-similarity" else classification_logits,
+        embedding or classification_logits,
         attention_mask,
         block_names(module),
         dtype,
@@ -127,9 +136,28 @@ def tokenizer(config: ModelConfig, folder: str = "") -> Any:
 
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(locate(config, folder))
+            location = locate(config, folder)
+            if config.task == "sentence-similarity" and os.path.isdir(location):
+                location = os.path.join(location, read_embedding(location, config.name or "").inside)
+            return AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {config.name!r}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+
+
+def class_names(config: ModelConfig, folder: str = "") -> list[str]:
+    """What a classifier's configuration calls its classes, in the order of its outputs; one: a regressor.
+
+    Raises:
+        ModelError: there is no configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            found = AutoConfig.from_pretrained(locate(config, folder), **config.arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model {config.name!r}: its configuration cannot be loaded: {_one_line(error)}") from error
+    return [str(found.id2label.get(index, index)) for index in range(found.num_labels)]
 
 
 def locate(config: ModelConfig, folder: str = "") -> str:
@@ -152,13 +180,6 @@ def locate(config: ModelConfig, folder: str = "") -> str:
     if config.name.startswith((".", "/", "~")):
         raise ModelError(f"model folder {path} does not exist")
     return config.name
-
-
-def sentence_embedding(module: nn.Module, batch: Batch) -> Tensor:
-    """Mean of the last hidden states over the attention mask, L2-normalised, ``(samples, width)`` float32."""
-    hidden = module(**batch).last_hidden_state.float()
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1), dim=1)
 
 
 def classification_logits(module: nn.Module, batch: Batch) -> Tensor:

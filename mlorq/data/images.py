@@ -1,0 +1,198 @@
+"""Encoded images as batches for a timm model, decoded once, when they are first wanted; image sources end here.
+
+A batch is decoded by worker threads (decoders and resampling run outside Python's lock) and the one after it is begun
+at once, so that it is ready when the model asks for it. What is kept are the cropped pixels, a byte a value; scaling
+and normalisation are done anew at every use, which costs little of a forward pass and saves three quarters of the
+memory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlorq.config import ModelConfig, SourceConfig
+from mlorq.data.base import Dataset, LabelCheck
+from mlorq.errors import DataError
+from mlorq.hashing import digest_bytes, digest_json
+from mlorq.metrics import top_k_accuracy
+from mlorq.models.timm import preprocessing
+
+READERS = 8  # threads that wait for a file system
+
+
+@dataclass(frozen=True)
+class Image:
+    """One encoded image.
+
+    Attributes:
+        name: of its file, or its row, for errors.
+        data: the encoded bytes.
+        label: its class; None where it has none.
+        where: names its label in errors.
+        identity: what the data's key has of its name.
+    """
+
+    name: str
+    data: bytes
+    label: int | None
+    where: str
+    identity: str | None = None
+
+
+def check_source(source: SourceConfig, model_config: ModelConfig) -> None:
+    """Refuse models and metrics that images are not for.
+
+    Raises:
+        DataError: names what does not fit.
+    """
+    if model_config.family != "timm":
+        raise DataError(f"source {source.source} is for models of family timm; use source custom for others")
+    if source.metric not in (None, "accuracy"):
+        raise DataError(f"metric {source.metric!r} does not fit image labels; choose accuracy")
+
+
+def image_dataset(images: Sequence[Image], source: SourceConfig, role: str, model_config: ModelConfig) -> Dataset:
+    """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed as timm does for the model.
+
+    Args:
+        images: those that were chosen, in their order.
+        source: says how many at a time.
+        role: calibration or evaluation; the latter has metrics.
+        model_config: of family timm.
+    """
+    described = preprocessing(model_config)
+    named = [
+        [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
+        for image in images
+    ]
+    key = digest_json({"images": named, "preprocessing": described, "batch_size": source.batch_size})
+    batches = ImageBatches(images, described, source.batch_size)
+    labels = [image.label for image in images if image.label is not None]
+    if len(labels) < len(images):
+        return Dataset(batches, len(images), key)
+    values = np.array(labels)
+    check = LabelCheck(values, lambda index: images[index].where)
+    if role == "evaluation":
+        return Dataset(batches, len(images), key, "accuracy", _Accuracy(values), label_check=check)
+    known = list(torch.from_numpy(values).split(source.batch_size))
+    return Dataset(batches, len(images), key, labels=known, label_check=check)
+
+
+class ImageBatches(Sequence[Tensor]):
+    """Batches that are decoded on first use, the next one ahead; a run that reuses everything decodes nothing.
+
+    Args:
+        images: all of them.
+        described: timm's preprocessing.
+        size: images a batch.
+        workers: threads that decode; default: one a core.
+    """
+
+    def __init__(
+        self, images: Sequence[Image], described: dict[str, Any], size: int, workers: int | None = None
+    ) -> None:
+        self._images, self._described, self._size = images, described, size
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._workers = workers or cores or 1
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._begun: dict[int, list[Future[Tensor]]] = {}
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // self._size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return self._normalised(self._pixels(place))
+
+    def _pixels(self, place: int) -> Tensor:
+        """A batch as it is kept."""
+        with self._lock:
+            if place in self._kept:
+                return self._kept[place]
+            futures = self._begin(place)
+            if place + 1 < len(self):
+                self._begin(place + 1)
+        try:
+            found = torch.stack([future.result() for future in futures])
+        except DataError:
+            with self._lock:
+                self._begun.pop(place, None)
+            raise
+        with self._lock:
+            self._kept[place] = found
+            self._begun.pop(place, None)
+            if len(self._kept) == len(self) and self._pool is not None:
+                self._pool.shutdown(wait=False)
+                self._pool = None
+        return found
+
+    def _begin(self, place: int) -> list[Future[Tensor]]:
+        """Have a batch decoded that is neither kept nor begun."""
+        if place in self._kept:
+            return []
+        if place not in self._begun:
+            if self._pool is None:
+                self._transform, self._mode = decoder(self._described)
+                self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="mlorq-decode")
+            part = self._images[place * self._size : (place + 1) * self._size]
+            self._begun[place] = [self._pool.submit(decode, image, self._transform, self._mode) for image in part]
+        return self._begun[place]
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        if pixels.is_floating_point():
+            return pixels
+        mean, std = (torch.tensor(self._described[name])[:, None, None] for name in ("mean", "std"))
+        # The very operations of torchvision's ToTensor and Normalize, in their order.
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def decoder(described: dict[str, Any]) -> tuple[Callable[[Any], Any], str]:
+    """timm's evaluation transform up to the pixels as bytes, and the mode that its images have."""
+    import timm.data
+
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    known = {name: described[name] for name in names if name in described}
+    transform = timm.data.create_transform(**known, is_training=False, normalize=False)
+    return transform, "L" if described["input_size"][0] == 1 else "RGB"
+
+
+def decode(image: Image, transform: Callable[[Any], Any], mode: str) -> Tensor:
+    """The pixels of an image, ``(channels, height, width)`` uint8.
+
+    Raises:
+        DataError: names the image that cannot be decoded.
+    """
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(io.BytesIO(image.data)) as opened:
+            result: Tensor = transform(opened.convert(mode))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"image {image.name} cannot be decoded: {error}") from error
+    return result
+
+
+@dataclass(frozen=True)
+class _Accuracy:
+    labels: np.ndarray
+
+    def __call__(self, outputs: Tensor) -> dict[str, float]:
+        logits = outputs.numpy()
+        bad = self.labels[(self.labels < 0) | (self.labels >= logits.shape[1])]
+        if len(bad):
+            raise DataError(f"image label {bad[0]} is no class of the model, which has {logits.shape[1]}")
+        return {"accuracy": top_k_accuracy(logits, self.labels, 1), "top5": top_k_accuracy(logits, self.labels, 5)}
