@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlorq.config import ModelConfig, SourceConfig
-from mlorq.data import custom, image_folder, table
+from mlorq.data import coco, custom, image_folder, table
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
 from mlorq.hashing import digest_batch, digest_json
@@ -19,7 +19,7 @@ __all__ = ["Dataset", "from_batches", "load_dataset"]
 
 Role = Literal["calibration", "evaluation"]
 
-SOURCES = {"image_folder": image_folder.load, "table": table.load, "custom": custom.load}
+SOURCES = {"image_folder": image_folder.load, "coco": coco.load, "table": table.load, "custom": custom.load}
 FEWEST_SAMPLES = 2
 
 

@@ -1,4 +1,4 @@
-"""Encoders of transformers: sequence classifiers, and sentence encoders with mean pooling."""
+"""Models of transformers: sequence classifiers, sentence encoders with mean pooling, and detectors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mlorq.config import ModelConfig
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.locations import is_remote, resolve_location
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
+from mlorq.models.transformers_detection import OUTPUTS
 
 ATTENTION = "sdpa"
 # What a configuration says about its origin and not about its function.
@@ -64,7 +65,7 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         module,
         "transformers",
         architecture,
-        sentence_embedding if config.task == "sentence-similarity" else classification_logits,
+        {"sentence-similarity": sentence_embedding, **OUTPUTS}.get(config.task or "", classification_logits),
         attention_mask,
         block_names(module),
         dtype,
@@ -183,9 +184,14 @@ def _described(module: Any) -> dict[str, Any]:
 
 
 def _auto_class(task: str | None) -> Any:
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    import transformers
 
-    return AutoModelForSequenceClassification if task == "text-classification" else AutoModel
+    names = {
+        "text-classification": "AutoModelForSequenceClassification",
+        "object-detection": "AutoModelForObjectDetection",
+        "instance-segmentation": "AutoModelForUniversalSegmentation",
+    }
+    return getattr(transformers, names.get(task or "", "AutoModel"))
 
 
 @contextlib.contextmanager
