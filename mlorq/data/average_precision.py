@@ -58,7 +58,7 @@ def average_precisions(
     Args:
         truth: COCO's instances: ``images``, ``annotations``, ``categories``.
         results: COCO's result rows, with ``bbox`` and, for masks, ``segmentation``.
-        images: ids of the images that are looked at.
+        images: ids of the images that are looked at; rows of others are left out.
         masks: whether there are masks.
 
     Raises:
@@ -69,6 +69,8 @@ def average_precisions(
     from pycocotools.cocoeval import COCOeval
 
     chosen = sorted(set(images))
+    wanted = set(chosen)
+    results = [row for row in results if row["image_id"] in wanted]
     found: dict[str, float] = {}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does

@@ -9,7 +9,7 @@ differentiable in every weight (``label_free_outputs``):
 
 Regions are fixed, not proposed: proposals of a compressed model are others than the float model's, in another order and
 number, and non-maximum suppression has no gradient. A fixed grid asks every head about the same place in both models,
-reaches all levels (their sizes are those of the levels), and has as much background as a detector meets.
+reaches every level of the pyramid, and holds mostly background, as an image does.
 The regions of a sample are consecutive rows of the heads' input, so that statistics can tell samples apart.
 
 Images of a batch are resized one by one and padded to one size (right and bottom, after normalising, to a multiple of
@@ -61,7 +61,9 @@ MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 
 PADDED_TO = 32
 
 POINTS = 12  # of the lattice at which the proposal head is looked at, a side and level
-REGIONS = (1, 2, 4, 8)  # regions a side: at 800 pixels these fall into the pyramid's four levels
+# Of the regions: by how much their sides are smaller than the image's, and how many there are a side. In images of
+# published size (800 × 1333) they come from the pyramid's levels 5, 5, 4, 3 and 2.
+REGIONS = ((1, 1), (2, 2), (4, 4), (8, 6), (16, 6))
 MASK_POINTS = 2  # positions in a mask, a side; the mask head's four convolutions see around them
 MASK_THRESHOLD = 0.5
 
@@ -150,14 +152,15 @@ def label_free_outputs(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def regions(size: Size) -> Tensor:
-    """The regions of f(x), ``(85, 4)``: an image divided into 1, 4, 16 and 64 equal parts."""
+    """The regions of f(x), ``(93, 4)``: the whole image, its quarters, …, and ever smaller ones spread over it."""
     height, width = size
     found = []
-    for parts in REGIONS:
-        for row in range(parts):
-            for column in range(parts):
-                edges = (column, row, column + 1, row + 1)
-                found.append([edge / parts * side for edge, side in zip(edges, (width, height) * 2, strict=True)])
+    for smaller, number in REGIONS:
+        starts = [(index + 0.5) / number - 0.5 / smaller for index in range(number)]
+        for top in starts:
+            for left in starts:
+                edges = (left, top, left + 1 / smaller, top + 1 / smaller)
+                found.append([edge * side for edge, side in zip(edges, (width, height) * 2, strict=True)])
     return torch.tensor(found)
 
 

@@ -48,6 +48,14 @@ def mask_outputs(module: nn.Module, batch: Batch) -> Tensor:
 OUTPUTS = {"object-detection": box_outputs, "instance-segmentation": mask_outputs}
 
 
+def mark_samples(module: nn.Module) -> None:
+    """Mark the layers that are called with tokens first and samples second: those of Mask2Former's decoder."""
+    for child in module.modules():
+        if type(child).__name__ == "Mask2FormerMaskedAttentionDecoderLayer":
+            for layer in (child.fc1, child.fc2):
+                setattr(layer, "samples_axis", 1)  # noqa: B010 - no attribute that a type knows of
+
+
 def detector(config: ModelConfig, location: str) -> Detector:
     """How images become batches and a model's outputs detections.
 
