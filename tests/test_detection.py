@@ -21,16 +21,20 @@ from timm.models.swin_transformer import SwinTransformerBlock
 import mlorq
 from mlorq.capture import capture
 from mlorq.checkpoint import checkpoint_files, save
+from mlorq.compressed import CompressedLinear, replace_layers
 from mlorq.config import ModelConfig, RunConfig, SourceConfig
 from mlorq.data import load_dataset
 from mlorq.data.average_precision import average_precisions
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
+from mlorq.forms import Candidate
 from mlorq.hessian import label_free_hessian
 from mlorq.layers import find_layers, input_tokens
 from mlorq.models import detection, detection_keys, load_model, rebuild
 from mlorq.models.detection_parts import AlignedRegions, ExactAnchors, PadFirstBlock
 from mlorq.models.transformers_detection import match_names
+from mlorq.segments import Segments, enters_cleanly
 from tests import detectors, zoo
+from tests.test_compressed import random_compressed
 
 DEPTHS = tuple(detectors.ARGUMENTS["depths"])
 # Few candidates and few probes: these runs show that all goes together, not how well.
@@ -296,6 +300,18 @@ def test_outputs_depend_on_every_weight():
     for name, value in module.named_parameters():
         assert value.grad is not None, name
         assert value.grad.abs().max() > 0, name
+
+
+def test_blocks_of_several_stages_are_no_chain_to_be_entered(folder):
+    model = load_model(config(), str(folder))
+    segments = Segments(model, model.module, model.blocks)
+    one = batch()
+    whole = segments.outputs(one)
+    # The first stage's block may be skipped; behind the next one, the first stage would put out what that one does.
+    for start, holds in ((1, True), (2, False), (len(model.blocks), False)):
+        carry = segments.advance(one, 0, None, start)
+        assert enters_cleanly(segments, one, start, carry, whole) is holds
+    assert torch.equal(segments.outputs(one), whole)
 
 
 def test_statistics_of_heads_are_taken_by_sample(folder):
@@ -590,7 +606,9 @@ BEST = {
 
 @pytest.mark.parametrize("settings", [{}, BEST], ids=["quick", "best"])
 def test_mask_rcnn_is_compressed_saved_and_loaded(settings, folder, tmp_path):
-    model = {**MASK_RCNN, "checkpoint": str(folder / "weights.safetensors")}
+    # As published: background's rows of the predictors are zeros.
+    torch.save(detectors.published_state(detectors.mask_rcnn(3), "mmdetection", DEPTHS), tmp_path / "published.pth")
+    model = {**MASK_RCNN, "checkpoint": str(tmp_path / "published.pth")}
     result = zoo.run(tmp_path, values(model, tmp_path, folder, **settings))
     check_run(result, ModelConfig(**model), folder, "mask_ap")
     before = sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file())
@@ -607,6 +625,17 @@ def test_transformers_detectors_are_compressed_saved_and_loaded(task, folder, tm
     model = {"family": "transformers", "name": str(tmp_path / "model"), "task": task}
     result = zoo.run(tmp_path, values(model, tmp_path, folder))
     check_run(result, ModelConfig(**model), folder, "box_ap" if task == "object-detection" else "mask_ap")
+
+
+def test_layers_that_a_module_keeps_in_a_list_are_replaced_there(tmp_path):
+    detectors.save_transformers_detector(tmp_path, "instance-segmentation", 1)
+    model = load_model(ModelConfig(family="transformers", name=str(tmp_path), task="instance-segmentation"))
+    path = "model.transformer_module.decoder.mask_predictor.mask_embedder.0"
+    block = model.module.get_submodule(path)
+    changed = random_compressed(f"{path}.0", block.get_submodule("0"), Candidate("Q", bits=8), 1)
+    replace_layers(model.module, {f"{path}.0": changed})
+    assert isinstance(block.get_submodule("0"), CompressedLinear)
+    assert block.layers[0] is block.get_submodule("0")
 
 
 def test_a_detector_in_memory_is_saved_with_its_architecture(folder, tmp_path):
