@@ -24,12 +24,13 @@ from mlorq.checkpoint import checkpoint_files, save
 from mlorq.compressed import CompressedLinear, replace_layers
 from mlorq.config import ModelConfig, RunConfig, SourceConfig
 from mlorq.data import load_dataset
-from mlorq.data.average_precision import average_precisions
+from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
 from mlorq.forms import Candidate
 from mlorq.hessian import label_free_hessian
 from mlorq.layers import find_layers, input_tokens
 from mlorq.models import detection, detection_keys, load_model, rebuild
+from mlorq.models.base import move_batch
 from mlorq.models.detection_parts import AlignedRegions, ExactAnchors, PadFirstBlock
 from mlorq.models.transformers_detection import match_names
 from mlorq.segments import Segments, enters_cleanly
@@ -371,6 +372,24 @@ def test_prepared_batches_give_what_torchvisions_own_call_gives(folder):
         for name in ("boxes", "scores", "labels"):
             assert torch.equal(getattr(one, name), other[name])
         assert torch.equal(one.masks, other["masks"][:, 0] > 0.5)
+
+
+def test_detectors_in_half_precision_and_images_without_detections():
+    module = detectors.mask_rcnn(1).requires_grad_(False)
+    both = batch()
+    wanted = detection.label_free_outputs(module, both)
+    half = copy.deepcopy(module).to(torch.bfloat16)
+    moved = move_batch(both, "cpu", torch.bfloat16)
+    found = detection.label_free_outputs(half, moved)
+    assert found.dtype == torch.float32
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    (first, _) = detection.detect(half, moved, [(60, 60), (60, 60)])
+    assert first.boxes.dtype == torch.float32
+    module.roi_heads.score_thresh = 1.0
+    for row in detection.detect(module, both, [(60, 60), (50, 40)]):
+        assert row.boxes.shape == (0, 4)
+        assert row.masks.shape[0] == 0
+        assert result_rows(1, row, {1: 2}) == []
 
 
 # -- data ---------------------------------------------------------------------------------------------------

@@ -77,9 +77,8 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
         "task": model_config.task,
         "batch_size": source.batch_size,
     }
-    batches = _LazyBatches(images, detector, source.batch_size)
+    batches = _LazyBatches(images, detector, source.batch_size, keep=role == "calibration")
     if role == "calibration":
-        batches.keep = True
         return Dataset(batches, len(images), digest_json(described))
     check_installed()
     names = {category["id"]: category["name"] for category in truth["categories"]}
@@ -124,11 +123,10 @@ class _Evaluation:
 class _LazyBatches(Sequence[Any]):
     """Decoded and preprocessed when they are asked for; kept where ``keep`` is set, for data that is run many times."""
 
-    def __init__(self, images: Sequence[_Image], detector: Detector, size: int) -> None:
+    def __init__(self, images: Sequence[_Image], detector: Detector, size: int, *, keep: bool = False) -> None:
         # By shape, then by id: landscapes first.
         self.images = sorted(images, key=lambda image: (image.height / image.width, image.id))
-        self.keep = False
-        self._detector, self._size = detector, size
+        self._detector, self._size, self._keep = detector, size, keep
         self._kept: dict[int, Any] = {}
 
     @property
@@ -157,7 +155,7 @@ class _LazyBatches(Sequence[Any]):
         if place in self._kept:
             return self._kept[place]
         batch = self._detector.prepare([_decode(image) for image in self.images_of(place)])
-        if self.keep:
+        if self._keep:
             self._kept[place] = batch
         return batch
 

@@ -191,15 +191,31 @@ def detector(config: ModelConfig) -> Detector:
 
 
 def detect(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
-    """Run the whole detector on a batch that is already resized and padded."""
+    """Run the whole detector on a batch that is already resized and padded.
+
+    Step by step what torchvision's own ``forward`` does, but with boxes and scores in float32 whatever the model runs
+    in: a box of 1000 pixels has no place in bfloat16, and suppression does not exist there.
+    """
     from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.roi_heads import maskrcnn_inference
+    from torchvision.models.detection.rpn import concat_box_prediction_layers
 
     model: Any = module
     sizes = _sizes(batch)
-    images = ImageList(batch["pixel_values"], sizes)
-    features = model.backbone(images.tensors)
-    proposals, _ = model.rpn(images, features)
-    found, _ = model.roi_heads(features, proposals, sizes)
+    features = model.backbone(batch["pixel_values"])
+    maps = list(features.values())
+    objectness, deltas = model.rpn.head(maps)
+    anchors = model.rpn.anchor_generator(ImageList(batch["pixel_values"], sizes), maps)
+    counts = [level[0].numel() for level in objectness]
+    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+    proposals = model.rpn.box_coder.decode(deltas.float(), anchors).reshape(len(sizes), -1, 4)
+    boxes, _ = model.rpn.filter_proposals(proposals, objectness.float(), sizes, counts)
+    heads = model.roi_heads
+    logits, shifts = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
+    boxes, scores, labels = heads.postprocess_detections(logits.float(), shifts.float(), boxes, sizes)
+    masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+    named = zip(boxes, scores, labels, maskrcnn_inference(masks.float(), labels), strict=True)
+    found = [dict(zip(("boxes", "scores", "labels", "masks"), row, strict=True)) for row in named]
     return [
         Detections(row["boxes"], row["scores"], row["labels"], row["masks"][:, 0] > MASK_THRESHOLD)
         for row in model.transform.postprocess(found, sizes, list(originals))
