@@ -33,7 +33,7 @@ setup-demo:
 	@bash scripts/setup.sh demo
 
 setup-dev:
-	@bash scripts/setup.sh demo,dev,hub,s3,dask,docker
+	@bash scripts/setup.sh demo,dev,detection,hub,s3,dask,docker
 
 # Stores (.mlorq/) hold results that may have taken hours, and .venv/ takes minutes: both stay.
 clean: ## remove caches and build outputs

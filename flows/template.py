@@ -35,6 +35,13 @@ _TEXT = {
     "calibration": {"source": "table", "path": "train.tsv", "text": ["sentence"], "samples": 256},
     "evaluation": {"source": "table", "path": "dev.tsv", "text": ["sentence"], "label": "label"},
 }
+_COCO = {
+    "calibration": {
+        "source": "coco", "root": "train2017/", "annotations": "instances_train2017.json",
+        "samples": 64, "batch_size": 2,
+    },
+    "evaluation": {"source": "coco", "root": "val2017/", "annotations": "instances_val2017.json", "batch_size": 2},
+}  # fmt: skip
 _CUSTOM = {
     "calibration": {"source": "custom", "factory": "my_package:calibration_batches"},
     "evaluation": {"source": "custom", "factory": "my_package:evaluate"},
@@ -43,6 +50,7 @@ _CUSTOM = {
 EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "timm": ({"family": "timm", "name": "vit_tiny_patch16_224", "pretrained": True}, _VISION),
     "transformers": ({"family": "transformers", "name": "my_model/", "task": "text-classification"}, _TEXT),
+    "detection": ({"family": "detection", "name": "mask_rcnn_swin_tiny", "checkpoint": "weights.pth"}, _COCO),
     "custom": ({"family": "custom", "factory": "my_package:build"}, _CUSTOM),
 }
 

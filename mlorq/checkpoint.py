@@ -62,7 +62,7 @@ def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[
 
     Args:
         module: the model with its layers replaced (``mlorq.compressed.replace_layers``).
-        description: JSON values. ``architecture`` (``{"family": "timm" | "transformers" | "custom", …}``) is
+        description: JSON values. ``architecture`` (``{"family": …}`` and what that family rebuilds from) is
             needed; ``dtype`` (default: that of the first floating parameter), ``budget`` (``asked``,
             ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
             ``activations`` (``ActivationPlan.to_json``, of the quantizers that the module has) and ``extra``

@@ -386,7 +386,10 @@ def get_layer(module: nn.Module, name: str) -> nn.Module:
 
 
 def swap_module(module: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in another's place; modules that used ``old``'s bias parameter now use ``new``'s."""
+    """Put a module in another's place; modules that used ``old``'s bias parameter now use ``new``'s.
+
+    Some modules call their children from a list of their own, beside the registered names: there, too.
+    """
     parent, _, attribute = path.rpartition(".")
     setattr(module.get_submodule(parent), attribute, new)
     new.train(old.training)
@@ -395,6 +398,9 @@ def swap_module(module: nn.Module, path: str, old: nn.Module, new: nn.Module) ->
         for key, parameter in other._parameters.items():
             if parameter is not None and parameter is bias:
                 other._parameters[key] = new._parameters["bias"]
+        for value in vars(other).values():
+            if isinstance(value, list):
+                value[:] = [new if item is old else item for item in value]
 
 
 def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidate) -> str | None:

@@ -86,14 +86,21 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The float model: its family, its name there, and where its weights come from."""
 
-    family: Literal["timm", "transformers", "custom"] = Field(description="which library builds the model")
+    family: Literal["timm", "transformers", "detection", "custom"] = Field(description="which library builds the model")
     name: str | None = Field(None, description="timm model name; transformers folder, package folder or hub name")
     checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
     pretrained: bool = Field(False, description="fetch the weights from the family's hub")
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
-    task: Literal["image-classification", "text-classification", "sentence-similarity"] | None = Field(
-        None, description="what the model's output is; timm: image-classification"
-    )
+    task: (
+        Literal[
+            "image-classification",
+            "text-classification",
+            "sentence-similarity",
+            "object-detection",
+            "instance-segmentation",
+        ]
+        | None
+    ) = Field(None, description="what the model's output is; timm: image-classification")
     factory: str | None = Field(None, description="family custom: package:function that returns an nn.Module")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype the model runs in")
     rotation: int | None = Field(
@@ -109,9 +116,14 @@ class ModelConfig(_Section):
                 raise ValueError("family custom needs factory: package:function")
         elif not self.name:
             raise ValueError(f"family {self.family} needs a name")
-        if self.family == "transformers" and self.task not in ("text-classification", "sentence-similarity"):
-            raise ValueError("family transformers needs task: text-classification or sentence-similarity")
-        if self.rotation is not None and self.family == "transformers":
+        if self.family == "transformers" and self.task in (None, "image-classification"):
+            raise ValueError(
+                "family transformers needs task: text-classification, sentence-similarity, object-detection or "
+                "instance-segmentation"
+            )
+        if self.family == "detection" and (self.pretrained or not self.checkpoint):
+            raise ValueError("family detection needs checkpoint: URI of its weights; it fetches none")
+        if self.rotation is not None and self.family in ("transformers", "detection"):
             raise ValueError("rotation is for pre-norm vision transformers of timm")
         if self.family == "timm" and not self.pretrained and not self.checkpoint:
             raise ValueError("weights are missing: give checkpoint: URI, or pretrained: true to fetch them")
@@ -123,10 +135,13 @@ GlueTask = Literal["sst2", "mrpc", "cola", "stsb", "qqp", "mnli", "qnli", "rte",
 
 
 class SourceConfig(_Section):
-    """One data source: images in a folder or in Parquet, a table of texts, a GLUE task, or the user's own code."""
+    """One data source: images in a folder, in Parquet or of COCO, a table of texts, a GLUE task, or user code."""
 
-    source: Literal["image_folder", "image_parquet", "table", "glue", "custom"] = Field(description="kind of source")
-    root: str | None = Field(None, description="image_folder: folder of images, local path or fsspec URL")
+    source: Literal["image_folder", "image_parquet", "coco", "table", "glue", "custom"] = Field(
+        description="kind of source"
+    )
+    root: str | None = Field(None, description="image_folder, coco: folder of images, local path or fsspec URL")
+    annotations: str | None = Field(None, description="coco: instances JSON, local path or fsspec URL")
     labels: str | None = Field(None, description="image_folder: TSV or CSV with file, label[, split]")
     split: str | None = Field(
         None,
@@ -149,7 +164,7 @@ class SourceConfig(_Section):
         description="custom: package:function; calibration returns batches, "
         "evaluation is called with the model and returns a dict of metrics",
     )
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = Field(
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "box_ap", "mask_ap"] | None = Field(
         None, description="evaluation metric; the task's usual one by default"
     )
     samples: int | None = Field(None, ge=1, description="use a seeded random choice of this many samples")
@@ -164,6 +179,7 @@ class SourceConfig(_Section):
         needed = {
             "image_folder": ("root",),
             "image_parquet": ("path",),
+            "coco": ("root", "annotations"),
             "table": ("path", "text"),
             "glue": ("task",),
             "custom": ("factory",),

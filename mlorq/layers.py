@@ -95,7 +95,8 @@ def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
     """A layer's input as rows of its matrix product, regrouped to samples: ``(samples, tokens, in_features)``.
 
     Convolutions are unfolded (grouped ones to ``groups · in_features``); samples folded into the leading axis
-    (windows, regions) are taken apart again.
+    (windows, regions) are taken apart again. A module that its family marks with ``samples_axis = 1`` is called with
+    tokens first.
 
     Raises:
         ModelError: the leading axis is no multiple of the number of samples.
@@ -105,14 +106,14 @@ def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
         padding = 0 if module.padding_mode != "zeros" or isinstance(module.padding, str) else module.padding
         columns = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
         inputs = columns.transpose(1, 2)
-    return _by_sample(inputs, samples)
+    return _by_sample(inputs, samples, getattr(module, "samples_axis", 0))
 
 
 def output_tokens(module: nn.Module, outputs: Tensor, samples: int) -> Tensor:
     """A layer's output (or its gradient) regrouped like its input: ``(samples, tokens, out_features)``."""
     if isinstance(module, nn.Conv2d):
         outputs = outputs.flatten(2).transpose(1, 2)
-    return _by_sample(outputs, samples)
+    return _by_sample(outputs, samples, getattr(module, "samples_axis", 0))
 
 
 def _pad(module: nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -122,7 +123,9 @@ def _pad(module: nn.Conv2d, inputs: Tensor) -> Tensor:
     return F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def _by_sample(values: Tensor, samples: int) -> Tensor:
+def _by_sample(values: Tensor, samples: int, axis: int = 0) -> Tensor:
+    if axis:
+        values = values.transpose(0, axis)
     if values.shape[0] % samples:
         raise ModelError(f"a layer sees {values.shape[0]} leading rows for {samples} samples; samples must come first")
     return values.reshape(samples, -1, values.shape[-1])

@@ -106,5 +106,10 @@ def enters_cleanly(segments: Segments, batch: Any, start: int, carry: Any, expec
     """
     if start == 0:
         return True
-    found = segments.outputs(batch, start, carry)
-    return bool((found - expected).norm() <= 1e-5 * expected.norm())
+    try:
+        found = segments.outputs(batch, start, carry)
+        return bool((found - expected).norm() <= 1e-5 * expected.norm())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # who reads an earlier block again was given a tensor of another shape
+        return False

@@ -50,14 +50,13 @@ class LayerProbe:
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
         self.start = layer.block
         self.carries = [self.segments.advance(batch, 0, None, self.start) for batch in self.batches]
+        if self.start and not self._is_a_chain():
+            self.start = 0
+            self.carries = [None] * len(self.batches)
         self.references = [
             self.segments.outputs(batch, self.start, carry)
             for batch, carry in zip(self.batches, self.carries, strict=True)
         ]
-        if self.start and not self._is_a_chain():
-            self.start = 0
-            self.carries = [None] * len(self.batches)
-            self.references = [self.segments.outputs(batch) for batch in self.batches]
         self._output_cost = OutputCost(cost, self.references, labels)
 
     def _is_a_chain(self) -> bool:

@@ -30,7 +30,7 @@ from mlorq.errors import CheckpointError, ModelError
 from mlorq.layers import find_layers
 from mlorq.models import from_module
 from mlorq.models.base import FloatModel, attention_mask
-from mlorq.models.transformers import sentence_embedding
+from mlorq.models.sentence import SentenceEmbedding
 from tests import zoo
 
 PERCENTILES = (0.99, 0.999, 1.0)
@@ -239,7 +239,7 @@ def test_post_norm_bert_keeps_ranges_a_channel_shared_by_query_key_and_value(see
         if "LayerNorm.weight" in name:
             value.data[3] = 30.0  # an outlier channel, as trained encoders have them
     batch = {"input_ids": torch.randint(5, 20, (6, 9)), "attention_mask": torch.ones(6, 9, dtype=torch.long)}
-    _, _, plan = found_in(module, [batch], sentence_embedding, bits=4, method="repq")
+    _, _, plan = found_in(module, [batch], SentenceEmbedding(), bits=4, method="repq")
     assert not plan.folds
     query = next(site for site in plan.sites if site.name.endswith("layer.0.attention.self.query"))
     assert len(query.layers) == 3
@@ -259,7 +259,7 @@ def test_padding_is_not_looked_at(seed):
         "input_ids": F.pad(ids, (0, 5), value=0),
         "attention_mask": F.pad(torch.ones_like(ids), (0, 5)),
     }
-    model = from_module(module, sentence_embedding)
+    model = from_module(module, SentenceEmbedding())
     assert model.token_mask is attention_mask
     layers = find_layers(model, short).layers
     spans = [

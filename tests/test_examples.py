@@ -16,11 +16,14 @@ from mlorq.memory import parse_budget
 from tests import zoo
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+YOURS = {"mask_rcnn_swin_tiny.pth"}  # files that a user has to bring
 CONFIGURATIONS = sorted(EXAMPLES.rglob("*.yaml"))
 
 
 def test_there_are_examples():
-    assert {"minilm.yaml", "minilm_sst2.yaml", "vit_tiny.yaml", "digits.yaml"} <= {path.name for path in CONFIGURATIONS}
+    assert {"minilm.yaml", "minilm_sst2.yaml", "vit_tiny.yaml", "digits.yaml", "mask_rcnn_swin_tiny.yaml"} <= {
+        path.name for path in CONFIGURATIONS
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
@@ -37,10 +40,14 @@ def test_configurations_are_valid_and_lossless(path):
 def test_files_that_configurations_name_are_there(path):
     config = RunConfig.from_yaml(path)
     sources = [config.data.calibration, config.data.evaluation]
-    named = [value for source in sources for value in (source.path, source.root, source.labels) if value]
+    of_source = ("path", "root", "labels", "annotations")
+    named = [getattr(source, name) for source in sources for name in of_source if getattr(source, name)]
     named += [config.model.checkpoint] if config.model.checkpoint else []
     for location in named:
         if "shared/data" in location:  # lies beside the repository, and not everywhere
+            continue
+        if location in YOURS:
+            assert "of your own" in path.read_text()
             continue
         assert Path(config.resolve(location)).exists(), location
     factories = [source.factory for source in sources if source.factory] + [config.model.factory or ""]

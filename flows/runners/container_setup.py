@@ -197,7 +197,7 @@ def _locations(config: RunConfig) -> list[str]:
     model = config.model
     named = [model.checkpoint, model.name if model.family == "transformers" else None]
     for source in (config.data.calibration, config.data.evaluation):
-        named += [source.root, source.labels, source.list, _before_glob(source.path)]
+        named += [source.root, source.labels, source.annotations, source.list, _before_glob(source.path)]
     return [config.resolve(location) for location in named if location]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlorq.config import ModelConfig, SourceConfig
-from mlorq.data import custom, glue, image_folder, image_parquet, table
+from mlorq.data import coco, custom, glue, image_folder, image_parquet, table
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
 from mlorq.hashing import digest_batch, digest_json
@@ -22,6 +22,7 @@ Role = Literal["calibration", "evaluation"]
 SOURCES = {
     "image_folder": image_folder.load,
     "image_parquet": image_parquet.load,
+    "coco": coco.load,
     "table": table.load,
     "glue": glue.load,
     "custom": custom.load,

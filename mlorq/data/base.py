@@ -68,7 +68,8 @@ class Dataset:
         key: hash of the samples (contents, labels, preprocessing, batching); never of paths.
         metric_name: the metric that stands for the task (``accuracy``, ``spearman`` …); None without labels.
         metric: maps f(x) of all samples, ``(samples, outputs)``, to ``{name: value}``; None without labels.
-        evaluate: user code called with the model instead of ``metric``; its results are reported as they are.
+        evaluate: called with the model instead of ``metric``: user code, whose results are reported as they are, or a
+            metric that needs more than f(x), such as a detector's average precision.
         labels: of calibration data, ``(samples,)`` a batch: class numbers (int64) or a regressor's values (float);
             None where there are none.
         label_check: compares the labels with the model; None where there are none, or they stand for no output.

@@ -9,14 +9,14 @@ from torch import nn
 
 from mlorq.config import ModelConfig
 from mlorq.errors import CheckpointError
-from mlorq.models import custom, timm, transformers
+from mlorq.models import custom, detection, timm, transformers
 from mlorq.models.base import FloatModel
 from mlorq.models.custom import from_module
 from mlorq.rotation import rotate_residual_stream
 
 __all__ = ["FloatModel", "from_module", "known_models", "load_model", "rebuild"]
 
-FAMILIES = {"timm": timm, "transformers": transformers, "custom": custom}
+FAMILIES = {"timm": timm, "transformers": transformers, "detection": detection, "custom": custom}
 
 KNOWN = [
     ("timm", "vit_tiny_patch16_224", "image-classification", "ImageNet weights and images, 3 and 4 bit"),
@@ -57,6 +57,8 @@ def rebuild(architecture: dict[str, Any]) -> nn.Module:
         return timm.rebuild(architecture)
     if family == "transformers":
         return transformers.rebuild(architecture)
+    if family == "detection":
+        return detection.rebuild(architecture)
     raise CheckpointError(f"a model of family {family!r} cannot rebuild itself: pass model=instance")
 
 

@@ -146,11 +146,11 @@ class FloatModel:
 
     Attributes:
         module: in eval mode, without gradients.
-        family: ``timm``, ``transformers`` or ``custom``.
+        family: ``timm``, ``transformers``, ``detection`` or ``custom``.
         architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights;
             ``{"family": "custom", "class": …}`` where that is not possible.
-        forward: ``forward(module, batch)`` gives f(x): logits ``(samples, classes)``, or the L2-normalised
-            embedding ``(samples, width)`` of a sentence encoder.
+        forward: ``forward(module, batch)`` gives f(x): logits ``(samples, classes)``, the L2-normalised
+            embedding ``(samples, width)`` of a sentence encoder, or what a detector's heads say at fixed places.
         token_mask: ``token_mask(batch)`` gives ``(samples, tokens)`` bool, True where a token counts; None
             where all do. Padding never enters a statistic.
         blocks: names of the modules that run one after another, each on the output of the one before (transformer

@@ -17,6 +17,7 @@ from mlorq.errors import DataError, ModelError
 from mlorq.locations import is_remote
 from mlorq.models import timm, transformers
 from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
+from mlorq.models.transformers_detection import mark_samples
 
 
 def load(config: ModelConfig, folder: str = "") -> FloatModel:
@@ -50,6 +51,7 @@ def from_module(module: nn.Module, forward: Forward | None = None) -> FloatModel
     floating = [value for value in module.parameters() if value.is_floating_point()]
     if not floating:
         raise ModelError("the model has no floating parameters")
+    mark_samples(module)
     kind = type(module)
     # Instances of the libraries' own models are described as such, so that their checkpoints load by themselves.
     architecture = timm.describe(module) or transformers.describe(module)

@@ -99,7 +99,15 @@ def load_weights(module: nn.Module, uri: str) -> None:
     Raises:
         ModelError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    state = read_state_dict(uri)
+    fill_weights(module, read_state_dict(uri), uri)
+
+
+def fill_weights(module: nn.Module, state: Mapping[str, Tensor], uri: str) -> None:
+    """Put named tensors into a module, strictly; ``uri`` is what errors call them.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected or of another shape.
+    """
     wanted = module.state_dict()
     for name, tensor in wanted.items():
         if name not in state:

@@ -1,4 +1,4 @@
-"""Encoders of transformers: sequence classifiers, and sentence encoders with the pooling of their folder."""
+"""Models of transformers: classifiers, sentence encoders with the pooling of their folder, and detectors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mlorq.errors import CheckpointError, ModelError
 from mlorq.locations import is_remote, resolve_location
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
 from mlorq.models.sentence import read_embedding
+from mlorq.models.transformers_detection import OUTPUTS, mark_samples
 
 ATTENTION = "sdpa"
 # What a configuration says about its origin and not about its function.
@@ -38,10 +39,12 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         location = os.path.join(location, embedding.inside)
     dtype = getattr(torch, config.dtype)
     auto = _auto_class(config.task)
+    # Convolutional backbones know of no fused attention, and refuse to be asked for it.
+    attention = "eager" if config.task in OUTPUTS else ATTENTION
     arguments = dict(config.arguments)
     try:
         with _quiet():
-            settings = {"dtype": dtype, "attn_implementation": ATTENTION, "output_loading_info": True}
+            settings = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
             module, info = auto.from_pretrained(location, **settings, **arguments)
             missing = info.get("missing_keys") or ()
             if config.task == "sentence-similarity" and missing and all(str(k).startswith("pooler.") for k in missing):
@@ -54,10 +57,11 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         for key in sorted(info.get(problem) or (), key=str):
             name = key if isinstance(key, str) else key[0]
             raise ModelError(f"model {config.name!r}: tensor {name!r} is {problem.split('_')[0]} in its weights")
+    mark_samples(module)
     architecture: dict[str, Any] = {
         "family": "transformers",
         "task": config.task,
-        "attention": ATTENTION,
+        "attention": attention,
         "config": _described(module),
     }
     # Arguments of the constructor, unlike those that change the configuration, are described nowhere else.
@@ -73,7 +77,7 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         module,
         "transformers",
         architecture,
-        embedding or classification_logits,
+        embedding or OUTPUTS.get(config.task or "", classification_logits),
         attention_mask,
         block_names(module),
         dtype,
@@ -204,9 +208,14 @@ def _described(module: Any) -> dict[str, Any]:
 
 
 def _auto_class(task: str | None) -> Any:
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    import transformers
 
-    return AutoModelForSequenceClassification if task == "text-classification" else AutoModel
+    names = {
+        "text-classification": "AutoModelForSequenceClassification",
+        "object-detection": "AutoModelForObjectDetection",
+        "instance-segmentation": "AutoModelForUniversalSegmentation",
+    }
+    return getattr(transformers, names.get(task or "", "AutoModel"))
 
 
 @contextlib.contextmanager

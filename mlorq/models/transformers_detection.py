@@ -1,0 +1,166 @@
+"""Detectors of transformers: boxes from queries (DETR and its kin), and masks from queries (MaskFormer, Mask2Former).
+
+f(x) is what the queries say, for their number is fixed and nothing has to be suppressed: class logits and boxes, or
+class logits and mask logits at a lattice of positions. Both kinds weigh the same (``side_by_side``). Images are
+prepared by the model's own image processor, which pads a batch to one size; masks are looked at where there is no
+padding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlorq.config import ModelConfig
+from mlorq.errors import DataError, ModelError
+from mlorq.models.base import Batch
+from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
+
+TASKS = ("object-detection", "instance-segmentation")
+POINTS = 12  # of the lattice at which masks are looked at, a side
+DETECTIONS = 100  # an image
+# What an image processor's description says of its origin and not of its function.
+NOT_PREPROCESSING = ("_processor_class", "image_processor_type", "processor_class")
+
+
+def box_outputs(module: nn.Module, batch: Batch) -> Tensor:
+    """Class logits and boxes of all queries, ``(samples, outputs)``."""
+    found = module(**batch)
+    return side_by_side([found.logits, found.pred_boxes])
+
+
+def mask_outputs(module: nn.Module, batch: Batch) -> Tensor:
+    """Class logits of all queries, and their mask logits at a lattice over the image, ``(samples, outputs)``."""
+    found = module(**batch)
+    maps = found.masks_queries_logits
+    parts = _parts(batch)
+    sizes = [
+        tuple(max(1, round(part * size)) for part, size in zip(row, maps.shape[-2:], strict=True)) for row in parts
+    ]
+    return side_by_side([found.class_queries_logits, at_points(maps, sizes, POINTS)])
+
+
+OUTPUTS = {"object-detection": box_outputs, "instance-segmentation": mask_outputs}
+
+
+def mark_samples(module: nn.Module) -> None:
+    """Mark the layers that are called with tokens first and samples second: those of Mask2Former's decoder."""
+    for child in module.modules():
+        if type(child).__name__ == "Mask2FormerMaskedAttentionDecoderLayer":
+            for layer in (child.fc1, child.fc2):
+                setattr(layer, "samples_axis", 1)  # noqa: B010 - no attribute that a type knows of
+
+
+def detector(config: ModelConfig, location: str) -> Detector:
+    """How images become batches and a model's outputs detections.
+
+    Args:
+        config: the ``model`` section.
+        location: folder or hub name of the model.
+
+    Raises:
+        ModelError: it has no image processor.
+    """
+    from transformers import AutoConfig, AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(location)
+        named = AutoConfig.from_pretrained(location).id2label
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {config.name!r}: its image processor cannot be loaded: {text}") from error
+
+    def prepare(images: Sequence[Any]) -> Batch:
+        found = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return {name: found[name] for name in ("pixel_values", "pixel_mask") if name in found}
+
+    def boxes(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
+        outputs = module(**batch)
+        sizes = torch.tensor(list(originals), device=outputs.logits.device)
+        rows = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        found = []
+        for row in rows:
+            best = row["scores"].float().sort(descending=True, stable=True).indices[:DETECTIONS]
+            found.append(Detections(*(row[name][best] for name in ("boxes", "scores", "labels"))))
+        return found
+
+    described = json.loads(processor.to_json_string())
+    described = {name: value for name, value in described.items() if name not in NOT_PREPROCESSING}
+    masks = config.task == "instance-segmentation"
+    return Detector(
+        prepare,
+        masks_of if masks else boxes,
+        lambda names: match_names({int(label): name for label, name in named.items()}, names),
+        {**described, "points": POINTS},
+        masks,
+    )
+
+
+def masks_of(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
+    """The instances of Mask2Former (arXiv 2112.01527): the best pairs of query and class, each with its query's mask.
+
+    A score is the class's probability times the mean probability of the mask's pixels; boxes are the masks'.
+    """
+    found = module(**batch)
+    padded = batch["pixel_values"].shape[-2:]
+    result = []
+    for logits, maps, part, size in zip(
+        found.class_queries_logits, found.masks_queries_logits, _parts(batch), originals, strict=True
+    ):
+        scores = logits.float().softmax(-1)[:, :-1]  # the last class is "no object"
+        best = scores.flatten().topk(min(DETECTIONS, scores.numel()))
+        queries, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
+        height, width = (max(1, round(share * side)) for share, side in zip(part, padded, strict=True))
+        whole = _resized(maps[queries].float(), tuple(padded))[:, :height, :width]
+        whole = _resized(whole, size)
+        masks = whole > 0
+        sure = (whole.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
+        kept = masks.any(2).any(1)
+        boxes = _boxes(masks[kept])
+        result.append(Detections(boxes, (best.values * sure)[kept], labels[kept], masks[kept]))
+    return result
+
+
+def match_names(labels: Mapping[int, str], categories: Mapping[int, str]) -> dict[int, int]:
+    """``{label: category id}`` by the names of both.
+
+    Raises:
+        DataError: the annotations have a category that no class of the model is named after.
+    """
+    by_name = {name: label for label, name in sorted(labels.items(), reverse=True)}
+    for category, name in categories.items():
+        if name not in by_name:
+            raise DataError(f"category {category} of the annotations, {name!r}, is no class of the model")
+    return {by_name[name]: category for category, name in categories.items()}
+
+
+def _parts(batch: Batch) -> list[tuple[float, float]]:
+    """Which part of a batch's height and width each image takes up; the rest is padding."""
+    mask = batch.get("pixel_mask")
+    if mask is None:
+        return [(1.0, 1.0)] * len(batch["pixel_values"])
+    height, width = mask.shape[-2:]
+    filled = mask.bool()
+    return [(int(row.any(1).sum()) / height, int(row.any(0).sum()) / width) for row in filled]
+
+
+def _resized(maps: Tensor, size: Size) -> Tensor:
+    return F.interpolate(maps.unsqueeze(0), size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _boxes(masks: Tensor) -> Tensor:
+    """The boxes around masks of which none is empty, ``(n, 4)``; right and bottom edges lie behind the last pixel."""
+    edges = []
+    for axis in (1, 2):
+        along = masks.any(axis)  # columns, then rows
+        positions = torch.arange(along.shape[1], device=masks.device)
+        first = torch.where(along, positions, along.shape[1]).min(1).values if len(along) else positions[:0]
+        last = torch.where(along, positions, -1).max(1).values if len(along) else positions[:0]
+        edges.append((first, last + 1))
+    (left, right), (top, bottom) = edges
+    return torch.stack([left, top, right, bottom], dim=1).float()
