@@ -3,7 +3,8 @@
 ``mlorq.search.finished`` is emitted once the costs of every layer's candidates are known, by runs of ``compress`` that
 computed some of them. A run that found them all in the store has nothing to tell, and ``rebudget`` and ``sweep`` never
 tell anything: neither a repeated run nor a chain of runs goes on by itself. The payload is what ``rebudget`` takes. The
-deployments in ``prefect.yaml`` listen for it, and for ``mlorq.rebudget.requested``, which is the user's to send.
+deployments in ``prefect.yaml`` listen for it, and for ``mlorq.rebudget.requested`` and ``mlorq.compare.requested``,
+which are the user's to send.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from steps.base import Outcome, StepSpec
 LOGGER = logging.getLogger(__name__)
 SEARCH_FINISHED = "mlorq.search.finished"
 REBUDGET_REQUESTED = "mlorq.rebudget.requested"
+COMPARE_REQUESTED = "mlorq.compare.requested"
 SEARCH_STEPS = ("capture", "sensitivity")
 
 

@@ -25,7 +25,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values
 
-from flows.events import REBUDGET_REQUESTED, SEARCH_FINISHED
+from flows.events import COMPARE_REQUESTED, REBUDGET_REQUESTED, SEARCH_FINISHED
 from flows.forms import BY_PRESET, RunForm, read_config
 from mlorq.config import PRESETS, RunConfig
 from mlorq.errors import ConfigError
@@ -66,7 +66,7 @@ def refused(parameters: dict[str, Any], deployment: str = "compress") -> str:
 
 def test_what_there_is() -> None:
     assert set(DEPLOYMENTS) == {
-        "compress", "rebudget", "nightly", "sweep", "compress-docker", "rebudget-docker", "compress-kubernetes",
+        "compress", "rebudget", "nightly", "sweep", "compare", "compress-docker", "rebudget-docker", "compress-kubernetes",
     }  # fmt: skip
     assert len(PrefectYamlModel.model_validate(FILE).deployments) == len(DEPLOYMENTS)
     assert {item["work_pool"]["name"] for item in DEPLOYMENTS.values()} == set(POOLS)
@@ -195,6 +195,7 @@ def test_triggers() -> None:
             ({SEARCH_FINISHED}, pool | {"prefect.resource.name": "mlorq"}),
             ({REBUDGET_REQUESTED}, {}),
         ],
+        "compare": [({COMPARE_REQUESTED}, {})],
         "rebudget-docker": [({SEARCH_FINISHED}, pool | {"prefect.resource.name": "mlorq-docker"})],
     }
 
@@ -213,7 +214,7 @@ def test_form_has_every_key_with_what_it_means() -> None:
     fields = dict(sections(schema))
     for key, field in fields.items():
         assert field.get("description") or "$ref" in field, key
-    assert fields["ModelForm.family"]["enum"] == ["timm", "transformers", "custom"]
+    assert fields["ModelForm.family"]["enum"] == ["timm", "transformers", "detection", "custom"]
     assert fields["RoundingForm.iterations"]["description"].endswith("(None means best: 200; quick: 500; paper: 20000)")
     form = schema["definitions"]["ConfigurationForm"]
     assert set(form["properties"]) == set(RunConfig.model_fields) - {"folder"}
@@ -360,6 +361,12 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
     swept = stack.run("sweep/sweep", parameters | {"budgets": ["3bit", "5bit"]})
     assert stack.wait(swept)["name"] == "tiny_project 3bit 5bit"
     assert stack.artifacts(swept)["size-accuracy"]["type"] == "markdown"
+
+    # Methods side by side: a run each, inside that of the comparison.
+    stack.emit(COMPARE_REQUESTED, "somebody", {**parameters, "budgets": ["5bit"], "methods": ["nearest", "erq"]})
+    (compared,) = further_runs(stack, "compare", 1)
+    assert compared["name"] == "compare tiny_project 5bit"
+    assert stack.artifacts(compared["id"])["compare"]["type"] == "table"
 
     # What the form lets through is refused by the run, in one line.
     wrong = stack.run("rebudget/rebudget", parameters | {"budgets": ["0.1bit"]})
