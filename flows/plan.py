@@ -18,6 +18,7 @@ from mlorq.errors import BudgetError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer, LayerList
 from mlorq.memory import candidate_bytes, parse_budget
+from mlorq.overrides import layer_search
 from steps import baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
 from steps.pipeline import run_allocations, run_budget, run_search
@@ -33,20 +34,25 @@ DASK_NOTE = " here; the cluster's workers may differ"
 
 
 def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
-    """Bytes of a layer's smallest candidate."""
+    """Bytes of a layer's smallest candidate; ``search`` is that of the run."""
+    search = layer_search(search, layer)
     rows, columns = layer.out_features, layer.in_features
 
     def size(candidate: Candidate) -> int:
         return candidate_bytes(candidate, rows, columns, search.accounting, search.zero_point)
 
     quantized = [size(Candidate("Q", bits=bits)) for bits in search.bits]
-    rank = max(search.rank_multiple, SMALLEST_RANK)
-    if layer.groups > 1 or not search.factor_bits or rank > min(rows, columns):
-        return min(quantized)
-    width = min(search.factor_bits)
-    low_rank = size(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
-    # The search leaves out low-rank candidates that are no smaller than the largest quantize-only one.
-    return min(low_rank, *quantized) if low_rank < max(quantized) else min(quantized)
+    others = []
+    if layer.groups == 1 and "LR" in search.forms and search.factor_bits:
+        rank, width = max(search.rank_multiple, SMALLEST_RANK), min(search.factor_bits)
+        others.append(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
+    if layer.groups == 1 and "QLR" in search.forms and search.sum_bits and search.sum_factor_bits:
+        rank = min((rank for rank in search.sum_ranks if rank >= SMALLEST_RANK), default=rows + columns)
+        width = min(search.sum_factor_bits)
+        others.append(Candidate("QLR", bits=min(search.sum_bits), bits_a=width, bits_b=width, rank=rank))
+    low_rank = [size(candidate) for candidate in others if (candidate.rank or 0) <= min(rows, columns)]
+    # The search leaves out those with factors that are no smaller than the largest quantize-only one.
+    return min(quantized + [count for count in low_rank if count < max(quantized)])
 
 
 @dataclass

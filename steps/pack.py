@@ -10,6 +10,7 @@ from mlorq.checkpoint import checkpoint_files, rest_upper_bound
 from mlorq.compressed import replace_layers
 from mlorq.hashing import digest_json
 from mlorq.layers import Layer
+from mlorq.overrides import search_json
 from mlorq.store import ArtifactRef
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
@@ -20,7 +21,7 @@ def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded
     search = bench.config.search
     configuration = {
         "preset": bench.config.preset,
-        "search": search.model_dump(mode="json"),
+        "search": search_json(search),
         "rounding": bench.config.rounding.model_dump(mode="json"),
         "seed": bench.config.seed,
     }

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mlorq.candidates import candidate_of
 from mlorq.layers import Layer
 from mlorq.memory import parse_budget
+from mlorq.overrides import check_overrides
 from mlorq.store import ArtifactRef
 from steps import (
     allocate,
@@ -86,7 +87,9 @@ def run_search(bench: Workbench, executor: Executor) -> Search:
     sensitivity.cost_params(bench)  # refuses a cost that the data cannot give before anything is computed
     executor.phase("layers", 1)
     layers_ref = executor.run(layers.spec(bench)).ref
-    found = bench.layer_list(layers_ref).layers
+    listed = bench.layer_list(layers_ref)
+    check_overrides(bench.config.search, listed)
+    found = listed.layers
     executor.phase("capture", 1)
     capture_ref = executor.run(capture.spec(bench, layers_ref)).ref
     search = Search(layers_ref, found, capture_ref)
