@@ -304,3 +304,15 @@ def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
             )
         )
     out.print(grid(("run", "model", "budget", "bytes", "nmse", "metric", "date"), cells, right=("bytes", "nmse")))
+
+
+def print_models(rows: Sequence[Mapping[str, str]], out: Console) -> None:
+    """The end of ``mlorq models``: a row a kind of model, what was measured and by which command below it."""
+    columns = ("model", "family", "task", "tested")
+    out.print(grid(columns, [tuple(row[name] for name in columns) for row in rows]))
+    out.print("\nmeasured, on real weights and data:", markup=False)
+    out.print(facts((row["model"], f"{row['measured']} ({row['command']})") for row in rows if row["measured"]))
+    out.print("\nrun whole, with random weights, by:", markup=False)
+    for row in rows:
+        if row["command"] and not row["measured"]:
+            out.print(f"  {row['command']}", markup=False, soft_wrap=True)

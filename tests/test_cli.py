@@ -285,9 +285,11 @@ def test_init_writes_and_does_not_overwrite(tmp_path: Path, capsys: pytest.Captu
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     rows = prints_json(capsys, "models")["models"]
-    assert {"family", "model", "task"} <= set(rows[0])
+    assert {"family", "model", "task", "tested", "measured", "command"} == set(rows[0])
     assert main(["models"]) == 0
-    assert "vit_tiny_patch16_224" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(row["model"][:8] in out and row["command"].split()[-1] in out for row in rows)
+    assert "top-1 0.7500" in out
 
 
 def test_runs_of_an_empty_store(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
