@@ -26,7 +26,7 @@ from steps.reconstruct import members
 from steps.summary import model_name
 from steps.workbench import Workbench
 
-SEARCH = ("layers", "capture", "candidates", "sensitivity")
+SEARCH = ("layers", "embeddings", "capture", "candidates", "sensitivity")
 BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
@@ -84,8 +84,9 @@ class Planner:
         rounding = bench.config.rounding
         optional = {"refine": bench.config.search.rounds, "tune": rounding.method == "block" and rounding.tuning}
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
+        self.search = [name for name in SEARCH if name != "embeddings" or bench.config.embeddings is not None]
         first, *rest = self.by_budget
-        self.counts: dict[str, Counts] = {name: Counts() for name in (*SEARCH, first, "baseline", *rest)}
+        self.counts: dict[str, Counts] = {name: Counts() for name in (*self.search, first, "baseline", *rest)}
         self._phase = ""
         self._seen: set[str] = set()
 
@@ -180,7 +181,7 @@ def _walk(planner: Planner, budgets: Sequence[str]) -> None:
     planner.phase("baseline", 1)
     float_evaluation = planner.run(baseline.spec(bench)).ref
     if find(layers.spec(bench), bench) is None:
-        planner.count_all(*SEARCH)
+        planner.count_all(*planner.search)
         for _ in budgets:
             planner.count_all(*planner.by_budget)
         return

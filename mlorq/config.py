@@ -309,6 +309,13 @@ class RoundingConfig(_Section):
     )
 
 
+class EmbeddingsConfig(_Section):
+    """Embedding tables as codes; they count in sizes of whole checkpoints, and in no budget of bits or per cent."""
+
+    bits: Literal[4, 8] = Field(8, description="code width of every table that is quantized")
+    smallest: int = Field(16384, ge=1, description="tables of fewer entries stay float")
+
+
 class DaskConfig(_Section):
     """The cluster of runner dask: one that is started for the run, or one that runs already."""
 
@@ -381,6 +388,9 @@ class RunConfig(_Section):
     )
     search: SearchConfig = Field(default_factory=SearchConfig)
     rounding: RoundingConfig = Field(default_factory=RoundingConfig)
+    embeddings: EmbeddingsConfig | None = Field(
+        None, description="quantized embedding tables, as in {bits: 8}; null: they stay float"
+    )
     activations: None = Field(None, description="activation quantization; null: activations stay float")
     store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -502,7 +512,8 @@ def _inside(section: Any, part: str) -> Any:
     """The class of a section's part: of a field, or of a mapping's value; None where it is no section."""
     if get_origin(section) is dict:
         return get_args(section)[1]
-    return section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+    found = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+    return next((kind for kind in get_args(found) if hasattr(kind, "model_fields")), found)  # of ``Section | None``
 
 
 def _explain(error: ValidationError) -> str:

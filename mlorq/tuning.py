@@ -8,7 +8,7 @@ about others. No labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.capture import counting
+from mlorq.embeddings import set_tables
 from mlorq.forms import CompressedLayer
 from mlorq.importance import Importance
 from mlorq.layers import Layer
@@ -48,6 +49,7 @@ def tune(
     progress: Callable[[int, int], None] | None = None,
     *,
     importance: Sequence[Importance] | None = None,
+    tables: Mapping[str, CompressedLayer] | None = None,
 ) -> Trained:
     """Train all compressed layers of a model together.
 
@@ -60,11 +62,13 @@ def tune(
         device: where to run.
         progress: called with (steps done, steps).
         importance: weights of the tokens of the blocks' outputs, a mapping a batch; None: all weigh the same.
+        tables: quantized embedding tables, which the compressed model has and which are not trained.
 
     Returns:
         The layers; those given where the loss on held-out batches did not fall.
     """
     module = deepcopy(model.module)
+    set_tables(module, tables or {})
     trainable = []
     for layer, compressed in layers:
         bias = module.get_submodule(layer.name).bias

@@ -7,6 +7,7 @@ from steps import (
     baseline,
     candidates,
     capture,
+    embeddings,
     evaluate,
     layers,
     pack,
@@ -23,6 +24,7 @@ REGISTRY: dict[str, Step] = {
     module.STEP.name: module.STEP
     for module in (
         layers,
+        embeddings,
         capture,
         candidates,
         sensitivity,

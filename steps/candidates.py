@@ -41,9 +41,9 @@ def quantizer_params(search: SearchConfig) -> dict[str, Any]:
 def settings_of(params: dict[str, Any]) -> CandidateSettings:
     """Settings from either kind of parameters."""
     names = CandidateSettings.__dataclass_fields__
-    return CandidateSettings(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in params.items() if name in names}
-    )
+    known = {name: value for name, value in params.items() if name in names}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    return CandidateSettings(**values)
 
 
 def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:

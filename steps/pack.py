@@ -8,10 +8,12 @@ from typing import Any
 
 from mlorq.checkpoint import checkpoint_files, rest_upper_bound
 from mlorq.compressed import replace_layers
+from mlorq.embeddings import find_tables, replace_tables
 from mlorq.hashing import digest_json
 from mlorq.layers import Layer
 from mlorq.overrides import search_json
 from mlorq.store import ArtifactRef
+from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
 
@@ -25,11 +27,14 @@ def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded
         "rounding": bench.config.rounding.model_dump(mode="json"),
         "seed": bench.config.seed,
     }
+    if bench.config.embeddings is not None:
+        configuration["embeddings"] = bench.config.embeddings.model_dump(mode="json")
     inputs: dict[str, ArtifactRef | str] = {
         "model": bench.model.key,
         "calibration": bench.calibration.key,
         "layers": layers,
         "allocation": allocation,
+        **embeddings.inputs(bench),
     }
     inputs |= {f"round/{index}": ref for index, ref in enumerate(rounded)}
     return STEP.spec(
@@ -46,7 +51,10 @@ def describe(bench: Workbench) -> dict[str, Any]:
 def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
     """Most bytes of a checkpoint that are not the compressible layers' weights."""
     aliases = {layer.name: layer.aliases for layer in layers}
-    return rest_upper_bound(bench.model.module, aliases, describe(bench), accounting=bench.config.search.accounting)
+    module, settings = bench.model.module, bench.config.embeddings
+    tables = {} if settings is None else dict.fromkeys(find_tables(module, settings.smallest).tables, settings.bits)
+    accounting = bench.config.search.accounting
+    return rest_upper_bound(module, aliases, describe(bench), accounting=accounting, tables=tables)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
@@ -58,6 +66,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         progress(index + 1, len(layers.layers))
     module = deepcopy(bench.model.module).to("cpu")
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
+    replace_tables(module, bench.tables(spec.optional_artifact("embeddings")))
     allocation = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
     description = {
         **describe(bench),

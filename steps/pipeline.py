@@ -21,6 +21,7 @@ from steps import (
     baseline,
     candidates,
     capture,
+    embeddings,
     evaluate,
     layers,
     pack,
@@ -90,6 +91,9 @@ def run_search(bench: Workbench, executor: Executor) -> Search:
     listed = bench.layer_list(layers_ref)
     check_overrides(bench.config.search, listed)
     found = listed.layers
+    if bench.config.embeddings is not None:
+        executor.phase("embeddings", 1)
+        executor.run(embeddings.spec(bench))
     executor.phase("capture", 1)
     capture_ref = executor.run(capture.spec(bench, layers_ref)).ref
     search = Search(layers_ref, found, capture_ref)
@@ -214,6 +218,7 @@ def run_budget(
     executor.phase("summary", 1)
     artifacts = {
         "layers": search.layers_ref,
+        **{role: ref for role, ref in embeddings.inputs(bench).items() if isinstance(ref, ArtifactRef)},
         "capture": search.capture,
         "allocation": result.allocation,
         **({"program": result.program} if result.program else {}),
@@ -261,4 +266,5 @@ def result_json(bench: Workbench, result: Compressed) -> dict[str, Any]:
         return summary.read(bench.store, result.summary)
     info = bench.store.read_json(result.allocation, "allocation.json")
     rows = bench.store.read_table(result.allocation, "allocation.parquet").to_pylist()
-    return summary.allocation_json(bench, result.allocation, info, rows)
+    unknown = {"embedding_bytes": None, "embeddings": None}
+    return summary.allocation_json(bench, result.allocation, info, rows) | unknown

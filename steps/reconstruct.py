@@ -8,6 +8,7 @@ from mlorq.layers import Layer, LayerList
 from mlorq.reconstruct import ReconstructionSettings, reconstruct
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.trainable import Trained
+from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
 
@@ -47,6 +48,7 @@ def spec(
         "layers": layers,
         "capture": capture,
         "previous": previous,
+        **embeddings.inputs(bench),
     }
     return replace(STEP.spec(params, inputs), layer=name)
 
@@ -56,7 +58,14 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     layers = bench.layer_list(spec.artifact("layers"))
     own = {layer.name: layer for layer in members(layers, params["block"])}
     previous = spec.artifact("previous")
-    paired = bench.paired(layers, spec.artifact("capture"), previous, params["samples"], params["batch_size"])
+    paired = bench.paired(
+        layers,
+        spec.artifact("capture"),
+        previous,
+        params["samples"],
+        params["batch_size"],
+        spec.optional_artifact("embeddings"),
+    )
     rounded = bench.all_rounded(previous, own)
     settings = ReconstructionSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[name]) for name, layer in own.items()]

@@ -21,6 +21,7 @@ from mlorq.checkpoint import CONFIG, TENSORS
 from mlorq.config import RunConfig
 from mlorq.data import load_dataset
 from mlorq.data.base import Dataset
+from mlorq.embeddings import set_tables
 from mlorq.errors import ConfigError, DataError
 from mlorq.forms import Candidate, CompressedLayer
 from mlorq.importance import importance_of_tensors, leaders
@@ -62,6 +63,7 @@ class Workbench:
         self._lists: dict[str, LayerList] = {}
         self._importance: dict[str, list[dict[str, Tensor]] | None] = {}
         self._paired: tuple[str | None, str, PairedForward] | None = None
+        self._tables: tuple[str, dict[str, CompressedLayer]] | None = None
 
     def on_device(self, device: str) -> Workbench:
         """A workbench for another worker: its own copy of the model, the same data."""
@@ -192,6 +194,19 @@ class Workbench:
                 found.setdefault(layer.layer, layer)
         return found
 
+    def tables(self, ref: ArtifactRef | None) -> dict[str, CompressedLayer]:
+        """The quantized embedding tables of an ``embeddings`` artifact; none without one."""
+        if ref is None:
+            return {}
+        if self._tables is None or self._tables[0] != ref.key:
+            found = {}
+            for row in self.store.read_json(ref, "embeddings.json")["tables"]:
+                tensors = self.store.read_tensors(ref, f"{row['table']}.safetensors")
+                candidate = Candidate("Q", bits=row["bits"])
+                found[row["table"]] = CompressedLayer.from_tensors(row["table"], candidate, tensors)
+            self._tables = (ref.key, found)
+        return self._tables[1]
+
     # -- sequential rounding ----------------------------------------------------------------------------------
 
     def rounding_batches(
@@ -217,6 +232,7 @@ class Workbench:
         previous: ArtifactRef | None,
         samples: int,
         batch_size: int | None = None,
+        tables: ArtifactRef | None = None,
     ) -> PairedForward:
         """Float and compressed model with all layers up to ``previous`` rounded.
 
@@ -229,6 +245,7 @@ class Workbench:
             previous: the last artifact of the chain; None at its start.
             samples: most calibration samples used.
             batch_size: samples in a batch; None: as the data comes.
+            tables: the ``embeddings`` artifact, where tables are quantized: the compressed model has theirs.
         """
         key = None if previous is None else previous.key
         if self._paired is not None and self._paired[:2] == (key, self._pair_state(samples, batch_size)):
@@ -237,6 +254,7 @@ class Workbench:
         paired = PairedForward(
             self.model, layers.blocks, batches, self.device, importance=importance, leaders=leaders(layers.layers)
         )
+        set_tables(paired.compressed, self.tables(tables))
         for compressed in self.all_rounded(previous).values():
             paired.set(layers[compressed.layer], compressed)
         return paired
