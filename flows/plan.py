@@ -14,6 +14,7 @@ from typing import Any
 from flows.estimate import Estimate, measure_speed, memory_bytes
 from mlorq.candidates import SMALLEST_RANK
 from mlorq.config import SearchConfig
+from mlorq.embeddings import find_tables
 from mlorq.errors import BudgetError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer, LayerList
@@ -160,10 +161,12 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dic
             }
             for layer in found.layers
         ],
+        "embeddings": _embeddings(bench),
         "skipped": [{"layer": name, "reason": reason} for name, reason in found.skipped],
         "params": found.params,
         "float_bytes": 4 * found.params,
         "rest_bytes": rest,
+        "rest": pack.rest_kinds(bench, found.layers),
         "smallest_bytes": smallest,
         "smallest_file_bytes": smallest + rest,
         "budgets": rows,
@@ -174,6 +177,16 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dic
             "note": NOTE + (DASK_NOTE if bench.config.engine.runner == "dask" else ""),
         },
     }
+
+
+def _embeddings(bench: Workbench) -> dict[str, Any] | None:
+    """The embedding tables that a run would quantize, and those that it would not; None where none are asked for."""
+    settings = bench.config.embeddings
+    if settings is None:
+        return None
+    found = find_tables(bench.model.module, settings.smallest)
+    skipped = [{"table": name, "reason": reason} for name, reason in found.skipped]
+    return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
 
 
 def _walk(planner: Planner, budgets: Sequence[str]) -> None:

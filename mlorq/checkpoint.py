@@ -20,7 +20,7 @@ import importlib.metadata
 import json
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -42,6 +42,7 @@ from mlorq.compressed import (
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms import Candidate
 from mlorq.memory import FLOAT_BYTES, Accounting, matrix_bytes
+from mlorq.rest import TensorSize, rest_by_kind
 from mlorq.store import json_bytes, put_file, tensors_bytes
 
 FORMAT_VERSION = 1
@@ -134,9 +135,7 @@ def rest_upper_bound(
         CheckpointError: as for ``checkpoint_files``.
     """
     names = shared_names(module, layers, layers)
-    replaced = {f"{path}.weight" for paths in names.values() for path in paths}
-    replaced |= {f"{name}.weight" for name in tables or {}}
-    state = {name: tensor for name, tensor in _tensor_state(module).items() if name not in replaced}
+    state = _float_state(module, names, tables or {})
     rest, aliases = _stored_once(state)
     for name, stored in aliases.items():
         # Only one and the same parameter stays shared when a module is moved.
@@ -179,6 +178,26 @@ def rest_upper_bound(
     known = {**description, "budget": budget, "hashes": hashes}
     config = len(_config_bytes(module, entries, aliases, sizes, known))
     return sum(tensor.nbytes for tensor in rest.values()) + unpaid + header + config + extra_bytes
+
+
+def float_rest(
+    module: nn.Module, layers: Mapping[str, Sequence[str]], tables: Collection[str] = ()
+) -> dict[str, TensorSize]:
+    """The tensors that stay as they are in a checkpoint of a float model.
+
+    Args:
+        module: the float model.
+        layers: the names of the compressible layers, each with its aliases.
+        tables: embedding tables that are quantized.
+    """
+    rest, _ = _stored_once(_float_state(module, shared_names(module, layers, layers), tables))
+    return {name: TensorSize(tuple(tensor.shape), tensor.nbytes) for name, tensor in rest.items()}
+
+
+def _float_state(module: nn.Module, names: Mapping[str, Sequence[str]], tables: Collection[str]) -> dict[str, Tensor]:
+    replaced = {f"{path}.weight" for paths in names.values() for path in paths}
+    replaced |= {f"{name}.weight" for name in tables}
+    return {name: tensor for name, tensor in _tensor_state(module).items() if name not in replaced}
 
 
 def _config_bytes(
@@ -348,7 +367,9 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
 
 
 def inspect(location: Location) -> dict[str, Any]:
-    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each) and ``file_bytes`` added.
+    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each), ``file_bytes`` and ``rest`` added.
+
+    ``rest`` is what stays float, in bytes by kind (``mlorq.rest``).
 
     Only ``config.json`` and the header of ``model.safetensors`` are read; all sizes are held against the files.
 
@@ -363,6 +384,7 @@ def inspect(location: Location) -> dict[str, Any]:
         header = json.loads(fs.cat_file(posixpath.join(root, TENSORS), 8, min(8 + length, files[TENSORS])))
         spans = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
         sizes = {name: end - begin for name, (begin, end) in spans.items()}
+        shapes = {name: tuple(header[name]["shape"]) for name in spans}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
     tensor_bytes = max((end for _, end in spans.values()), default=0)
@@ -374,7 +396,9 @@ def inspect(location: Location) -> dict[str, Any]:
     true = _sizes(entries, rest_bytes, sum(files.values()) - tensor_bytes)
     for key, value in true.items():
         _agree(location, f"sizes.{key} is", value, config["sizes"].get(key))
-    return {**config, "files": files, "file_bytes": sum(files.values())}
+    taken = {name for entry in entries for name in entry.tensor_names(entry.layer)}
+    rest = {name: TensorSize(shapes[name], size) for name, size in sizes.items() if name not in taken}
+    return {**config, "files": files, "file_bytes": sum(files.values()), "rest": rest_by_kind(rest)}
 
 
 def _install(module: nn.Module, entry: LayerEntry) -> None:

@@ -513,6 +513,8 @@ def _inside(section: Any, part: str) -> Any:
     if get_origin(section) is dict:
         return get_args(section)[1]
     found = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+    if get_origin(found) is dict:
+        return found
     return next((kind for kind in get_args(found) if hasattr(kind, "model_fields")), found)  # of ``Section | None``
 
 

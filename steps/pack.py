@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from mlorq.checkpoint import checkpoint_files, rest_upper_bound
+from mlorq.checkpoint import checkpoint_files, float_rest, rest_upper_bound
 from mlorq.compressed import replace_layers
 from mlorq.embeddings import find_tables, replace_tables
 from mlorq.hashing import digest_json
 from mlorq.layers import Layer
 from mlorq.overrides import search_json
+from mlorq.rest import rest_by_kind
 from mlorq.store import ArtifactRef
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
@@ -48,13 +49,24 @@ def describe(bench: Workbench) -> dict[str, Any]:
     return {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
+def tables(bench: Workbench) -> dict[str, int]:
+    """Bits of the embedding tables that are quantized, by name."""
+    settings = bench.config.embeddings
+    if settings is None:
+        return {}
+    return dict.fromkeys(find_tables(bench.model.module, settings.smallest).tables, settings.bits)
+
+
+def rest_kinds(bench: Workbench, layers: Sequence[Layer]) -> dict[str, int]:
+    """What of a checkpoint stays float, in bytes by kind."""
+    return rest_by_kind(float_rest(bench.model.module, {layer.name: layer.aliases for layer in layers}, tables(bench)))
+
+
 def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
     """Most bytes of a checkpoint that are not the compressible layers' weights."""
     aliases = {layer.name: layer.aliases for layer in layers}
-    module, settings = bench.model.module, bench.config.embeddings
-    tables = {} if settings is None else dict.fromkeys(find_tables(module, settings.smallest).tables, settings.bits)
     accounting = bench.config.search.accounting
-    return rest_upper_bound(module, aliases, describe(bench), accounting=accounting, tables=tables)
+    return rest_upper_bound(bench.model.module, aliases, describe(bench), accounting=accounting, tables=tables(bench))
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:

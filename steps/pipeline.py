@@ -263,8 +263,10 @@ def run_pipeline(
 def result_json(bench: Workbench, result: Compressed) -> dict[str, Any]:
     """One budget's public result object : what `--json` prints."""
     if result.summary is not None:
-        return summary.read(bench.store, result.summary)
+        found = summary.read(bench.store, result.summary)
+        listed = bench.layer_list(ArtifactRef.from_json(found["artifacts"]["layers"]))
+        return found | {"rest": pack.rest_kinds(bench, listed.layers)}
     info = bench.store.read_json(result.allocation, "allocation.json")
     rows = bench.store.read_table(result.allocation, "allocation.parquet").to_pylist()
-    unknown = {"embedding_bytes": None, "embeddings": None}
+    unknown = {"embedding_bytes": None, "embeddings": None, "rest": None}
     return summary.allocation_json(bench, result.allocation, info, rows) | unknown
