@@ -1,6 +1,6 @@
 """What of a model stays float, in bytes by kind: told from the names and shapes of its tensors.
 
-Names and shapes are all that a checkpoint's header has, and they are enough: a norm's ``weight`` has one axis, and
+Names and shapes are all that a checkpoint's header has, and they are enough: the weight of a norm has one axis, and a
 table of positions says so in its name. Nothing depends on the answer but what people read.
 """
 
