@@ -333,7 +333,7 @@ def print_models(rows: Sequence[Mapping[str, str]], out: Console) -> None:
     out.print(grid(columns, [tuple(row[name] for name in columns) for row in rows]))
     out.print("\nmeasured, on real weights and data:", markup=False)
     out.print(facts((row["model"], f"{row['measured']} ({row['command']})") for row in rows if row["measured"]))
-    out.print("\nrun whole, with random weights, by:", markup=False)
+    out.print("\nto run the others whole, with random weights:", markup=False)
     for row in rows:
         if row["command"] and not row["measured"]:
             out.print(f"  {row['command']}", markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Models that are known to work: what each is for, what was tried, and what was measured by which command.
 
 The one place for rows: a new family, or a model that was measured, is a row of ``KNOWN``. Figures are those of
-``benchmarks/README.md``. The commands of rows without one run the models whole, with random weights.
+``benchmarks/README.md``. The commands of rows without one are to run the models whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KnownModel:
 
 
 IMAGES, TEXTS, PAIRS = "image-classification", "text-classification", "sentence-similarity"
-RANDOM = "random weights: small ones in the tests, these by the command"
+RANDOM = "random weights, tiny sizes, in the tests"
 
 
 def _run(*names: str) -> str:
@@ -57,7 +57,7 @@ KNOWN = [
         _run("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
     ),
     KnownModel(
-        "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES, RANDOM, "",
+        "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES, "random weights: convnext_atto whole; a small ResNet packed and loaded", "",
         _run("resnet18", "convnext_atto", "convnext_tiny", "mixer_s32_224"),
     ),
     KnownModel(
@@ -68,7 +68,7 @@ KNOWN = [
         "transformers", "sentence encoders: AutoModel with mean pooling", PAIRS, RANDOM, "", _run("minilm"),
     ),
     KnownModel(
-        "transformers", "BertForSequenceClassification", TEXTS, "real weights on SST-2, float; random weights", "",
+        "transformers", "BertForSequenceClassification", TEXTS, "real weights on SST-2, float; random weights, a BERT-mini whole", "",
         _run("bert_mini", "bert_base", "bert_large"),
     ),
     KnownModel(
