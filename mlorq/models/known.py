@@ -57,7 +57,8 @@ KNOWN = [
         _run("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
     ),
     KnownModel(
-        "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES, "random weights: convnext_atto whole; a small ResNet packed and loaded", "",
+        "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES,
+        "random weights: convnext_atto whole; a small ResNet packed and loaded", "",
         _run("resnet18", "convnext_atto", "convnext_tiny", "mixer_s32_224"),
     ),
     KnownModel(
@@ -68,7 +69,8 @@ KNOWN = [
         "transformers", "sentence encoders: AutoModel with mean pooling", PAIRS, RANDOM, "", _run("minilm"),
     ),
     KnownModel(
-        "transformers", "BertForSequenceClassification", TEXTS, "real weights on SST-2, float; random weights, a BERT-mini whole", "",
+        "transformers", "BertForSequenceClassification", TEXTS,
+        "real weights on SST-2, float; random weights, a BERT-mini whole", "",
         _run("bert_mini", "bert_base", "bert_large"),
     ),
     KnownModel(
