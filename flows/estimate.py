@@ -19,6 +19,7 @@ from mlorq.data.base import Dataset
 from mlorq.importance import PASSES
 from mlorq.layers import Layer, LayerList
 from mlorq.models.base import batch_samples, move_batch
+from mlorq.overrides import layer_search
 from steps.base import Needs
 from steps.refine import WHOLE_SAMPLES
 from steps.workbench import Workbench
@@ -142,31 +143,34 @@ class Estimate:
 
     def _factorisation(self, layer: Layer) -> float:
         """Seconds of a layer's weighted factors and of the quantizers of both."""
-        low_rank = layer.groups == 1 and bool(self.search.factor_bits)
+        search = layer_search(self.search, layer)
+        low_rank = layer.groups == 1 and len(search.forms) > 1
         rank = min(layer.out_features, layer.in_features)
-        entries = layer.params * len(self.search.bits)
+        entries = layer.params * len(search.bits)
         work = 0.0
         if low_rank:
             work += FACTOR * layer.params * rank
-            entries += rank * (layer.out_features + layer.in_features) * len(self.search.factor_bits)
+            entries += rank * (layer.out_features + layer.in_features) * len(search.factor_bits)
             # Scales of A are judged after the product with B.
-            work += layer.params * rank * len(self.search.percentiles) * len(self.search.factor_bits)
+            work += layer.params * rank * len(search.percentiles) * len(search.factor_bits)
         return self.speed.product * (work + ELEMENT * entries * len(self.search.percentiles))
 
     def _candidates(self, layer: Layer) -> float:
         rank = min(layer.out_features, layer.in_features)
-        widths = len(self.search.factor_bits) if layer.groups == 1 else 0
+        search = layer_search(self.search, layer)
+        widths = len(search.factor_bits) if layer.groups == 1 and "LR" in search.forms else 0
         grams = widths * rank * rank * (layer.out_features + layer.in_features) * 2
         sums = widths * widths * rank * rank * ELEMENT
         return self._factorisation(layer) + self.speed.product * (grams + sums)
 
     def _sensitivity(self, layer: Layer) -> float:
-        widths = len(self.search.factor_bits) if layer.groups == 1 else 0
-        points = MEASURED * (len(self.search.bits) + widths * widths * self.search.points)
+        search = layer_search(self.search, layer)
+        widths = len(search.factor_bits) if layer.groups == 1 and "LR" in search.forms else 0
+        points = MEASURED * (len(search.bits) + widths * widths * self.search.points)
         if self.search.sensitivity == "auto":
-            points = MEASURED * self.search.points * len(self.search.forms)
+            points = MEASURED * self.search.points * len(search.forms)
         elif self.search.sensitivity == "closed_form":
-            points = len(self.search.forms)
+            points = len(search.forms)
         samples = min(self.search.samples, self.bench.calibration.samples)
         blocks = len(self.layers.blocks)
         rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)

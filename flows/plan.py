@@ -14,10 +14,12 @@ from typing import Any
 from flows.estimate import Estimate, measure_speed, memory_bytes
 from mlorq.candidates import SMALLEST_RANK
 from mlorq.config import SearchConfig
+from mlorq.embeddings import find_tables
 from mlorq.errors import BudgetError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer, LayerList
 from mlorq.memory import candidate_bytes, parse_budget
+from mlorq.overrides import layer_search
 from mlorq.rounding import BY_BLOCKS
 from steps import activations, baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
@@ -26,7 +28,7 @@ from steps.reconstruct import members
 from steps.summary import model_name
 from steps.workbench import Workbench
 
-SEARCH = ("layers", "activations", "capture", "candidates", "sensitivity")
+SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
 BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
@@ -34,20 +36,25 @@ DASK_NOTE = " here; the cluster's workers may differ"
 
 
 def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
-    """Bytes of a layer's smallest candidate."""
+    """Bytes of a layer's smallest candidate; ``search`` is that of the run."""
+    search = layer_search(search, layer)
     rows, columns = layer.out_features, layer.in_features
 
     def size(candidate: Candidate) -> int:
         return candidate_bytes(candidate, rows, columns, search.accounting, search.zero_point)
 
     quantized = [size(Candidate("Q", bits=bits)) for bits in search.bits]
-    rank = max(search.rank_multiple, SMALLEST_RANK)
-    if layer.groups > 1 or not search.factor_bits or rank > min(rows, columns):
-        return min(quantized)
-    width = min(search.factor_bits)
-    low_rank = size(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
-    # The search leaves out low-rank candidates that are no smaller than the largest quantize-only one.
-    return min(low_rank, *quantized) if low_rank < max(quantized) else min(quantized)
+    others = []
+    if layer.groups == 1 and "LR" in search.forms and search.factor_bits:
+        rank, width = max(search.rank_multiple, SMALLEST_RANK), min(search.factor_bits)
+        others.append(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
+    if layer.groups == 1 and "QLR" in search.forms and search.sum_bits and search.sum_factor_bits:
+        rank = min((rank for rank in search.sum_ranks if rank >= SMALLEST_RANK), default=rows + columns)
+        width = min(search.sum_factor_bits)
+        others.append(Candidate("QLR", bits=min(search.sum_bits), bits_a=width, bits_b=width, rank=rank))
+    low_rank = [size(candidate) for candidate in others if (candidate.rank or 0) <= min(rows, columns)]
+    # The search leaves out those with factors that are no smaller than the largest quantize-only one.
+    return min(quantized + [count for count in low_rank if count < max(quantized)])
 
 
 @dataclass
@@ -78,7 +85,7 @@ class Planner:
         self.estimate = estimate
         rounding = bench.config.rounding
         optional = {"refine": bench.config.search.rounds, "tune": rounding.method == "block" and rounding.tuning}
-        optional["activations"] = bench.config.activations is not None
+        optional |= {name: getattr(bench.config, name) is not None for name in ("embeddings", "activations")}
         self.search = [name for name in SEARCH if optional.get(name, True)]
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
         first, *rest = self.by_budget
@@ -156,10 +163,12 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dic
             }
             for layer in found.layers
         ],
+        "embeddings": _embeddings(bench),
         "skipped": [{"layer": name, "reason": reason} for name, reason in found.skipped],
         "params": found.params,
         "float_bytes": 4 * found.params,
         "rest_bytes": rest,
+        "rest": pack.rest_kinds(bench, found.layers),
         "smallest_bytes": smallest,
         "smallest_file_bytes": smallest + rest,
         "budgets": rows,
@@ -180,6 +189,16 @@ def _first_missing(bench: Workbench) -> str | None:
     if bench.config.activations is not None and find(activations.spec(bench, listed.ref), bench) is None:
         return "activations"
     return None
+
+
+def _embeddings(bench: Workbench) -> dict[str, Any] | None:
+    """The embedding tables that a run would quantize, and those that it would not; None where none are asked for."""
+    settings = bench.config.embeddings
+    if settings is None:
+        return None
+    found = find_tables(bench.model.module, settings.smallest)
+    skipped = [{"table": name, "reason": reason} for name, reason in found.skipped]
+    return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
 
 
 def _walk(planner: Planner, budgets: Sequence[str]) -> None:

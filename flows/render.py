@@ -13,6 +13,7 @@ from rich.text import Text
 from flows.progress import format_seconds
 
 NARROWEST = 110  # columns; where the output is no terminal there is no width to fit
+UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 LONG_FACTS = ("seconds a step",)  # of a result
 
 
@@ -26,10 +27,21 @@ def size(count: int | None) -> str:
     """Bytes for people: ``1,234 B (1.2 kB)``."""
     if count is None:
         return "-"
-    for unit, value in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, value in UNITS:
         if count >= value:
             return f"{count:,} B ({count / value:.2f} {unit})"
     return f"{count:,} B"
+
+
+def _kinds(rest: Mapping[str, int] | None) -> str:
+    """What stays float, largest first: ``: embeddings 46.9 MB, norms 0.1 MB``."""
+    shown = sorted(((count, kind) for kind, count in (rest or {}).items() if count), reverse=True)
+    parts = []
+    for count, kind in shown:
+        unit, value = next(((unit, value) for unit, value in UNITS if count >= value), ("B", 1))
+        name = "layers left alone" if kind == "layers" else kind.replace("_", " ")
+        parts.append(f"{name} {count / value:.3g} {unit}")
+    return ": " + ", ".join(parts) if parts else ""
 
 
 def bits_of(row: Mapping[str, Any]) -> str:
@@ -82,7 +94,9 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs[-1] = ("compressible layers", f"{size(result['bytes'])}, {ratio:.2f} times smaller than float32")
         pairs.append(("float32 size", size(result["float_bytes"])))
     if result.get("checkpoint"):
-        pairs.append(("rest of the model", size(result["rest_bytes"])))
+        if result.get("embedding_bytes"):
+            pairs.append(("embedding tables", size(result["embedding_bytes"])))
+        pairs.append(("rest of the model", size(result["rest_bytes"]) + _kinds(result.get("rest"))))
         pairs.append(("checkpoint on disk", size(result["file_bytes"])))
     pairs.append(("predicted cost", f"{result['predicted_cost']:.4e}"))
     if result.get("nmse") is not None:
@@ -209,6 +223,11 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     out.print(grid(("layer", "kind", "shape", "weights", "share", "smallest bytes"), cells, right=right))
     for row in plan["skipped"]:
         out.print(f"left alone: {row['layer']} ({row['reason']})", markup=False)
+    tables = plan["embeddings"] or {"tables": [], "skipped": []}
+    for name in tables["tables"]:
+        out.print(f"embedding table: {name} ({tables['bits']} bit)", markup=False)
+    for row in tables["skipped"]:
+        out.print(f"left float: {row['table']} ({row['reason']})", markup=False)
     out.print()
     pairs = [
         ("compressible layers", f"{len(plan['layers'])} with {plan['params']:,} weights"),
@@ -216,6 +235,7 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
         ("smallest possible", f"{size(plan['smallest_bytes'])}; whole checkpoint at most "
                               f"{size(plan['smallest_file_bytes'])}"),
     ]  # fmt: skip
+    pairs.append(("stays float", _kinds(plan["rest"]).removeprefix(": ")))
     for row in plan["budgets"]:
         verdict = "" if row["feasible"] else ": impossible"
         pairs.append((f"budget {row['budget']}", f"{size(row['budget_bytes'])} for the compressible layers{verdict}"))
@@ -257,7 +277,8 @@ def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
         ("budget", f"{budget['asked']} = {size(budget['budget_bytes'])} ({budget['accounting']})"),
         ("compressed layers", size(sizes["bytes"])),
         ("float32 size of these", size(sizes["float_bytes"])),
-        ("rest of the model", size(sizes["rest_bytes"])),
+        *([("embedding tables", size(sizes["embedding_bytes"]))] if "embedding_bytes" in sizes else []),
+        ("rest of the model", size(sizes["rest_bytes"]) + _kinds(info["rest"])),
         ("headers", size(sizes["overhead_bytes"])),
         ("on disk", size(info["file_bytes"])),
     ]
@@ -331,3 +352,15 @@ def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
             )
         )
     out.print(grid(("run", "model", "budget", "bytes", "nmse", "metric", "date"), cells, right=("bytes", "nmse")))
+
+
+def print_models(rows: Sequence[Mapping[str, str]], out: Console) -> None:
+    """The end of ``mlorq models``: a row a kind of model, what was measured and by which command below it."""
+    columns = ("model", "family", "task", "tested")
+    out.print(grid(columns, [tuple(row[name] for name in columns) for row in rows]))
+    out.print("\nmeasured, on real weights and data:", markup=False)
+    out.print(facts((row["model"], f"{row['measured']} ({row['command']})") for row in rows if row["measured"]))
+    out.print("\nto run the others whole, with random weights:", markup=False)
+    for row in rows:
+        if row["command"] and not row["measured"]:
+            out.print(f"  {row['command']}", markup=False, soft_wrap=True)

@@ -196,13 +196,12 @@ def models(arguments: argparse.Namespace) -> Finish:
     rows = known_models()
 
     def finish() -> int:
-        from flows.render import console, grid
+        from flows.render import console, print_models
 
         if arguments.json:
             print_json({"models": rows})
         else:
-            columns = tuple(rows[0])
-            console().print(grid(columns, [tuple(row[name] for name in columns) for row in rows]))
+            print_models(rows, console())
         return 0
 
     return finish

@@ -17,6 +17,7 @@ from mlorq.errors import BudgetError, StoreError
 from mlorq.files import hide_password
 from mlorq.layers import LayerList
 from mlorq.memory import parse_budget
+from mlorq.overrides import check_overrides
 from steps import layers as layers_step
 from steps.base import Outcome, StepSpec, execute, find
 from steps.pipeline import Compressed, compressible_budget, result_json
@@ -110,7 +111,9 @@ def prepare(config: RunConfig, budgets: Sequence[str], *, allocate_only: bool = 
 def known_layers(bench: Workbench) -> LayerList:
     """The model's compressible layers, from the store where it has them; the store is only read."""
     spec = layers_step.spec(bench)
-    return bench.layer_list(spec.ref) if find(spec, bench) is not None else layers_step.discover(bench)
+    found = bench.layer_list(spec.ref) if find(spec, bench) is not None else layers_step.discover(bench)
+    check_overrides(bench.config.search, found)
+    return found
 
 
 def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[str]) -> None:

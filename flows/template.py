@@ -91,7 +91,9 @@ def template(model: str = "timm") -> str:
         *_section("rounding", RoundingConfig, {}, defaults=preset["rounding"]),
         "",
     ]
-    lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("activations", "store", "seed")]
+    lines += [
+        _line(RunConfig, name, _default(RunConfig, name)) for name in ("embeddings", "activations", "store", "seed")
+    ]
     lines += ["", *_section("engine", EngineConfig, _all_defaults(EngineConfig))]
     return "\n".join(lines) + "\n"
 

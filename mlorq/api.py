@@ -33,7 +33,8 @@ class CompressionResult:
         allocation: Arrow table, one row a layer: layer, candidate_id, form, bits, bits_a, bits_b, rank, bytes,
             global_cost.
         metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
-            ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and reused, ``solver``;
+            ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
+            reused, ``solver``;
             with ``evaluate=``: ``float`` and ``compressed``, what it returned for either model.
     """
 
@@ -63,6 +64,7 @@ def compress(
     accounting: str | None = None,
     rounding: str | None = None,
     rounding_iterations: int | None = None,
+    embeddings: Mapping[str, Any] | None = None,
     activations: Mapping[str, Any] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float] | float] | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -90,6 +92,7 @@ def compress(
         rounding_iterations: of ``lra`` a layer, of ``block`` a block.
         activations: as the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
             stay float.
+        embeddings: ``{"bits": 8}`` or 4: embedding tables as codes too; None: they stay float.
         evaluate: called with the float and the compressed module; its numbers are reported.
         forward: ``forward(module, batch)`` gives the output tensor f(x), samples first; default: call the module.
         include, exclude: glob patterns of layer names.
@@ -132,6 +135,7 @@ def compress(
             "preset": preset,
             "search": settings,
             "rounding": chosen,
+            "embeddings": embeddings,
             "activations": activations,
             "engine": {"devices": device},
             "seed": seed,
@@ -177,6 +181,7 @@ def compress(
         "budget_bytes",
         "float_bytes",
         "rest_bytes",
+        "embedding_bytes",
         "file_bytes",
         "predicted_cost",
         "seconds",

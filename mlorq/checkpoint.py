@@ -7,6 +7,8 @@ alone: no date, no machine, no pickle. What the folder weighs is known to the by
 
     sizes.bytes (compressed layers' tensors) + sizes.rest_bytes (all other tensors) + sizes.overhead_bytes
 
+and sizes.embedding_bytes where embedding tables are quantized;
+
 where the overhead is the header of ``model.safetensors`` and the whole of ``config.json``. The last two are
 bounded by ``rest_upper_bound`` before any layer is compressed, so that the size of a whole checkpoint can be
 a budget (METHOD 2).
@@ -18,7 +20,7 @@ import importlib.metadata
 import json
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -40,12 +42,14 @@ from mlorq.compressed import (
 )
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms import Candidate
-from mlorq.memory import FLOAT_BYTES, Accounting
+from mlorq.memory import FLOAT_BYTES, Accounting, matrix_bytes
+from mlorq.rest import TensorSize, rest_by_kind
 from mlorq.store import json_bytes, put_file, tensors_bytes
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
+EMBEDDING = "embedding"  # kind of an entry that is a table and no layer of the search
 
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
@@ -76,13 +80,8 @@ def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[
     state = _tensor_state(module)
     rest, aliases = _stored_once({name: tensor for name, tensor in state.items() if name not in taken})
     data = tensors_bytes(_unshared({**weights, **rest}))
-    sizes = {
-        "bytes": sum(entry.bytes for entry in entries),
-        "rest_bytes": sum(tensor.nbytes for tensor in rest.values()),
-        "overhead_bytes": 0,
-        "float_bytes": FLOAT_BYTES * sum(torch.Size(entry.shape).numel() for entry in entries),
-    }
-    header = len(data) - sizes["bytes"] - sizes["rest_bytes"]
+    sizes = _sizes(entries, sum(tensor.nbytes for tensor in rest.values()), 0)
+    header = len(data) - sizes["bytes"] - sizes.get("embedding_bytes", 0) - sizes["rest_bytes"]
     while True:  # config.json counts itself, and grows with the count by a digit at most
         config = _config_bytes(module, entries, aliases, sizes, description)
         if sizes["overhead_bytes"] == header + len(config):
@@ -115,6 +114,7 @@ def rest_upper_bound(
     description: Mapping[str, Any],
     *,
     accounting: Accounting = "exact",
+    tables: Mapping[str, int] | None = None,
     extra_bytes: int = 4096,
 ) -> int:
     """Most bytes that a checkpoint holds beside its compressible layers' weights, whatever these become.
@@ -129,6 +129,7 @@ def rest_upper_bound(
         description: as for ``checkpoint_files``, as far as it is known.
         accounting: how candidates will be counted; with ``paper`` this bound has to hold the scales,
             zero-points and padding that the count leaves out.
+        tables: bits of the embedding tables that will be quantized, by name; they are part of this bound.
         extra_bytes: room for what the final description adds, beside the keys of budget and hashes.
 
     Raises:
@@ -136,8 +137,7 @@ def rest_upper_bound(
         CheckpointError: as for ``checkpoint_files``.
     """
     names = shared_names(module, layers, layers)
-    replaced = {f"{path}.weight" for paths in names.values() for path in paths}
-    state = {name: tensor for name, tensor in _tensor_state(module).items() if name not in replaced}
+    state = _float_state(module, names, tables or {})
     rest, aliases = _stored_once(state)
     for name, stored in aliases.items():
         # Only one and the same parameter stays shared when a module is moved.
@@ -159,18 +159,47 @@ def rest_upper_bound(
         if accounting == "paper":
             # A byte of padding and four of scale and zero-point a row of W, A and B; ranks end at min(m, n).
             unpaid += 5 * (2 * entry.matrix_shape[0] + min(entry.matrix_shape))
+    for name, bits in (tables or {}).items():
+        weight = get_layer(module, name).weight
+        assert isinstance(weight, Tensor)
+        size = matrix_bytes(weight.shape[0], weight.shape[1], bits, "codes")
+        candidate = Candidate("Q", bits=bits)
+        entry = LayerEntry(name, EMBEDDING, tuple(weight.shape), candidate, "codes", dtype_name(weight.dtype), size, ())
+        entries.append(entry)
+        shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
+        unpaid += size
     # The longest dtype name, the largest offsets; 8 bytes of length and at most 7 blanks for alignment.
     tensors = {
         name: {"dtype": "F8_E5M2FNUZ", "shape": shape, "data_offsets": [most, most]} for name, shape in shapes.items()
     }
     header = len(json.dumps(tensors, separators=(",", ":"), ensure_ascii=False).encode()) + 8 + 7
-    sizes = dict.fromkeys(("bytes", "rest_bytes", "overhead_bytes", "float_bytes"), most)
+    sizes = dict.fromkeys(_sizes(entries, 0, 0), most)
     budget = {"asked": "x" * 32, "budget_bytes": most, "accounting": "exact"}
     budget |= description.get("budget") or {}
     hashes = dict.fromkeys(HASH_KEYS, "x" * 64) | (description.get("hashes") or {})
     known = {**description, "budget": budget, "hashes": hashes}
     config = len(_config_bytes(module, entries, aliases, sizes, known))
     return sum(tensor.nbytes for tensor in rest.values()) + unpaid + header + config + extra_bytes
+
+
+def float_rest(
+    module: nn.Module, layers: Mapping[str, Sequence[str]], tables: Collection[str] = ()
+) -> dict[str, TensorSize]:
+    """The tensors that stay as they are in a checkpoint of a float model.
+
+    Args:
+        module: the float model.
+        layers: the names of the compressible layers, each with its aliases.
+        tables: embedding tables that are quantized.
+    """
+    rest, _ = _stored_once(_float_state(module, shared_names(module, layers, layers), tables))
+    return {name: TensorSize(tuple(tensor.shape), tensor.nbytes) for name, tensor in rest.items()}
+
+
+def _float_state(module: nn.Module, names: Mapping[str, Sequence[str]], tables: Collection[str]) -> dict[str, Tensor]:
+    replaced = {f"{path}.weight" for paths in names.values() for path in paths}
+    replaced |= {f"{name}.weight" for name in tables}
+    return {name: tensor for name, tensor in _tensor_state(module).items() if name not in replaced}
 
 
 def _config_bytes(
@@ -208,6 +237,20 @@ def _config_bytes(
             **({"activations": given["activations"]} if given.get("activations") else {}),
         }
     )
+
+
+def _sizes(entries: Sequence[LayerEntry], rest_bytes: int, overhead_bytes: int) -> dict[str, int]:
+    """``config.json``'s ``sizes``; ``embedding_bytes`` is there where embedding tables are quantized."""
+    layers = [entry for entry in entries if entry.kind != EMBEDDING]
+    stored = sum(entry.bytes for entry in layers)
+    tables = {} if len(layers) == len(entries) else {"embedding_bytes": sum(entry.bytes for entry in entries) - stored}
+    return {
+        "bytes": stored,
+        **tables,
+        "rest_bytes": rest_bytes,
+        "overhead_bytes": overhead_bytes,
+        "float_bytes": FLOAT_BYTES * sum(torch.Size(entry.shape).numel() for entry in layers),
+    }
 
 
 def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, Tensor]]:
@@ -329,7 +372,9 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
 
 
 def inspect(location: Location) -> dict[str, Any]:
-    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each) and ``file_bytes`` added.
+    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each), ``file_bytes`` and ``rest`` added.
+
+    ``rest`` is what stays float, in bytes by kind (``mlorq.rest``).
 
     Only ``config.json`` and the header of ``model.safetensors`` are read; all sizes are held against the files.
 
@@ -344,6 +389,7 @@ def inspect(location: Location) -> dict[str, Any]:
         header = json.loads(fs.cat_file(posixpath.join(root, TENSORS), 8, min(8 + length, files[TENSORS])))
         spans = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
         sizes = {name: end - begin for name, (begin, end) in spans.items()}
+        shapes = {name: tuple(header[name]["shape"]) for name in spans}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
     tensor_bytes = max((end for _, end in spans.values()), default=0)
@@ -351,16 +397,13 @@ def inspect(location: Location) -> dict[str, Any]:
     for entry in entries:
         stored = sum(sizes.get(name, 0) for name in entry.tensor_names(entry.layer))
         _agree(location, f"layer {entry.layer!r} has", stored, entry.bytes)
-    compressed = sum(entry.bytes for entry in entries)
-    true = {
-        "bytes": compressed,
-        "rest_bytes": tensor_bytes - compressed,
-        "overhead_bytes": sum(files.values()) - tensor_bytes,
-        "float_bytes": FLOAT_BYTES * sum(torch.Size(entry.shape).numel() for entry in entries),
-    }
+    rest_bytes = tensor_bytes - sum(entry.bytes for entry in entries)
+    true = _sizes(entries, rest_bytes, sum(files.values()) - tensor_bytes)
     for key, value in true.items():
         _agree(location, f"sizes.{key} is", value, config["sizes"].get(key))
-    return {**config, "files": files, "file_bytes": sum(files.values())}
+    taken = {name for entry in entries for name in entry.tensor_names(entry.layer)}
+    rest = {name: TensorSize(shapes[name], size) for name, size in sizes.items() if name not in taken}
+    return {**config, "files": files, "file_bytes": sum(files.values()), "rest": rest_by_kind(rest)}
 
 
 def _install(module: nn.Module, entry: LayerEntry) -> None:

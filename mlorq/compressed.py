@@ -53,7 +53,7 @@ class CompressedModule(nn.Module):
     def __init__(self, layer: nn.Module, name: str, candidate: Candidate, zero_point: ZeroPoint, cache: bool) -> None:
         """Use ``from_layer`` or ``placeholder``, which check what they are given."""
         super().__init__()
-        weight, bias = layer.weight, layer.bias
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         assert isinstance(weight, Tensor)
         self.layer_name = name
         self.candidate = candidate
@@ -288,10 +288,12 @@ def compressed_class(layer: nn.Module, name: str) -> type[CompressedModule]:
     Raises:
         ModelError: none does.
     """
-    for cls in (CompressedLinear, CompressedConv2d):
+    from mlorq.embeddings import CompressedEmbedding  # which is built on this module
+
+    for cls in (CompressedLinear, CompressedConv2d, CompressedEmbedding):
         if isinstance(layer, cls.float_class):
             return cls
-    raise ModelError(f"layer {name!r} is a {type(layer).__name__}, neither nn.Linear nor nn.Conv2d")
+    raise ModelError(f"layer {name!r} is a {type(layer).__name__}, neither nn.Linear, nn.Conv2d nor nn.Embedding")
 
 
 def replace_layers(

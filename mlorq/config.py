@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import fsspec
 import yaml
@@ -81,6 +81,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _bit_widths(value: list[int]) -> list[int]:
+    if any(not 2 <= bits <= 8 for bits in value):
+        raise ValueError("bit-widths are whole numbers from 2 to 8")
+    if len(set(value)) != len(value):
+        raise ValueError("bit-widths must differ")
+    return sorted(value)
 
 
 class ModelConfig(_Section):
@@ -207,6 +215,31 @@ def _checked_percentiles(value: list[float]) -> list[float]:
     return sorted(set(value))
 
 
+class LayerConfig(_Section):
+    """Candidates of single layers (a value of ``search.layers``); what is null is as in ``search``."""
+
+    bits: list[int] | None = Field(None, description="bit-widths of quantize-only candidates")
+    factor_bits: list[int] | None = Field(None, description="bit-widths of low-rank factors; [] for none")
+    forms: list[Literal["Q", "LR", "QLR"]] | None = Field(
+        None, description="what the layer may become; [Q]: codes alone"
+    )
+    sum_bits: list[int] | None = Field(None, description="QLR: bit-widths of the codes")
+    sum_factor_bits: list[int] | None = Field(None, description="QLR: bit-widths of the factors")
+    sum_ranks: list[int] | None = Field(None, description="QLR: ranks")
+    rank_multiple: int | None = Field(None, ge=1, description="ranks are multiples of this")
+
+    @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
+    @classmethod
+    def _check_bits(cls, value: list[int] | None) -> list[int] | None:
+        return None if value is None else _bit_widths(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerConfig:
+        if self.bits == [] or (self.forms is not None and "Q" not in self.forms):
+            raise ValueError("bits must name at least one bit-width, and forms must have Q")
+        return self
+
+
 class SearchConfig(_Section):
     """Candidates, their costs, and the integer program (docs/METHOD.md, 1-5)."""
 
@@ -266,15 +299,16 @@ class SearchConfig(_Section):
     gap: float = Field(1e-4, ge=0, description="relative optimality gap at which the solver may stop")
     include: list[str] = Field(["*"], description="layer name patterns to compress")
     exclude: list[str] = Field([], description="layer name patterns to leave alone")
+    layers: dict[str, LayerConfig] = Field(
+        {},
+        description="other candidates for layers by name pattern, as in {head: {bits: [8], forms: [Q]}}; of several "
+        "patterns, the one with more letters that are no wildcard decides, key by key",
+    )
 
     @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
     @classmethod
     def _check_bits(cls, value: list[int]) -> list[int]:
-        if any(not 2 <= bits <= 8 for bits in value):
-            raise ValueError("bit-widths are whole numbers from 2 to 8")
-        if len(set(value)) != len(value):
-            raise ValueError("bit-widths must differ")
-        return sorted(value)
+        return _bit_widths(value)
 
     _check_percentiles = field_validator("percentiles")(_checked_percentiles)
 
@@ -343,6 +377,13 @@ class ActivationsConfig(_Section):
     samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
 
     _check_percentiles = field_validator("percentiles")(_checked_percentiles)
+
+
+class EmbeddingsConfig(_Section):
+    """Embedding tables as codes; they count in sizes of whole checkpoints, and in no budget of bits or per cent."""
+
+    bits: Literal[4, 8] = Field(8, description="code width of every table that is quantized")
+    smallest: int = Field(16384, ge=1, description="tables of fewer entries stay float")
 
 
 class DaskConfig(_Section):
@@ -417,6 +458,9 @@ class RunConfig(_Section):
     )
     search: SearchConfig = Field(default_factory=SearchConfig)
     rounding: RoundingConfig = Field(default_factory=RoundingConfig)
+    embeddings: EmbeddingsConfig | None = Field(
+        None, description="quantized embedding tables, as in {bits: 8}; null: they stay float"
+    )
     activations: ActivationsConfig | None = Field(
         None, description="quantized activations, as in {bits: 4, method: repq}; null: they stay float"
     )
@@ -531,6 +575,16 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def _inside(section: Any, part: str) -> Any:
+    """The class of a section's part: of a field, or of a mapping's value; None where it is no section."""
+    if get_origin(section) is dict:
+        return get_args(section)[1]
+    found = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+    if get_origin(found) is dict:
+        return found
+    return next((kind for kind in get_args(found) if hasattr(kind, "model_fields")), found)  # of ``Section | None``
+
+
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation as one line that names the key."""
     problem = error.errors()[0]
@@ -539,7 +593,7 @@ def _explain(error: ValidationError) -> str:
         unknown = str(problem["loc"][-1])
         section: Any = RunConfig
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+            section = _inside(section, str(part))
         known = [name for name in getattr(section, "model_fields", {}) if name != "folder"]
         near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

@@ -140,15 +140,21 @@ class Measured:
 def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> tuple[int, tuple[int, ...]] | None:
     """``(bits, candidates)`` of the largest uniform quantization within the budget; None where none fits.
 
+    A layer that is not offered a bit-width, because its settings fix others, takes the nearest that it has, the smaller
+    of two.
+
     Args:
         rows: the candidates of every layer.
         limit: most bytes.
     """
     by_bits = [{row["bits"]: index for index, row in enumerate(layer) if row["form"] == "Q"} for layer in rows]
-    for bits in sorted(set.intersection(*(set(places) for places in by_bits)), reverse=True):
-        picked = tuple(places[bits] for places in by_bits)
+    distinct: dict[tuple[int, ...], int] = {}
+    for bits in sorted(set().union(*by_bits)):
+        picked = tuple(places[min((abs(width - bits), width) for width in places)[1]] for places in by_bits)
+        distinct.setdefault(picked, int(bits))  # beyond the widest of most layers nothing changes: no name of its own
+    for picked, bits in reversed(distinct.items()):
         if sum(layer[index]["bytes"] for layer, index in zip(rows, picked, strict=True)) <= limit:
-            return int(bits), picked
+            return bits, picked
     return None
 
 

@@ -167,6 +167,7 @@ def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None
         "budget": f"{result['budget']} ({result['budget_bytes']:,} bytes for the compressible layers)",
         "compressible layers": f"{result['bytes']:,} bytes, {result['float_bytes'] / result['bytes']:.2f} times "
         f"smaller than float32 ({result['float_bytes']:,} bytes)",
+        **({"embedding tables": f"{result['embedding_bytes']:,} bytes"} if result.get("embedding_bytes") else {}),
         "rest of the model": f"{result['rest_bytes']:,} bytes",
         "checkpoint on disk": f"{result['file_bytes']:,} bytes",
         "output NMSE": f"{result['nmse']:.6f} (on {result['nmse_data']} data)",

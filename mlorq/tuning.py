@@ -8,7 +8,7 @@ about others. No labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mlorq.activations.plan import ActivationPlan
 from mlorq.capture import counting
+from mlorq.embeddings import set_tables
 from mlorq.forms import CompressedLayer
 from mlorq.importance import Importance
 from mlorq.layers import Layer
@@ -50,6 +51,7 @@ def tune(
     *,
     importance: Sequence[Importance] | None = None,
     activations: ActivationPlan | None = None,
+    tables: Mapping[str, CompressedLayer] | None = None,
 ) -> Trained:
     """Train all compressed layers of a model together.
 
@@ -63,6 +65,7 @@ def tune(
         progress: called with (steps done, steps).
         importance: weights of the tokens of the blocks' outputs, a mapping a batch; None: all weigh the same.
         activations: quantized in the compressed model; None: in none.
+        tables: quantized embedding tables, which the compressed model has and which are not trained.
 
     Returns:
         The layers; those given where the loss on held-out batches did not fall.
@@ -70,6 +73,7 @@ def tune(
     module = deepcopy(model.module)
     if activations is not None:
         activations.install(module)
+    set_tables(module, tables or {})
     trainable = []
     for layer, compressed in layers:
         bias = module.get_submodule(layer.name).bias

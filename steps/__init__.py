@@ -8,6 +8,7 @@ from steps import (
     baseline,
     candidates,
     capture,
+    embeddings,
     evaluate,
     layers,
     pack,
@@ -25,6 +26,7 @@ REGISTRY: dict[str, Step] = {
     for module in (
         layers,
         activations,
+        embeddings,
         capture,
         candidates,
         sensitivity,

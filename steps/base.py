@@ -95,6 +95,10 @@ class StepSpec:
         assert isinstance(value, ArtifactRef), f"input {role} is no artifact"
         return value
 
+    def optional_artifact(self, role: str) -> ArtifactRef | None:
+        """An input that is an artifact, where the step has it."""
+        return self.artifact(role) if role in self.inputs else None
+
     def to_json(self) -> dict[str, Any]:
         """JSON form, read back by ``from_json``."""
         return {

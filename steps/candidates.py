@@ -7,6 +7,7 @@ from typing import Any
 from mlorq.candidates import CandidateSettings
 from mlorq.config import SearchConfig
 from mlorq.layers import Layer
+from mlorq.overrides import layer_search
 from mlorq.store import ArtifactRef, table_bytes
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
@@ -40,14 +41,14 @@ def quantizer_params(search: SearchConfig) -> dict[str, Any]:
 def settings_of(params: dict[str, Any]) -> CandidateSettings:
     """Settings from either kind of parameters."""
     names = CandidateSettings.__dataclass_fields__
-    return CandidateSettings(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in params.items() if name in names}
-    )
+    known = {name: value for name, value in params.items() if name in names}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    return CandidateSettings(**values)
 
 
 def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
     """Depends on the layer's weight and Hessian (by the capture's key) and the candidates' settings."""
-    params = {"layer": layer.name, **settings_params(bench.config.search)}
+    params = {"layer": layer.name, **settings_params(layer_search(bench.config.search, layer))}
     return STEP.spec(params, {"capture": capture, "layers": layers, **bench.model_inputs}, layer)
 
 

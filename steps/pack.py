@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from mlorq.checkpoint import checkpoint_files, rest_upper_bound
+from mlorq.checkpoint import checkpoint_files, float_rest, rest_upper_bound
 from mlorq.compressed import replace_layers
+from mlorq.embeddings import find_tables, replace_tables
 from mlorq.hashing import digest_json
 from mlorq.layers import Layer
+from mlorq.overrides import search_json
+from mlorq.rest import rest_by_kind
 from mlorq.store import ArtifactRef
+from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.workbench import Workbench
 
@@ -21,16 +25,19 @@ def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded
     activations = bench.config.activations
     configuration = {
         "preset": bench.config.preset,
-        "search": search.model_dump(mode="json"),
+        "search": search_json(search),
         "rounding": bench.config.rounding.model_dump(mode="json"),
         "seed": bench.config.seed,
         **({} if activations is None else {"activations": activations.model_dump(mode="json")}),
     }
+    if bench.config.embeddings is not None:
+        configuration["embeddings"] = bench.config.embeddings.model_dump(mode="json")
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,
         "calibration": bench.calibration.key,
         "layers": layers,
         "allocation": allocation,
+        **embeddings.inputs(bench),
     }
     inputs |= {f"round/{index}": ref for index, ref in enumerate(rounded)}
     return STEP.spec(
@@ -45,6 +52,19 @@ def describe(bench: Workbench) -> dict[str, Any]:
     return found if bench.plan is None else found | {"activations": bench.plan.without_folds().to_json()}
 
 
+def tables(bench: Workbench) -> dict[str, int]:
+    """Bits of the embedding tables that are quantized, by name."""
+    settings = bench.config.embeddings
+    if settings is None:
+        return {}
+    return dict.fromkeys(find_tables(bench.model.module, settings.smallest).tables, settings.bits)
+
+
+def rest_kinds(bench: Workbench, layers: Sequence[Layer]) -> dict[str, int]:
+    """What of a checkpoint stays float, in bytes by kind."""
+    return rest_by_kind(float_rest(bench.model.module, {layer.name: layer.aliases for layer in layers}, tables(bench)))
+
+
 def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
     """Most bytes of a checkpoint that are not the compressible layers' weights."""
     aliases = {layer.name: layer.aliases for layer in layers}
@@ -52,7 +72,8 @@ def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
     if bench.plan is not None:
         module = deepcopy(module)
         bench.plan.install(module)
-    return rest_upper_bound(module, aliases, describe(bench), accounting=bench.config.search.accounting)
+    accounting = bench.config.search.accounting
+    return rest_upper_bound(module, aliases, describe(bench), accounting=accounting, tables=tables(bench))
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
@@ -64,6 +85,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         progress(index + 1, len(layers.layers))
     module = deepcopy(bench.model.module).to("cpu")
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
+    replace_tables(module, bench.tables(spec.optional_artifact("embeddings")))
     if bench.plan is not None:
         bench.plan.install(module)
     allocation = bench.store.read_json(spec.artifact("allocation"), "allocation.json")

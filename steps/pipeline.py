@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from mlorq.candidates import candidate_of
 from mlorq.layers import Layer
 from mlorq.memory import parse_budget
+from mlorq.overrides import check_overrides
 from mlorq.rounding import BY_BLOCKS
 from mlorq.store import ArtifactRef
 from steps import (
@@ -23,6 +24,7 @@ from steps import (
     baseline,
     candidates,
     capture,
+    embeddings,
     evaluate,
     layers,
     pack,
@@ -91,7 +93,12 @@ def run_search(bench: Workbench, executor: Executor) -> Search:
     sensitivity.cost_params(bench)  # refuses a cost that the data cannot give before anything is computed
     executor.phase("layers", 1)
     layers_ref = executor.run(layers.spec(bench)).ref
-    found = bench.layer_list(layers_ref).layers
+    listed = bench.layer_list(layers_ref)
+    check_overrides(bench.config.search, listed)
+    found = listed.layers
+    if bench.config.embeddings is not None:
+        executor.phase("embeddings", 1)
+        executor.run(embeddings.spec(bench))
     activations_ref = None
     if bench.config.activations is not None:
         executor.phase("activations", 1)
@@ -222,6 +229,7 @@ def run_budget(
     artifacts = {
         "layers": search.layers_ref,
         **({"activations": search.activations} if search.activations else {}),
+        **{role: ref for role, ref in embeddings.inputs(bench).items() if isinstance(ref, ArtifactRef)},
         "capture": search.capture,
         "allocation": result.allocation,
         **({"program": result.program} if result.program else {}),
@@ -266,7 +274,10 @@ def run_pipeline(
 def result_json(bench: Workbench, result: Compressed) -> dict[str, Any]:
     """One budget's public result object : what `--json` prints."""
     if result.summary is not None:
-        return summary.read(bench.store, result.summary)
+        found = summary.read(bench.store, result.summary)
+        listed = bench.layer_list(ArtifactRef.from_json(found["artifacts"]["layers"]))
+        return found | {"rest": pack.rest_kinds(bench, listed.layers)}
     info = bench.store.read_json(result.allocation, "allocation.json")
     rows = bench.store.read_table(result.allocation, "allocation.parquet").to_pylist()
-    return summary.allocation_json(bench, result.allocation, info, rows)
+    unknown = {"embedding_bytes": None, "embeddings": None, "rest": None}
+    return summary.allocation_json(bench, result.allocation, info, rows) | unknown

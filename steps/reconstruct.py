@@ -9,6 +9,7 @@ from mlorq.layers import Layer, LayerList
 from mlorq.reconstruct import ReconstructionSettings, reconstruct
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.trainable import Trained
+from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
 from steps.workbench import Workbench
@@ -56,6 +57,7 @@ def spec(
         "layers": layers,
         "capture": capture,
         "previous": previous,
+        **embeddings.inputs(bench),
     }
     return replace(STEP.spec(params, inputs), layer=name)
 
@@ -65,7 +67,14 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     layers = bench.layer_list(spec.artifact("layers"))
     own = {layer.name: layer for layer in members(layers, params["block"])}
     previous = spec.artifact("previous")
-    paired = bench.paired(layers, spec.artifact("capture"), previous, params["samples"], params["batch_size"])
+    paired = bench.paired(
+        layers,
+        spec.artifact("capture"),
+        previous,
+        params["samples"],
+        params["batch_size"],
+        spec.optional_artifact("embeddings"),
+    )
     rounded = bench.all_rounded(previous, own)
     method = params["method"]
     chosen = {name: params[name] for name in SETTINGS[method]} | ({"drop": QDROP} if method == "qdrop" else {})

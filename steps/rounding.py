@@ -8,6 +8,7 @@ from mlorq.forms import Candidate
 from mlorq.layers import Layer
 from mlorq.rounding import BY_BLOCKS, METHODS, NEEDS_MOMENTS, RoundingSettings
 from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
 from steps.workbench import Workbench
@@ -53,7 +54,7 @@ def spec(
     inputs: dict[str, ArtifactRef | str] = {**bench.model_inputs, "layers": layers, "capture": capture}
     if is_sequential(method):
         params |= {"settings": {name: getattr(config.rounding, name) for name in SETTINGS[method]}}
-        inputs |= {"calibration": bench.calibration.key}
+        inputs |= {"calibration": bench.calibration.key, **embeddings.inputs(bench)}
         if previous is not None:
             inputs["previous"] = previous
     return STEP.spec(params, inputs, layer)
@@ -73,7 +74,9 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         settings = dict(params["settings"])
         samples, batch_size = settings.pop("samples"), settings.pop("batch_size", None)
         feedback = settings.pop("feedback", True)
-        paired = bench.paired(layers, spec.artifact("capture"), previous, samples, batch_size)
+        paired = bench.paired(
+            layers, spec.artifact("capture"), previous, samples, batch_size, spec.optional_artifact("embeddings")
+        )
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.
         used = method if moments is not None else "nearest"

@@ -7,6 +7,7 @@ from typing import Any
 from mlorq.errors import DataError
 from mlorq.hashing import digest_json
 from mlorq.layers import Layer
+from mlorq.overrides import layer_search
 from mlorq.scaled_costs import scaled_sensitivity
 from mlorq.sensitivity import LayerProbe, measured_sensitivity
 from mlorq.store import ArtifactRef, table_bytes
@@ -27,7 +28,7 @@ def spec(
         "points": search.points,
         **({"tolerance": search.tolerance} if search.sensitivity == "auto" else {}),
         **cost_params(bench),
-        **settings_params(search),
+        **settings_params(layer_search(search, layer)),
     }
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,

@@ -54,6 +54,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         "overhead_bytes": sizes["overhead_bytes"],
         "file_bytes": sum(file["bytes"] for file in manifest["files"].values()),
         "float_bytes": sizes["float_bytes"],
+        **_embeddings(spec, store, sizes),
         "nmse": metrics["nmse"],
         "nmse_data": metrics["nmse_data"],
         "metric": _metric(float_info, metrics),
@@ -102,6 +103,17 @@ def allocation_json(
     }
 
 
+def _embeddings(spec: StepSpec, store: Store, sizes: dict[str, int]) -> dict[str, Any]:
+    """What became of the embedding tables; nothing where they were left alone."""
+    ref = spec.optional_artifact("embeddings")
+    if ref is None:
+        return {}
+    return {
+        "embedding_bytes": sizes.get("embedding_bytes", 0),
+        "embeddings": store.read_json(ref, "embeddings.json"),
+    }
+
+
 def _metric(float_info: dict[str, Any], compressed: dict[str, Any]) -> dict[str, Any] | None:
     """The task's metric: the named one, or the first that the user's function returned."""
     name = float_info["name"] or next(iter(float_info["metrics"]), None)
@@ -130,7 +142,7 @@ def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
     result["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
     result["solver"]["seconds"] = seconds["allocate"]
     result["checkpoint"] = store.uri(artifacts["checkpoint"])
-    return result
+    return {"embedding_bytes": 0, "embeddings": None} | result
 
 
 def made_in(store: Store, ref: ArtifactRef) -> float:

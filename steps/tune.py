@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlorq.store import ArtifactRef
 from mlorq.tuning import TuningSettings, tune
+from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.reconstruct import trained_files
 from steps.workbench import Workbench
@@ -33,6 +34,7 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: 
         "layers": layers,
         "capture": capture,
         "previous": previous,
+        **embeddings.inputs(bench),
     }
     return STEP.spec(params, inputs)
 
@@ -45,6 +47,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     batches, importance = bench.rounding_batches(spec.artifact("capture"), params["samples"], params["batch_size"])
     settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
     pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
+    tables = bench.tables(spec.optional_artifact("embeddings"))
     result = tune(
         bench.model,
         listed.blocks,
@@ -55,6 +58,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         progress,
         importance=importance,
         activations=bench.plan,
+        tables=tables,
     )
     return trained_files(result, previous)
 

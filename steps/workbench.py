@@ -23,6 +23,7 @@ from mlorq.checkpoint import CONFIG, TENSORS
 from mlorq.config import RunConfig
 from mlorq.data import load_dataset
 from mlorq.data.base import Dataset
+from mlorq.embeddings import set_tables
 from mlorq.errors import ConfigError, DataError
 from mlorq.forms import Candidate, CompressedLayer
 from mlorq.hashing import digest_json
@@ -67,6 +68,7 @@ class Workbench:
         self._paired: tuple[str | None, str, PairedForward] | None = None
         self._activations: ArtifactRef | None = None
         self.plan: ActivationPlan | None = None
+        self._tables: tuple[str, dict[str, CompressedLayer]] | None = None
 
     def on_device(self, device: str) -> Workbench:
         """A workbench for another worker: its own copy of the model, the same data."""
@@ -237,6 +239,19 @@ class Workbench:
                 found.setdefault(layer.layer, layer)
         return found if (None if last is None else last.key) == key else None
 
+    def tables(self, ref: ArtifactRef | None) -> dict[str, CompressedLayer]:
+        """The quantized embedding tables of an ``embeddings`` artifact; none without one."""
+        if ref is None:
+            return {}
+        if self._tables is None or self._tables[0] != ref.key:
+            found = {}
+            for row in self.store.read_json(ref, "embeddings.json")["tables"]:
+                tensors = self.store.read_tensors(ref, f"{row['table']}.safetensors")
+                candidate = Candidate("Q", bits=row["bits"])
+                found[row["table"]] = CompressedLayer.from_tensors(row["table"], candidate, tensors)
+            self._tables = (ref.key, found)
+        return self._tables[1]
+
     # -- sequential rounding ----------------------------------------------------------------------------------
 
     def rounding_batches(
@@ -262,6 +277,7 @@ class Workbench:
         previous: ArtifactRef | None,
         samples: int,
         batch_size: int | None = None,
+        tables: ArtifactRef | None = None,
     ) -> PairedForward:
         """Float and compressed model with all layers up to ``previous`` rounded.
 
@@ -274,6 +290,7 @@ class Workbench:
             previous: the last artifact of the chain; None at its start.
             samples: most calibration samples used.
             batch_size: samples in a batch; None: as the data comes.
+            tables: the ``embeddings`` artifact, where tables are quantized: the compressed model has theirs.
         """
         kept = self._paired
         if kept is not None and kept[1] == self._pair_state(samples, batch_size):
@@ -292,6 +309,7 @@ class Workbench:
             leaders=leaders(layers.layers),
             activations=self.plan,
         )
+        set_tables(paired.compressed, self.tables(tables))
         for compressed in self.all_rounded(previous).values():
             paired.set(layers[compressed.layer], compressed)
         return paired

@@ -285,12 +285,27 @@ def test_init_writes_and_does_not_overwrite(tmp_path: Path, capsys: pytest.Captu
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     rows = prints_json(capsys, "models")["models"]
-    assert {"family", "model", "task"} <= set(rows[0])
+    assert {"family", "model", "task", "tested", "measured", "command"} == set(rows[0])
     assert main(["models"]) == 0
-    assert "vit_tiny_patch16_224" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(row["model"][:8] in out and row["command"].split()[-1] in out for row in rows)
+    assert "top-1 0.7500" in out
 
 
 def test_runs_of_an_empty_store(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prints_json(capsys, "runs", project)["runs"] == []
     assert prints_json(capsys, "runs", "--store", project.parent / "elsewhere")["runs"] == []
     assert "--store" in fails(capsys, "runs")
+
+
+def test_a_dry_run_with_embeddings_and_layers_of_their_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ("--set", "embeddings={bits: 8}", "--set", "search.layers={head: {bits: [8], forms: [Q]}}")
+    plan = prints_json(capsys, "compress", project, "--dry-run", *changed)
+    assert plan["steps"]["embeddings"]["compute"] == 1
+    assert plan["embeddings"] == {"bits": 8, "tables": [], "skipped": []}
+    smallest = {row["layer"]: row["smallest_bytes"] for row in plan["layers"]}
+    assert smallest["head"] == 4 * (16 + 2 + 1)
+    assert sum(plan["rest"].values()) < plan["rest_bytes"]
+    wrong = fails(capsys, "compress", project, "--dry-run", "--set", "search.layers={haed: {bits: [8]}}")
+    assert "'haed'" in wrong
+    assert "'head'" in wrong

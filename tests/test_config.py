@@ -62,6 +62,10 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"rounding__method": "adaround"}, ["rounding.method", "'adaround'", "'nearest'", "'block'"]),
         ({"activations": {"bits": 40}}, ["activations.bits"]),
         ({"activations": {"method": "rep"}}, ["activations.method", "'repq'"]),
+        ({"search__layers": {"blocks.*.fc1": {"bit": [8]}}}, ["'search.layers.blocks.*.fc1.bit'", "'bits'"]),
+        ({"search__layers": {"head": {"bits": [9]}}}, ["search.layers.head.bits", "2 to 8"]),
+        ({"search__layers": {"head": {"forms": ["LR"]}}}, ["search.layers.head", "forms must have Q"]),
+        ({"search__layers": ["head"]}, ["search.layers"]),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(changes, words):

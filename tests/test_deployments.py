@@ -66,7 +66,8 @@ def refused(parameters: dict[str, Any], deployment: str = "compress") -> str:
 
 def test_what_there_is() -> None:
     assert set(DEPLOYMENTS) == {
-        "compress", "rebudget", "nightly", "sweep", "compare", "compress-docker", "rebudget-docker", "compress-kubernetes",
+        "compress", "rebudget", "nightly", "sweep", "compare",
+        "compress-docker", "rebudget-docker", "compress-kubernetes",
     }  # fmt: skip
     assert len(PrefectYamlModel.model_validate(FILE).deployments) == len(DEPLOYMENTS)
     assert {item["work_pool"]["name"] for item in DEPLOYMENTS.values()} == set(POOLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from mlorq.config import RunConfig
 from mlorq.memory import parse_budget
 from tests import zoo
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 YOURS = {"mask_rcnn_swin_tiny.pth"}  # files that a user has to bring
 CONFIGURATIONS = sorted(EXAMPLES.rglob("*.yaml"))
 
@@ -101,3 +103,17 @@ def test_digits_is_trained_and_compressed_with_little_loss(digits, tmp_path):
     assert 0 < result["nmse"] < 0.2
     loaded = mlorq.load(result["checkpoint"], model=module)
     assert digits.evaluate(loaded)["accuracy"] == metric["compressed"]
+
+
+def test_the_file_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "class Net(nn.Module)" in block]
+    monkeypatch.chdir(tmp_path)
+    found: dict = {"__name__": "__main__"}
+    exec(compile(code, "README.md", "exec"), found)
+    metrics = found["result"].metrics
+    assert metrics["bytes"] <= metrics["budget_bytes"]
+    assert metrics["compressed"]["accuracy"] > metrics["float"]["accuracy"] - 0.05
+    assert metrics["float"]["accuracy"] > 0.75
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert capsys.readouterr().out.startswith("{'accuracy'")

@@ -135,5 +135,17 @@ def test_the_largest_uniform_allocation_that_fits():
         [{"form": "Q", "bits": bits, "bytes": 20 * bits} for bits in (2, 4)],
     ]
     assert largest_uniform(rows, 200) == (4, (2, 1))
-    assert largest_uniform(rows, 119) == (2, (0, 0))  # 3 bit is no choice of the second layer
+    assert largest_uniform(rows, 119) == (3, (1, 0))  # the second layer has no 3 bit: the nearest, and smaller
+    assert largest_uniform(rows, 69) == (2, (0, 0))
     assert largest_uniform(rows, 59) is None
+
+
+def test_layers_of_fixed_width_keep_it_in_uniform_allocations():
+    def layer(*widths: int) -> list[dict]:
+        return [{"form": "Q", "bits": bits, "bytes": 10 * bits} for bits in widths]
+
+    rows = [layer(8), layer(2, 3, 4), layer(2, 3, 4)]
+    assert largest_uniform(rows, 1000) == (4, (0, 2, 2))  # and not 8 bit, which two of three layers do not have
+    assert largest_uniform(rows, 159) == (3, (0, 1, 1))
+    assert largest_uniform(rows, 120) == (2, (0, 0, 0))
+    assert largest_uniform(rows, 119) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from mlorq.errors import CheckpointError, DataError, MlorqError, ModelError
 from mlorq.evaluate import model_outputs
 from mlorq.hessian import label_free_hessian
 from mlorq.layers import find_layers
-from mlorq.models import from_module, known_models, load_model, rebuild
+from mlorq.models import FAMILIES, from_module, known_models, load_model, rebuild
 from mlorq.models.transformers import attention_mask, locate
 from tests import zoo
 from tests.nets import TokenNet, images
@@ -584,9 +585,30 @@ def test_modules_in_memory():
 
 def test_known_models_are_complete_rows_of_known_families():
     rows = known_models()
-    assert {row["family"] for row in rows} == {"timm", "transformers", "custom"}
-    assert all(set(row) == {"family", "model", "task", "tested"} and all(row.values()) for row in rows)
+    assert {"timm", "transformers", "custom"} <= {row["family"] for row in rows} <= set(FAMILIES)
+    assert all(set(row) == {"family", "model", "task", "tested", "measured", "command"} for row in rows)
+    assert all(row[name] for row in rows for name in ("model", "task", "tested", "command"))
     assert yaml.safe_load(yaml.safe_dump(rows)) == rows
+
+
+def test_known_models_have_the_figures_of_the_benchmarks_and_commands_that_run():
+    from benchmarks.models import MODELS
+
+    root = Path(__file__).parents[1]
+    figures = (root / "benchmarks" / "README.md").read_text()
+    named = set()
+    for row in known_models():
+        script = row["command"].split()[0]
+        assert script == "make" or (root / script).is_file()
+        named |= set(re.findall(r"--only (\S+)", row["command"]))
+        # Every number with a point, as it stands there or rounded.
+        for number in re.findall(r"\d+\.\d+(?:e-\d+)?", row["measured"]):
+            places = len(number.partition("e")[0].partition(".")[2])
+            form = f".{places}{'e' if 'e' in number else 'f'}"
+            there = {format(float(found), form) for found in re.findall(r"\d+\.\d+(?:e-\d+)?", figures)}
+            assert format(float(number), form) in there, (row["model"], number)
+    assert named <= set(MODELS)
+    assert {name for name in MODELS if "vit_tiny" not in name} <= named
 
 
 # -- real weights -------------------------------------------------------------------------------------------

@@ -165,3 +165,27 @@ def test_paired_forward_sees_the_inputs_of_both_models(seed):
             CandidateSettings(),
         )
         paired.set(layer, search.realise(layer.name, Candidate("Q", bits=3)))
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+@pytest.mark.parametrize("spread", [1e-3, 1e-5, 0.0])
+def test_inputs_that_hardly_vary_are_rounded_about_their_means(candidate, spread, seed):
+    """Sums of float32 products leave less than their own error of a variance that small."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 3.0 + torch.rand(20, generator=generator) + spread * torch.randn(300, 20, generator=generator)
+    y = x + spread * torch.randn(300, 20, generator=generator)
+    search = searched(seed)
+
+    def summed(part: slice, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
+        own, drift = y[part], x[part] - y[part]
+        products = (own.T @ own, drift.T @ own, drift.T @ drift)
+        count = len(own)
+        sums = [(product / count).double() for product in products]
+        return InputMoments(*sums, count, own.double().mean(0), drift.double().mean(0), folds)
+
+    moments = summed(slice(None), (summed(slice(0, None, 2)), summed(slice(1, None, 2))))
+    bias = torch.zeros(12)
+    result = METHODS["closed_form"]("layer", search, candidate, moments, RoundingSettings("closed_form"), None, bias)
+    found = y @ result.layer.dense().T + result.layer.bias
+    wanted = x @ search.weight.T
+    assert float((found - wanted).square().mean()) < 1e-3 * float(wanted.square().mean()) + 10 * spread**2

@@ -12,21 +12,12 @@ from mlorq.errors import CheckpointError
 from mlorq.models import custom, detection, timm, transformers
 from mlorq.models.base import FloatModel
 from mlorq.models.custom import from_module
+from mlorq.models.known import known_models
 from mlorq.rotation import rotate_residual_stream
 
 __all__ = ["FloatModel", "from_module", "known_models", "load_model", "rebuild"]
 
 FAMILIES = {"timm": timm, "transformers": transformers, "detection": detection, "custom": custom}
-
-KNOWN = [
-    ("timm", "vit_tiny_patch16_224", "image-classification", "ImageNet weights and images, 3 and 4 bit"),
-    ("timm", "vit_*, deit_*", "image-classification", "same code as vit_tiny; random weights in the tests"),
-    ("timm", "swin_*", "image-classification", "random weights in the tests"),
-    ("transformers", "BertModel (all-MiniLM-L6-v2)", "sentence-similarity", "real weights on STS-B, 3 and 4 bit"),
-    ("transformers", "BertForSequenceClassification", "text-classification", "real weights on SST-2, float"),
-    ("transformers", "DistilBERT, RoBERTa", "text-classification", "random weights in the tests"),
-    ("custom", "any nn.Module", "the user's own", "a ViT trained on scikit-learn's digits"),
-]
 
 
 def load_model(config: ModelConfig, folder: str = "") -> FloatModel:
@@ -60,8 +51,3 @@ def rebuild(architecture: dict[str, Any]) -> nn.Module:
     if family == "detection":
         return detection.rebuild(architecture)
     raise CheckpointError(f"a model of family {family!r} cannot rebuild itself: pass model=instance")
-
-
-def known_models() -> list[dict[str, str]]:
-    """Models that are known to work, with their task and what was tried."""
-    return [dict(zip(("family", "model", "task", "tested"), row, strict=True)) for row in KNOWN]

@@ -26,6 +26,7 @@ from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
 from mlorq.second_moments import shrink
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of Σ̃
+LIFTS = (0.0, 1e-6, 1e-5, 1e-4)  # of the diagonal about the means, times the mean diagonal about zero
 
 
 def round_gptq(
@@ -64,14 +65,39 @@ def round_closed_form(
         bias: the float layer's, ``(out_features,)``; None where it has none, or none of its own.
     """
     assert moments is not None, "closed_form needs the moments of the layer's inputs"
-    used = moments.centred() if bias is not None and moments.mean is not None else moments
-    target = corrected_weight(search.weight, used)
-    result = _result(name, search, candidate, closed_form(search, target, used), used)
     if bias is None or moments.mean is None or moments.drift_mean is None:
-        return result
+        return _with_feedback(name, search, candidate, moments)
+    result = _about_the_means(name, search, candidate, moments)
     w, rounded = search.weight.double(), result.layer.dense().to(search.weight.device).double()
     shift = (w - rounded) @ moments.mean + w @ moments.drift_mean
     return replace(result, layer=replace(result.layer, bias=(bias.double() + shift).float().cpu()))
+
+
+def _with_feedback(name: str, search: LayerSearch, candidate: Candidate, used: InputMoments) -> RoundingResult:
+    target = corrected_weight(search.weight, used)
+    return _result(name, search, candidate, closed_form(search, target, used), used)
+
+
+def _about_the_means(name: str, search: LayerSearch, candidate: Candidate, moments: InputMoments) -> RoundingResult:
+    """With moments about the means, made definite where inputs hardly vary.
+
+    There the sums' own float32 error, a share of the moments about zero, is larger than what is left about the means.
+    """
+    centred = moments.centred()
+    level = float(moments.compressed.diagonal().mean())
+    for lift in LIFTS:
+        used = centred if lift == 0 else _lifted(centred, lift * level)
+        try:
+            return _with_feedback(name, search, candidate, used)
+        except torch.linalg.LinAlgError:  # not positive definite
+            continue
+    return _with_feedback(name, search, candidate, moments)
+
+
+def _lifted(moments: InputMoments, amount: float) -> InputMoments:
+    identity = torch.eye(len(moments.compressed), dtype=torch.float64, device=moments.compressed.device)
+    folds = tuple(_lifted(fold, amount) for fold in moments.folds)
+    return replace(moments, compressed=moments.compressed + amount * identity, folds=folds)
 
 
 def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:

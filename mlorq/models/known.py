@@ -1,0 +1,94 @@
+"""Models that are known to work: what each is for, what was tried, and what was measured by which command.
+
+The one place for rows: a new family, or a model that was measured, is a row of ``KNOWN``. Figures are those of
+``benchmarks/README.md``. The commands of rows without one are to run the models whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One row of ``mlorq models``.
+
+    Attributes:
+        family: in a configuration's ``model`` section.
+        model: name or names in that family's library; ``*`` stands for anything.
+        task: of the model.
+        tested: what was run.
+        measured: figures on real weights and data; empty where there are none.
+        command: that runs, or measured, the model.
+    """
+
+    family: str
+    model: str
+    task: str
+    tested: str
+    measured: str = ""
+    command: str = ""
+
+
+IMAGES, TEXTS, PAIRS = "image-classification", "text-classification", "sentence-similarity"
+RANDOM = "random weights, tiny sizes, in the tests"
+
+
+def _run(*names: str) -> str:
+    return " ".join(["benchmarks/models.py", *(f"--only {name}" for name in names)])
+
+
+KNOWN = [
+    KnownModel(
+        "timm", "vit_tiny_patch16_224", IMAGES, "ImageNet weights and images, 3 and 4 bit",
+        "3 bit: top-1 0.7500 (float 0.8205), output NMSE 0.1909",
+        "benchmarks/table.py examples/vit_tiny.yaml --budget 3bit",
+    ),
+    KnownModel(
+        "timm", "vit_small_*, vit_base_*, vit_large_*", IMAGES, RANDOM, "",
+        _run("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"),
+    ),
+    KnownModel(
+        "timm", "deit_tiny_*, deit_small_*, deit_base_* (distilled too)", IMAGES, RANDOM, "",
+        _run("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"),
+    ),
+    KnownModel(
+        "timm", "swin_tiny_*, swin_small_*, swin_base_*", IMAGES, RANDOM, "",
+        _run("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
+    ),
+    KnownModel(
+        "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES,
+        "random weights: convnext_atto whole; a small ResNet packed and loaded", "",
+        _run("resnet18", "convnext_atto", "convnext_tiny", "mixer_s32_224"),
+    ),
+    KnownModel(
+        "transformers", "BertModel (all-MiniLM-L6-v2)", PAIRS, "real weights on STS-B, 3 and 4 bit",
+        "3 bit: Spearman 0.8253 (float 0.8203), output NMSE 0.0620", "make demo",
+    ),
+    KnownModel(
+        "transformers", "sentence encoders: AutoModel with mean pooling", PAIRS, RANDOM, "", _run("minilm"),
+    ),
+    KnownModel(
+        "transformers", "BertForSequenceClassification", TEXTS,
+        "real weights on SST-2, float; random weights, a BERT-mini whole", "",
+        _run("bert_mini", "bert_base", "bert_large"),
+    ),
+    KnownModel(
+        "transformers", "DistilBertForSequenceClassification", TEXTS, RANDOM, "", _run("distilbert"),
+    ),
+    KnownModel(
+        "transformers", "RobertaForSequenceClassification", TEXTS, RANDOM, "", _run("roberta_small", "roberta_base"),
+    ),
+    # Families detection (Mask R-CNN) and further tasks of transformers (DETR, Mask2Former): their rows go here.
+    KnownModel(
+        "custom", "any nn.Module of linear layers and convolutions", "the user's own",
+        "a ViT trained on scikit-learn's digits",
+        "3 bit, paper accounting, 500 iterations of LRA: NMSE of the logits 5.15e-5",
+        "benchmarks/vit_digits.py PATH/TO/vit_digits",
+    ),
+]  # fmt: skip
+
+
+def known_models() -> list[dict[str, str]]:
+    """Models that are known to work, as rows of ``mlorq models``."""
+    return [asdict(row) for row in KNOWN]

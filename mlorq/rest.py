@@ -1,0 +1,56 @@
+"""What of a model stays float, in bytes by kind: told from the names and shapes of its tensors.
+
+Names and shapes are all that a checkpoint's header has, and they are enough: the weight of a norm has one axis, and a
+table of positions says so in its name. Nothing depends on the answer but what people read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+KINDS = ("embeddings", "position_tables", "norms", "biases", "layers", "other")
+POSITIONS = ("pos_embed", "pos_emb", "position", "rel_pos", "wpe")
+EMBEDDINGS = ("embed", "wte", "shared", "tokens")
+
+
+class TensorSize(NamedTuple):
+    """Shape of a tensor, and its bytes."""
+
+    shape: Sequence[int]
+    bytes: int
+
+
+def rest_by_kind(tensors: Mapping[str, TensorSize]) -> dict[str, int]:
+    """Bytes of float tensors by kind.
+
+    Args:
+        tensors: all that is not compressed, by name in the state dict.
+
+    Returns:
+        Bytes of ``embeddings``; ``position_tables``, absolute or relative; ``norms`` with their statistics; ``biases``;
+        ``layers`` that were left alone; ``other``.
+    """
+    found = dict.fromkeys(KINDS, 0)
+    norms = {name.rpartition(".")[0] for name, size in tensors.items() if _is_norm(name, size)}
+    for name, size in tensors.items():
+        found[_kind(name, size, norms)] += size.bytes
+    return found
+
+
+def _is_norm(name: str, size: TensorSize) -> bool:
+    last = name.rpartition(".")[2]
+    return last == "running_mean" or (last == "weight" and len(size.shape) == 1)
+
+
+def _kind(name: str, size: TensorSize, norms: set[str]) -> str:
+    path, _, last = name.rpartition(".")
+    if path in norms:
+        return "norms"
+    if any(word in name for word in POSITIONS):
+        return "position_tables"
+    if last.endswith("bias"):
+        return "biases"
+    if last.endswith("weight") and len(size.shape) >= 2:
+        return "embeddings" if len(size.shape) == 2 and any(word in path for word in EMBEDDINGS) else "layers"
+    return "other"
