@@ -84,7 +84,11 @@ class Planner:
         self.found = found
         self.estimate = estimate
         rounding = bench.config.rounding
-        optional = {"refine": bench.config.search.rounds, "tune": rounding.method == "block" and rounding.tuning}
+        chosen = bench.config.activations is not None and bool(bench.config.activations.choices)
+        optional = {
+            "refine": bench.config.search.rounds and not chosen,
+            "tune": rounding.method == "block" and rounding.tuning,
+        }
         optional |= {name: getattr(bench.config, name) is not None for name in ("embeddings", "activations")}
         self.search = [name for name in SEARCH if optional.get(name, True)]
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]

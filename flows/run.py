@@ -23,7 +23,7 @@ from steps.base import Outcome, StepSpec, execute, find
 from steps.pipeline import Compressed, compressible_budget, result_json
 from steps.workbench import Workbench, devices, open_store
 
-COMPUTED_BY_ALLOCATE_ONLY = ("allocate", "refine")
+COMPUTED_BY_ALLOCATE_ONLY = ("allocate", "joint", "refine")
 
 
 @dataclass(frozen=True)

@@ -371,12 +371,33 @@ class ActivationsConfig(_Section):
     mixed: bool = Field(
         False, description="give smaller tensors more bits: the most with size x bits within that of the largest"
     )
+    choices: list[int] = Field(
+        [], description="code widths to choose each tensor's from, together with the layers' candidates; needs compute"
+    )
+    compute: str | None = Field(
+        None,
+        description='with choices: most bit operations a sample, as in "4x4" (those of 4-bit weights and activations) '
+        'or "20G"',
+    )
     percentiles: list[float] = Field(
         [0.999, 0.9999, 0.99999], description="upper percentiles p of the ranges (1-p, p) tried"
     )
     samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
 
     _check_percentiles = field_validator("percentiles")(_checked_percentiles)
+
+    @field_validator("choices")
+    @classmethod
+    def _check_choices(cls, value: list[int]) -> list[int]:
+        return _bit_widths(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> ActivationsConfig:
+        if bool(self.choices) != (self.compute is not None):
+            raise ValueError("choices and compute belong together")
+        if self.choices and self.mixed:
+            raise ValueError("mixed gives widths by a rule, choices by measured costs: set one of them")
+        return self
 
 
 class EmbeddingsConfig(_Section):

@@ -10,6 +10,7 @@ from steps import (
     capture,
     embeddings,
     evaluate,
+    joint,
     layers,
     pack,
     reconstruct,
@@ -21,7 +22,7 @@ from steps import (
 )
 from steps.base import Step
 
-REGISTRY: dict[str, Step] = {
+REGISTRY: dict[str, Step] = {joint.COSTS_STEP.name: joint.COSTS_STEP} | {
     module.STEP.name: module.STEP
     for module in (
         layers,
@@ -31,6 +32,7 @@ REGISTRY: dict[str, Step] = {
         candidates,
         sensitivity,
         allocate,
+        joint,
         refine,
         rounding,
         reconstruct,

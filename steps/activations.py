@@ -12,7 +12,8 @@ def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
     """Depends on the float model, the calibration data, the layers and the ``activations`` section."""
     chosen = bench.config.activations
     assert chosen is not None
-    params = {**chosen.model_dump(mode="json"), "seed": bench.config.seed}
+    # What the choice of widths may cost in all is the program's to know.
+    params = {**chosen.model_dump(mode="json", exclude={"compute"}), "seed": bench.config.seed}
     inputs: dict[str, ArtifactRef | str] = {
         "model": bench.float_model.key,
         "calibration": bench.calibration.key,
@@ -24,7 +25,7 @@ def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     params = dict(spec.params)
     batches = bench.batches(params.pop("samples"))
-    params["percentiles"] = tuple(params["percentiles"])
+    params |= {name: tuple(params[name]) for name in ("percentiles", "choices")}
     layers = bench.layer_list(spec.artifact("layers")).layers
     plan = calibrate(bench.float_model, layers, batches, ActivationSettings(**params), bench.device, progress)
     return {PLAN: json_bytes(plan.to_json()), PLAN_TENSORS: tensors_bytes(dict(plan.tensors))}

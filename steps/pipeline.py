@@ -26,6 +26,7 @@ from steps import (
     capture,
     embeddings,
     evaluate,
+    joint,
     layers,
     pack,
     reconstruct,
@@ -63,6 +64,7 @@ class Search:
         candidates: ``{layer: artifact}``.
         sensitivity: ``{layer: artifact}``.
         activations: the ``activations`` artifact; None where they stay float.
+        widths: the ``width_costs`` artifact; None where code widths are not chosen.
     """
 
     layers_ref: ArtifactRef
@@ -71,6 +73,7 @@ class Search:
     candidates: dict[str, ArtifactRef] = field(default_factory=dict)
     sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
     activations: ArtifactRef | None = None
+    widths: ArtifactRef | None = None
 
 
 @dataclass
@@ -119,6 +122,9 @@ def run_search(bench: Workbench, executor: Executor) -> Search:
         [sensitivity.spec(bench, capture_ref, layers_ref, search.candidates[layer.name], layer) for layer in by_cost]
     )
     search.sensitivity = {layer.name: outcome.ref for layer, outcome in zip(by_cost, outcomes, strict=True)}
+    if bench.config.activations is not None and bench.config.activations.choices:
+        executor.phase("activations", 1)
+        search.widths = executor.run(joint.costs_spec(bench)).ref
     return search
 
 
@@ -133,18 +139,34 @@ def compressible_budget(bench: Workbench, search_layers: Sequence[Layer], budget
 
 
 def allocation_spec(bench: Workbench, search: Search, budget: str) -> StepSpec:
-    """The ``allocate`` step of one budget."""
+    """The ``allocate`` step of one budget; ``joint`` where activations' code widths are chosen with it."""
     limit = compressible_budget(bench, search.layers, budget)
     names = [layer.name for layer in search.layers]
+    if search.widths is not None:
+        assert search.activations is not None
+        return joint.spec(
+            bench,
+            budget,
+            limit,
+            search.layers_ref,
+            names,
+            search.candidates,
+            search.sensitivity,
+            search.activations,
+            search.widths,
+        )
     return allocate.spec(bench, budget, limit, names, search.candidates, search.sensitivity)
 
 
 def run_allocations(bench: Workbench, executor: Executor, search: Search, budgets: Sequence[str]) -> list[Compressed]:
     """The integer program of every budget; where asked, whole allocations are measured and improved afterwards."""
+    if search.activations is not None:
+        bench.use_activations(search.activations)  # and not what another budget has decided
     specs = [allocation_spec(bench, search, budget) for budget in budgets]
     executor.phase("allocate", len(specs))
     results = [Compressed(budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
-    if bench.config.search.rounds:
+    # Whole allocations are not measured where widths are chosen too: programs around them know of no compute budget.
+    if bench.config.search.rounds and search.widths is None:
         executor.phase("refine", len(specs))
         for result, spec in zip(results, specs, strict=True):
             result.program = result.allocation
@@ -218,6 +240,10 @@ def run_budget(
     bench: Workbench, executor: Executor, search: Search, result: Compressed, float_evaluation: ArtifactRef
 ) -> Compressed:
     """Rounding, checkpoint, evaluation and summary of one allocated budget."""
+    if search.widths is not None:
+        bench.use_activations(result.allocation)  # the widths that it has decided
+    elif search.activations is not None:
+        bench.use_activations(search.activations)
     rounded = run_rounding(bench, executor, search, result.allocation)
     executor.phase("pack", 1)
     result.checkpoint = executor.run(
@@ -228,7 +254,8 @@ def run_budget(
     executor.phase("summary", 1)
     artifacts = {
         "layers": search.layers_ref,
-        **({"activations": search.activations} if search.activations else {}),
+        **({"plan": search.activations} if search.activations else {}),
+        **({"widths": search.widths} if search.widths else {}),
         **{role: ref for role, ref in embeddings.inputs(bench).items() if isinstance(ref, ArtifactRef)},
         "capture": search.capture,
         "allocation": result.allocation,

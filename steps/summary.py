@@ -94,6 +94,7 @@ def allocation_json(
         "smallest_bytes": info["smallest_bytes"],
         "predicted_cost": info["predicted_cost"],
         "measured_cost": info.get("measured_cost"),
+        **{name: info[name] for name in ("compute", "bit_operations", "activation_bits") if name in info},
         "nmse": None,
         "metric": None,
         "allocation": rows,

@@ -329,6 +329,7 @@ def test_the_checkpoint_carries_the_quantizers(name, rounding, tmp_path, seed):
             module,
             batches,
             budget="6bit",
+            preset="quick",
             rounding=rounding,
             rounding_iterations=4,
             activations=activations,
@@ -368,3 +369,50 @@ def test_error_feedback_sees_quantized_inputs(seed):
         for rounding in ("nearest", "closed_form")
     ]
     assert errors[1] < errors[0]
+
+
+# -- widths chosen with the layers' candidates ------------------------------------------------------------------------
+
+
+def test_widths_are_chosen_with_the_weights_under_a_compute_budget(tmp_path, seed):
+    module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
+    batches = [zoo.pixels(6, seed + index) for index in range(2)]
+    found = {}
+    for compute in ("4x4", "4x8"):
+        found[compute] = mlorq.compress(
+            module,
+            batches,
+            budget="5bit",
+            rounding="closed_form",
+            activations={"bits": 6, "choices": [4, 6, 8], "compute": compute},
+            search=TINY,
+            device="cpu",
+            store=f"file://{tmp_path}/store",
+        )
+    assert found["4x8"].metrics["nmse"] < found["4x4"].metrics["nmse"]
+    for compute, result in found.items():
+        (summary,) = [
+            json.loads(path.read_text())
+            for path in (tmp_path / "store").glob("joint/*/allocation.json")
+            if json.loads(path.read_text())["compute"] == pytest.approx(_operations(module, compute))
+        ]
+        assert summary["bit_operations"] <= summary["compute"]
+        widths = summary["activation_bits"]
+        assert set(widths.values()) <= {4, 6, 8}
+        assert widths["patch_embed.proj"] == 8
+        result.save(str(tmp_path / compute))
+        again = mlorq.load(tmp_path / compute)
+        with torch.no_grad():
+            assert torch.equal(again(batches[0]), result.model(batches[0]))
+        assert again.blocks[0].attn.qkv.input_quantizer.bits == widths["blocks.0.attn.qkv"]
+        products = again.blocks[0].attn.product_quantizers.operands
+        assert {products[name].bits for name in ("0_left", "0_right")} == {widths["blocks.0.attn#0"]}
+
+
+def _operations(module: nn.Module, compute: str) -> float:
+    """Bit operations of one width everywhere, counted by hand for a ViT of 17 tokens."""
+    weights, inputs = map(int, compute.split("x"))
+    width, tokens = 32, 17
+    layers = 16 * 3 * 64 * width + 2 * tokens * (4 + 8) * width * width + 7 * width
+    products = 2 * 2 * tokens * tokens * width
+    return weights * inputs * layers + inputs**2 * products

@@ -118,7 +118,7 @@ def test_result_has_what_is_promised(finished: Finished) -> None:
     assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"]
     assert set(result["metric"]) == {"name", "float", "compressed"}
     assert {"name", "status", "objective", "bound", "gap", "seconds"} <= set(result["solver"])
-    optional = {"activations", "embeddings", "reconstruct", "refine", "tune"}
+    optional = {"activations", "embeddings", "joint", "reconstruct", "refine", "tune", "width_costs"}
     assert set(result["seconds"]) == set(steps.REGISTRY) - optional
     assert 0 < result["nmse"] < 0.2
     assert result["wall_seconds"] > 0

@@ -133,7 +133,15 @@ def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_fac
     assert files[folder] == files[other]
 
 
-ALL = set(REGISTRY) - {"activations", "embeddings", "reconstruct", "refine", "tune"}  # which other settings bring
+ALL = set(REGISTRY) - {
+    "activations",
+    "embeddings",
+    "joint",
+    "reconstruct",
+    "refine",
+    "tune",
+    "width_costs",
+}  # which other settings bring
 FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
 
 

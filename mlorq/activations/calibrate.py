@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ class ActivationSettings:
     first_bits: int = 8
     mixed: bool = False
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    choices: tuple[int, ...] = ()
     seed: int = 0
 
 
@@ -68,12 +70,14 @@ def calibrate(
     observed = survey(
         model, layers, batches, products=settings.products, seed=settings.seed, device=device, progress=progress
     )
-    bits = _bit_widths(observed, layers, settings)
+    pixels = {layer.name for layer in layers if layer.kind == "conv2d" and layer.order == 0}
+    bits = _bit_widths(observed, pixels, settings)
     folds: dict[str, Fold] = {}
     if settings.method != "uniform":
         batch = move_batch(batches[0], device, model.dtype)
         folds = {layer: fold for fold in find_folds(model, layers, batch, settings.seed) for layer in fold.layers}
     normed = set(folds) | (_after_norms(observed, folds) if settings.method != "uniform" else set())
+    at: Callable[..., ActivationQuantizer]
     sites: list[Site] = []
     used: list[Fold] = []
     tensors: dict[str, Tensor] = {}
@@ -83,10 +87,19 @@ def calibrate(
             quantizer, scale, shift = _folded(model, fold, one.values, bits[one.name], settings)
             used.append(fold)
             tensors |= {f"fold.{fold.norm}.scale": scale, f"fold.{fold.norm}.shift": shift}
+            folded = one.values / scale.to(one.values.device) - shift.to(one.values.device)
+            at = partial(fit_uniform, folded, percentiles=settings.percentiles)
         else:
-            quantizer = _quantizer(one, bits[one.name], settings, by_channel=one.name in normed)
-        sites.append(Site(one.name, one.layers, one.size, quantizer.describe()))
+            at = partial(_quantizer, one, settings=settings, by_channel=one.name in normed)
+            quantizer = at(bits=bits[one.name])
         tensors |= {f"site.{one.name}.{name}": value.cpu() for name, value in quantizer.named_buffers()}
+        variants = {}
+        for width in settings.choices if one.name not in pixels else ():
+            if width != bits[one.name]:
+                other = at(bits=width)
+                variants[str(width)] = other.describe()
+                tensors |= {f"site.{one.name}@{width}.{name}": value.cpu() for name, value in other.named_buffers()}
+        sites.append(Site(one.name, one.layers, one.size, quantizer.describe(), variants, one.macs))
     return ActivationPlan(sites, used, tensors)
 
 
@@ -128,14 +141,13 @@ def _quantizer(one: Observed, bits: int, settings: ActivationSettings, *, by_cha
     return fit_uniform(one.values, bits, settings.percentiles)
 
 
-def _bit_widths(observed: Sequence[Observed], layers: Sequence[Layer], settings: ActivationSettings) -> dict[str, int]:
+def _bit_widths(observed: Sequence[Observed], pixels: set[str], settings: ActivationSettings) -> dict[str, int]:
     """Bits by tensor: the same for all, or the largest with ``size · b ≤ max(size) · bits``; more for pixels."""
     largest = max(one.size for one in observed)
-    first = {layer.name for layer in layers if layer.kind == "conv2d" and layer.order == 0}
     found = {}
     for one in observed:
         bits = settings.bits
         if settings.mixed:
             bits = min(WIDEST, max(settings.bits, largest * settings.bits // max(1, one.size)))
-        found[one.name] = max(bits, settings.first_bits) if one.name in first else bits
+        found[one.name] = max(bits, settings.first_bits) if one.name in pixels else bits
     return found

@@ -24,12 +24,22 @@ class Site:
         layers: that read it; empty for an operand of a product.
         size: entries a sample.
         quantizer: its description (``quantizers.build``).
+        variants: descriptions at other code widths, where the width is yet to be chosen; their tensors are
+            ``site.<name>@<width>.<buffer>``.
+        macs: of a product's left operand: multiply-accumulates of the product a sample.
     """
 
     name: str
     layers: tuple[str, ...]
     size: int
     quantizer: dict[str, Any]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    macs: int = 0
+
+    @property
+    def group(self) -> str:
+        """What shares its code width: layers that read one tensor, or the operands of one product."""
+        return self.name if self.layers else self.name.rpartition("_")[0]
 
     @property
     def owner(self) -> tuple[str, str]:
@@ -67,6 +77,30 @@ class ActivationPlan:
         folds = [Fold(**{**fold, "layers": tuple(fold["layers"])}) for fold in value["folds"]]
         return cls(sites, folds, dict(tensors or {}))
 
+    def groups(self) -> dict[str, list[Site]]:
+        """Sites by group."""
+        found: dict[str, list[Site]] = {}
+        for site in self.sites:
+            found.setdefault(site.group, []).append(site)
+        return found
+
+    def at(self, widths: Mapping[str, int]) -> ActivationPlan:
+        """The plan with every group's code width decided.
+
+        Args:
+            widths: by group; groups that are not named keep theirs.
+        """
+        sites, tensors = [], {key: value for key, value in self.tensors.items() if key.startswith("fold.")}
+        for site in self.sites:
+            width = widths.get(site.group, site.quantizer["bits"])
+            prefix, chosen = f"site.{site.name}.", site.quantizer
+            if width != chosen["bits"]:
+                prefix, chosen = f"site.{site.name}@{width}.", site.variants[str(width)]
+            own = {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+            tensors |= {f"site.{site.name}.{part}": value for part, value in own.items()}
+            sites.append(replace(site, quantizer=chosen, variants={}))
+        return ActivationPlan(sites, self.folds, tensors)
+
     def without_folds(self) -> ActivationPlan:
         """What a checkpoint needs, whose weights are folded already."""
         return replace(self, folds=())
@@ -76,19 +110,23 @@ class ActivationPlan:
         for fold in self.folds:
             fold_norm(module, fold, self.tensors[f"fold.{fold.norm}.scale"], self.tensors[f"fold.{fold.norm}.shift"])
 
-    def install(self, module: nn.Module) -> None:
+    def install(self, module: nn.Module) -> dict[str, ActivationQuantizer]:
         """Have a folded model, float or compressed, quantize its activations from now on.
 
         Quantizers without tensors are installed with blank ones, which the module's state dict fills.
+
+        Returns:
+            The quantizers by site.
 
         Raises:
             ModelError: the model has no such layer or module.
         """
         device = next((value.device for value in module.parameters()), torch.device("cpu"))
         operands: dict[str, dict[str, ActivationQuantizer]] = {}
+        installed: dict[str, ActivationQuantizer] = {}
         try:
             for site in self.sites:
-                quantizer = build(site.quantizer, self._of(site.name)).to(device)
+                quantizer = installed[site.name] = build(site.quantizer, self._of(site.name)).to(device)
                 if site.layers:
                     for name in site.layers:
                         attach_input(module.get_submodule(name), quantizer)
@@ -99,6 +137,7 @@ class ActivationPlan:
                 attach_products(module.get_submodule(name), ProductQuantizers(quantizers))
         except AttributeError as error:
             raise ModelError(f"the model has no place for its activation quantizers: {error}") from error
+        return installed
 
     def _of(self, name: str) -> dict[str, Tensor] | None:
         prefix = f"site.{name}."

@@ -29,6 +29,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         bits: code width.
+        enabled: whether it does anything.
         drop: share of the entries that stay as they are, chosen at random in every call (QDrop, arXiv 2203.05740);
             only for training, and 0 otherwise.
     """
@@ -36,6 +37,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        self.enabled = True
         self.drop = 0.0
         self.generator: torch.Generator | None = None
 
@@ -45,6 +47,8 @@ class ActivationQuantizer(nn.Module):
         return int(2**self.bits - 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
         wide = x.float()
         inside, found = self.rounded(wide)
         if torch.is_grad_enabled() and x.requires_grad:

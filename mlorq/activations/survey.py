@@ -32,6 +32,7 @@ class Observed:
         name: the layer, the first of those that read the tensor, or ``module#number_left`` of a product's operand.
         layers: that read it; empty for operands.
         size: entries a sample.
+        macs: of a product's left operand: multiply-accumulates of the product a sample; 0 of others.
         values: ``(tokens, channels)`` of a linear layer's input, ``(numbers,)`` of others; random ones, float32.
         low, high: least and largest of all that was seen.
         sums_to_one: whether every last axis was non-negative with sum 1: probabilities.
@@ -44,6 +45,7 @@ class Observed:
     low: float = float("inf")
     high: float = -float("inf")
     sums_to_one: bool = False
+    macs: int = 0
 
     @property
     def values(self) -> Tensor:
@@ -110,12 +112,16 @@ def survey(
             observed.size = max(observed.size, values.numel() // count)
             observed.add(_counted(values, mask, kinds.get(name)), share, generator)
 
-        def on_product(name: str, left: Tensor, right: Tensor, look: Callable[..., None] = look) -> None:
+        def on_product(
+            name: str, left: Tensor, right: Tensor, look: Callable[..., None] = look, count: int = count
+        ) -> None:
             for side, values in (("left", left), ("right", right)):
                 key = f"{name}_{side}"
                 if key not in found:
                     found[key] = Observed(key, (), 0, sums_to_one=side == "left" and _are_probabilities(values))
                 look(key, values)
+            one = found[f"{name}_left"]
+            one.macs = max(one.macs, left.numel() // count * right.shape[-1])
 
         with (
             torch.no_grad(),
