@@ -150,7 +150,7 @@ def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         ("search.smaples=3", "did you mean 'samples'"),
         ("preset=fast", "preset: "),
-        ("rounding.method=erq", "rounding.method"),
+        ("rounding.method=adaround", "rounding.method"),
         ("search.bits=[1]", "search.bits"),
         ("engine.devices=cuda:77", "engine.devices: 'cuda:77' is not there"),
         ("store=nonsense://x", "nonsense"),

@@ -206,7 +206,7 @@ def test_the_default_preset_does_what_its_dry_run_says(
     result = prints_json(capsys, "compress", path)
     assert {"refine", "tune"} <= set(plan["steps"])
     assert sum(row["compute"] for row in plan["steps"].values()) == result["steps"]["computed"]
-    assert set(result["seconds"]) == set(steps.REGISTRY) - {"embeddings"}
+    assert set(result["seconds"]) == set(steps.REGISTRY) - {"activations", "embeddings", "joint", "width_costs"}
     assert result["measured_cost"] > 0
     assert result["bytes"] <= result["budget_bytes"]
     again = prints_json(capsys, "compress", path)
@@ -324,7 +324,7 @@ def test_an_error_in_one_layer(
     assert flow_runs(f"tiny_project {budget}")[0].state_name == "Failed"
     done = artifacts(tmp_path / "store", "sensitivity")
     assert artifacts(tmp_path / "store", "candidates") == 6
-    assert 3 <= done <= 5
+    assert 2 <= done <= 5  # two workers: what they were at is finished, and no more is started
     result = prints_json(capsys, "compress", project)
     assert result["steps"]["reused"] == 1 + 1 + 6 + done
 

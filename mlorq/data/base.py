@@ -90,6 +90,5 @@ class Dataset:
         Raises:
             DataError: names the file and row of the first one.
         """
-        outputs = classes_of(model)
-        if outputs is not None and self.label_check is not None:
+        if self.label_check is not None and (outputs := classes_of(model)) is not None:
             self.label_check.check(outputs)

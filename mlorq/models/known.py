@@ -81,11 +81,16 @@ KNOWN = [
     ),
     KnownModel(
         "detection", "mask_rcnn_swin_tiny, mask_rcnn_swin_small", "instance-segmentation",
-        f"{RANDOM}; both published layouts of checkpoints; Swin-T at full size loads and runs",
+        f"{RANDOM}; both published layouts of checkpoints; Swin-T at full size loads and runs", "",
+        "examples/mask_rcnn_swin_tiny.yaml",
     ),
-    KnownModel("transformers", "DetrForObjectDetection and its like", "object-detection", RANDOM),
     KnownModel(
-        "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation", RANDOM,
+        "transformers", "DetrForObjectDetection and its like", "object-detection", RANDOM, "",
+        "tests/test_detection.py",
+    ),
+    KnownModel(
+        "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation", RANDOM, "",
+        "tests/test_detection.py",
     ),
     KnownModel(
         "custom", "any nn.Module of linear layers and convolutions", "the user's own",
