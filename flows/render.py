@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
@@ -98,6 +99,8 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             pairs.append(("embedding tables", size(result["embedding_bytes"])))
         pairs.append(("rest of the model", size(result["rest_bytes"]) + _kinds(result.get("rest"))))
         pairs.append(("checkpoint on disk", size(result["file_bytes"])))
+    if result.get("activations"):
+        pairs.append(("activations", _quantized(result["activations"])))
     pairs.append(("predicted cost", f"{result['predicted_cost']:.4e}"))
     if result.get("nmse") is not None:
         pairs.append(("output NMSE", f"{result['nmse']:.6f} ({result.get('nmse_data', 'evaluation')} data)"))
@@ -114,6 +117,17 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     steps = result["steps"]
     pairs.append(("steps", f"{steps['computed']} computed, {steps['reused']} reused"))
     return pairs
+
+
+def _quantized(activations: Mapping[str, Any]) -> str:
+    widths = activations.get("activation_bits")
+    if not widths:
+        return f"{activations['bits']} bit, {activations['method']}"
+    counts = Counter(widths.values())
+    shares = ", ".join(f"{counts[bits]} x {bits} bit" for bits in sorted(counts))
+    share = activations["bit_operations"] / activations["compute"]
+    operations = f"{activations['bit_operations']:.3g} bit operations a sample, {share:.1%} of those allowed"
+    return f"{shares}, {activations['method']}; {operations}"
 
 
 def print_result(result: Mapping[str, Any], out: Console, *, load: str | None = None) -> None:
@@ -279,11 +293,17 @@ def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
         ("float32 size of these", size(sizes["float_bytes"])),
         *([("embedding tables", size(sizes["embedding_bytes"]))] if "embedding_bytes" in sizes else []),
         ("rest of the model", size(sizes["rest_bytes"]) + _kinds(info["rest"])),
+        *([("activations", _sites(info["activations"]))] if info.get("activations") else []),
         ("headers", size(sizes["overhead_bytes"])),
         ("on disk", size(info["file_bytes"])),
     ]
     pairs += [(f"hash of {name}", str(value)) for name, value in info["hashes"].items() if value]
     out.print(facts(pairs))
+
+
+def _sites(activations: Mapping[str, Any]) -> str:
+    kinds = Counter(f"{site['quantizer']['bits']} bit {site['quantizer']['kind']}" for site in activations["sites"])
+    return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _short(architecture: Mapping[str, Any]) -> dict[str, Any]:

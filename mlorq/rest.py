@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-KINDS = ("embeddings", "position_tables", "norms", "biases", "layers", "other")
+KINDS = ("embeddings", "position_tables", "norms", "biases", "layers", "activation_quantizers", "other")
 POSITIONS = ("pos_embed", "pos_emb", "position", "rel_pos", "wpe")
+QUANTIZERS = ("input_quantizer.", "product_quantizers.")
 EMBEDDINGS = ("embed", "wte", "shared", "tokens")
 
 
@@ -29,7 +30,7 @@ def rest_by_kind(tensors: Mapping[str, TensorSize]) -> dict[str, int]:
 
     Returns:
         Bytes of ``embeddings``; ``position_tables``, absolute or relative; ``norms`` with their statistics; ``biases``;
-        ``layers`` that were left alone; ``other``.
+        ``layers`` that were left alone; ``activation_quantizers``; ``other``.
     """
     found = dict.fromkeys(KINDS, 0)
     norms = {name.rpartition(".")[0] for name, size in tensors.items() if _is_norm(name, size)}
@@ -45,6 +46,8 @@ def _is_norm(name: str, size: TensorSize) -> bool:
 
 def _kind(name: str, size: TensorSize, norms: set[str]) -> str:
     path, _, last = name.rpartition(".")
+    if any(word in name for word in QUANTIZERS):
+        return "activation_quantizers"
     if path in norms:
         return "norms"
     if any(word in name for word in POSITIONS):

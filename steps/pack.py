@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+from torch import nn
+
 from mlorq.checkpoint import checkpoint_files, float_rest, rest_upper_bound
 from mlorq.compressed import replace_layers
 from mlorq.embeddings import find_tables, replace_tables
@@ -60,18 +62,25 @@ def tables(bench: Workbench) -> dict[str, int]:
     return dict.fromkeys(find_tables(bench.model.module, settings.smallest).tables, settings.bits)
 
 
+def _with_quantizers(bench: Workbench) -> nn.Module:
+    """The float model with its activation quantizers, where it has any."""
+    module = bench.model.module
+    if bench.plan is not None:
+        module = deepcopy(module)
+        bench.plan.install(module)
+    return module
+
+
 def rest_kinds(bench: Workbench, layers: Sequence[Layer]) -> dict[str, int]:
     """What of a checkpoint stays float, in bytes by kind."""
-    return rest_by_kind(float_rest(bench.model.module, {layer.name: layer.aliases for layer in layers}, tables(bench)))
+    aliases = {layer.name: layer.aliases for layer in layers}
+    return rest_by_kind(float_rest(_with_quantizers(bench), aliases, tables(bench)))
 
 
 def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
     """Most bytes of a checkpoint that are not the compressible layers' weights."""
     aliases = {layer.name: layer.aliases for layer in layers}
-    module = bench.model.module
-    if bench.plan is not None:
-        module = deepcopy(module)
-        bench.plan.install(module)
+    module = _with_quantizers(bench)
     accounting = bench.config.search.accounting
     return rest_upper_bound(module, aliases, describe(bench), accounting=accounting, tables=tables(bench))
 

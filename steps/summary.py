@@ -94,7 +94,7 @@ def allocation_json(
         "smallest_bytes": info["smallest_bytes"],
         "predicted_cost": info["predicted_cost"],
         "measured_cost": info.get("measured_cost"),
-        **{name: info[name] for name in ("compute", "bit_operations", "activation_bits") if name in info},
+        **_activations(bench, info),
         "nmse": None,
         "metric": None,
         "allocation": rows,
@@ -113,6 +113,15 @@ def _embeddings(spec: StepSpec, store: Store, sizes: dict[str, int]) -> dict[str
         "embedding_bytes": sizes.get("embedding_bytes", 0),
         "embeddings": store.read_json(ref, "embeddings.json"),
     }
+
+
+def _activations(bench: Workbench, info: dict[str, Any]) -> dict[str, Any]:
+    """How activations are quantized; nothing where they stay float."""
+    chosen = bench.config.activations
+    if chosen is None:
+        return {}
+    decided = {name: info[name] for name in ("compute", "bit_operations", "activation_bits") if name in info}
+    return {"activations": {"bits": chosen.bits, "method": chosen.method, **decided}}
 
 
 def _metric(float_info: dict[str, Any], compressed: dict[str, Any]) -> dict[str, Any] | None:

@@ -134,6 +134,9 @@ def test_kinds_are_told_by_names_and_shapes():
         "wpe.weight": (40, 8),
         "attn.in_proj_weight": (24, 8),
         "attn.in_proj_bias": (24,),
+        "attn.input_quantizer.scale": (8,),
+        "attn.product_quantizers.operands.0_left.zero": (),
     }
     found = rest_by_kind({name: TensorSize(shape, 1) for name, shape in sizes.items()})
-    assert found == {"embeddings": 1, "position_tables": 2, "norms": 4, "biases": 2, "layers": 2, "other": 1}
+    named = {"embeddings": 1, "position_tables": 2, "norms": 4, "biases": 2, "layers": 2}
+    assert found == named | {"activation_quantizers": 2, "other": 1}

@@ -1,0 +1,79 @@
+"""How well costs are predicted that were not measured: single candidates, and whole allocations.
+
+    .venv/bin/python benchmarks/predictions.py examples/minilm.yaml --candidates 60
+
+Of the candidates on the layers' fronts whose global cost came from a closed form, a seeded choice is measured as the
+search measures others: the same samples, one layer changed. Whole allocations are those that refinement measured. The
+search is taken from the configuration's store, and computed where it is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from mlorq.candidates import candidate_of
+from mlorq.config import RunConfig
+from mlorq.sensitivity import LayerProbe
+from mlorq.store import Store
+from steps.candidates import settings_of, settings_params
+from steps.inprocess import InProcess
+from steps.pipeline import run_allocations, run_search
+from steps.workbench import Workbench
+
+
+def main() -> None:
+    """Print two tables, as Markdown."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--candidates", type=int, default=60, help="how many to measure")
+    parser.add_argument("--budget", action="append", default=[], help="budgets whose allocations are shown")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    config = RunConfig.from_yaml(arguments.config, dict(item.split("=", 1) for item in arguments.set))
+    bench = Workbench(config, Store(config.resolve(config.store)))
+    executor = InProcess(bench, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr))
+    search = run_search(bench, executor)
+
+    found = []
+    for layer in search.layers:
+        table = bench.store.read_table(search.candidates[layer.name], "candidates.parquet").to_pylist()
+        rows = {row["candidate_id"]: row for row in table}
+        costs = bench.store.read_table(search.sensitivity[layer.name], "sensitivity.parquet").to_pylist()
+        found += [(layer, rows[row["candidate_id"]], row["global_cost"]) for row in costs if row["how"] != "measured"]
+    generator = np.random.default_rng(arguments.seed)
+    chosen = generator.choice(len(found), min(arguments.candidates, len(found)), replace=False)
+    batches, labels = bench.measuring(config.search.samples, held_out=config.search.metric == "moments")
+    blocks = bench.layer_list(search.layers_ref).blocks
+    settings = settings_of(settings_params(config.search))
+    by_form: dict[str, list[tuple[float, float]]] = {}
+    for index in sorted(chosen.tolist()):
+        layer, row, predicted = found[index]
+        made = bench.search(layer, search.capture, settings)
+        with LayerProbe(bench.model, layer, blocks, batches, cost=config.search.cost, labels=labels) as probe:
+            measured = probe.cost(made.dense(candidate_of(row)))
+        by_form.setdefault(row["form"], []).append((predicted, measured))
+        print(f"  {layer.name} {row['candidate_id']}: {predicted:.3e} {measured:.3e}", file=sys.stderr)
+    print(f"{len(found)} of the candidates on the fronts were predicted; {len(chosen)} of them measured:\n")
+    print("| form | candidates | rank correlation | median of measured / predicted | within 20 % | within 50 % |")
+    print("|---|---|---|---|---|---|")
+    for form, pairs in sorted(by_form.items()):
+        predicted, measured = np.array(pairs).T
+        ratio = measured / np.maximum(predicted, 1e-300)
+        off = np.abs(np.log(np.maximum(ratio, 1e-300)))
+        rank = spearmanr(predicted, measured).statistic if len(pairs) > 2 else float("nan")
+        shares = " | ".join(f"{(off <= np.log(1 + share)).mean():.2f}" for share in (0.2, 0.5))
+        print(f"| {form} | {len(pairs)} | {rank:.3f} | {np.median(ratio):.2f} | {shares} |")
+    for result in run_allocations(bench, executor, search, arguments.budget or config.budgets):
+        info = bench.store.read_json(result.allocation, "allocation.json")
+        print(f"\n| allocation at {result.budget} | sum of its layers' costs | measured |\n|---|---|---|")
+        for one in info.get("measured", []):
+            print(f"| {one['origin']} | {one['predicted']:.4f} | {one['measured']:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
