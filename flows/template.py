@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from mlorq.config import (
     DEFAULT_PRESET,
     PRESETS,
+    ActivationsConfig,
+    EmbeddingsConfig,
     EngineConfig,
     ModelConfig,
     RoundingConfig,
@@ -91,9 +93,11 @@ def template(model: str = "timm") -> str:
         *_section("rounding", RoundingConfig, {}, defaults=preset["rounding"]),
         "",
     ]
-    lines += [
-        _line(RunConfig, name, _default(RunConfig, name)) for name in ("embeddings", "activations", "store", "seed")
-    ]
+    for name, section in (("embeddings", EmbeddingsConfig), ("activations", ActivationsConfig)):
+        lines.append(_line(RunConfig, name, None))
+        # Not as keys that could be made live one by one: the section is null as a whole.
+        lines += [f"#   {_line(section, key, value)}" for key, value in _all_defaults(section).items()]
+    lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("store", "seed")]
     lines += ["", *_section("engine", EngineConfig, _all_defaults(EngineConfig))]
     return "\n".join(lines) + "\n"
 

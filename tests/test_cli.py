@@ -14,7 +14,7 @@ from flows.cli import main
 from flows.plan import smallest_layer_bytes
 from flows.run import known_layers, open_bench
 from flows.template import EXAMPLES, template
-from mlorq.config import RunConfig, SearchConfig
+from mlorq.config import ActivationsConfig, EmbeddingsConfig, RunConfig, SearchConfig
 
 FACTORY = """
 import torch
@@ -266,6 +266,8 @@ def test_template_has_every_key() -> None:
     for name in (*SearchConfig.model_fields, *RunConfig.model_fields):
         if name != "folder":
             assert re.search(rf"^\s*(# )?{name}:", text, re.MULTILINE), name
+    for name in (*ActivationsConfig.model_fields, *EmbeddingsConfig.model_fields):
+        assert re.search(rf"^#   {name}:", text, re.MULTILINE), name
 
 
 def test_init_writes_and_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
