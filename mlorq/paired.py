@@ -195,20 +195,22 @@ class PairedForward:
             own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
             mask = counting(mask, own_tokens)
             several = several or own_tokens.shape[1] > 1
-            weights = importance.get(name, torch.ones(own_tokens.shape[:2])).to(device)
+            weights = importance.get(name)
+            weights = None if weights is None else weights.to(device).unsqueeze(-1)
             for fold, sums in enumerate(folds):
                 part = slice((fold - first) % FOLDS, None, FOLDS)
                 chosen = None if mask is None else mask[part]
                 x, y, weight = (
-                    values[part].flatten(0, 1) if chosen is None else values[part][chosen]
-                    for values in (float_tokens, own_tokens, weights.unsqueeze(-1))
+                    None if values is None else values[part].flatten(0, 1) if chosen is None else values[part][chosen]
+                    for values in (float_tokens, own_tokens, weights)
                 )
+                assert x is not None and y is not None  # noqa: PT018
                 drift = x - y
-                own, lost = weight * y, weight * drift
+                own, lost = (y, drift) if weight is None else (weight * y, weight * drift)
                 products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
                 for field, product in zip(FIELDS, products, strict=True):
                     sums[field] += product.double()
-                tokens[fold] += float(weight.double().sum())
+                tokens[fold] += len(y) if weight is None else float(weight.double().sum())
             first += samples
         parts = tuple(_averaged(sums, count) for sums, count in zip(folds, tokens, strict=True) if count)
         both = {name: sum((sums[name] for sums in folds[1:]), folds[0][name]) for name in FIELDS}
