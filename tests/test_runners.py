@@ -160,8 +160,11 @@ def test_every_engine_makes_the_same_bytes(
     for name, engine in ENGINES.items():
         folder = tmp_path / name
         folder.mkdir()
-        result = prints_json(capsys, "compress", write_project(folder, engine={"threads": 1, **engine}))
-        assert result["steps"]["reused"] == 0
+        # Two budgets, each with activations' widths of its own: a worker has to go back and forth between plans.
+        changes = {"budget": ["4bit", "5bit"], "activations": {"bits": 6, "choices": [4, 6, 8], "compute": "4x6"}}
+        found = prints_json(capsys, "compress", write_project(folder, engine={"threads": 1, **engine}, **changes))
+        assert found["steps"]["reused"] == 0
+        assert all(one["activations"]["bit_operations"] > 0 for one in found["results"])
         stores[name] = files(folder / "store")
     assert stores["subprocess"] == stores["threads"]
     assert stores["dask"] == stores["threads"]
