@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,14 @@ def test_each_regression_lowers_the_error_of_the_layer(candidate, seed):
     result = METHODS["erq"]("layer", search, candidate, found, RoundingSettings("erq"))
     assert result.error_after < result.error_before
     assert result.error_after == pytest.approx(output_error(search.weight, result.layer.dense(), found), rel=1e-6)
+
+
+def test_fewer_samples_than_inputs_are_not_fitted_exactly(seed):
+    x, y = drifting(seed, tokens=400)
+    search, few, others = searched(seed), replace(moments(x[:10], y[:10]), has_tokens=False), moments(x[10:], y[10:])
+    moved = moved_search(search, few)
+    assert output_error(search.weight, moved.weight, others) < 1.5 * output_error(search.weight, search.weight, others)
+    assert output_error(search.weight, moved.weight, few) < output_error(search.weight, search.weight, few)
 
 
 def test_lra_starts_from_the_moved_weights(seed):
