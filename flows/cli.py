@@ -33,18 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as exit_:  # argparse has printed its message, or the help that was asked for
         return int(exit_.code or 0)
+    interrupted = None
     try:
-        with interruptible() as arguments.interrupted:
+        with interruptible() as interrupted:
+            arguments.interrupted = interrupted
             return _dispatch(arguments)
     except MlorqError as error:
         print(f"mlorq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mlorq: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of our output (a pager, `head`) has enough
         sys.stderr.close()
         return 1
+    except Exception:
+        # An interrupt that hits Prefect between two states of a task ends in an error of Prefect's own.
+        if interrupted is not None and interrupted.is_set():
+            return _interrupted()
+        raise
+
+
+def _interrupted() -> int:
+    print("mlorq: interrupted; the same command goes on from what is finished", file=sys.stderr)
+    return 130
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:

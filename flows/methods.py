@@ -60,7 +60,14 @@ ALL = [
     Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}),
     Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}),
     Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}),
-    Method("best", "this software's best preset", False, "best", {"method": "block"}),
+    Method(
+        "best",
+        "this software's best preset",
+        False,
+        "best",
+        {"method": "block"},
+        activations={"method": "adalog"},
+    ),
 ]
 METHODS = {method.name: method for method in ALL}
 DEFAULT = ("nearest", "gptq", "repq", "erq", "brecq", "mlorq", "best")

@@ -12,6 +12,7 @@ defect.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -69,6 +70,8 @@ def _events_on_stdout() -> IO[str]:
     sys.stdout.flush()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # seen while the step runs, and not lost if it is killed
     return out
 
 

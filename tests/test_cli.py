@@ -311,3 +311,23 @@ def test_a_dry_run_with_embeddings_and_layers_of_their_own(project: Path, capsys
     wrong = fails(capsys, "compress", project, "--dry-run", "--set", "search.layers={haed: {bits: [8]}}")
     assert "'haed'" in wrong
     assert "'head'" in wrong
+
+
+def test_an_interrupt_that_ends_in_an_error_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where it hits Prefect between two states of a task."""
+
+    def interrupted(arguments: Any) -> int:
+        arguments.interrupted.set()
+        raise ValueError("Task run is not set")
+
+    def defect(arguments: Any) -> int:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("flows.cli._dispatch", interrupted)
+    assert main(["models"]) == 130
+    assert "goes on from what is finished" in capsys.readouterr().err
+    monkeypatch.setattr("flows.cli._dispatch", defect)
+    with pytest.raises(ValueError, match="a defect"):
+        main(["models"])

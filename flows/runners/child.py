@@ -47,6 +47,8 @@ class ChildRunner:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._said: deque[str] = deque(maxlen=LAST_LINES)
         self._watch: Watch | None = None
+        self._late: list[str] = []  # lines that came when no step was running
+        self._speaking = threading.Lock()
         self._busy = False
         self._listener: threading.Thread | None = None
 
@@ -57,7 +59,10 @@ class ChildRunner:
 
     def run(self, spec: StepSpec, watch: Watch) -> Outcome:
         """Run a step in the child."""
-        self._watch = watch
+        with self._speaking:
+            self._watch, late, self._late = watch, self._late, []
+        for text in late:
+            watch.log(text)
         inside = "cpu" if self.device == "cpu" else "cuda:0"  # the child sees no other
         with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder:
             path = os.path.join(folder, "step.json")
@@ -70,7 +75,8 @@ class ChildRunner:
                     self.close()  # interrupted: what it does now is not wanted any more
                 raise
             finally:
-                self._watch = None
+                with self._speaking:
+                    self._watch = None
 
     def _ask(self, request: dict[str, Any], label: str, watch: Watch) -> dict[str, Any]:
         """Send a request and see to the events up to the last."""
@@ -118,7 +124,10 @@ class ChildRunner:
             for line in stream:
                 text = line.rstrip()
                 self._said.append(text)
-                watch = self._watch
+                with self._speaking:
+                    watch = self._watch
+                    if watch is None and text:
+                        self._late.append(text)
                 if watch is not None and text:
                     watch.log(text)
 
