@@ -298,7 +298,7 @@ class ActivationsConfig(Section):
 
     bits: int = Field(4, ge=2, le=8, description="code width of layers' inputs and of the operands of products")
     method: Literal["uniform", "repq", "adalog"] = Field(
-        "repq",
+        "adalog",
         description="uniform: one range a tensor; repq: ranges a channel folded into LayerNorms, log-sqrt2 after "
         "softmax; adalog: as repq, with searched logarithms after softmax and GELU",
     )
