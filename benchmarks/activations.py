@@ -1,0 +1,66 @@
+"""What quantized activations cost by themselves: float weights, one way of quantizing after another.
+
+    .venv/bin/python benchmarks/activations.py examples/vit_tiny.yaml --bits 4 --samples 64
+
+The NMSE of the output on so many evaluation samples, for every method; then, for the last one, with one kind of tensor
+alone quantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from copy import deepcopy
+
+from mlorq.activations import ActivationPlan, ActivationSettings, calibrate
+from mlorq.activations.quantizers import ActivationQuantizer
+from mlorq.config import RunConfig
+from mlorq.evaluate import model_outputs, output_nmse
+from mlorq.layers import find_layers
+from mlorq.sensitivity import spread_batches
+from mlorq.store import Store
+from steps.workbench import Workbench
+
+METHODS = ("uniform", "repq", "adalog")
+
+
+def main() -> None:
+    """Print two tables, as Markdown."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=64, help="of the evaluation data")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    config = RunConfig.from_yaml(arguments.config, dict(item.split("=", 1) for item in arguments.set))
+    bench = Workbench(config, Store(config.resolve(config.store)))
+    model, layers = bench.float_model, find_layers(bench.float_model, bench.calibration.batches[0]).layers
+    batches = spread_batches(bench.evaluation.batches, arguments.samples)
+    reference = model_outputs(model, model.module, batches)
+
+    def cost(module: object) -> float:
+        return output_nmse(model_outputs(model, module, batches), reference)  # type: ignore[arg-type]
+
+    def quantized(method: str) -> tuple[ActivationPlan, object, dict[str, ActivationQuantizer]]:
+        settings = ActivationSettings(bits=arguments.bits, method=method)  # type: ignore[arg-type]
+        plan = calibrate(model, layers, bench.batches(32), settings)
+        module = deepcopy(model.module)
+        plan.fold(module)
+        return plan, module, plan.install(module)
+
+    print("| method | output NMSE |\n|---|---|", flush=True)
+    for method in METHODS:
+        plan, module, installed = quantized(method)
+        print(f"| {method} | {cost(module):.4f} |", flush=True)
+    kinds: dict[str, list[ActivationQuantizer]] = {}
+    for site in plan.sites:
+        kinds.setdefault(re.sub(r"\d+", "*", site.name, count=1), []).append(installed[site.name])
+    print(f"\n| {METHODS[-1]}, these alone | output NMSE |\n|---|---|", flush=True)
+    for kind, own in kinds.items():
+        for quantizer in installed.values():
+            quantizer.enabled = quantizer in own
+        print(f"| `{kind}` | {cost(module):.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
