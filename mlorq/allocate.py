@@ -74,6 +74,44 @@ def smallest_bytes(choices: Sequence[Choices]) -> int:
     return int(sum(int(layer.size.min()) for layer in choices))
 
 
+def require_bytes(choices: Sequence[Choices], budget_bytes: int) -> None:
+    """Refuse a budget that the smallest configuration exceeds.
+
+    Raises:
+        BudgetError: names the smallest possible one.
+    """
+    smallest = smallest_bytes(choices)
+    if budget_bytes < smallest:
+        raise BudgetError(
+            f"budget of {budget_bytes} bytes for the compressible layers is too small: "
+            f"the smallest possible is {smallest} bytes"
+        )
+
+
+def solve_program(
+    problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: float
+) -> tuple[str | None, float | None]:
+    """Solve a program on one thread, so that the same program has the same solution.
+
+    Args:
+        problem: to minimise.
+        solver: ``highs`` or ``cbc``.
+        time_limit: seconds.
+        gap: relative gap at which the solver may stop.
+
+    Returns:
+        ``optimal`` or ``feasible``, None where nothing was found; and the best bound, None where there is none.
+    """
+    if solver == "highs":
+        problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
+    else:
+        problem.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
+    known = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "feasible"}
+    status = known.get(problem.sol_status)
+    bound = float(problem.solverModel.getInfo().mip_dual_bound) if status and solver == "highs" else None
+    return status, bound if bound is not None and np.isfinite(bound) else None
+
+
 def allocate(
     choices: Sequence[Choices],
     budget_bytes: int,
@@ -99,12 +137,7 @@ def allocate(
     Raises:
         BudgetError: nothing fits; the smallest feasible budget is named.
     """
-    smallest = smallest_bytes(choices)
-    if budget_bytes < smallest:
-        raise BudgetError(
-            f"budget of {budget_bytes} bytes for the compressible layers is too small: "
-            f"the smallest possible is {smallest} bytes"
-        )
+    require_bytes(choices, budget_bytes)
     started = time.perf_counter()
     kept = [np.flatnonzero(pareto_front(layer.cost, layer.size)) for layer in choices]
     values = [_value(layer.cost[rows], objective) for layer, rows in zip(choices, kept, strict=True)]
@@ -155,25 +188,15 @@ def _solve(
         )
         <= 1
     )
-    if solver == "highs":
-        problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
-    else:
-        problem.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+    status, bound = solve_program(problem, solver, time_limit, gap)
+    if status is None:
         raise BudgetError(
             f"{solver} found no allocation within {time_limit} s (status {pulp.LpStatus[problem.status]}); "
             "raise search.time_limit"
         )
     picked = [int(np.argmax([variable.value() or 0.0 for variable in variables])) for variables in x]
     picked = _repair(picked, values, sizes, budget)
-    bound = None
-    if solver == "highs":
-        info = problem.solverModel.getInfo()
-        bound = float(info.mip_dual_bound) / scale
-        if not np.isfinite(bound):
-            bound = None
-    status = "optimal" if problem.sol_status == pulp.LpSolutionOptimal else "feasible"
-    return picked, status, bound
+    return picked, status, None if bound is None else bound / scale
 
 
 def _simple_value(values: list[np.ndarray], sizes: list[np.ndarray], budget: int) -> float:

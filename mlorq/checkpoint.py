@@ -479,7 +479,7 @@ def _read_config(location: Location) -> tuple[dict[str, Any], list[LayerEntry]]:
                 raise ValueError(f"{wrong} are not what they should be")
             for dtype in config["buffers"].values():
                 dtype_of(dtype)
-            ActivationPlan.from_json(config.get("activations") or {"sites": [], "folds": []})
+            ActivationPlan.from_json(config.get("activations") or {"sites": [], "folds": []}).check()
             return config, [LayerEntry.from_json(row) for row in config["layers"]]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)

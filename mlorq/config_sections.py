@@ -293,6 +293,14 @@ class RoundingConfig(Section):
     )
 
 
+# Bit operations a sample: those of one width of weights and one of activations everywhere, or a number of them.
+_NUMBER = r"0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*"
+COMPUTE = re.compile(
+    rf"(?P<weights>{_NUMBER})\s*x\s*(?P<inputs>{_NUMBER})|(?P<number>{_NUMBER})\s*(?P<unit>[kmgt]?)(?:bops?)?"
+)
+NO_COMPUTE = 'is neither like "4x4" nor a number of bit operations ("20G")'
+
+
 class ActivationsConfig(Section):
     """Quantized activations (docs/METHOD.md, 8)."""
 
@@ -331,6 +339,10 @@ class ActivationsConfig(Section):
     def _check(self) -> ActivationsConfig:
         if bool(self.choices) != (self.compute is not None):
             raise ValueError("choices and compute belong together")
+        if self.compute is not None and not COMPUTE.fullmatch(self.compute.strip().lower()):
+            raise ValueError(f"compute: {self.compute!r} {NO_COMPUTE}")
+        if self.choices and self.bits not in self.choices:
+            raise ValueError(f"bits, at which LayerNorms are folded, must be one of choices {self.choices}")
         if self.choices and self.mixed:
             raise ValueError("mixed gives widths by a rule, choices by measured costs: set one of them")
         return self

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mlorq.compressed import CompressedModule, compressed_class, get_layer, swap_module
 from mlorq.forms import Candidate, CompressedLayer
+from mlorq.memory import candidate_bytes
 from mlorq.packing import unpack_rows
 from mlorq.quantizers import search_quantizer, store_matrix
 
@@ -136,7 +137,6 @@ def tables_json(found: TableList, tables: Mapping[str, CompressedLayer]) -> dict
     rows = []
     for name in found.tables:
         matrix = tables[name].matrices["weight"]
-        size = sum(part.nbytes for part in (matrix.scale, matrix.zero_point))
-        size += matrix.shape[0] * ((matrix.shape[1] * matrix.bits + 7) // 8)
+        size = candidate_bytes(tables[name].candidate, *matrix.shape, "exact", "codes")
         rows.append({"table": name, "shape": list(matrix.shape), "bits": matrix.bits, "bytes": size})
     return {"tables": rows, "skipped": [{"table": name, "reason": reason} for name, reason in found.skipped]}

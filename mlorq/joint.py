@@ -15,7 +15,6 @@ the bits of its weights, ``load_ℓc``. That a candidate and a width meet is ``z
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import pulp
 
-from mlorq.allocate import Choices, SolverName, SolverReport, smallest_bytes
+from mlorq.allocate import Choices, SolverName, SolverReport, require_bytes, solve_program
+from mlorq.config_sections import COMPUTE, NO_COMPUTE
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer
@@ -72,16 +72,15 @@ def parse_compute(text: str, macs: float, product_macs: float) -> float:
         product_macs: of the products of activations.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither; a configuration refuses it before (``config_sections.COMPUTE``).
     """
-    pair = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*(\d+(?:\.\d+)?)\s*", text)
-    if pair:
-        weights, inputs = float(pair[1]), float(pair[2])
+    found = COMPUTE.fullmatch(text.strip().lower())
+    if not found:
+        raise ConfigError(f"activations.compute: {text!r} {NO_COMPUTE}")
+    if found["weights"]:
+        weights, inputs = float(found["weights"]), float(found["inputs"])
         return weights * inputs * macs + inputs**2 * product_macs
-    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:bops?)?\s*", text.lower())
-    if not number or float(number[1]) <= 0:
-        raise ConfigError(f'activations.compute: {text!r} is neither like "4x4" nor a number of bit operations ("20G")')
-    return float(number[1]) * UNITS[number[2]]
+    return float(found["number"]) * UNITS[found["unit"]]
 
 
 def allocate_jointly(
@@ -115,12 +114,7 @@ def allocate_jointly(
     Raises:
         BudgetError: nothing fits the one or the other budget; the smallest possible is named where it is known.
     """
-    smallest = smallest_bytes(choices)
-    if budget_bytes < smallest:
-        raise BudgetError(
-            f"budget of {budget_bytes} bytes for the compressible layers is too small: "
-            f"the smallest possible is {smallest} bytes"
-        )
+    require_bytes(choices, budget_bytes)
     least = _least_operations(loads, groups, group_of)
     if compute < least:
         raise BudgetError(
@@ -175,24 +169,19 @@ def allocate_jointly(
         for place, switch in enumerate(switches):
             problem += pulp.LpAffineExpression((z[row][place], 1) for row in own) == switch
     problem += pulp.LpAffineExpression(operations) <= 1
-    if solver == "highs":
-        problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
-    else:
-        problem.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+    status, bound = solve_program(problem, solver, time_limit, gap)
+    if status is None:
         raise BudgetError(
             f"no allocation within {budget_bytes} bytes and {compute:.4g} bit operations a sample was found "
             f"({solver}: {pulp.LpStatus[problem.status]}); allow more of either, or raise search.time_limit"
         )
     picked = [max(own, key=lambda row: own[row].value() or 0.0) for own in x]
     widths_picked = [int(np.argmax([variable.value() or 0.0 for variable in own])) for own in y]
-    _check_within(choices, loads, groups, group_of, picked, widths_picked, budget_bytes, compute)
+    _repair(choices, loads, groups, group_of, picked, widths_picked, budget_bytes, compute)
     achieved = float(sum(layer.cost[row] for layer, row in zip(choices, picked, strict=True)))
     achieved += float(sum(group.cost[place] for group, place in zip(groups, widths_picked, strict=True)))
-    bound = float(problem.solverModel.getInfo().mip_dual_bound) / scale if solver == "highs" else None
-    bound = bound if bound is not None and np.isfinite(bound) else None
+    bound = None if bound is None else bound / scale
     relative = None if bound is None else abs(achieved - bound) / max(abs(achieved), 1e-300)
-    status = "optimal" if problem.sol_status == pulp.LpSolutionOptimal else "feasible"
     report = SolverReport(solver, status, achieved, bound, relative, time.perf_counter() - started)
     return picked, widths_picked, report
 
@@ -226,7 +215,7 @@ def _useful(layer: Choices, load: np.ndarray) -> np.ndarray:
     return np.flatnonzero(~(better | twins).any(0))
 
 
-def _check_within(
+def _repair(
     choices: Sequence[Choices],
     loads: Sequence[np.ndarray],
     groups: Sequence[Group],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlorq.allocate import Choices, allocate, allocation_table, choices_from_tables, smallest_bytes
@@ -29,11 +29,18 @@ def spec(
         "budget_bytes": budget_bytes,
         **{name: getattr(search, name) for name in SOLVER},
     }
+    return STEP.spec(params, layer_inputs(layers, candidates, sensitivity), device=False)
+
+
+def layer_inputs(
+    layers: Sequence[str], candidates: Mapping[str, ArtifactRef], sensitivity: Mapping[str, ArtifactRef]
+) -> dict[str, ArtifactRef | str]:
+    """What ``joined`` reads."""
     inputs: dict[str, ArtifactRef | str] = {}
     for name in layers:
         inputs[f"candidates/{name}"] = candidates[name]
         inputs[f"sensitivity/{name}"] = sensitivity[name]
-    return STEP.spec(params, inputs, device=False)
+    return inputs
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:

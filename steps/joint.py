@@ -22,10 +22,10 @@ from mlorq.layers import Layer
 from mlorq.models.base import move_batch
 from mlorq.output_costs import OutputCost
 from mlorq.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
-from steps.allocate import joined
+from steps.allocate import joined, layer_inputs
 from steps.base import Progress, Step, StepSpec
 from steps.sensitivity import cost_params
-from steps.workbench import PLAN, PLAN_TENSORS, Workbench
+from steps.workbench import PLAN, PLAN_TENSORS, Workbench, read_plan
 
 COSTS = "costs.json"
 SOLVER = ("solver", "time_limit", "gap")
@@ -92,15 +92,11 @@ def spec(
         "budget": budget,
         "budget_bytes": budget_bytes,
         "compute": activations.compute,
-        "choices": list(activations.choices),
         **{name: getattr(search, name) for name in SOLVER},
     }
     # Not in the role ``activations``: this step works with no model.
     inputs: dict[str, ArtifactRef | str] = {"layers": layers, "plan": plan, "costs": costs}
-    for name in names:
-        inputs[f"candidates/{name}"] = candidates[name]
-        inputs[f"sensitivity/{name}"] = sensitivity[name]
-    return STEP.spec(params, inputs, device=False)
+    return STEP.spec(params, inputs | layer_inputs(names, candidates, sensitivity), device=False)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
@@ -108,10 +104,9 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     choices, rows = joined(spec, bench)
     listed = bench.layer_list(spec.artifact("layers"))
     layers = [listed[name] for name in params["layers"]]
-    plan_ref = spec.artifact("plan")
-    plan = ActivationPlan.from_json(store.read_json(plan_ref, PLAN), store.read_tensors(plan_ref, PLAN_TENSORS))
+    plan = read_plan(store, spec.artifact("plan"))
     costs = store.read_json(spec.artifact("costs"), COSTS)
-    groups, group_of = program_groups(plan, costs, layers, params["choices"])
+    groups, group_of = program_groups(plan, costs, layers)
     loads = [np.array([weight_load(layer, candidate_of(row)) for row in rows[layer.name]]) for layer in layers]
     product_macs = float(sum(site.macs for site in plan.sites))
     compute = parse_compute(params["compute"], float(sum(layer.macs for layer in layers)), product_macs)
@@ -147,13 +142,12 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
 
 
 def program_groups(
-    plan: ActivationPlan, costs: Mapping[str, Mapping[str, float]], layers: list[Layer], choices: list[int]
+    plan: ActivationPlan, costs: Mapping[str, Mapping[str, float]], layers: list[Layer]
 ) -> tuple[list[Group], list[int]]:
     """The program's groups, and which of them each layer reads; pixels have one width and no choice."""
     found, reading = [], {}
     for name, sites in plan.groups().items():
-        free = bool(sites[0].variants)
-        widths = [width for width in widths_of(sites) if not free or width in choices]
+        widths = widths_of(sites)
         macs = float(sum(site.macs for site in sites))
         found.append(
             Group(

@@ -89,7 +89,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
             )
             for name, layer in own.items()
         }
-    result = reconstruct(paired, params["block"], pairs, settings, progress, parts, bench.config.search.zero_point)
+    result = reconstruct(paired, params["block"], pairs, settings, progress, parts, params.get("zero_point", "codes"))
     for compressed in result.layers:
         paired.set(own[compressed.layer], compressed)
     bench.keep_paired(paired, spec.ref, params["samples"], params["batch_size"])

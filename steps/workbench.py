@@ -115,9 +115,7 @@ class Workbench:
         """Work with quantized activations from now on: ``ref`` is the run's ``activations`` artifact."""
         if self._activations == ref:
             return
-        self.plan = ActivationPlan.from_json(
-            self.store.read_json(ref, PLAN), self.store.read_tensors(ref, PLAN_TENSORS)
-        )
+        self.plan = read_plan(self.store, ref)
         self._activations, self._paired = ref, None
         self.__dict__.pop("model", None)
 
@@ -349,6 +347,11 @@ def reachable_checkpoint(store: Store, ref: ArtifactRef) -> Iterator[str]:
         for name in (TENSORS, CONFIG):
             Path(folder, name).write_bytes(store.read_bytes(ref, name))
         yield folder
+
+
+def read_plan(store: Store, ref: ArtifactRef) -> ActivationPlan:
+    """The plan that an ``activations`` or ``joint`` artifact holds."""
+    return ActivationPlan.from_json(store.read_json(ref, PLAN), store.read_tensors(ref, PLAN_TENSORS))
 
 
 IMPORTANCE = "importance.safetensors"

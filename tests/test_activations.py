@@ -355,7 +355,7 @@ def test_the_checkpoint_carries_the_quantizers(name, rounding, tmp_path, seed):
     assert config["activations"]["folds"] == []
     config["activations"]["sites"][0]["quantizer"]["kind"] = "cubic"
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises((CheckpointError, ValueError), match="cubic"):
+    with pytest.raises(CheckpointError, match="cubic"):
         mlorq.load(tmp_path / "out")
 
 

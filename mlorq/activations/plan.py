@@ -77,6 +77,15 @@ class ActivationPlan:
         folds = [Fold(**{**fold, "layers": tuple(fold["layers"])}) for fold in value["folds"]]
         return cls(sites, folds, dict(tensors or {}))
 
+    def check(self) -> None:
+        """Refuse quantizers of unknown kinds, before a module is touched.
+
+        Raises:
+            KeyError, TypeError, ValueError: a description is malformed.
+        """
+        for site in self.sites:
+            build(site.quantizer)
+
     def groups(self) -> dict[str, list[Site]]:
         """Sites by group."""
         found: dict[str, list[Site]] = {}
