@@ -43,7 +43,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "nearest rounding": {"rounding.method": "nearest"},
 }
-UNIFORM = "uniform, reconstructed"
+UNIFORM = {"uniform, GPTQ": "gptq", "uniform, closed form": "closed_form", "uniform, reconstructed": "block"}
 
 
 def main() -> None:
@@ -52,13 +52,13 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--budget", default="3bit", help="whole bits, as in 3bit")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--only", action="append", default=[], help=f"rows: {', '.join([UNIFORM, *PARTS])}")
+    parser.add_argument("--only", action="append", default=[], help=f"rows: {', '.join([*UNIFORM, *PARTS])}")
     parser.add_argument("--skip", action="append", default=[], help="rows to leave out")
     parser.add_argument("--samples", action="append", type=int, default=[], help="calibration samples")
     arguments = parser.parse_args()
     common = {"preset": "best"} | dict(item.split("=", 1) for item in arguments.set)
     bits = int(arguments.budget.removesuffix("bit"))
-    chosen = [name for name in arguments.only or [UNIFORM, *PARTS] if name not in arguments.skip]
+    chosen = [name for name in arguments.only or [*UNIFORM, *PARTS] if name not in arguments.skip]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     smallest = run_apart(arguments.config, *uniform(bits, "nearest", common))
     exact = exact_budget(smallest["bytes"], smallest)
@@ -66,8 +66,8 @@ def main() -> None:
         sized = common if samples is None else common | {"data.calibration.samples": samples}
         suffix = "" if samples is None else f", {samples} samples"
         for name in chosen:
-            if name == UNIFORM:
-                budget, overrides = uniform(bits, "block", sized)
+            if name in UNIFORM:
+                budget, overrides = uniform(bits, UNIFORM[name], sized)
             else:
                 budget, overrides = exact, sized | PARTS[name]
             print(line(arguments.budget, name + suffix, run_apart(arguments.config, budget, overrides)), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,25 +104,15 @@ def sweep(arguments: argparse.Namespace) -> Finish:
     found = _flow(arguments, config, arguments.budget)
     if arguments.output is not None:
         from flows.sweep import curve_files
-        from mlorq.checkpoint import save
 
-        files = curve_files(found["results"])
-        save(files, arguments.output)
-        found["output"] = [f"{arguments.output.rstrip('/')}/{name}" for name in files]
+        found["output"] = _written(curve_files(found["results"]), arguments.output)
 
-    def finish() -> int:
+    def show() -> None:
         from flows.render import console, print_budgets
 
-        if arguments.json:
-            print_json(found)
-            return 0
-        out = console()
-        print_budgets(found["results"], out)
-        for location in found.get("output") or (found["curve"] or {}).values():
-            out.print(location, markup=False, soft_wrap=True)
-        return 0
+        print_budgets(found["results"], console())
 
-    return finish
+    return _finish(arguments, found, show, found["curve"])
 
 
 def compare(arguments: argparse.Namespace) -> Finish:
@@ -139,22 +129,39 @@ def compare(arguments: argparse.Namespace) -> Finish:
     found = _flow(arguments, config, budgets)
     if arguments.output is not None:
         from flows.compare import table_files
-        from mlorq.checkpoint import save
 
-        files = table_files(found["rows"])
-        save(files, arguments.output)
-        found["output"] = [f"{arguments.output.rstrip('/')}/{name}" for name in files]
+        found["output"] = _written(table_files(found["rows"]), arguments.output)
+
+    def show() -> None:
+        from flows.render import console, print_comparison
+
+        print_comparison(found["rows"], console())
+
+    return _finish(arguments, found, show, found["files"])
+
+
+def _written(files: dict[str, bytes], folder: str) -> list[str]:
+    """Write files into a folder; gives where they are."""
+    from mlorq.checkpoint import save
+
+    save(files, folder)
+    return [f"{folder.rstrip('/')}/{name}" for name in files]
+
+
+def _finish(
+    arguments: argparse.Namespace, found: dict[str, Any], show: Callable[[], None], stored: dict[str, str] | None
+) -> Finish:
+    """Print a result of several runs, and the places of its files: where they were asked for, or in the store."""
 
     def finish() -> int:
-        from flows.render import console, print_comparison
+        from flows.render import console
 
         if arguments.json:
             print_json(found)
             return 0
-        out = console()
-        print_comparison(found["rows"], out)
-        for location in found.get("output") or (found["files"] or {}).values():
-            out.print(location, markup=False, soft_wrap=True)
+        show()
+        for location in found.get("output") or (stored or {}).values():
+            console().print(location, markup=False, soft_wrap=True)
         return 0
 
     return finish

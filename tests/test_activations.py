@@ -225,12 +225,31 @@ def test_norms_that_a_residual_reads_are_not_folded(seed):
     module, x = zoo.randomised(PostNorm(), seed), drawn(5, 4, 6, seed=seed)
     model = from_module(module)
     layers = find_layers(model, x).layers
-    assert find_folds(model, layers, x) == []
+    assert find_folds(model, layers, [x]) == []
     # The same fold, forced, changes what the model computes: that is what it was refused for.
     broken = deepcopy(module)
     fold_norm(broken, Fold("norm", ("up",)), torch.full((6,), 2.0), torch.zeros(6))
     with torch.no_grad():
         assert not torch.allclose(broken(x), module(x), rtol=1e-2)
+
+
+def test_what_is_padded_for_one_shape_alone_is_not_folded(seed):
+    class Windows(nn.Module):
+        """A mean over pairs of tokens, of which an odd one has zeros beside it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mix, self.head = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.pad(self.norm(x), (0, 0, 0, x.shape[1] % 2))
+            return self.head(self.mix(x).unflatten(1, (-1, 2)).mean(2)).mean(1)
+
+    model = from_module(zoo.randomised(Windows(), seed))
+    even, odd = drawn(4, 6, 6, seed=seed), drawn(4, 7, 6, seed=seed)
+    layers = find_layers(model, even).layers
+    assert [fold.norm for fold in find_folds(model, layers, [even])] == ["norm"]
+    assert find_folds(model, layers, [even, odd]) == []
 
 
 def test_post_norm_bert_keeps_ranges_a_channel_shared_by_query_key_and_value(seed):

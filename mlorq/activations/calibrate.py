@@ -74,9 +74,9 @@ def calibrate(
     bits = _bit_widths(observed, pixels, settings)
     folds: dict[str, Fold] = {}
     if settings.method != "uniform":
-        batch = move_batch(batches[0], device, model.dtype)
-        folds = {layer: fold for fold in find_folds(model, layers, batch, settings.seed) for layer in fold.layers}
-    normed = set(folds) | (_after_norms(observed, folds) if settings.method != "uniform" else set())
+        moved = [move_batch(batch, device, model.dtype) for batch in batches]
+        folds = {layer: fold for fold in find_folds(model, layers, moved, settings.seed) for layer in fold.layers}
+    normed = set(folds) | (_uneven(observed, folds) if settings.method != "uniform" else set())
     at: Callable[..., ActivationQuantizer]
     sites: list[Site] = []
     used: list[Fold] = []
@@ -103,7 +103,7 @@ def calibrate(
     return ActivationPlan(sites, used, tensors)
 
 
-def _after_norms(observed: Sequence[Observed], folds: dict[str, Fold]) -> set[str]:
+def _uneven(observed: Sequence[Observed], folds: dict[str, Fold]) -> set[str]:
     """Linear layers' inputs whose channels differ so much that one range for all wastes a bit and more."""
     found = set()
     for one in observed:

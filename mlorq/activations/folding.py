@@ -13,7 +13,7 @@ random r and b, and kept only where neither the output nor what any other layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, take_samples
 
 UNCHANGED = 1e-4  # of the norm, in float32
-FEW = 4  # samples that folds are tried on
+FEW = 4  # samples of a batch that folds are tried on
+SHAPES = 4  # of batches
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,21 @@ def has_bias(module: nn.Module, fold: Fold) -> bool:
     return all(isinstance(module.get_submodule(name).bias, Tensor) for name in fold.layers)
 
 
-def find_folds(model: FloatModel, layers: Sequence[Layer], batch: Any, seed: int = 0) -> list[Fold]:
+def find_folds(model: FloatModel, layers: Sequence[Layer], batches: Sequence[Any], seed: int = 0) -> list[Fold]:
     """The LayerNorms of a model that can be folded.
 
     Args:
-        model: the float model, on the batch's device.
+        model: the float model, on the batches' device.
         layers: the compressible layers.
-        batch: some samples.
+        batches: some samples; one batch a shape is looked at, ``SHAPES`` at most: what a model pads inside, windows of
+            an image to begin with, depends on it, and padding between a LayerNorm and its reader forbids a shift.
         seed: of the changes that are tried.
     """
-    few = take_samples(batch, slice(0, FEW))
-    candidates = _by_channel(model, layers, few)
-    expected = _seen(model, model.module, layers, few)
+    by_shape = {_shape(batch): batch for batch in reversed(batches)}
+    few = [take_samples(batch, slice(0, FEW)) for batch in list(by_shape.values())[-SHAPES:]]
+    found_in_all = [set(_by_channel(model, layers, batch)) for batch in few]
+    candidates = [fold for fold in _by_channel(model, layers, few[0]) if all(fold in own for own in found_in_all)]
+    expected = [_seen(model, model.module, layers, batch) for batch in few]
 
     def holds(folds: Sequence[Fold]) -> bool:
         module = deepcopy(model.module)
@@ -89,14 +93,25 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batch: Any, seed: int
             scale = torch.randn(len(weight), generator=generator).mul(0.3).exp()
             shift = torch.randn(len(weight), generator=generator) * 0.3 * float(has_bias(module, fold))
             fold_norm(module, fold, scale, shift)
-        found = _seen(model, module, layers, few)
         changed = {name for fold in folds for name in fold.layers}
-        pairs = [(found[name], value) for name, value in expected.items() if name not in changed]
-        return all(bool((new - old).norm() <= UNCHANGED * old.norm()) for new, old in pairs)
+        for batch, seen in zip(few, expected, strict=True):
+            found = _seen(model, module, layers, batch)
+            pairs = [(found[name], value) for name, value in seen.items() if name not in changed]
+            if not all(bool((new - old).norm() <= UNCHANGED * old.norm()) for new, old in pairs):
+                return False
+        return True
 
     if not candidates or holds(candidates):
         return candidates
     return [fold for fold in candidates if holds([fold])]
+
+
+def _shape(batch: Any) -> tuple[Any, ...]:
+    """The shapes of a batch's tensors without the axis of the samples."""
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape[1:])
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return tuple(_shape(value) for value in values)
 
 
 def _seen(model: FloatModel, module: nn.Module, layers: Sequence[Layer], batch: Any) -> dict[str, Tensor]:
