@@ -10,10 +10,9 @@ computed once.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from table import COLUMNS, exact_budget, line, run_apart, uniform
+from table import COLUMNS, Place, arguments_of_a_run, exact_budget, line, run_apart, uniform
 
 # Overrides of the best preset, by what is left out or put in another's place (parts as numbered in docs/METHOD.md, 7).
 PARTS: dict[str, dict[str, Any]] = {
@@ -48,19 +47,18 @@ UNIFORM = {"uniform, GPTQ": "gptq", "uniform, closed form": "closed_form", "unif
 
 def main() -> None:
     """Print a row a run, as Markdown."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("config")
+    parser = arguments_of_a_run()
     parser.add_argument("--budget", default="3bit", help="whole bits, as in 3bit")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--only", action="append", default=[], help=f"rows: {', '.join([*UNIFORM, *PARTS])}")
     parser.add_argument("--skip", action="append", default=[], help="rows to leave out")
     parser.add_argument("--samples", action="append", type=int, default=[], help="calibration samples")
     arguments = parser.parse_args()
     common = {"preset": "best"} | dict(item.split("=", 1) for item in arguments.set)
+    place = Place(arguments.device, arguments.workers)
     bits = int(arguments.budget.removesuffix("bit"))
     chosen = [name for name in arguments.only or [*UNIFORM, *PARTS] if name not in arguments.skip]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    smallest = run_apart(arguments.config, *uniform(bits, "nearest", common))
+    smallest = run_apart(arguments.config, *uniform(bits, "nearest", common), place)
     exact = exact_budget(smallest["bytes"], smallest)
     for samples in arguments.samples or [None]:
         sized = common if samples is None else common | {"data.calibration.samples": samples}
@@ -70,7 +68,8 @@ def main() -> None:
                 budget, overrides = uniform(bits, UNIFORM[name], sized)
             else:
                 budget, overrides = exact, sized | PARTS[name]
-            print(line(arguments.budget, name + suffix, run_apart(arguments.config, budget, overrides)), flush=True)
+            result = run_apart(arguments.config, budget, overrides, place)
+            print(line(arguments.budget, name + suffix, result), flush=True)
 
 
 if __name__ == "__main__":

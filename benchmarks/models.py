@@ -35,13 +35,14 @@ from PIL import Image
 from torch import nn
 
 import mlorq
+from flows.pool import Pool
 from mlorq.checkpoint import CONFIG, TENSORS, save
 from mlorq.compressed import replace_layers
 from mlorq.config import RunConfig
 from mlorq.evaluate import model_outputs
+from mlorq.models import rebuild
 from mlorq.store import ArtifactRef, Store
 from steps.baseline import nmse_data
-from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.workbench import Workbench
 
@@ -68,8 +69,8 @@ class Recipe:
 
     Attributes:
         size: one of ``SIZES``: what it costs to run, about.
-        family: ``timm`` or ``transformers``.
-        name: timm's name, or the class in transformers.
+        family: ``timm``, ``transformers`` or ``detection``.
+        name: timm's name, the class in transformers, or the detector's name.
         arguments: of timm's constructor, or of the class's configuration.
         task: of the configuration's ``model`` section.
     """
@@ -120,6 +121,8 @@ MODELS: dict[str, Recipe] = {
     "roberta_small": _bert("small", 384, 6, "RobertaForSequenceClassification", **_ROBERTA),
     "roberta_base": _bert("base", 768, 12, "RobertaForSequenceClassification", **_ROBERTA),
     "bert_large": _bert("large", 1024, 24),
+    "mask_rcnn_swin_tiny": Recipe("large", "detection", "mask_rcnn_swin_tiny"),
+    "mask_rcnn_swin_small": Recipe("large", "detection", "mask_rcnn_swin_small"),
 }
 
 
@@ -130,6 +133,8 @@ def build(recipe: Recipe) -> nn.Module:
         import timm
 
         module = timm.create_model(recipe.name, **recipe.arguments)
+    elif recipe.family == "detection":
+        module = rebuild({"family": recipe.family, "name": recipe.name, "arguments": recipe.arguments})
     else:
         import transformers
 
@@ -143,9 +148,9 @@ def build(recipe: Recipe) -> nn.Module:
 
 def write_model(recipe: Recipe, module: nn.Module, folder: Path) -> dict[str, Any]:
     """Weights (and a tokenizer) on disk; gives the configuration's ``model`` section."""
-    if recipe.family == "timm":
+    if recipe.family != "transformers":
         safetensors.torch.save_file(module.state_dict(), folder / "weights.safetensors")
-        named = {"family": "timm", "name": recipe.name, "arguments": recipe.arguments}
+        named = {"family": recipe.family, "name": recipe.name, "arguments": recipe.arguments}
         return named | {"checkpoint": "weights.safetensors"}
     from transformers import BertTokenizerFast
 
@@ -158,6 +163,8 @@ def write_model(recipe: Recipe, module: nn.Module, folder: Path) -> dict[str, An
 def write_data(recipe: Recipe, folder: Path, samples: int, classes: int) -> dict[str, Any]:
     """Images in a folder or texts in a table; gives the configuration's ``data`` section."""
     rng = np.random.default_rng(0)
+    if recipe.family == "detection":
+        return _write_coco(folder, samples, rng)
     if recipe.family == "timm":
         (folder / "images").mkdir()
         lines = ["file\tlabel\tsplit"]
@@ -179,8 +186,31 @@ def write_data(recipe: Recipe, folder: Path, samples: int, classes: int) -> dict
     return sources
 
 
+def _write_coco(folder: Path, samples: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Images of COCO's usual size with a box each, which calibrate and are evaluated."""
+    (folder / "images").mkdir()
+    box, categories = [80, 60, 200, 160], [{"id": index + 1, "name": f"thing{index}"} for index in range(80)]
+    rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    for index in range(samples):
+        colours = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(colours).resize((640, 480), Image.Resampling.BICUBIC).save(folder / "images" / f"{index}.png")
+        rows["images"].append({"id": index, "file_name": f"{index}.png", "height": 480, "width": 640})
+        label = {"id": index + 1, "image_id": index, "category_id": int(rng.integers(1, 81)), "iscrowd": 0}
+        corners = [80, 60, 280, 60, 280, 220, 80, 220]
+        rows["annotations"].append(label | {"bbox": box, "area": 200 * 160, "segmentation": [corners]})
+    (folder / "instances.json").write_text(json.dumps(rows))
+    source = {"source": "coco", "root": "images", "annotations": "instances.json", "batch_size": 1}
+    return {"calibration": source, "evaluation": source}
+
+
 def measure(
-    recipe: Recipe, folder: Path, *, samples: int = 16, progress: Callable[[str, int, int], None] | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    samples: int = 16,
+    device: str = "cpu",
+    workers: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Build, compress, save, load and compare one model.
 
@@ -188,6 +218,8 @@ def measure(
         recipe: of the model.
         folder: for its weights, data, store and checkpoint.
         samples: calibration samples; as many others are evaluated.
+        device: to compute on.
+        workers: processes that share the layers of a step.
         progress: called with (step, steps done, steps).
     """
     module = build(recipe)
@@ -201,13 +233,16 @@ def measure(
         "preset": "best",
         "search": {"sensitivity": "closed_form", "rounds": 0, "samples": 8, "hessian_samples": 8},
         "rounding": {"method": "closed_form"},
-        "engine": {"devices": "cpu"},
+        "engine": {"devices": device},
     }
     del module
     config = RunConfig.from_mapping(values, str(folder))
     started = time.perf_counter()
-    bench = Workbench(config, Store(config.resolve(config.store)))
-    (compressed,) = run_pipeline(bench, InProcess(bench, progress), config.budgets)
+    bench = Workbench(config, Store(config.resolve(config.store)), device)
+    executor = Pool(bench, progress)
+    executor.workers = workers
+    with executor:
+        (compressed,) = run_pipeline(bench, executor, config.budgets)
     result = result_json(bench, compressed)
     seconds = time.perf_counter() - started
     artifacts = {role: ArtifactRef.from_json(value) for role, value in result["artifacts"].items()}
@@ -224,9 +259,16 @@ def measure(
         "float_bytes": float_bytes,
         "nmse": result["nmse"],
         "seconds": seconds,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak": _peak(device) / 1e9,
         "equal": _equal_outputs(bench, artifacts, checkpoint),
     }
+
+
+def _peak(device: str) -> int:
+    """Bytes of this process's memory, of a GPU's where one computed."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _equal_outputs(bench: Workbench, artifacts: dict[str, ArtifactRef], checkpoint: Path) -> bool:
@@ -236,7 +278,9 @@ def _equal_outputs(bench: Workbench, artifacts: dict[str, ArtifactRef], checkpoi
     rounded = bench.all_rounded(artifacts[f"round/{listed.layers[-1].name}"])
     replace_layers(in_memory, rounded, {layer.name: list(layer.aliases) for layer in listed.layers})
     batches = nmse_data(bench).batches
-    found, wanted = (model_outputs(bench.model, one, batches) for one in (mlorq.load(checkpoint), in_memory))
+    loaded = mlorq.load(checkpoint).to(bench.device)
+    in_memory.to(bench.device)
+    found, wanted = (model_outputs(bench.model, one, batches, device=bench.device) for one in (loaded, in_memory))
     return bool(torch.equal(found, wanted))
 
 
@@ -249,12 +293,12 @@ def line(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def _run_here(name: str, samples: int) -> dict[str, Any]:
+def _run_here(name: str, samples: int, device: str, workers: int) -> dict[str, Any]:
     def progress(label: str, done: int, total: int) -> None:
         print(f"  {name}: {label} {done}/{total}", file=sys.stderr)
 
     with tempfile.TemporaryDirectory(prefix="mlorq-models-") as folder:
-        return measure(MODELS[name], Path(folder), samples=samples, progress=progress)
+        return measure(MODELS[name], Path(folder), samples=samples, device=device, workers=workers, progress=progress)
 
 
 def main() -> int:
@@ -263,16 +307,19 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=sorted(MODELS), default=[], help="these models")
     parser.add_argument("--size", action="append", choices=SIZES, default=[], help="all of a size")
     parser.add_argument("--samples", type=int, default=16, help="calibration samples")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the layers of a step")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps(_run_here(arguments.row, arguments.samples)))
+        print(json.dumps(_run_here(arguments.row, arguments.samples, arguments.device, arguments.workers)))
         return 0
     sizes = arguments.size or ([] if arguments.only else ["tiny", "small"])
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     bad = 0
     for name in [name for name, recipe in MODELS.items() if name in arguments.only or recipe.size in sizes]:
         command = [sys.executable, __file__, "--row", name, "--samples", str(arguments.samples)]
+        command += ["--device", arguments.device, "--workers", str(arguments.workers)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
         print(line(name, found) if found else f"| {name} | failed |{' |' * (len(COLUMNS) - 2)}", flush=True)

@@ -29,13 +29,14 @@ def main() -> None:
     """Print two tables, as Markdown."""
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--candidates", type=int, default=60, help="how many to measure")
     parser.add_argument("--budget", action="append", default=[], help="budgets whose allocations are shown")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = RunConfig.from_yaml(arguments.config, dict(item.split("=", 1) for item in arguments.set))
-    bench = Workbench(config, Store(config.resolve(config.store)))
+    bench = Workbench(config, Store(config.resolve(config.store)), arguments.device)
     executor = InProcess(bench, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr))
     search = run_search(bench, executor)
 
@@ -54,7 +55,9 @@ def main() -> None:
     for index in sorted(chosen.tolist()):
         layer, row, predicted = found[index]
         made = bench.search(layer, search.capture, settings)
-        with LayerProbe(bench.model, layer, blocks, batches, cost=config.search.cost, labels=labels) as probe:
+        with LayerProbe(
+            bench.model, layer, blocks, batches, bench.device, cost=config.search.cost, labels=labels
+        ) as probe:
             measured = probe.cost(made.dense(candidate_of(row)))
         by_form.setdefault(row["form"], []).append((predicted, measured))
         print(f"  {layer.name} {row['candidate_id']}: {predicted:.3e} {measured:.3e}", file=sys.stderr)

@@ -8,7 +8,8 @@ preset without and with reconstruction. Mixed rows get exactly the bytes of the 
 those of 2 and 3 bit.
 
 Every row is a run in a process of its own on one store, so that a second call computes nothing; ``--only`` names rows.
-Seconds are those that its steps took when they were computed, peak memory is that of the process that rounded.
+Seconds are those that its steps took when they were computed, added up; peak memory is that of the process that
+rounded, on a GPU the GPU's. ``--device cuda:0 --workers 6`` shares layers out among six processes on that GPU.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from flows.pool import Pool
 from mlorq.config import RunConfig
 from mlorq.store import Store
 from steps.base import Outcome
-from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.workbench import Workbench
 
@@ -45,24 +49,39 @@ COLUMNS = (
 )
 
 
-def run(path: str, budget: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """One run, with some keys of the configuration set."""
-    config = RunConfig.from_yaml(path, overrides)
-    bench = Workbench(config, Store(config.resolve(config.store)))
+@dataclass(frozen=True)
+class Place:
+    """Where rows are computed.
+
+    Attributes:
+        device: ``cpu``, ``cuda:0`` …
+        workers: processes that share the layers of a step.
+    """
+
+    device: str = "cpu"
+    workers: int = 1
+
+
+def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any]:
+    """One run."""
+    bench = Workbench(config, Store(config.resolve(config.store)), place.device)
     outcomes: list[Outcome] = []
-    executor = InProcess(
+    executor = Pool(
         bench, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr), outcomes.append
     )
-    (result,) = run_pipeline(bench, executor, [budget])
+    executor.workers = place.workers
+    with executor:
+        (result,) = run_pipeline(bench, executor, [budget])
     found = result_json(bench, result)
     computed = any(outcome.ref.step in ROUNDING and not outcome.reused for outcome in outcomes)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return found | {"peak": peak if computed else None}
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = host if place.device == "cpu" else torch.cuda.max_memory_allocated(place.device)
+    return found | {"peak": peak / 1e9 if computed else None}
 
 
-def run_apart(path: str, budget: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """``run`` in a process of its own, for the sake of its peak memory."""
-    command = [sys.executable, __file__, path, "--row", json.dumps([budget, overrides])]
+def run_apart(path: str, budget: str, overrides: dict[str, Any], place: Place = Place()) -> dict[str, Any]:
+    """``run`` with some keys of a configuration set, in a process of its own, for the sake of its peak memory."""
+    command = [sys.executable, __file__, path, "--row", json.dumps([budget, overrides, asdict(place)])]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -112,19 +131,29 @@ def line(budget: str, name: str, result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Print a row a run, as Markdown."""
+def arguments_of_a_run() -> argparse.ArgumentParser:
+    """What the benchmarks of runs have in common."""
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
-    parser.add_argument("--budget", action="append", default=[], help="whole or half bits, as in 3bit")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes on the device")
+    return parser
+
+
+def main() -> None:
+    """Print a row a run, as Markdown."""
+    parser = arguments_of_a_run()
+    parser.add_argument("--budget", action="append", default=[], help="whole or half bits, as in 3bit")
     parser.add_argument("--lra", action="append", type=int, default=[], help="iterations a layer")
     parser.add_argument("--only", action="append", default=[], help="names of rows")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps(run(arguments.config, *json.loads(arguments.row))))
+        budget, overrides, place = json.loads(arguments.row)
+        print(json.dumps(run(RunConfig.from_yaml(arguments.config, overrides), budget, Place(**place))))
         return
+    place = Place(arguments.device, arguments.workers)
     common = dict(item.split("=", 1) for item in arguments.set)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for budget in arguments.budget:
@@ -133,14 +162,14 @@ def main() -> None:
         sizes = []
         for bits in whole:
             for method in ("nearest", "gptq") if len(whole) == 1 else ("nearest",):
-                result = run_apart(arguments.config, *uniform(bits, method, common))
+                result = run_apart(arguments.config, *uniform(bits, method, common), place)
                 if len(whole) == 1:
                     print(line(budget, f"{method}, uniform", result), flush=True)
             sizes.append(result["bytes"])
         exact = exact_budget(sum(sizes) // len(sizes), result)
         for name, overrides in methods(arguments.lra or [500], common).items():
             if not arguments.only or name in arguments.only:
-                print(line(budget, name, run_apart(arguments.config, exact, overrides)), flush=True)
+                print(line(budget, name, run_apart(arguments.config, exact, overrides, place)), flush=True)
 
 
 if __name__ == "__main__":

@@ -199,14 +199,14 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] |
     allocate_only = bool(getattr(arguments, "allocate_only", False))
     with PrefectSession(verbose=arguments.verbose) as session:
         # The embedded server comes up while this loads the model.
-        from flows.methods import chosen
+        from flows.methods import chosen, plan
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 
         sweeping = arguments.command == "sweep"
         free = sweeping or arguments.command == "compare"  # checks budgets by itself
         bench = prepare(config, [] if free else budgets or [], allocate_only=allocate_only)
-        from flows.compare import compare_flow, plan
+        from flows.compare import compare_flow
         from flows.compress import compress_flow
         from flows.rebudget import rebudget_flow
         from flows.sweep import ladder, sweep_flow

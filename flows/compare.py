@@ -16,16 +16,15 @@ from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
 from flows.forms import ConfigFile, RunForm, explicit_values
-from flows.methods import Method, budget_for, chosen, configured, uniform_bytes, width_for
+from flows.methods import activation_width, chosen, plan, row
 from flows.pipeline import name_of_run, run_on, show
 from flows.progress import format_seconds, terminal_progress
-from flows.run import handed, handing, known_layers, prepare
+from flows.run import handed, handing, prepare
 from mlorq.config import RunConfig
-from mlorq.errors import ConfigError, MlorqError
+from mlorq.errors import MlorqError
 from mlorq.hashing import digest_json
 from mlorq.report import render_table
 from mlorq.store import ArtifactRef, json_bytes
-from steps.pipeline import compressible_budget
 from steps.workbench import Workbench
 
 ARTIFACT = "compare"  # what the store calls it
@@ -79,7 +78,7 @@ def compare_flow(
     """
     started = time.perf_counter()
     values, folder = explicit_values(config, folder)
-    wanted, width = chosen(methods), _width(values, activations)
+    wanted, width = chosen(methods), activation_width(values, activations)
     given = handed()
     base = given.bench if given else prepare(RunConfig.from_mapping(values, folder), [])
     asked = budgets or base.config.budgets
@@ -111,62 +110,6 @@ def compare_flow(
         "files": keep(base, rows),
         "steps": {"computed": computed, "reused": reused},
         "wall_seconds": round(time.perf_counter() - started, 3),
-    }
-
-
-def plan(
-    base: Workbench, values: Mapping[str, Any], budgets: Sequence[str], methods: Sequence[Method], width: int | None
-) -> list[tuple[Method, RunConfig, str, str]]:
-    """``(method, configuration, budget asked for, budget of the run)`` of every run, checked before any starts.
-
-    Raises:
-        ConfigError: a value does not fit a method.
-        BudgetError: a budget is malformed, or no uniform width fits it.
-    """
-    config = base.config
-    layers = known_layers(base).layers
-    params = sum(layer.params for layer in layers)
-    found = []
-    for budget in budgets:
-        limit = compressible_budget(base, layers, budget)
-        bits = width_for(budget, limit, layers, config)
-        size = uniform_bytes(layers, bits, config)
-        for method in methods:
-            own = configured(method, values, config.folder, bits, width)
-            found.append((method, own, budget, budget_for(method, budget, size, params)))
-    return found
-
-
-def _width(values: Mapping[str, Any], activations: int | None) -> int | None:
-    if activations is None:
-        section = values.get("activations")
-        return None if not section else int(section.get("bits", 4))
-    if isinstance(activations, bool) or not 2 <= activations <= 8:
-        raise ConfigError(f"activations: {activations!r} is no code width from 2 to 8")
-    return int(activations)
-
-
-def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the table."""
-    metric = result["metric"] or {}
-    forms = [layer["form"] for layer in result["allocation"]]
-    return {
-        "model": result["model"],
-        "budget": budget,
-        "method": method.name,
-        "title": method.title,
-        "weights": "uniform" if method.uniform else "mixed",
-        "activations": None if config.activations is None else config.activations.bits,
-        "metric_name": metric.get("name"),
-        "metric": metric.get("compressed"),
-        "metric_float": metric.get("float"),
-        "nmse": result["nmse"],
-        "bytes": result["bytes"],
-        "file_bytes": result["file_bytes"],
-        "Q / LR / QLR": " / ".join(str(forms.count(form)) for form in ("Q", "LR", "QLR")),
-        "seconds": round(sum(result["seconds"].values()), 1),
-        "run": result["run"],
-        "checkpoint": result["checkpoint"],
     }
 
 

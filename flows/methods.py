@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows.run import known_layers
 from mlorq.config import RunConfig
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import Candidate
 from mlorq.layers import Layer
 from mlorq.memory import candidate_bytes
+from steps.pipeline import compressible_budget
+from steps.workbench import Workbench
 
 WIDTHS = range(2, 9)
 
@@ -152,3 +155,64 @@ def budget_for(method: Method, budget: str, size: int, params: int) -> str:
     if method.uniform or re.fullmatch(r"\s*[2-8]\s*bits?\s*", budget):
         return f"{(8 * size + 1) / params:.12f}bit"  # rounded down to whole bytes again
     return budget
+
+
+def plan(
+    base: Workbench, values: Mapping[str, Any], budgets: Sequence[str], methods: Sequence[Method], width: int | None
+) -> list[tuple[Method, RunConfig, str, str]]:
+    """``(method, configuration, budget asked for, budget of the run)`` of every run, checked before any starts.
+
+    Raises:
+        ConfigError: a value does not fit a method.
+        BudgetError: a budget is malformed, or no uniform width fits it.
+    """
+    config = base.config
+    layers = known_layers(base).layers
+    params = sum(layer.params for layer in layers)
+    found = []
+    for budget in budgets:
+        limit = compressible_budget(base, layers, budget)
+        bits = width_for(budget, limit, layers, config)
+        size = uniform_bytes(layers, bits, config)
+        for method in methods:
+            own = configured(method, values, config.folder, bits, width)
+            found.append((method, own, budget, budget_for(method, budget, size, params)))
+    return found
+
+
+def activation_width(values: Mapping[str, Any], activations: int | None) -> int | None:
+    """The code width of activations: the one asked for, or the configuration's.
+
+    Raises:
+        ConfigError: no width from 2 to 8 is asked for.
+    """
+    if activations is None:
+        section = values.get("activations")
+        return None if not section else int(section.get("bits", 4))
+    if isinstance(activations, bool) or not 2 <= activations <= 8:
+        raise ConfigError(f"activations: {activations!r} is no code width from 2 to 8")
+    return int(activations)
+
+
+def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    metric = result["metric"] or {}
+    forms = [layer["form"] for layer in result["allocation"]]
+    return {
+        "model": result["model"],
+        "budget": budget,
+        "method": method.name,
+        "title": method.title,
+        "weights": "uniform" if method.uniform else "mixed",
+        "activations": None if config.activations is None else config.activations.bits,
+        "metric_name": metric.get("name"),
+        "metric": metric.get("compressed"),
+        "metric_float": metric.get("float"),
+        "nmse": result["nmse"],
+        "bytes": result["bytes"],
+        "file_bytes": result["file_bytes"],
+        "Q / LR / QLR": " / ".join(str(forms.count(form)) for form in ("Q", "LR", "QLR")),
+        "seconds": round(sum(result["seconds"].values()), 1),
+        "run": result["run"],
+        "checkpoint": result["checkpoint"],
+    }

@@ -9,11 +9,14 @@ Both keep the columns as rows of what they work on: a column of many rows is the
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from mlorq.cuda import has_kernels
 from mlorq.quantizers import SMALLEST_SCALE, RowQuantizer
 
 DAMPING = 0.01  # of the mean diagonal of H
@@ -66,21 +69,37 @@ def gptq(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer) -> Tensor
     left = weight.float().T[order].contiguous()
     codes = torch.empty_like(left)
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
-    pivots = upper.diagonal().tolist()
     columns = len(left)
+    block, _ = _block_functions(left)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.empty_like(left[start:stop])
-        for column in range(start, stop):
-            code = (left[column] / scale).round_().add_(zero).clamp_(0, top)
-            codes[column] = code
-            error = errors[column - start]
-            torch.sub(left[column], code.sub_(zero).mul_(scale), out=error).div_(pivots[column])
-            left[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        block(left[start:stop], upper[start:stop, start:stop], scale, zero, top, codes[start:stop], errors)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
+
+
+def gptq_block(
+    left: Tensor, shares: Tensor, scale: Tensor, zero: Tensor, top: int, codes: Tensor, errors: Tensor
+) -> None:
+    """Round the columns of one block.
+
+    Args:
+        left: ``(columns, rows)``, what is left of the values to round; spent.
+        shares: ``(columns, columns)``, upper triangular: how errors are shared.
+        scale, zero: of the rows, ``(rows,)``.
+        top: the largest code.
+        codes, errors: ``(columns, rows)``, written: codes, and errors over pivots.
+    """
+    pivots = shares.diagonal().tolist()
+    for column, values in enumerate(left):
+        code = (values / scale).round_().add_(zero).clamp_(0, top)
+        codes[column] = code
+        error = errors[column]
+        torch.sub(values, code.sub_(zero).mul_(scale), out=error).div_(pivots[column])
+        left[column + 1 :].addr_(shares[column, column + 1 :], error, alpha=-1)
 
 
 def descend(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes: Tensor, sweeps: int = 1) -> Tensor:
@@ -88,28 +107,51 @@ def descend(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes:
     h = hessian.single
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
     found = codes.T.contiguous()
-    diagonal = h.diagonal().clamp(min=torch.finfo(torch.float32).tiny).tolist()
     columns = len(found)
+    _, block = _block_functions(found)
     for _ in range(sweeps):
         slope = h @ (quantizer.dequantize(found.T) - weight.float()).T  # half the gradient
-        changed = False
+        changed = torch.zeros((), dtype=torch.bool, device=h.device)
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            own = slope[start:stop]
-            block = h[start:stop, start:stop]
-            moves = torch.empty_like(own)
-            for index, column in enumerate(range(start, stop)):
-                old = found[column]
-                best = (old - zero - own[index] / (scale * diagonal[column])).round_().add_(zero).clamp_(0, top)
-                torch.sub(best, old, out=moves[index]).mul_(scale)
-                found[column] = best
-                # What this column does to those before it shows in the next sweep's slope.
-                own[index + 1 :].addr_(block[index, index + 1 :], moves[index])
+            moves = torch.empty_like(slope[start:stop])
+            block(slope[start:stop], h[start:stop, start:stop], scale, zero, top, found[start:stop], moves)
             slope[stop:].addmm_(h[stop:, start:stop], moves)
-            changed = changed or bool(moves.any())
-        if not changed:
+            changed |= moves.any()
+        if sweeps > 1 and not changed:
             break
     return found.T.contiguous()
+
+
+def descend_block(
+    slope: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, top: int, codes: Tensor, moves: Tensor
+) -> None:
+    """Set the codes of one block's columns, one column after another, to the best ones given all the others.
+
+    Args:
+        slope: ``(columns, rows)``, half the gradient by the values; spent.
+        hessian: ``(columns, columns)`` of the block.
+        scale, zero: of the rows, ``(rows,)``.
+        top: the largest code.
+        codes: ``(columns, rows)``, changed.
+        moves: ``(columns, rows)``, written: by how much values changed.
+    """
+    diagonal = hessian.diagonal().clamp(min=torch.finfo(torch.float32).tiny).tolist()
+    for column, own in enumerate(slope):
+        old = codes[column]
+        best = (old - zero - own / (scale * diagonal[column])).round_().add_(zero).clamp_(0, top)
+        torch.sub(best, old, out=moves[column]).mul_(scale)
+        codes[column] = best
+        # What this column does to those before it shows in the next sweep's slope.
+        slope[column + 1 :].addr_(hessian[column, column + 1 :], moves[column])
+
+
+def _block_functions(values: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
+    """``gptq_block`` and ``descend_block`` for where the values are."""
+    if not has_kernels(values.device):
+        return gptq_block, descend_block
+    kernels = importlib.import_module("mlorq.gptq_kernels")
+    return kernels.gptq_block, kernels.descend_block
 
 
 def refit_scale(

@@ -35,12 +35,16 @@ class InProcess:
     def run(self, spec: StepSpec) -> Outcome:
         """Run one step unless its artifact is there."""
         outcome = execute(spec, self.bench)
+        self.tell(spec, outcome)
+        return outcome
+
+    def tell(self, spec: StepSpec, outcome: Outcome) -> None:
+        """Count a step that is done."""
         self._done += 1
         if self._record is not None:
             self._record(outcome)
         if self._progress is not None:
             self._progress(spec.label, self._done, self._total)
-        return outcome
 
     def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
         """Run steps one after another."""

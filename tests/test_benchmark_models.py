@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import COLUMNS, MODELS, SIZES, Recipe, build, line, measure
-from tests import zoo
+from tests import detectors, zoo
 
 
 def test_a_tiny_model_goes_all_the_way(tmp_path: Path) -> None:
     recipe = Recipe("tiny", "timm", zoo.VIT, zoo.VIT_ARGUMENTS | {"depth": 1})
-    found = measure(recipe, tmp_path, samples=8)
+    found = measure(recipe, tmp_path, samples=8, workers=2)
     assert found["equal"]
     assert found["bytes"] <= found["budget_bytes"]
     assert found["file_bytes"] < found["float_bytes"]
@@ -21,6 +21,15 @@ def test_a_tiny_model_goes_all_the_way(tmp_path: Path) -> None:
     row = line("tiny", found)
     assert row.count("|") == len(COLUMNS) + 1
     assert row.endswith("| yes |")
+
+
+def test_a_tiny_detector_goes_all_the_way(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    arguments = detectors.ARGUMENTS | {"num_classes": 81}
+    found = measure(Recipe("tiny", "detection", detectors.NAME, arguments), tmp_path, samples=2)
+    assert found["equal"]
+    assert found["bytes"] <= found["budget_bytes"]
+    assert found["layers"] > 20
 
 
 def test_recipes_are_of_known_sizes() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mlorq.candidates import LayerSearch
+from mlorq.cuda import has_kernels, recorded
 from mlorq.forms import Candidate, CompressedLayer, combine
 from mlorq.paired import InputMoments
 from mlorq.quantizers import RowQuantizer, store_matrix
@@ -49,7 +50,7 @@ class _SoftMatrix:
         scaled = values / quantizer.scale.unsqueeze(1)
         floor = scaled.floor()
         fraction = ((scaled - floor) - GAMMA) / (ZETA - GAMMA)
-        return cls(floor + quantizer.zero_point.unsqueeze(1), quantizer, torch.logit(fraction))
+        return cls(floor + quantizer.zero_point.unsqueeze(1), quantizer, torch.logit(fraction).contiguous())
 
     def soft(self) -> tuple[Tensor, Tensor, Tensor]:
         """Dequantized values, h(α), and the derivative of the values by h (0 where the code is clamped)."""
@@ -160,20 +161,65 @@ def _optimise(
     settings: RoundingSettings,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    optimiser = torch.optim.RAdam([matrix.alpha for matrix in matrices.values()], lr=settings.learning_rate)
     warm = settings.warm_up * settings.iterations
+    betas = []
     for iteration in range(settings.iterations):
         share = max(0.0, (iteration - warm) / max(1.0, settings.iterations - warm))
-        beta = settings.beta_start + (settings.beta_end - settings.beta_start) * share
-        soft = {key: matrix.soft() for key, matrix in matrices.items()}
+        betas.append(settings.beta_start + (settings.beta_end - settings.beta_start) * share)
+    fused = has_kernels(objective.weight.device)
+    step = (_fused_step if fused else _step)(matrices, objective, settings, betas)
+    for iteration in range(settings.iterations):
         if iteration % CHECK_EVERY == 0:
             if progress is not None:
                 progress(iteration, settings.iterations)
-            if objective.exact({key: values for key, (values, _, _) in soft.items()}) < settings.stop_loss:
+            values = {key: matrix.soft()[0] for key, matrix in matrices.items()}
+            if objective.exact(values) < settings.stop_loss:
                 return iteration
+        step()
+    return settings.iterations
+
+
+def _step(
+    matrices: dict[str, _SoftMatrix], objective: _Objective, settings: RoundingSettings, betas: list[float]
+) -> Callable[[], None]:
+    """What does the next iteration."""
+    optimiser = torch.optim.RAdam([matrix.alpha for matrix in matrices.values()], lr=settings.learning_rate)
+    exponents = iter(betas)
+
+    def step() -> None:
+        soft = {key: matrix.soft() for key, matrix in matrices.items()}
         gradients = objective.gradients({key: values for key, (values, _, _) in soft.items()})
+        beta = next(exponents)
         for key, matrix in matrices.items():
             _, h, slope = soft[key]
             matrix.alpha.grad = matrix.alpha_gradient(gradients[key], h, slope, beta, settings.regularisation)
         optimiser.step()
-    return settings.iterations
+
+    return step
+
+
+def _fused_step(
+    matrices: dict[str, _SoftMatrix], objective: _Objective, settings: RoundingSettings, betas: list[float]
+) -> Callable[[], None]:
+    """The same by kernels for CUDA, recorded."""
+    from mlorq.rounding.lra_kernels import FusedMatrix, Iterations
+
+    iterations = Iterations(betas, settings.learning_rate, objective.weight.device)
+    fused = {
+        key: FusedMatrix(
+            matrix.alpha,
+            matrix.base,
+            matrix.quantizer.scale,
+            matrix.quantizer.zero_point,
+            2**matrix.quantizer.bits - 1,
+        )
+        for key, matrix in matrices.items()
+    }
+
+    def step() -> None:
+        gradients = objective.gradients({key: matrix.values() for key, matrix in fused.items()})
+        for key, matrix in fused.items():
+            matrix.descend(gradients[key], iterations, settings.regularisation)
+        iterations.done()
+
+    return recorded(step)

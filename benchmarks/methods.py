@@ -1,0 +1,93 @@
+"""``mlorq compare`` without Prefect: all methods side by side, several at a time.
+
+    .venv/bin/python benchmarks/methods.py examples/vit_tiny.yaml --budget 4bit --budget 3bit --activations 4 --jobs 2
+
+The rows are those of the command (``flows.methods``), on the same store. Each is computed in a process of its own;
+``--jobs`` of them at a time, methods that share a search one after another. ``--workers`` shares the layers of a
+row's search out among processes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from table import Place, arguments_of_a_run, run
+
+from flows.methods import ALL, METHODS, activation_width, chosen, plan, row
+from mlorq.config import RunConfig, read_values
+from mlorq.store import Store
+from steps.workbench import Workbench
+
+COLUMNS = ("weights", "activations", "method", "metric", "float", "output NMSE", "bytes", "Q / LR / QLR", "seconds")
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row of the table, as Markdown."""
+    width = "float" if found["activations"] is None else f"{found['activations']} bit"
+    return (
+        f"| {found['budget']} | {width} | {found['title']} | {found['metric']:.4f} | {found['metric_float']:.4f} "
+        f"| {found['nmse']:.4f} | {found['bytes']:,} | {found['Q / LR / QLR']} | {found['seconds']:.0f} |"
+    )
+
+
+def run_apart(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
+    """A method's row, computed in a process of its own."""
+    told = [method, asked, budget, config.model_dump(mode="json"), config.folder, asdict(place)]
+    command = [sys.executable, __file__, "-", "--row", json.dumps(told)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def print_row(told: Sequence[Any]) -> None:
+    """What the other process does."""
+    method, asked, budget, values, folder, place = told
+    config = RunConfig.from_mapping(values, folder)
+    print(json.dumps(row(METHODS[method], asked, config, run(config, budget, Place(**place)))))
+
+
+def main() -> None:
+    """Print a row a run, as Markdown, in the order in which they are done."""
+    parser = arguments_of_a_run()
+    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5% or 25MB")
+    parser.add_argument("--activations", action="append", type=int, default=[], help="their code width")
+    parser.add_argument("--methods", default=",".join(method.name for method in ALL))
+    parser.add_argument("--jobs", type=int, default=1, help="rows computed at a time")
+    parser.add_argument("--row", help="a row's description, in JSON")
+    arguments = parser.parse_args()
+    if arguments.row:
+        print_row(json.loads(arguments.row))
+        return
+    place = Place(arguments.device, arguments.workers)
+    values = read_values(arguments.config, dict(item.split("=", 1) for item in arguments.set))
+    config = RunConfig.from_mapping(values, str(Path(arguments.config).resolve().parent))
+    bench = Workbench(config, Store(config.resolve(config.store)), place.device)
+    groups: dict[Any, list[Any]] = {}
+    for width in arguments.activations or [None]:
+        wanted = activation_width(values, width)
+        for method, own, asked, budget in plan(
+            bench, values, arguments.budget or config.budgets, chosen(arguments.methods.split(",")), wanted
+        ):
+            # What rounding does is no part of a search.
+            searched = json.dumps([own.search.model_dump(mode="json"), method.activations, wanted], sort_keys=True)
+            groups.setdefault(searched, []).append((method.name, asked, budget, own, place))
+
+    def compute(rows: list[Any]) -> None:
+        for one in rows:
+            sys.stdout.write(line(run_apart(*one)) + "\n")  # in one piece: other threads print too
+            sys.stdout.flush()
+
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as threads:
+        list(threads.map(compute, groups.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Fan-outs over several child processes on one device, without Prefect: for programs that run steps themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+
+from flows.runners import ChildRunner
+from steps.base import Outcome, StepSpec
+from steps.inprocess import InProcess
+
+
+class Pool(InProcess):
+    """As ``InProcess``; layers are shared out among ``workers`` processes on the workbench's device.
+
+    One process seldom keeps a GPU busy: small kernels of several fill it. Used as a context manager, it ends them.
+    """
+
+    workers = 1
+
+    def __enter__(self) -> Pool:
+        self._runners = [ChildRunner(self.bench.config, self.bench.device) for _ in range(self.workers)]
+        self._free: SimpleQueue[ChildRunner] = SimpleQueue()
+        for runner in self._runners:
+            self._free.put(runner)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for runner in self._runners:
+            runner.close()
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Run steps in the child processes; in this one where there is one step or one worker."""
+        if min(self.workers, len(specs)) < 2:
+            return super().map(specs)
+        outcomes = []
+        with ThreadPoolExecutor(self.workers) as threads:
+            for spec, outcome in zip(specs, threads.map(self._carry_out, specs), strict=True):
+                self.tell(spec, outcome)
+                outcomes.append(outcome)
+        return outcomes
+
+    def _carry_out(self, spec: StepSpec) -> Outcome:
+        runner = self._free.get()
+        try:
+            return runner.run(spec, _Quiet())
+        finally:
+            self._free.put(runner)
+
+
+class _Quiet:
+    """A watch that nobody looks at."""
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def log(self, line: str) -> None:
+        pass
