@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/ablation.py examples/minilm.yaml --budget 3bit --only best --samples 32 --samples 64
 
 Every row has the bytes of the uniform row of that budget. ``--samples`` repeats the rows chosen with so many
-calibration samples. Each row is a run in a process of its own on one store (``table.py``): what two rows share is
+calibration samples. All rows are runs on one store (``table.py``): what two of them share is
 computed once.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from table import COLUMNS, Place, arguments_of_a_run, exact_budget, line, run_apart, uniform
+from table import COLUMNS, Place, arguments_of_a_run, exact_budget, keep, line, row_of, uniform
 
 # Overrides of the best preset, by what is left out or put in another's place (parts as numbered in docs/METHOD.md, 7).
 PARTS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,7 @@ def main() -> None:
     bits = int(arguments.budget.removesuffix("bit"))
     chosen = [name for name in arguments.only or [*UNIFORM, *PARTS] if name not in arguments.skip]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    smallest = run_apart(arguments.config, *uniform(bits, "nearest", common), place)
+    smallest = row_of(arguments.config, *uniform(bits, "nearest", common), place)
     exact = exact_budget(smallest["bytes"], smallest)
     for samples in arguments.samples or [None]:
         sized = common if samples is None else common | {"data.calibration.samples": samples}
@@ -68,8 +68,9 @@ def main() -> None:
                 budget, overrides = uniform(bits, UNIFORM[name], sized)
             else:
                 budget, overrides = exact, sized | PARTS[name]
-            result = run_apart(arguments.config, budget, overrides, place)
+            result = row_of(arguments.config, budget, overrides, place)
             print(line(arguments.budget, name + suffix, result), flush=True)
+            keep(arguments.json, name + suffix, result)
 
 
 if __name__ == "__main__":

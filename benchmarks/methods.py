@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/methods.py examples/vit_tiny.yaml --budget 4bit --budget 3bit --activations 4 --jobs 2
 
-The rows are those of the command (``flows.methods``), on the same store. Each is computed in a process of its own;
-``--jobs`` of them at a time, methods that share a search one after another. ``--workers`` shares the layers of a
-row's search out among processes.
+The rows are those of the command (``flows.methods``), on the same store. ``--jobs`` of them are computed at a time,
+each in a process of its own, methods that share a search one after another. ``--workers`` shares the layers of a row's
+search out among processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from table import Place, arguments_of_a_run, run
+from table import Place, arguments_of_a_run, keep, run
 
 from flows.methods import ALL, METHODS, activation_width, chosen, plan, row
 from mlorq.config import RunConfig, read_values
@@ -37,8 +37,13 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def run_apart(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
-    """A method's row, computed in a process of its own."""
+def row_of(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
+    """A method's row, computed here."""
+    return row(METHODS[method], asked, config, run(config, budget, place))
+
+
+def row_apart(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
+    """The same, computed in a process of its own."""
     told = [method, asked, budget, config.model_dump(mode="json"), config.folder, asdict(place)]
     command = [sys.executable, __file__, "-", "--row", json.dumps(told)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
@@ -49,8 +54,7 @@ def run_apart(method: str, asked: str, budget: str, config: RunConfig, place: Pl
 def print_row(told: Sequence[Any]) -> None:
     """What the other process does."""
     method, asked, budget, values, folder, place = told
-    config = RunConfig.from_mapping(values, folder)
-    print(json.dumps(row(METHODS[method], asked, config, run(config, budget, Place(**place)))))
+    print(json.dumps(row_of(method, asked, budget, RunConfig.from_mapping(values, folder), Place(**place))))
 
 
 def main() -> None:
@@ -81,7 +85,9 @@ def main() -> None:
 
     def compute(rows: list[Any]) -> None:
         for one in rows:
-            sys.stdout.write(line(run_apart(*one)) + "\n")  # in one piece: other threads print too
+            found = row_of(*one) if arguments.jobs == 1 else row_apart(*one)
+            keep(arguments.json, f"{one[0]}, {one[1]}", found)
+            sys.stdout.write(line(found) + "\n")  # in one piece: other threads print too
             sys.stdout.flush()
 
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)

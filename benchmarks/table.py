@@ -7,9 +7,10 @@ without and with learned rounding (``preset: quick``, whose search it is, with `
 preset without and with reconstruction. Mixed rows get exactly the bytes of the uniform rows, at 2.5 bit the mean of
 those of 2 and 3 bit.
 
-Every row is a run in a process of its own on one store, so that a second call computes nothing; ``--only`` names rows.
-Seconds are those that its steps took when they were computed, added up; peak memory is that of the process that
-rounded, on a GPU the GPU's. ``--device cuda:0 --workers 6`` shares layers out among six processes on that GPU.
+All rows are runs on one store, so that a second call computes nothing; ``--only`` names rows. Seconds are those that
+the steps of a row took when they were computed, added up. On a CPU a row is computed in a process of its own, for the
+sake of its peak memory; on a GPU peak memory is the GPU's, of the process that rounded. ``--device cuda:0 --workers 6``
+shares layers out among six processes on that GPU. ``--json`` keeps all results, a line each (``same_choice.py``).
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Place:
 
 def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any]:
     """One run."""
+    if place.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(place.device)
     bench = Workbench(config, Store(config.resolve(config.store)), place.device)
     outcomes: list[Outcome] = []
     executor = Pool(
@@ -79,8 +82,10 @@ def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any
     return found | {"peak": peak / 1e9 if computed else None}
 
 
-def run_apart(path: str, budget: str, overrides: dict[str, Any], place: Place = Place()) -> dict[str, Any]:
-    """``run`` with some keys of a configuration set, in a process of its own, for the sake of its peak memory."""
+def row_of(path: str, budget: str, overrides: dict[str, Any], place: Place = Place()) -> dict[str, Any]:
+    """``run`` with some keys of a configuration set."""
+    if place.device != "cpu":
+        return run(RunConfig.from_yaml(path, overrides), budget, place)
     command = [sys.executable, __file__, path, "--row", json.dumps([budget, overrides, asdict(place)])]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
     found: dict[str, Any] = json.loads(done.stdout)
@@ -118,6 +123,13 @@ def exact_budget(size: int, result: dict[str, Any]) -> str:
     return f"{(8 * size + 1) / (result['float_bytes'] // 4):.12f}bit"  # rounded down to whole bytes again
 
 
+def keep(path: Path | None, name: str, result: dict[str, Any]) -> None:
+    """Add a row's whole result to a file, where one is given."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps({"row": name} | result) + "\n")
+
+
 def line(budget: str, name: str, result: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
     metric = result["metric"]
@@ -138,6 +150,7 @@ def arguments_of_a_run() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes on the device")
+    parser.add_argument("--json", type=Path, help="file for whole results, to which lines are added")
     return parser
 
 
@@ -162,14 +175,17 @@ def main() -> None:
         sizes = []
         for bits in whole:
             for method in ("nearest", "gptq") if len(whole) == 1 else ("nearest",):
-                result = run_apart(arguments.config, *uniform(bits, method, common), place)
+                result = row_of(arguments.config, *uniform(bits, method, common), place)
                 if len(whole) == 1:
                     print(line(budget, f"{method}, uniform", result), flush=True)
+                    keep(arguments.json, f"{budget}: {method}, uniform", result)
             sizes.append(result["bytes"])
         exact = exact_budget(sum(sizes) // len(sizes), result)
         for name, overrides in methods(arguments.lra or [500], common).items():
             if not arguments.only or name in arguments.only:
-                print(line(budget, name, run_apart(arguments.config, exact, overrides, place)), flush=True)
+                result = row_of(arguments.config, exact, overrides, place)
+                print(line(budget, name, result), flush=True)
+                keep(arguments.json, f"{budget}: {name}", result)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -188,8 +188,9 @@ class SearchConfig(Section):
         "hessian",
         description="of local costs and fits: hessian, the paper's; moments, input and output-gradient covariance",
     )
-    token_weights: bool = Field(
-        False, description="moments: weigh tokens by the output's squared gradients there, in every fit and loss"
+    token_weights: bool | Annotated[float, Field(ge=0, le=1)] = Field(
+        False,
+        description="with moments: tokens weighed by how much the output hangs on them; a number: their weights' power",
     )
     sum_bits: list[int] = Field([2, 3, 4], description="QLR: bit-widths of the codes")
     sum_factor_bits: list[int] = Field([4], description="QLR: bit-widths of the factors")

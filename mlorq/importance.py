@@ -38,6 +38,7 @@ def token_importance(
     batches: Sequence[Any],
     *,
     passes: int = PASSES,
+    power: float = 1.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -50,6 +51,7 @@ def token_importance(
         blocks: names of the blocks.
         batches: calibration batches.
         passes: backward passes a batch.
+        power: that weights are taken to: below one they differ less.
         seed: of the vectors v; drawn on the CPU, so that every device sees the same ones.
         device: where the model is.
         progress: called with (batches done, batches).
@@ -86,12 +88,15 @@ def token_importance(
         masks.append(None if mask is None else mask.cpu())
         if progress is not None:
             progress(index + 1, len(batches))
-    return _normalised(found, masks)
+    return _normalised(found, masks, power)
 
 
-def _normalised(batches: Sequence[dict[str, Tensor]], masks: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+def _normalised(
+    batches: Sequence[dict[str, Tensor]], masks: Sequence[Tensor | None], power: float
+) -> list[dict[str, Tensor]]:
     """Weights by their mean over the tokens that count, mixed with one; what never has a gradient is left out."""
     names = [name for name in batches[0] if all(name in batch for batch in batches)]
+    batches = [{name: batch[name].pow(power) for name in names} for batch in batches]
 
     def mean(name: str) -> float:
         values = [

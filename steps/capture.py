@@ -62,6 +62,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
             layers,
             listed.blocks,
             batches,
+            power=float(params["token_weights"]),
             seed=params["seed"],
             device=bench.device,
             progress=lambda done, _: progress((1 + PASSES) * done, unknown),

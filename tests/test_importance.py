@@ -93,6 +93,14 @@ def test_weights_are_squared_gradients_with_mean_one_and_a_floor(seed):
     assert all(not value.requires_grad for part in found for value in part.values())
 
 
+def test_weights_to_a_power(seed):
+    model, listed, batches = first_token_net(seed)
+    found = token_importance(model, listed.layers, listed.blocks, batches, passes=2, power=0.5, seed=seed)
+    root = naive(model, "blocks.0", batches, 2, seed).sqrt()
+    weights = torch.cat([part["blocks.0"] for part in found])
+    torch.testing.assert_close(weights, (1 - FLOOR) * root / root.mean() + FLOOR, rtol=1e-4, atol=1e-6)
+
+
 def test_in_place_activations_and_convolutions_have_weights_too(seed):
     model = token_net(seed)
     batches = [images(4, seed), images(4, seed + 1)]
