@@ -25,7 +25,7 @@ from mlorq.rounding import lra
 from mlorq.rounding.base import RoundingSettings
 
 ROWS, COLUMNS = 384, 1536
-ITERATIONS = 2000
+ITERATIONS = 1000
 
 
 def seconds(function: Callable[[], object], repeats: int = 3) -> float:
@@ -47,7 +47,7 @@ def with_and_without(owner: Any, name: str, other: Any, function: Callable[[], o
     own = getattr(owner, name)
     setattr(owner, name, other)
     try:
-        return fast, seconds(function)
+        return fast, seconds(function, 1)
     finally:
         setattr(owner, name, own)
 

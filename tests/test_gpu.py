@@ -99,3 +99,64 @@ def test_the_same_configuration_is_chosen(preset: str, seed: int) -> None:
     )
     assert there.metrics["bytes"] <= there.metrics["budget_bytes"]
     assert there.metrics["nmse"] == pytest.approx(here.metrics["nmse"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "activations"),
+    [
+        ("nearest", "uniform"),
+        ("erq", "repq"),
+        ("brecq", "repq"),
+        ("qdrop", "repq"),
+        ("lra", "repq"),
+        ("block", "adalog"),
+    ],
+)
+def test_quantized_activations(rounding: str, activations: str, seed: int) -> None:
+    module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
+    batches = [zoo.pixels(8, seed + index) for index in range(4)]
+    here, there = (
+        mlorq.compress(
+            copy.deepcopy(module),
+            batches,
+            budget="4bit",
+            preset="quick",
+            search={"samples": 4, "points": 2, "hessian_samples": 4, "hessian_probes": 8},
+            rounding=rounding,
+            rounding_iterations=10,
+            activations={"bits": 6, "method": activations},
+            device=device,
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert there.metrics["nmse"] == pytest.approx(here.metrics["nmse"], rel=0.5)
+    with torch.no_grad():
+        outputs = there.model(batches[0].cuda()).cpu()
+    torch.testing.assert_close(outputs, here.model(batches[0]).detach(), rtol=0.5, atol=float(outputs.std()))
+
+
+def test_embedding_tables(seed: int) -> None:
+    module = zoo.text_model("bert-classifier", seed)
+    generator = torch.Generator().manual_seed(seed)
+    batches = [
+        {
+            "input_ids": torch.randint(5, 20, (4, 9), generator=generator),
+            "attention_mask": torch.ones(4, 9, dtype=torch.long),
+        }
+        for _ in range(3)
+    ]
+    found = [
+        mlorq.compress(
+            copy.deepcopy(module),
+            batches,
+            budget="5bit",
+            preset="quick",
+            search={"samples": 4, "points": 2, "hessian_samples": 4, "hessian_probes": 8},
+            rounding="gptq",
+            embeddings={"bits": 4},
+            device=device,
+        ).metrics
+        for device in ("cpu", "cuda")
+    ]
+    assert found[1]["nmse"] == pytest.approx(found[0]["nmse"], rel=0.3)
+    assert found[1]["embedding_bytes"] == found[0]["embedding_bytes"]
