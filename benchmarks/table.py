@@ -66,6 +66,7 @@ class Place:
 def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any]:
     """One run."""
     if place.device != "cpu":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(place.device)
     bench = Workbench(config, Store(config.resolve(config.store)), place.device)
     outcomes: list[Outcome] = []

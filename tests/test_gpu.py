@@ -88,7 +88,7 @@ def test_the_same_configuration_is_chosen(preset: str, seed: int) -> None:
             budget="3.5bit",
             preset=preset,
             search=SEARCH,
-            rounding="closed_form",  # what is trained goes its own way after the first tie
+            rounding="gptq",  # where later layers make up for earlier ones, a tie goes a long way
             device=device,
         )
         for device in ("cpu", "cuda")

@@ -68,14 +68,13 @@ def round_erq(
 def moved_search(search: LayerSearch, moments: InputMoments) -> LayerSearch:
     """The search of ``W* = W + W C (Σ̃ + λ₁I)⁻¹``.
 
-    With fewer samples than inputs, as before a classifier's head, the published λ₁ lets W* fit the samples' noise
-    exactly: there it is at least the mean of Σ̃'s diagonal times inputs a sample.
+    Of one vector a sample, as before a classifier's head, there are seldom many more than inputs, and with the published
+    λ₁ W* fits their noise: there λ₁ is at least the mean of Σ̃'s diagonal times inputs a sample.
     """
-    count = max(1, moments.tokens)
-    ridge = (TOKEN_RIDGE if moments.has_tokens else VECTOR_RIDGE) / count
-    inputs = search.weight.shape[1]
-    if count < inputs:
-        ridge = max(ridge, float(moments.compressed.diagonal().mean()) * inputs / count)
+    count, inputs = max(1, moments.tokens), search.weight.shape[1]
+    ridge = TOKEN_RIDGE / count
+    if not moments.has_tokens:
+        ridge = max(VECTOR_RIDGE / count, float(moments.compressed.diagonal().mean()) * inputs / count)
     identity = torch.eye(search.weight.shape[1], dtype=torch.float64, device=search.weight.device)
     factor = torch.linalg.cholesky(moments.compressed + ridge * identity)
     w = search.weight.double()
