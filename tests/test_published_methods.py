@@ -110,9 +110,9 @@ def test_each_regression_lowers_the_error_of_the_layer(candidate, seed):
     assert result.error_after == pytest.approx(output_error(search.weight, result.layer.dense(), found), rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [10, 20])  # of 16 inputs
+@pytest.mark.parametrize("count", [10, 18])  # of 16 inputs
 def test_few_samples_are_not_fitted_exactly(count, seed):
-    x, y = drifting(seed, tokens=400)
+    x, y = (10 * values for values in drifting(seed, tokens=400))
     few, others = replace(moments(x[:count], y[:count]), has_tokens=False), moments(x[count:], y[count:])
     search = searched(seed)
     moved = moved_search(search, few)

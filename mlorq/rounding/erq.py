@@ -68,8 +68,8 @@ def round_erq(
 def moved_search(search: LayerSearch, moments: InputMoments) -> LayerSearch:
     """The search of ``W* = W + W C (Σ̃ + λ₁I)⁻¹``.
 
-    Of one vector a sample, as before a classifier's head, there are seldom many more than inputs, and with the published
-    λ₁ W* fits their noise: there λ₁ is at least the mean of Σ̃'s diagonal times inputs a sample.
+    Of one vector a sample, as before a classifier's head, there are seldom many more than inputs, and with the
+    published λ₁ W* fits their noise: there λ₁ is at least the mean of Σ̃'s diagonal times inputs a sample.
     """
     count, inputs = max(1, moments.tokens), search.weight.shape[1]
     ridge = TOKEN_RIDGE / count
