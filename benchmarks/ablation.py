@@ -10,14 +10,19 @@ computed once.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 from table import COLUMNS, Place, arguments_of_a_run, exact_budget, keep, line, row_of, uniform
+
+from mlorq.errors import MlorqError
 
 # Overrides of the best preset, by what is left out or put in another's place (parts as numbered in docs/METHOD.md, 7).
 PARTS: dict[str, dict[str, Any]] = {
     "best": {},
     "tokens alike": {"search.token_weights": False},
+    "roots of token weights": {"search.token_weights": 0.5},
     "candidates in the Hessian's metric": {
         "search.metric": "hessian",
         "search.token_weights": False,
@@ -68,7 +73,13 @@ def main() -> None:
                 budget, overrides = uniform(bits, UNIFORM[name], sized)
             else:
                 budget, overrides = exact, sized | PARTS[name]
-            result = row_of(arguments.config, budget, overrides, place)
+            try:
+                result = row_of(arguments.config, budget, overrides, place)
+            except (MlorqError, subprocess.CalledProcessError) as error:
+                # Not every part is for every model: rotation needs LayerNorms before the layers.
+                print(f"  {name}: {error}", file=sys.stderr)
+                print(f"| {arguments.budget} | {name + suffix} | not possible |{' |' * (len(COLUMNS) - 3)}", flush=True)
+                continue
             print(line(arguments.budget, name + suffix, result), flush=True)
             keep(arguments.json, name + suffix, result)
 

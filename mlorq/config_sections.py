@@ -325,7 +325,7 @@ class ActivationsConfig(Section):
         'or "20G"',
     )
     percentiles: list[float] = Field(
-        [0.999, 0.9999, 0.99999], description="upper percentiles p of the ranges (1-p, p) tried"
+        [0.999, 0.9999, 0.99999, 1.0], description="upper percentiles p of the ranges (1-p, p) tried"
     )
     samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
 

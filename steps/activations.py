@@ -31,4 +31,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {PLAN: json_bytes(plan.to_json()), PLAN_TENSORS: tensors_bytes(dict(plan.tensors))}
 
 
-STEP = Step("activations", 1, run)
+STEP = Step("activations", 2, run)

@@ -22,10 +22,12 @@ from mlorq.activations.quantizers import (
     fit_uniform,
 )
 from mlorq.activations.survey import GELU_LEAST, Observed, survey
+from mlorq.importance import PASSES, token_importance
 from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, move_batch
 
 WIDEST = 8
+WEIGHING = 1 + PASSES  # what it costs to weigh the tokens of a batch, in passes
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ActivationSettings:
     products: bool = True
     first_bits: int = 8
     mixed: bool = False
-    percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
     choices: tuple[int, ...] = ()
     seed: int = 0
 
@@ -54,7 +56,8 @@ def calibrate(
 
     ``uniform``: one range a tensor. ``repq``: LayerNorms are folded where only layers read them; other tensors that
     differ by channel, which a LayerNorm and a residual share, keep a range a channel at the layers' inputs; attention's
-    probabilities get log-√2. ``adalog``: as ``repq``, with searched logarithms for probabilities and GELU outputs.
+    probabilities get log-√2. ``adalog``: as ``repq``, with searched logarithms for probabilities and GELU outputs, and
+    ranges that suit tokens the more, the more the output hangs on them.
 
     Args:
         model: the float model, on ``device``; it is left as it is.
@@ -67,8 +70,34 @@ def calibrate(
     Raises:
         ModelError: an activation is not finite.
     """
+    total = len(batches) * (1 + WEIGHING if settings.method == "adalog" else 1)
+
+    before = total - len(batches)
+
+    def advance(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    importance = None
+    if settings.method == "adalog":
+        importance = token_importance(
+            model,
+            layers,
+            [],
+            batches,
+            seed=settings.seed,
+            device=device,
+            progress=lambda done, _: advance(WEIGHING * done),
+        )
     observed = survey(
-        model, layers, batches, products=settings.products, seed=settings.seed, device=device, progress=progress
+        model,
+        layers,
+        batches,
+        products=settings.products,
+        importance=importance,
+        seed=settings.seed,
+        device=device,
+        progress=lambda done, _: advance(before + done),
     )
     pixels = {layer.name for layer in layers if layer.kind == "conv2d" and layer.order == 0}
     bits = _bit_widths(observed, pixels, settings)

@@ -2,6 +2,9 @@
 
 The tensors are the inputs of the compressible layers, one for all layers that read the same, and the operands of the
 products of two activations, named after the module that multiplies and the number of the product in its call.
+
+Tokens may be drawn with the chances that their importance gives them (``mlorq.importance``): a mean over what was drawn
+is then the mean that counts. A class token, one of 197 in a ViT and unlike the others, would hardly be seen otherwise.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from torch import Tensor, nn
 from mlorq.activations.products import ProductMode
 from mlorq.capture import counting
 from mlorq.errors import ModelError
-from mlorq.layers import Layer
+from mlorq.importance import Importance
+from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 
-KEPT = 1 << 16  # numbers kept of a tensor, all batches together
+KEPT = 1 << 20  # numbers kept of a tensor, all batches together
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997
 
 
@@ -56,12 +60,15 @@ class Observed:
         """Whether the values lie where those of GELU do: down to its least value, and no further."""
         return GELU_LEAST <= self.low <= 0.9 * GELU_LEAST and self.high > -self.low
 
-    def add(self, values: Tensor, share: int, generator: torch.Generator) -> None:
-        """Keep ``share`` numbers of ``(tokens, channels)`` or ``(numbers,)``, whole tokens."""
+    def add(self, values: Tensor, share: int, generator: torch.Generator, weights: Tensor | None = None) -> None:
+        """Keep ``share`` numbers of ``(tokens, channels)`` or ``(numbers,)``, whole tokens, drawn by their weights."""
         low, high = values.aminmax()
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         wanted = max(1, share // (values.shape[1] if values.dim() == 2 else 1))
-        if len(values) > wanted:
+        if weights is not None:
+            chosen = torch.multinomial(weights, min(wanted, len(values)), replacement=True, generator=generator)
+            values = values[chosen.to(values.device)]
+        elif len(values) > wanted:
             values = values[torch.randint(len(values), (wanted,), generator=generator).to(values.device)]
         self.parts.append(values.float())
 
@@ -72,6 +79,7 @@ def survey(
     batches: Sequence[Any],
     *,
     products: bool = True,
+    importance: Sequence[Importance] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -83,6 +91,7 @@ def survey(
         layers: the compressible layers.
         batches: samples.
         products: look at products of activations too.
+        importance: weights of the tokens that linear layers read, a mapping a batch; None: all weigh the same.
         seed: of the choice of what is kept.
         device: where the batches are moved to.
         progress: called with (batches done, batches).
@@ -104,13 +113,27 @@ def survey(
     for index, batch in enumerate(batches):
         moved = move_batch(batch, device, model.dtype)
         count, mask = batch_samples(batch), model.token_mask(moved)
+        weighed: Importance = {} if importance is None else importance[index]
 
-        def look(name: str, values: Tensor, count: int = count, mask: Tensor | None = mask) -> None:
+        def look(
+            name: str,
+            values: Tensor,
+            count: int = count,
+            mask: Tensor | None = mask,
+            weighed: Importance = weighed,
+        ) -> None:
             if not torch.isfinite(values).all():
                 raise ModelError(f"activations at {name!r} are not finite")
             observed = found[name]
             observed.size = max(observed.size, values.numel() // count)
-            observed.add(_counted(values, mask, kinds.get(name)), share, generator)
+            kind = kinds.get(name)
+            if kind == "linear" and name in weighed:
+                tokens, weights = input_tokens(model.module.get_submodule(name), values, count), weighed[name]
+                counted = counting(mask, tokens)
+                chosen = torch.ones_like(weights, dtype=torch.bool) if counted is None else counted.to(weights.device)
+                observed.add(tokens[chosen.to(tokens.device)], share, generator, weights[chosen])
+            else:
+                observed.add(_counted(values, mask, kind), share, generator)
 
         def on_product(
             name: str, left: Tensor, right: Tensor, look: Callable[..., None] = look, count: int = count
