@@ -290,6 +290,62 @@ def test_padding_is_not_looked_at(seed):
             assert spans[1][name] == pytest.approx(span, abs=1e-4), name
 
 
+class FirstTokenAlone(nn.Module):
+    """Reads nothing but the first of many tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)[:, 0]
+
+
+def first_token_is_large(seed: int) -> Tensor:
+    x = drawn(16, 200, 4, seed=seed)
+    x[:, 0] *= 5
+    return x
+
+
+def test_tokens_are_drawn_by_their_importance(seed):
+    model = from_module(FirstTokenAlone())
+    batches = [first_token_is_large(seed + index) for index in range(2)]
+    for batch in batches:
+        batch[:, 0, 3] = 50.0  # to know them again
+    layers = find_layers(model, batches[0]).layers
+    importance = [{"head": torch.cat([torch.full((16, 1), 100.0), torch.ones(16, 199)], 1)} for _ in batches]
+    (alike,), (weighed,) = (survey(model, layers, batches, importance=one) for one in (None, importance))
+    assert weighed.values.shape == alike.values.shape == (2 * 16 * 200, 4)
+    shares = [float((one.values[:, 3] == 50).double().mean()) for one in (alike, weighed)]
+    assert shares == pytest.approx([1 / 200, 100 / 299], abs=0.03)
+
+
+def test_padding_is_never_drawn(seed):
+    x = drawn(4, 10, 6, seed=seed)
+    mask = torch.arange(10) < torch.tensor([[3], [10], [5], [1]])
+    x[~mask] = 1e6
+    batches = [{"x": x, "attention_mask": mask.long()}]
+    net = nn.Sequential(nn.Linear(6, 5))
+    model = FloatModel(net, "custom", {}, lambda module, batch: module(batch["x"]), token_mask=attention_mask)
+    layers = find_layers(model, batches[0]).layers
+    (found,) = survey(model, layers, batches, importance=[{"0": torch.ones(4, 10)}])
+    assert float(found.values.abs().max()) < 100
+    assert found.values.shape == (19, 6)
+
+
+def test_ranges_suit_the_tokens_that_the_output_hangs_on(seed):
+    torch.manual_seed(seed)
+    module, batches = FirstTokenAlone(), [first_token_is_large(seed), first_token_is_large(seed + 1)]
+    others = first_token_is_large(seed + 2)
+    errors = {}
+    for method in ("repq", "adalog"):
+        _, _, plan = found_in(module, batches, bits=4, method=method, percentiles=(0.9, 0.99, 1.0))
+        quantized = deepcopy(module)
+        plan.install(quantized)
+        errors[method] = float((quantized(others) - module(others)).square().mean())
+    assert errors["adalog"] < 0.2 * errors["repq"]
+
+
 def test_smaller_tensors_get_more_bits_and_pixels_theirs(seed):
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
     _, _, plan = found_in(module, [zoo.pixels(4, seed)], bits=3, mixed=True)
