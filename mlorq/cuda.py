@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
 
@@ -20,7 +21,12 @@ def has_kernels(device: torch.device) -> bool:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return compiler is not None and torch.cuda.get_device_capability(device) >= OLDEST_GPU
+    if compiler is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return False
+    # Triton keeps what it compiles in the home folder; a container's is often read-only.
+    if "TRITON_CACHE_DIR" not in os.environ and not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
+    return True
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
