@@ -36,7 +36,8 @@ from torch import nn
 
 import mlorq
 from flows.pool import Pool
-from mlorq.checkpoint import CONFIG, TENSORS, save
+from mlorq.checkpoint import save
+from mlorq.checkpoint_files import CONFIG, TENSORS
 from mlorq.compressed import replace_layers
 from mlorq.config import RunConfig
 from mlorq.evaluate import model_outputs

@@ -264,7 +264,8 @@ def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, cu
 
 def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[str, Any]]) -> None:
     """Copy one checkpoint to ``location``, several to folders in it that are named after the budgets."""
-    from mlorq.checkpoint import CONFIG, TENSORS, save
+    from mlorq.checkpoint import save
+    from mlorq.checkpoint_files import CONFIG, TENSORS
     from mlorq.store import ArtifactRef
     from steps.workbench import open_store
 

@@ -135,7 +135,7 @@ class Budget:
         Args:
             compressible_params: weights of the compressible layers (shared weights once, biases not at all).
             rest_bytes: bytes of everything else in the checkpoint, file headers included
-                (``mlorq.checkpoint.rest_upper_bound``); only sizes of the whole checkpoint look at it.
+                (``mlorq.checkpoint_files.rest_upper_bound``); only sizes of the whole checkpoint look at it.
 
         Raises:
             BudgetError: the rest alone is larger than the budget.

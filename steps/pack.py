@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mlorq.checkpoint import checkpoint_files, float_rest, rest_upper_bound
+from mlorq.checkpoint_files import checkpoint_files, float_rest, rest_upper_bound
 from mlorq.compressed import replace_layers
 from mlorq.embeddings import find_tables, replace_tables
 from mlorq.hashing import digest_json

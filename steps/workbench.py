@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mlorq.activations import ActivationPlan
 from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.checkpoint import CONFIG, TENSORS
+from mlorq.checkpoint_files import CONFIG, TENSORS
 from mlorq.config import RunConfig
 from mlorq.data import load_dataset
 from mlorq.data.base import Dataset

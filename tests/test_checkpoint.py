@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mlorq import checkpoint
-from mlorq.checkpoint import CONFIG, TENSORS, checkpoint_files, inspect, load, rest_upper_bound, save
+from mlorq.checkpoint import inspect, load, save
+from mlorq.checkpoint_files import CONFIG, TENSORS, checkpoint_files, rest_upper_bound
 from mlorq.compressed import CompressedLinear, CompressedModule, replace_layers
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms import Candidate, CompressedLayer

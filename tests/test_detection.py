@@ -20,7 +20,8 @@ from timm.models.swin_transformer import SwinTransformerBlock
 
 import mlorq
 from mlorq.capture import capture
-from mlorq.checkpoint import checkpoint_files, save
+from mlorq.checkpoint import save
+from mlorq.checkpoint_files import checkpoint_files
 from mlorq.compressed import CompressedLinear, replace_layers
 from mlorq.config import ModelConfig, RunConfig, SourceConfig
 from mlorq.data import load_dataset

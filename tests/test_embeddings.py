@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import mlorq
-from mlorq.checkpoint import checkpoint_files, inspect, load, rest_upper_bound, save
+from mlorq.checkpoint import inspect, load, save
+from mlorq.checkpoint_files import checkpoint_files, rest_upper_bound
 from mlorq.compressed import replace_layers
 from mlorq.config import RunConfig
 from mlorq.embeddings import CompressedEmbedding, find_tables, quantize_table, replace_tables, set_tables

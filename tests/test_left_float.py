@@ -11,7 +11,8 @@ from torch import nn
 
 from flows.render import print_checkpoint, result_facts
 from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.checkpoint import checkpoint_files, float_rest, inspect, load, save
+from mlorq.checkpoint import inspect, load, save
+from mlorq.checkpoint_files import checkpoint_files, float_rest
 from mlorq.compressed import replace_layers
 from mlorq.forms import Candidate
 from mlorq.layers import LayerList, find_layers, weight_matrix
