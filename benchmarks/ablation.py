@@ -31,6 +31,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "codes alone": {"search.forms": ["Q"]},
     "no QLR": {"search.forms": ["Q", "LR"]},
     "costs measured": {"search.sensitivity": "measured"},
+    "local costs as they are": {"search.sensitivity": "local"},
     "costs of closed forms alone": {"search.sensitivity": "closed_form"},
     "no error feedback": {"rounding.feedback": False},
     "no reconstruction": {"rounding.method": "closed_form"},

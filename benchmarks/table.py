@@ -112,8 +112,7 @@ def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[str, dict[s
         "preset": "quick" if method == "nearest" else "best",
         "search.bits": [bits],
         "search.forms": ["Q"],
-        "search.sensitivity": "measured",
-        "search.samples": 2,
+        "search.sensitivity": "local",
         "search.rounds": 0,
         "rounding.method": method,
     }

@@ -171,6 +171,8 @@ class Estimate:
             points = MEASURED * self.search.points * len(search.forms)
         elif self.search.sensitivity == "closed_form":
             points = len(search.forms)
+        elif self.search.sensitivity == "local":
+            return 0.0
         samples = min(self.search.samples, self.bench.calibration.samples)
         blocks = len(self.layers.blocks)
         rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)

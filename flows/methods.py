@@ -132,7 +132,7 @@ def configured(method: Method, values: Mapping[str, Any], folder: str, bits: int
     """
     own: dict[str, Any] = dict(method.search)
     if method.uniform:
-        own |= {"bits": [bits], "forms": ["Q"], "layers": {}, "sensitivity": "measured", "samples": 2, "rounds": 0}
+        own |= {"bits": [bits], "forms": ["Q"], "layers": {}, "sensitivity": "local", "rounds": 0}
     given = values.get("activations") or {}
     changed = {
         "preset": method.preset,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from mlorq.presets import PERCENTILES
 
-Sensitivity = Literal["measured", "auto", "closed_form"]
+Sensitivity = Literal["measured", "auto", "closed_form", "local"]
 RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra", "erq", "brecq", "qdrop"]
 Accounting = Literal["exact", "paper"]
 Cost = Literal["nmse", "kl", "task"]
@@ -214,7 +214,8 @@ class SearchConfig(Section):
     sensitivity: Sensitivity = Field(
         "measured",
         description="how local costs become global ones: measured (the paper's), auto (closed forms, scaled by "
-        "measurements where the allocation is decided), closed_form (scaled by one measurement a form)",
+        "measurements where the allocation is decided), closed_form (scaled by one measurement a form), local (they do "
+        "not, as where every layer has one candidate)",
     )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
     points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair; auto: most a form")

@@ -173,6 +173,17 @@ def measured_sensitivity(
     return sensitivity_table(table, cost, how)
 
 
+def local_sensitivity(table: pa.Table) -> pa.Table:
+    """``tables.SENSITIVITY`` with the local costs of a front as they are: where there is nothing to choose, for one.
+
+    Args:
+        table: the layer's candidates.
+    """
+    rows = np.flatnonzero(table["on_front"].to_numpy()).tolist()
+    local = table["local_cost"].to_numpy()
+    return sensitivity_table(table, {row: float(local[row]) for row in rows}, dict.fromkeys(rows, "local"))
+
+
 def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[int, str]) -> pa.Table:
     """``tables.SENSITIVITY`` of some rows of a candidate table.
 

@@ -9,7 +9,7 @@ from mlorq.hashing import digest_json
 from mlorq.layers import Layer
 from mlorq.overrides import layer_search
 from mlorq.scaled_costs import scaled_sensitivity
-from mlorq.sensitivity import LayerProbe, measured_sensitivity
+from mlorq.sensitivity import LayerProbe, local_sensitivity, measured_sensitivity
 from mlorq.store import ArtifactRef, table_bytes
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import settings_of, settings_params
@@ -24,10 +24,9 @@ def spec(
     params = {
         "layer": layer.name,
         "how": search.sensitivity,
-        "samples": search.samples,
-        "points": search.points,
+        **({} if search.sensitivity == "local" else {"samples": search.samples, "points": search.points}),
         **({"tolerance": search.tolerance} if search.sensitivity == "auto" else {}),
-        **cost_params(bench),
+        **({} if search.sensitivity == "local" else cost_params(bench)),
         **settings_params(layer_search(search, layer)),
     }
     inputs: dict[str, ArtifactRef | str] = {
@@ -43,6 +42,9 @@ def spec(
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     layers = bench.layer_list(spec.artifact("layers"))
     layer = layers[spec.params["layer"]]
+    if spec.params["how"] == "local":
+        table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
+        return {"sensitivity.parquet": table_bytes(local_sensitivity(table))}
     search = bench.search(layer, spec.artifact("capture"), settings_of(spec.params))
     table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
     params = spec.params

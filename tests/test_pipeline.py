@@ -258,6 +258,18 @@ def test_held_out_costs_are_measured_and_scaled_in_the_best_preset(folder):
         assert set(how) == {"measured", "closed_form"}
 
 
+def test_local_costs_are_taken_as_they_are_where_asked(folder):
+    (result,), _ = run(folder, **BEST, search__sensitivity="local", search__rounds=0)
+    store = Store(f"file://{folder / '.mlorq'}")
+    references = {role: ArtifactRef(value["step"], value["key"]) for role, value in result["artifacts"].items()}
+    for layer in (role.removeprefix("sensitivity/") for role in references if role.startswith("sensitivity/")):
+        rows = store.read_table(references[f"candidates/{layer}"], "candidates.parquet").to_pylist()
+        local = {row["candidate_id"]: row["local_cost"] for row in rows if row["on_front"]}
+        found = store.read_table(references[f"sensitivity/{layer}"], "sensitivity.parquet").to_pylist()
+        assert {row["candidate_id"]: row["global_cost"] for row in found} == local
+        assert {row["how"] for row in found} == {"local"}
+
+
 def test_allocations_are_measured_and_never_worse_than_the_program_or_the_best_uniform_one(folder):
     (result,), done = run(folder, **BEST, search__rounds=2)
     assert {"allocate", "refine"} <= computed(done)
