@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hessian_min_probes": 8,
             "hessian_mode": "probes",
             "metric": "moments",
-            "token_weights": True,
+            "token_weights": 0.5,  # roots: with all of a weight too few tokens decide, and their noise is fitted
             "forms": ["Q", "LR", "QLR"],
             "sensitivity": "auto",
             "points": 6,
