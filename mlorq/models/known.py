@@ -81,8 +81,8 @@ KNOWN = [
     ),
     KnownModel(
         "detection", "mask_rcnn_swin_tiny, mask_rcnn_swin_small", "instance-segmentation",
-        f"{RANDOM}; both published layouts of checkpoints; Swin-T at full size loads and runs", "",
-        "examples/mask_rcnn_swin_tiny.yaml",
+        f"{RANDOM}; both published layouts of checkpoints; Swin-T at full size loads, runs and was searched on a GPU", "",
+        _run("mask_rcnn_swin_tiny", "mask_rcnn_swin_small"),
     ),
     KnownModel(
         "transformers", "DetrForObjectDetection and its like", "object-detection", RANDOM, "",
