@@ -97,7 +97,9 @@ class Estimate:
         if step == "capture":
             return self._capture()
         if step == "activations" and self.bench.config.activations is not None:
-            return 4 * self.speed.forward * self.bench.config.activations.samples
+            # Weighing tokens takes a forward and two backward passes.
+            passes = 8 if self.bench.config.activations.method == "adalog" else 4
+            return passes * self.speed.forward * self.bench.config.activations.samples
         if step in ("baseline", "evaluate"):
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
         if step == "round":

@@ -320,6 +320,22 @@ def test_tokens_are_drawn_by_their_importance(seed):
     assert shares == pytest.approx([1 / 200, 100 / 299], abs=0.03)
 
 
+def test_calls_after_the_first_are_looked_at_too(seed):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(self.shared(x)[:, :3]).flatten(1)
+
+    model = from_module(Twice())
+    batches = [drawn(5, 7, 4, seed=seed)]
+    layers = find_layers(model, batches[0]).layers
+    (found,) = survey(model, layers, batches, importance=[{"shared": torch.rand(5, 7) + 0.1}])
+    assert [len(part) for part in found.parts] == [5 * 7, 5 * 3]
+
+
 def test_padding_is_never_drawn(seed):
     x = drawn(4, 10, 6, seed=seed)
     mask = torch.arange(10) < torch.tensor([[3], [10], [5], [1]])
