@@ -22,7 +22,7 @@ from mlorq.errors import MlorqError
 PARTS: dict[str, dict[str, Any]] = {
     "best": {},
     "tokens alike": {"search.token_weights": False},
-    "roots of token weights": {"search.token_weights": 0.5},
+    "whole token weights": {"search.token_weights": True},
     "candidates in the Hessian's metric": {
         "search.metric": "hessian",
         "search.token_weights": False,

@@ -240,9 +240,7 @@ def measure(
     config = RunConfig.from_mapping(values, str(folder))
     started = time.perf_counter()
     bench = Workbench(config, Store(config.resolve(config.store)), device)
-    executor = Pool(bench, progress)
-    executor.workers = workers
-    with executor:
+    with Pool(bench, workers, progress) as executor:
         (compressed,) = run_pipeline(bench, executor, config.budgets)
     result = result_json(bench, compressed)
     seconds = time.perf_counter() - started

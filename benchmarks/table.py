@@ -70,11 +70,11 @@ def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats(place.device)
     bench = Workbench(config, Store(config.resolve(config.store)), place.device)
     outcomes: list[Outcome] = []
-    executor = Pool(
-        bench, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr), outcomes.append
-    )
-    executor.workers = place.workers
-    with executor:
+
+    def progress(label: str, done: int, total: int) -> None:
+        print(f"  {label} {done}/{total}", file=sys.stderr)
+
+    with Pool(bench, place.workers, progress, outcomes.append) as executor:
         (result,) = run_pipeline(bench, executor, [budget])
     found = result_json(bench, result)
     computed = any(outcome.ref.step in ROUNDING and not outcome.reused for outcome in outcomes)

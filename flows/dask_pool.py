@@ -20,6 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from flows.runners import Runner, make_runner
+from flows.runners.base import LogOnly
 from mlorq.config import RunConfig
 from mlorq.errors import ConfigError
 from mlorq.hashing import digest_json
@@ -124,7 +125,7 @@ def carry_out_there(label: str, spec: dict[str, Any], config: dict[str, Any], fo
         runner = _new_runner(run)
     log.info("%s: on %s", label, runner.place)
     try:
-        outcome = runner.run(StepSpec.from_json(spec), _LogOnly(log))
+        outcome = runner.run(StepSpec.from_json(spec), LogOnly(log))
     finally:
         idle.append(runner)
     log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)
@@ -147,19 +148,3 @@ def _idle_runners(worker: Any, run: str) -> deque[Runner]:
 def _new_runner(config: RunConfig) -> Runner:
     device = devices(config)[0]
     return make_runner(config, device, lambda: Workbench(config, open_store(config), device))
-
-
-class _LogOnly:
-    """A watch on a cluster's worker: the flow hears of a step when it is over."""
-
-    def __init__(self, log: Any) -> None:
-        self._log = log
-
-    def progress(self, done: int, total: int) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def log(self, line: str) -> None:
-        self._log.debug("%s", line)

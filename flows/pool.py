@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
 
 from flows.runners import ChildRunner
+from flows.runners.base import LogOnly
 from steps.base import Outcome, StepSpec, find
 from steps.inprocess import InProcess
+from steps.workbench import Workbench
 
 
 class Pool(InProcess):
@@ -18,7 +21,15 @@ class Pool(InProcess):
     One process seldom keeps a GPU busy: small kernels of several fill it. Used as a context manager, it ends them.
     """
 
-    workers = 1
+    def __init__(
+        self,
+        bench: Workbench,
+        workers: int = 1,
+        progress: Callable[[str, int, int], None] | None = None,
+        record: Callable[[Outcome], object] | None = None,
+    ) -> None:
+        super().__init__(bench, progress, record)
+        self.workers = workers
 
     def __enter__(self) -> Pool:
         self._runners = [ChildRunner(self.bench.config, self.bench.device) for _ in range(self.workers)]
@@ -50,19 +61,6 @@ class Pool(InProcess):
             return known
         runner = self._free.get()
         try:
-            return runner.run(spec, _Quiet())
+            return runner.run(spec, LogOnly(logging.getLogger(__name__)))
         finally:
             self._free.put(runner)
-
-
-class _Quiet:
-    """A watch that nobody looks at."""
-
-    def progress(self, done: int, total: int) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def log(self, line: str) -> None:
-        pass

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import mlorq
 from mlorq.closed_form import ClosedForm, Metric
@@ -22,6 +23,8 @@ from tests.test_rounding import correlated_tokens, moments_of, searched
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 SEARCH: dict[str, Any] = {"samples": 8, "points": 3, "hessian_samples": 8, "hessian_probes": 8, "rounds": 1}
+
+SMALL: dict[str, Any] = {"samples": 4, "points": 2, "hessian_samples": 4, "hessian_probes": 8}
 
 
 def on_gpu(quantizer: RowQuantizer) -> RowQuantizer:
@@ -77,22 +80,17 @@ def test_recorded_iterations_are_iterations(seed: int, monkeypatch: pytest.Monke
         assert found[0].error_after == pytest.approx(found[1].error_after, rel=1e-3)
 
 
+def on_both(module: nn.Module, batches: list[Any], **options: Any) -> tuple[mlorq.CompressionResult, ...]:
+    """The same compression on the CPU and on the GPU."""
+    return tuple(mlorq.compress(copy.deepcopy(module), batches, device=device, **options) for device in ("cpu", "cuda"))
+
+
 @pytest.mark.parametrize("preset", ["quick", "best"])
 def test_the_same_configuration_is_chosen(preset: str, seed: int) -> None:
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
     batches = [zoo.pixels(8, seed + index) for index in range(4)]
-    here, there = (
-        mlorq.compress(
-            copy.deepcopy(module),
-            batches,
-            budget="3.5bit",
-            preset=preset,
-            search=SEARCH,
-            rounding="gptq",  # where later layers make up for earlier ones, a tie goes a long way
-            device=device,
-        )
-        for device in ("cpu", "cuda")
-    )
+    # GPTQ alone: where later layers make up for earlier ones, a tie goes a long way.
+    here, there = on_both(module, batches, budget="3.5bit", preset=preset, search=SEARCH, rounding="gptq")
     chosen = [result.allocation.column("candidate_id").to_pylist() for result in (here, there)]
     assert chosen[0] == chosen[1] or there.metrics["predicted_cost"] == pytest.approx(
         here.metrics["predicted_cost"], rel=1e-4
@@ -115,19 +113,15 @@ def test_the_same_configuration_is_chosen(preset: str, seed: int) -> None:
 def test_quantized_activations(rounding: str, activations: str, seed: int) -> None:
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
     batches = [zoo.pixels(8, seed + index) for index in range(4)]
-    here, there = (
-        mlorq.compress(
-            copy.deepcopy(module),
-            batches,
-            budget="4bit",
-            preset="quick",
-            search={"samples": 4, "points": 2, "hessian_samples": 4, "hessian_probes": 8},
-            rounding=rounding,
-            rounding_iterations=10,
-            activations={"bits": 6, "method": activations},
-            device=device,
-        )
-        for device in ("cpu", "cuda")
+    here, there = on_both(
+        module,
+        batches,
+        budget="4bit",
+        preset="quick",
+        search=SMALL,
+        rounding=rounding,
+        rounding_iterations=10,
+        activations={"bits": 6, "method": activations},
     )
     assert there.metrics["nmse"] == pytest.approx(here.metrics["nmse"], rel=0.5)
     with torch.no_grad():
@@ -145,18 +139,8 @@ def test_embedding_tables(seed: int) -> None:
         }
         for _ in range(3)
     ]
-    found = [
-        mlorq.compress(
-            copy.deepcopy(module),
-            batches,
-            budget="5bit",
-            preset="quick",
-            search={"samples": 4, "points": 2, "hessian_samples": 4, "hessian_probes": 8},
-            rounding="gptq",
-            embeddings={"bits": 4},
-            device=device,
-        ).metrics
-        for device in ("cpu", "cuda")
-    ]
-    assert found[1]["nmse"] == pytest.approx(found[0]["nmse"], rel=0.3)
-    assert found[1]["embedding_bytes"] == found[0]["embedding_bytes"]
+    here, there = on_both(
+        module, batches, budget="5bit", preset="quick", search=SMALL, rounding="gptq", embeddings={"bits": 4}
+    )
+    assert there.metrics["nmse"] == pytest.approx(here.metrics["nmse"], rel=0.3)
+    assert there.metrics["embedding_bytes"] == here.metrics["embedding_bytes"]

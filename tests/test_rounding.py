@@ -11,7 +11,7 @@ from mlorq.layers import find_layers, weight_matrix
 from mlorq.paired import InputMoments, PairedForward
 from mlorq.rounding import METHODS, RoundingSettings
 from mlorq.rounding.base import output_error
-from mlorq.rounding.lra import _Objective, _SoftMatrix
+from mlorq.rounding.lra import DECAYS, EPSILON, _Objective, _SoftMatrix, radam_scalars
 from tests.nets import images, token_net
 
 CANDIDATES = [
@@ -108,6 +108,24 @@ def test_lra_lowers_the_error_on_correlated_inputs(candidate, seed, device):
         allowed = floor.clamp(0, 2**stored.bits - 1).cpu(), (floor + 1).clamp(0, 2**stored.bits - 1).cpu()
         codes = stored.codes.float()
         assert ((codes == allowed[0]) | (codes == allowed[1])).all()
+
+
+def test_scalars_of_radam_are_torchs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(7, generator=generator, dtype=torch.float64)
+    theirs, ours = values.clone(), values.clone()
+    optimiser = torch.optim.RAdam([theirs], lr=0.03)
+    mean, square = torch.zeros_like(ours), torch.zeros_like(ours)
+    for step in range(1, 40):
+        gradient = torch.randn(7, generator=generator, dtype=torch.float64)
+        theirs.grad = gradient
+        optimiser.step()
+        mean = DECAYS[0] * mean + (1 - DECAYS[0]) * gradient
+        square = DECAYS[1] * square + (1 - DECAYS[1]) * gradient.square()
+        rate, rectified = radam_scalars(step, 0.03)
+        ours -= rate * mean * (rectified / (square.sqrt() + EPSILON) if rectified else 1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert rectified > 0
 
 
 def test_lra_keeps_nearest_rounding_where_learning_does_not_help(seed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from steps.base import Outcome, StepSpec
 
@@ -20,6 +20,27 @@ class Watch(Protocol):
 
     def log(self, line: str) -> None:
         """A line that the step's process wrote."""
+
+
+class LogOnly:
+    """A watch for those who hear of a step when it is over.
+
+    Args:
+        log: gets the lines that a step's process writes, as debugging messages.
+    """
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def progress(self, done: int, total: int) -> None:
+        """Nobody asks."""
+
+    def check(self) -> None:
+        """The run goes on."""
+
+    def log(self, line: str) -> None:
+        """A line that the step's process wrote."""
+        self._log.debug("%s", line)
 
 
 class Runner(Protocol):

@@ -127,10 +127,10 @@ def survey(
             observed = found[name]
             observed.size = max(observed.size, values.numel() // count)
             kind = kinds.get(name)
-            tokens = input_tokens(model.module.get_submodule(name), values, count) if name in weighed else None
+            weights = weighed.get(name) if kind == "linear" else None
+            tokens = values if weights is None else input_tokens(model.module.get_submodule(name), values, count)
             # Weights are of a layer's first call; a later one may see other tokens.
-            if kind == "linear" and tokens is not None and weighed[name].shape == tokens.shape[:2]:
-                weights = weighed[name]
+            if weights is not None and weights.shape == tokens.shape[:2]:
                 counted = counting(mask, tokens)
                 chosen = torch.ones_like(weights, dtype=torch.bool) if counted is None else counted.to(weights.device)
                 observed.add(tokens[chosen.to(tokens.device)], share, generator, weights[chosen])

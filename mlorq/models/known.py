@@ -81,7 +81,7 @@ KNOWN = [
     ),
     KnownModel(
         "detection", "mask_rcnn_swin_tiny, mask_rcnn_swin_small", "instance-segmentation",
-        f"{RANDOM}; both published layouts of checkpoints; Swin-T at full size was searched on a GPU", "",
+        f"{RANDOM}; both published layouts of checkpoints; Swin-T at full size loads and runs", "",
         _run("mask_rcnn_swin_tiny", "mask_rcnn_swin_small"),
     ),
     KnownModel(

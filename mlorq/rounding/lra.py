@@ -28,6 +28,7 @@ from mlorq.rounding.closed_form import closed_form
 from mlorq.rounding.erq import moved_search
 
 GAMMA, ZETA = -0.1, 1.1
+DECAYS, EPSILON = (0.9, 0.999), 1e-8  # of RAdam, as in torch.optim
 CHECK_EVERY = 50  # iterations between looks at the exact loss
 
 
@@ -223,3 +224,24 @@ def _fused_step(
         iterations.done()
 
     return recorded(step)
+
+
+def radam_scalars(step: int, learning_rate: float) -> tuple[float, float]:
+    """What RAdam (arXiv 1908.03265) multiplies the first moment with, and the second one's inverse root.
+
+    Args:
+        step: from 1.
+        learning_rate: its own.
+
+    Returns:
+        The rate over the first bias correction, and rectification times the root of the second one's: 0 in the first
+        steps, in which the second moment is not used.
+    """
+    first, second = DECAYS
+    most = 2 / (1 - second) - 1
+    length = most - 2 * step * second**step / (1 - second**step)
+    rate = learning_rate / (1 - first**step)
+    if length <= 5:
+        return rate, 0.0
+    rectification = ((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)) ** 0.5
+    return rate, rectification * (1 - second**step) ** 0.5

@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlorq.rounding.lra import DECAYS, EPSILON, GAMMA, ZETA, radam_scalars
+
 BLOCK = 1024  # entries a program
-GAMMA, STRETCH = tl.constexpr(-0.1), tl.constexpr(1.2)  # as in ``lra``: ζ - γ
-DECAYS, EPSILON = (0.9, 0.999), 1e-8  # of RAdam, as in torch.optim
+LEAST, STRETCH = tl.constexpr(GAMMA), tl.constexpr(ZETA - GAMMA)
 FIRST, SECOND, TINY = tl.constexpr(DECAYS[0]), tl.constexpr(DECAYS[1]), tl.constexpr(EPSILON)
 
 
 @triton.jit
 def _rectified(alpha):  # type: ignore[no-untyped-def]
-    return tl.minimum(tl.maximum(tl.sigmoid(alpha) * STRETCH + GAMMA, 0.0), 1.0)
+    return tl.minimum(tl.maximum(tl.sigmoid(alpha) * STRETCH + LEAST, 0.0), 1.0)
 
 
 @triton.jit
@@ -127,24 +128,3 @@ class FusedMatrix:
                 count,
                 BLOCK=BLOCK,
             )
-
-
-def radam_scalars(step: int, learning_rate: float) -> tuple[float, float]:
-    """What RAdam (arXiv 1908.03265) multiplies the first moment with, and the second one's inverse root.
-
-    Args:
-        step: from 1.
-        learning_rate: its own.
-
-    Returns:
-        The rate over the first bias correction, and rectification times the root of the second one's: 0 in the first
-        steps, in which the second moment is not used.
-    """
-    first, second = DECAYS
-    most = 2 / (1 - second) - 1
-    length = most - 2 * step * second**step / (1 - second**step)
-    rate = learning_rate / (1 - first**step)
-    if length <= 5:
-        return rate, 0.0
-    rectification = ((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)) ** 0.5
-    return rate, rectification * (1 - second**step) ** 0.5
