@@ -107,7 +107,8 @@ def test_digits_is_trained_and_compressed_with_little_loss(digits, tmp_path):
 
 def test_the_file_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (code,) = [block for block in blocks if "class Net(nn.Module)" in block]
+    (code,) = [block for block in blocks if "mlorq.compress(model, list(" in block]
+    assert len([line for line in code.splitlines() if line]) <= 20
     monkeypatch.chdir(tmp_path)
     found: dict = {"__name__": "__main__"}
     exec(compile(code, "README.md", "exec"), found)
