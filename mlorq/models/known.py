@@ -66,7 +66,8 @@ KNOWN = [
         "3 bit: Spearman 0.8242 (float 0.8203), output NMSE 0.0599", "make demo",
     ),
     KnownModel(
-        "transformers", "sentence encoders, with the pooling of their folder", PAIRS, RANDOM, "", _run("minilm"),
+        "transformers", "sentence encoders, with pooling and dense layers of their folder", PAIRS, RANDOM, "",
+        _run("minilm"),
     ),
     KnownModel(
         "transformers", "BertForSequenceClassification", TEXTS,

@@ -1,15 +1,13 @@
 """How a sentence encoder's tokens become one vector: as its folder says, or by their mean, L2-normalised.
 
 A folder of the sentence-transformers library lists its modules in ``modules.json``: a transformer, a pooling (``mean``,
-``max`` or ``cls``, the first token that counts) and perhaps a normalisation. That is all of it here: what would need
-weights of its own after the pooling, such as a dense layer, would be no part of the compressed checkpoint.
+``max`` or ``cls``, the first token that counts), perhaps dense layers, and perhaps a normalisation. Without dense
+layers the compressed module is the transformer, with them a ``SentenceEncoder``, so that they are compressed too.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 
 from mlorq.errors import ModelError
 from mlorq.models.base import Batch
+from mlorq.models.sentence_dense import Dense, DenseSettings, load_weights, read_settings
+from mlorq.models.sentence_files import read_json
 
 MODULES = "modules.json"
 # In the order in which sentence-transformers puts several of them side by side.
@@ -41,24 +41,96 @@ class SentenceEmbedding:
         pooling: how tokens are put together; several are put side by side.
         normalised: whether the result has length one.
         inside: folder of the transformer in the encoder's folder.
+        dense: layers between pooling and normalisation, and their folders.
     """
 
     pooling: tuple[str, ...] = ("mean",)
     normalised: bool = True
     inside: str = ""
+    dense: tuple[tuple[DenseSettings, str], ...] = ()
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Embeddings, ``(samples, width)`` float32; padding has no part in them."""
-        hidden = module(**batch).last_hidden_state.float()
+        """Embeddings, ``(samples, width)`` float32; padding has no part in them.
+
+        ``module`` is the transformer, or a ``SentenceEncoder``.
+        """
+        if isinstance(module, SentenceEncoder):
+            found: Tensor = module(**batch)
+            return found
+        return _finished(self.pooled(module, batch), self.normalised)
+
+    def pooled(self, transformer: nn.Module, batch: Batch) -> Tensor:
+        """What the pooling makes of a transformer's tokens, ``(samples, width)`` float32."""
+        hidden = transformer(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].to(hidden.device)
-        found = torch.cat([_pooled(kind, hidden, mask) for kind in self.pooling], 1)
-        return F.normalize(found, dim=1) if self.normalised else found
+        return torch.cat([_pooled(kind, hidden, mask) for kind in self.pooling], 1)
 
     def described(self) -> dict[str, Any]:
         """What an architecture says of it: nothing of the usual one."""
-        if (self.pooling, self.normalised) == (("mean",), True):
+        if (self.pooling, self.normalised, self.dense) == (("mean",), True, ()):
             return {}
-        return {"pooling": list(self.pooling), "normalised": self.normalised}
+        found = {"pooling": list(self.pooling), "normalised": self.normalised}
+        return found | ({"dense": [settings.described() for settings, _ in self.dense]} if self.dense else {})
+
+
+class SentenceEncoder(nn.Module):
+    """A transformer, its pooling, dense layers and perhaps a normalisation: calling it gives embeddings."""
+
+    def __init__(
+        self, transformer: nn.Module, pooling: Sequence[str], normalised: bool, dense: Sequence[DenseSettings]
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.dense = nn.ModuleList(Dense(settings) for settings in dense)
+        self.embedding = SentenceEmbedding(tuple(pooling), normalised)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Embeddings, ``(samples, width)`` float32, of what a tokenizer gives, ``attention_mask`` included."""
+        found = self.embedding.pooled(self.transformer, batch)
+        found = found.to(next(self.transformer.parameters()).dtype)
+        for layer in self.dense:
+            found = layer(found)
+        return _finished(found.float(), self.embedding.normalised)
+
+
+def with_dense(transformer: nn.Module, embedding: SentenceEmbedding, location: str, name: str) -> SentenceEncoder:
+    """A transformer with the dense layers of its encoder's folder, in the transformer's dtype.
+
+    Args:
+        transformer: loaded.
+        embedding: of ``read_embedding``.
+        location: the encoder's folder, or a hub name.
+        name: of the model, for errors.
+
+    Raises:
+        ModelError: weights are missing or damaged, or a layer is not as wide as what it reads.
+    """
+    settings = [each for each, _ in embedding.dense]
+    width = int(transformer.config.hidden_size) * len(embedding.pooling)  # type: ignore[arg-type, union-attr]
+    for each, folder in embedding.dense:
+        if each.in_features != width:
+            raise ModelError(f"model {name!r}: {folder} takes {each.in_features} numbers and is given {width}")
+        width = each.out_features
+    module = SentenceEncoder(transformer, embedding.pooling, embedding.normalised, settings)
+    for layer, (_, folder) in zip(module.dense, embedding.dense, strict=True):
+        assert isinstance(layer, Dense)
+        load_weights(layer, location, folder, name)
+    module.dense.to(next(transformer.parameters()).dtype)
+    return module
+
+
+def rebuilt(transformer: nn.Module, architecture: Mapping[str, Any]) -> nn.Module:
+    """The module of an architecture around its transformer: that alone where it has no dense layers."""
+    if "dense" not in architecture:
+        return transformer
+    dense = [DenseSettings(**settings) for settings in architecture["dense"]]
+    module = SentenceEncoder(transformer, architecture["pooling"], architecture["normalised"], dense)
+    module.dense.to(next(transformer.parameters()).dtype)
+    return module
+
+
+def _finished(found: Tensor, normalised: bool) -> Tensor:
+    return F.normalize(found, dim=1) if normalised else found
 
 
 def _pooled(kind: str, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -82,11 +154,12 @@ def read_embedding(location: str, name: str) -> SentenceEmbedding:
     Raises:
         ModelError: it has a module or a pooling that is not known here, or its files are damaged.
     """
-    modules = _read_json(location, MODULES, name)
+    modules = read_json(location, MODULES, name)
     if modules is None:
         return SentenceEmbedding()
     pooling: tuple[str, ...] | None = None
     normalised, inside = False, ""
+    dense: list[tuple[DenseSettings, str]] = []
     try:
         listed = [(str(each["type"]), str(each["path"])) for each in modules]
     except (TypeError, KeyError):
@@ -96,17 +169,19 @@ def read_embedding(location: str, name: str) -> SentenceEmbedding:
         if index == 0 and short == "Transformer":
             inside = path
         elif short == "Pooling" and pooling is None and not normalised:
-            pooling = _pooling(_read_json(location, f"{path}/config.json", name), name, path)
+            pooling = _pooling(read_json(location, f"{path}/config.json", name), name, path)
+        elif short == "Dense" and pooling is not None and not normalised:
+            dense.append((read_settings(location, path, name), path))
         elif short == "Normalize" and pooling is not None:
             normalised = True
         else:
             raise ModelError(
                 f"model {name!r}: its module {index} ({short}) is not supported after a transformer; known are one "
-                "Pooling and then a Normalize"
+                "Pooling, then Dense layers and a Normalize"
             )
     if pooling is None:
         raise ModelError(f"model {name!r}: {MODULES} has no Pooling")
-    return SentenceEmbedding(pooling, normalised, inside)
+    return SentenceEmbedding(pooling, normalised, inside, tuple(dense))
 
 
 def _pooling(settings: Any, name: str, path: str) -> tuple[str, ...]:
@@ -120,28 +195,3 @@ def _pooling(settings: Any, name: str, path: str) -> tuple[str, ...]:
         if mode not in POOLINGS:
             raise ModelError(f"model {name!r}: pooling {mode!r} is not supported; known are {', '.join(POOLINGS)}")
     return modes
-
-
-def _read_json(location: str, file: str, name: str) -> Any:
-    """A JSON file of a folder or of the hub; None where there is none."""
-    path: str | None = os.path.join(location, file)
-    if not os.path.isdir(location):
-        from transformers.utils import cached_file
-
-        try:
-            path = cached_file(
-                location,
-                file,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from error
-    if path is None or not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as opened:
-            return json.load(opened)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name!r}: {file} cannot be read: {' '.join(str(error).split())}") from error

@@ -18,7 +18,7 @@ from mlorq.config import ModelConfig
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.locations import is_remote, resolve_location
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
-from mlorq.models.sentence import read_embedding
+from mlorq.models.sentence import read_embedding, rebuilt, with_dense
 from mlorq.models.transformers_detection import OUTPUTS, mark_samples
 
 ATTENTION = "sdpa"
@@ -32,7 +32,7 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
     Raises:
         ModelError: there is no such model, or its weights do not fit.
     """
-    location = locate(config, folder)
+    location = encoder = locate(config, folder)
     embedding = None
     if config.task == "sentence-similarity" and os.path.isdir(location):
         embedding = read_embedding(location, config.name or "")
@@ -73,6 +73,8 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         embedding = read_embedding(location, config.name or "")
     if embedding is not None:
         architecture |= embedding.described()
+        if embedding.dense:
+            module = with_dense(module, embedding, encoder, config.name or "")
     return FloatModel(
         module,
         "transformers",
@@ -103,7 +105,7 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
     with _quiet():
         module = build(config, attn_implementation=architecture["attention"], **architecture.get("arguments", {}))
     assert isinstance(module, nn.Module)
-    return module
+    return rebuilt(module, architecture)
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
