@@ -268,15 +268,15 @@ def batch(samples: int = 2, seed: int = 0, size: tuple[int, int] = (64, 64)) -> 
 
 
 def test_outputs_have_one_width_and_samples_do_not_touch_each_other():
-    module = detectors.mask_rcnn(1)
-    both = batch()
+    module = detectors.mask_rcnn(1).double()  # batches of other sizes are added up in another order
+    both = move_batch(batch(), "cpu", torch.float64)
     with torch.no_grad():
         found = detection.label_free_outputs(module, both)
         alone = [
             detection.label_free_outputs(module, {name: value[i : i + 1] for name, value in both.items()})
             for i in range(2)
         ]
-        other = detection.label_free_outputs(module, batch(3, size=(32, 96)))
+        other = detection.label_free_outputs(module, move_batch(batch(3, size=(32, 96)), "cpu", torch.float64))
     points, regions = detection.POINTS**2, sum(number**2 for _, number in detection.REGIONS)
     width = points * 5 * 3 * 5 + regions * (4 + 3 * 4 + 3 * detection.MASK_POINTS**2)
     assert found.shape == (2, width)
