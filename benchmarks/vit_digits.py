@@ -8,19 +8,13 @@ Same images, same `paper` accounting, same 500 test images as the published figu
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from timm.models.vision_transformer import VisionTransformer
+from real.vit_digits_model import build, calibration_batches, evaluate, test_batches
 
 from mlorq.allocate import allocate, choices_from_tables
 from mlorq.candidates import CandidateSettings, LayerSearch, candidate_of
@@ -36,17 +30,6 @@ from mlorq.sensitivity import LayerProbe, measured_sensitivity, spread_batches
 # Published code on the same model and images: NMSE before and after 500 LRA iterations a layer.
 PUBLISHED = {3.0: ("1.2e-3", "6e-5"), 2.5: ("2.2e-3", "2.3e-4")}
 PUBLISHED_SECONDS = {"hessian": 6, "candidates": 499, "sensitivity": 217, "lra": 190}
-
-
-def images(rows: np.ndarray) -> torch.Tensor:
-    """Digits as ``(samples, 3, 32, 32)`` in [-1, 1]."""
-    pixels = load_digits().images
-    pictures = [
-        Image.fromarray((pixels[row] / 16 * 255).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-        for row in rows
-    ]
-    stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def main() -> None:
@@ -66,15 +49,11 @@ def main() -> None:
         spent[name] = spent.get(name, 0.0) + time.process_time() - started
         return result
 
-    module = VisionTransformer(**json.loads((arguments.folder / "config.json").read_text()))
-    module.load_state_dict(load_file(arguments.folder / "model.safetensors"))
+    module = build(arguments.folder)
     model = FloatModel(module, "custom", {}, blocks=[f"blocks.{index}" for index in range(6)], key="digits")
-    target = load_digits().target
-    train, test = train_test_split(np.arange(len(target)), test_size=500, stratify=target, random_state=0)
-    calibration, evaluation = list(images(train[:256]).split(32)), list(images(test).split(100))
+    calibration, evaluation = calibration_batches(), test_batches()
     reference = model_outputs(model, module, evaluation)
-    labels = torch.tensor(target[test])
-    print(f"float accuracy {float((reference.argmax(1) == labels).float().mean()):.4f}\n")
+    print(f"float accuracy {evaluate(module)['accuracy']:.4f}\n")
 
     found = find_layers(model, calibration[0])
     hessian = timed("hessian", lambda: label_free_hessian(model, found.layers, calibration[:1]))
@@ -116,7 +95,7 @@ def main() -> None:
             timed(f"{method} {bits} bit", round_all)
             outputs = model_outputs(model, paired.compressed, evaluation)
             nmse[method] = output_nmse(outputs, reference)
-            accuracy = float((outputs.argmax(1) == labels).float().mean())
+            accuracy = evaluate(paired.compressed)["accuracy"]
         before, after = PUBLISHED[bits]
         low_rank = sum(candidate.form == "LR" for candidate in chosen)
         print(
