@@ -272,6 +272,7 @@ def test_sentence_embedding_is_the_mean_over_the_tokens(encoder, tmp_path):
     ("kind", "task"),
     [
         ("bert", "sentence-similarity"),
+        ("mpnet", "sentence-similarity"),
         ("bert-classifier", "text-classification"),
         ("distilbert-classifier", "text-classification"),
         ("roberta-classifier", "text-classification"),
@@ -288,7 +289,7 @@ def test_padding_counts_nowhere(kind, task, tmp_path):
     noisy["input_ids"] = torch.where(together["attention_mask"] == 1, together["input_ids"], 7)
     padded = together["attention_mask"] == 0
     assert padded.any()
-    if kind.startswith("roberta"):  # which counts positions by looking for the padding token
+    if kind.startswith(("roberta", "mpnet")):  # which count positions by looking for the padding token
         noisy = together
     wanted = model_outputs(model, model.module, alone)
     torch.testing.assert_close(model_outputs(model, model.module, [together]), wanted, atol=2e-6, rtol=1e-5)
@@ -328,6 +329,18 @@ def test_classifiers_load_and_rebuild_to_equal_outputs(kind, tmp_path):
     again = rebuild(json.loads(json.dumps(model.architecture))).eval()
     again.load_state_dict(model.module.state_dict())
     assert torch.equal(model.outputs(again, batch), model.outputs(model.module, batch))
+
+
+def test_attention_is_fused_where_the_architecture_can(tmp_path):
+    """MPNet, of which the most used sentence encoders are made, cannot."""
+    for kind, wanted in (("bert", "sdpa"), ("mpnet", "eager")):
+        module = zoo.save_text_model(tmp_path / kind, kind, seed=2)
+        model = load_model(text_config(kind), str(tmp_path))
+        assert model.architecture["attention"] == wanted
+        batch = encode(zoo.SENTENCES)
+        again = rebuild(json.loads(json.dumps(model.architecture))).eval()
+        again.load_state_dict(module.state_dict())
+        assert torch.equal(model.outputs(again, batch), model.outputs(model.module, batch))
 
 
 @pytest.mark.parametrize("arguments", [{}, {"add_pooling_layer": False}])

@@ -18,6 +18,7 @@ from tests import zoo
 
 KINDS = [
     ("bert", "sentence-similarity", {}),
+    ("mpnet", "sentence-similarity", {}),
     ("bert-classifier", "text-classification", {"num_labels": 3}),
     ("distilbert-classifier", "text-classification", {}),
     ("roberta-classifier", "text-classification", {"num_labels": 1}),
@@ -47,8 +48,8 @@ def batches(model: FloatModel, extra: int = 0, noise: int | None = None) -> list
 
 def variants(model: FloatModel) -> list[list[dict[str, torch.Tensor]]]:
     found = [batches(model, 1), batches(model, 9)]
-    # RoBERTa finds its positions by looking for the padding token: another one there is another text.
-    if model.module.config.model_type != "roberta":
+    # RoBERTa and MPNet find positions by looking for the padding token: another one there is another text.
+    if model.module.config.model_type not in ("roberta", "mpnet"):
         found.append(batches(model, 3, noise=9))
     return found
 

@@ -79,7 +79,7 @@ def tokenizer(lower: bool = True) -> Any:
 
 
 def text_model(kind: str, seed: int = 0, **settings: Any) -> nn.Module:
-    """``bert``, ``bert-classifier``, ``distilbert-classifier`` or ``roberta-classifier``."""
+    """``bert``, ``mpnet``, ``bert-classifier``, ``distilbert-classifier`` or ``roberta-classifier``."""
     import transformers
 
     width = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -87,6 +87,7 @@ def text_model(kind: str, seed: int = 0, **settings: Any) -> nn.Module:
         width = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
     names = {
         "bert": ("BertConfig", "BertModel"),
+        "mpnet": ("MPNetConfig", "MPNetModel"),
         "bert-classifier": ("BertConfig", "BertForSequenceClassification"),
         "distilbert-classifier": ("DistilBertConfig", "DistilBertForSequenceClassification"),
         "roberta-classifier": ("RobertaConfig", "RobertaForSequenceClassification"),

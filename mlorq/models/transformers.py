@@ -21,7 +21,6 @@ from mlorq.models.base import Batch, FloatModel, attention_mask, same_constructi
 from mlorq.models.sentence import read_embedding, rebuilt, with_dense
 from mlorq.models.transformers_detection import OUTPUTS, mark_samples
 
-ATTENTION = "sdpa"
 # What a configuration says about its origin and not about its function.
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
@@ -39,12 +38,13 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
         location = os.path.join(location, embedding.inside)
     dtype = getattr(torch, config.dtype)
     auto = _auto_class(config.task)
-    # Convolutional backbones know of no fused attention, and refuse to be asked for it.
-    attention = "eager" if config.task in OUTPUTS else ATTENTION
     arguments = dict(config.arguments)
     try:
         with _quiet():
-            settings = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+            settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+            if config.task in OUTPUTS:
+                # Convolutional backbones know of no fused attention, and refuse to be asked for it.
+                settings["attn_implementation"] = "eager"
             module, info = auto.from_pretrained(location, **settings, **arguments)
             missing = info.get("missing_keys") or ()
             if config.task == "sentence-similarity" and missing and all(str(k).startswith("pooler.") for k in missing):
@@ -61,7 +61,8 @@ def load(config: ModelConfig, folder: str = "") -> FloatModel:
     architecture: dict[str, Any] = {
         "family": "transformers",
         "task": config.task,
-        "attention": attention,
+        # Fused where the architecture can, which not all can (MPNet).
+        "attention": module.config._attn_implementation,
         "config": _described(module),
     }
     # Arguments of the constructor, unlike those that change the configuration, are described nowhere else.
