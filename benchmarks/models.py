@@ -97,6 +97,12 @@ def _bert(size: str, width: int, layers: int, name: str = "BertForSequenceClassi
 # The tokenizer below pads with 0 and has two token types, unlike RoBERTa's own.
 _ROBERTA = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "type_vocab_size": 2, "vocab_size": 50265}
 _DISTILBERT = {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
+THINGS = [f"thing{index}" for index in range(80)]
+_LABELS = {"id2label": dict(enumerate(THINGS)), "label2id": {name: index for index, name in enumerate(THINGS)}}
+_SWIN_TINY = {"model_type": "swin", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+# Of transformers' detectors, by task. Smaller images than they were made for: what they cost is not the point.
+PROCESSORS = {"object-detection": "DetrImageProcessor", "instance-segmentation": "Mask2FormerImageProcessor"}
+IMAGE = {"shortest_edge": 256, "longest_edge": 352}
 
 MODELS: dict[str, Recipe] = {
     "vit_tiny_patch16_224": _timm("tiny", "vit_tiny_patch16_224"),
@@ -122,6 +128,14 @@ MODELS: dict[str, Recipe] = {
     "roberta_small": _bert("small", 384, 6, "RobertaForSequenceClassification", **_ROBERTA),
     "roberta_base": _bert("base", 768, 12, "RobertaForSequenceClassification", **_ROBERTA),
     "bert_large": _bert("large", 1024, 24),
+    "detr_resnet50": Recipe("base", "transformers", "DetrForObjectDetection", _LABELS, "object-detection"),
+    "mask2former_swin_tiny": Recipe(
+        "base",
+        "transformers",
+        "Mask2FormerForUniversalSegmentation",
+        {"backbone_config": _SWIN_TINY, **_LABELS},
+        "instance-segmentation",
+    ),
     "mask_rcnn_swin_tiny": Recipe("large", "detection", "mask_rcnn_swin_tiny"),
     "mask_rcnn_swin_small": Recipe("large", "detection", "mask_rcnn_swin_small"),
 }
@@ -153,18 +167,22 @@ def write_model(recipe: Recipe, module: nn.Module, folder: Path) -> dict[str, An
         safetensors.torch.save_file(module.state_dict(), folder / "weights.safetensors")
         named = {"family": recipe.family, "name": recipe.name, "arguments": recipe.arguments}
         return named | {"checkpoint": "weights.safetensors"}
-    from transformers import BertTokenizerFast
+    import transformers
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     module.save_pretrained(folder / "model")
-    BertTokenizerFast(vocab={word: index for index, word in enumerate(vocabulary)}).save_pretrained(folder / "model")
+    if recipe.task in PROCESSORS:
+        getattr(transformers, PROCESSORS[recipe.task])(size=IMAGE).save_pretrained(folder / "model")
+    else:
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        tokenizer = transformers.BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
+        tokenizer.save_pretrained(folder / "model")
     return {"family": "transformers", "name": "model", "task": recipe.task}
 
 
 def write_data(recipe: Recipe, folder: Path, samples: int, classes: int) -> dict[str, Any]:
-    """Images in a folder or texts in a table; gives the configuration's ``data`` section."""
+    """Images in a folder, of COCO, or texts in a table; gives the configuration's ``data`` section."""
     rng = np.random.default_rng(0)
-    if recipe.family == "detection":
+    if recipe.family == "detection" or recipe.task in PROCESSORS:
         return _write_coco(folder, samples, rng)
     if recipe.family == "timm":
         (folder / "images").mkdir()
@@ -190,7 +208,7 @@ def write_data(recipe: Recipe, folder: Path, samples: int, classes: int) -> dict
 def _write_coco(folder: Path, samples: int, rng: np.random.Generator) -> dict[str, Any]:
     """Images of COCO's usual size with a box each, which calibrate and are evaluated."""
     (folder / "images").mkdir()
-    box, categories = [80, 60, 200, 160], [{"id": index + 1, "name": f"thing{index}"} for index in range(80)]
+    box, categories = [80, 60, 200, 160], [{"id": index + 1, "name": name} for index, name in enumerate(THINGS)]
     rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
     for index in range(samples):
         colours = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
