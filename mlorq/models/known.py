@@ -91,11 +91,11 @@ KNOWN = [
     ),
     KnownModel(
         "transformers", "DetrForObjectDetection and its like", "object-detection", RANDOM, "",
-        "tests/test_detection.py",
+        _run("detr_resnet50"),
     ),
     KnownModel(
         "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation", RANDOM, "",
-        "tests/test_detection.py",
+        _run("mask2former_swin_tiny"),
     ),
     KnownModel(
         "custom", "any nn.Module of linear layers and convolutions", "the user's own",
