@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mlorq.forms import Candidate, combine
 from mlorq.gptq import RowHessian, descend, gptq, refit_scale
-from mlorq.grams import leading_errors
+from mlorq.grams import leading_errors, principal_directions
 from mlorq.quantizers import Rounded, RowQuantizer, ZeroPoint, search_quantizer
 
 SWEEPS = 2  # of coordinate descent after GPTQ, scales refitted before each
@@ -83,11 +83,11 @@ class Metric:
         w = weight.double() @ self.right
         w = w if self.left is None else self.left.T @ w
         if w.shape[0] <= w.shape[1]:
-            u = torch.linalg.eigh(w @ w.T).eigenvectors.flip(1)
+            u = principal_directions(w @ w.T)
             sv = u.T @ w
             s = sv.norm(dim=1)
         else:
-            v = torch.linalg.eigh(w.T @ w).eigenvectors.flip(1)
+            v = principal_directions(w.T @ w)
             us = w @ v
             s = us.norm(dim=0)
             u, sv = us / s.clamp(min=torch.finfo(s.dtype).tiny), v.T * s.unsqueeze(1)

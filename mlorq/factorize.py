@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mlorq.grams import principal_directions
+
 Split = Literal["U_SV", "US_V"]
 
 
@@ -48,21 +50,16 @@ def weighted_svd(weight: Tensor, hessian: Tensor, split: Split = "U_SV") -> Fact
     d = (d / d.mean()).unsqueeze(1)
     dw = d * w
     if w.shape[0] <= w.shape[1]:
-        u = _eigenvectors(dw @ dw.T)
+        u = principal_directions(dw @ dw.T)
         sv = u.T @ dw  # S Vᵀ, exactly orthogonal rows up to rounding
         s = sv.norm(dim=1)
         a, b = (u, sv) if split == "U_SV" else (u * s, sv / _positive(s).unsqueeze(1))
     else:
-        v = _eigenvectors(dw.T @ dw)
+        v = principal_directions(dw.T @ dw)
         us = dw @ v
         s = us.norm(dim=0)
         a, b = (us / _positive(s), v.T * s.unsqueeze(1)) if split == "U_SV" else (us, v.T)
     return Factors(a / d, b, s)
-
-
-def _eigenvectors(gram: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix as columns, by falling eigenvalue."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)
 
 
 def _positive(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Errors of all leading products ``Â_r B̂_r`` of two factors at once, from their Gram matrices (METHOD 4, 7)."""
+"""What Gram matrices tell of factors: their directions, and the errors of all leading products (METHOD 4, 7)."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def leading_errors(total: Tensor | float, projected: Tensor, right: Tensor, gram
     quadratic = gram_a * gram_b
     growth = 2 * quadratic.triu(1).sum(0) + quadratic.diagonal()
     return (total + torch.cumsum(growth - 2 * linear, 0)).clamp(min=0)
+
+
+def principal_directions(gram: Tensor) -> Tensor:
+    """Eigenvectors of a Gram matrix as columns, by falling eigenvalue, the same ones on every device.
+
+    A vector and its opposite are both eigenvectors, and which one comes out is the library's affair. Codes of factors
+    depend on it, and so do costs and choices: it is the one whose cubes have a sum that is not negative.
+
+    Args:
+        gram: symmetric, ``(n, n)`` float64.
+    """
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    return torch.where(vectors.pow(3).sum(0) < 0, -vectors, vectors)

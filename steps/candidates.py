@@ -58,4 +58,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"candidates.parquet": table_bytes(search.table())}
 
 
-STEP = Step("candidates", 3, run)
+STEP = Step("candidates", 4, run)

@@ -99,4 +99,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"codes.safetensors": tensors_bytes(result.layer.tensors()), "layer.json": json_bytes(info)}
 
 
-STEP = Step("round", 4, run)
+STEP = Step("round", 5, run)
