@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/shrinkage.py examples/vit_tiny.yaml CHECKPOINT [CHECKPOINT ...]
 
-Of each checkpoint's outputs f̂ on the evaluation data: their NMSE; the least NMSE that a scalar times them has; their norm
-by that of the float outputs f; and the correlation of f̂ and f about their means over samples, which no scale and no
-offset changes.
+Of each checkpoint's outputs f̂ on the evaluation data: their NMSE; the least NMSE that a scalar times them has; their
+norm by that of the float outputs f; and the correlation of f̂ and f about their means over samples, which no scale and
+no offset changes.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def compress(
     # A copy: running it in eval mode, without gradients and on another device must not change the one given.
     float_model = from_module(deepcopy(model), forward)
     calibration = from_batches(batches)
-    held_out = from_batches(validation) if validation is not None else Dataset([], 0, digest_json("none"))
+    held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
     wrapped = None
     if evaluate is not None:
         # User code has no content to hash that would cover all it calls: measured anew in every call.

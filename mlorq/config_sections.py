@@ -108,6 +108,11 @@ class SourceConfig(Section):
         description="custom: package:function; calibration returns batches, "
         "evaluation is called with the model and returns a dict of metrics",
     )
+    batches: str | None = Field(
+        None,
+        description="custom, evaluation: package:function that returns held-out batches, on which the output NMSE is "
+        "measured; without, it is on the calibration data",
+    )
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "box_ap", "mask_ap"] | None = Field(
         None, description="evaluation metric; the task's usual one by default"
     )
@@ -135,6 +140,8 @@ class SourceConfig(Section):
             raise ValueError("samples and list both choose samples: give one of them")
         if self.list is not None and self.source == "custom":
             raise ValueError("list is not available for source custom")
+        if self.batches is not None and self.source != "custom":
+            raise ValueError("batches is for source custom: other sources have batches of their own")
         return self
 
 
@@ -143,6 +150,12 @@ class DataConfig(Section):
 
     calibration: SourceConfig
     evaluation: SourceConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.calibration.batches is not None:
+            raise ValueError("calibration.batches: the batches of calibration are what its factory returns")
+        return self
 
 
 def _checked_percentiles(value: list[float]) -> list[float]:

@@ -14,8 +14,9 @@ import safetensors.torch
 import scipy.stats
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.config import DataConfig, ModelConfig, SourceConfig
 from mlorq.data import Dataset, from_batches, load_dataset
 from mlorq.errors import DataError
 from mlorq.evaluate import model_outputs
@@ -595,6 +596,24 @@ def test_custom_evaluation(own):
     for function in ("nothing", "text"):
         assert f"zoo_data:{function}" in refusal(own(function, "evaluation").evaluate, module)
     assert "'absent'" in refusal(own, "absent", "evaluation")
+
+
+def test_custom_evaluation_with_held_out_batches(own):
+    plain = own("evaluate", "evaluation")
+    data = own("evaluate", "evaluation", batches="zoo_data:batches")
+    assert data.samples == 3
+    assert torch.equal(data.batches[1], torch.zeros(1, 3))
+    module = torch.nn.Linear(2, 2).requires_grad_(False)
+    assert data.evaluate(module) == plain.evaluate(module)
+    keys = [plain.key, data.key, own("single", "evaluation", batches="zoo_data:batches").key]
+    assert len(set(keys)) == 3
+    for function, named in [("none_at_all", "0 samples"), ("not_finite", "evaluation batch 1"), ("breaks", "batches")]:
+        assert named in refusal(own, "evaluate", "evaluation", batches=f"zoo_data:{function}")
+    with pytest.raises(ValidationError, match="batches is for source custom"):
+        SourceConfig(source="table", path="a.csv", text=[0], batches="a:b")
+    source = SourceConfig(source="custom", factory="a:b")
+    with pytest.raises(ValidationError, match=r"calibration\.batches"):
+        DataConfig(calibration=SourceConfig(source="custom", factory="a:b", batches="a:c"), evaluation=source)
 
 
 def test_batches_in_memory():

@@ -1,7 +1,8 @@
 """A model of one's own: a small ViT trained on scikit-learn's digits in seconds, named by ``digits.yaml``.
 
-A configuration names three functions: one that builds the model, one that returns calibration batches, and one that
-measures a model. Nothing else is needed to compress any ``nn.Module`` from the command line.
+A configuration names the functions that build the model, return calibration batches, measure a model and, if you like,
+return the batches on which its outputs are compared. Nothing else is needed to compress any ``nn.Module`` from the
+command line.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ def build(epochs: int = 20, seed: int = 0, weights: str | None = None) -> nn.Mod
 def calibration_batches() -> list[Tensor]:
     """256 training images in batches of 32."""
     return list(images()[0][:256].split(32))
+
+
+def held_out_batches() -> list[Tensor]:
+    """Batches of 100 of the test images."""
+    return list(images()[2].split(100))
 
 
 def evaluate(model: nn.Module) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -50,15 +51,23 @@ def load_dataset(
     found = SOURCES[source.source](source, role, model_config, folder, seed)
     if source.source == "custom" and role == "calibration":
         found = from_batches(found.batches)
+    elif source.batches is not None:
+        held_out = from_batches(found.batches, "evaluation")
+        key = digest_json([found.key, held_out.key])
+        found = replace(found, batches=held_out.batches, samples=held_out.samples, key=key)
     if role == "calibration":
-        _check_size(found.samples)
+        _check_size(found.samples, role)
     else:
         found.check_labels(model)
     return found
 
 
-def from_batches(batches: Iterable[Any]) -> Dataset:
+def from_batches(batches: Iterable[Any], role: Role = "calibration") -> Dataset:
     """Batches in memory as calibration data or as held-out data.
+
+    Args:
+        batches: of samples, each a tensor, a tuple or a mapping of tensors.
+        role: what messages call them.
 
     Raises:
         DataError: there are none, they hold no tensors, or values that are not finite.
@@ -71,17 +80,17 @@ def from_batches(batches: Iterable[Any]) -> Dataset:
         try:
             samples += batch_samples(batch)
         except Exception as error:
-            raise DataError(f"calibration batch {index}: {error}") from error
+            raise DataError(f"{role} batch {index}: {error}") from error
         for name, tensor in _tensors(batch):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise DataError(f"calibration batch {index}: {name} holds NaN or infinite values")
-    _check_size(samples)
+                raise DataError(f"{role} batch {index}: {name} holds NaN or infinite values")
+    _check_size(samples, role)
     return Dataset(listed, samples, digest_json([digest_batch(batch) for batch in listed]))
 
 
-def _check_size(samples: int) -> None:
+def _check_size(samples: int, role: Role) -> None:
     if samples < FEWEST_SAMPLES:
-        raise DataError(f"the calibration data has {samples} samples; at least {FEWEST_SAMPLES} are needed")
+        raise DataError(f"the {role} data has {samples} samples; at least {FEWEST_SAMPLES} are needed")
 
 
 def _tensors(batch: Any) -> Sequence[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,13 @@ from mlorq.models.custom import describe_error, import_function, importable
 def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
     """Calibration: call the function, it returns batches. Evaluation: keep it, it is called with the model.
 
-    An evaluation function's key is its name and source text: code that it calls in turn is not seen.
+    An evaluation function's key is its name and source text: code that it calls in turn is not seen. Batches beside it
+    are those that the output NMSE is measured on.
     """
     assert source.factory is not None
-    function = import_function(source.factory, folder, DataError)
     if role == "calibration":
-        try:
-            with importable(folder):
-                batches = function()
-                if isinstance(batches, Iterable) and not isinstance(batches, (Tensor, Mapping)):
-                    return Dataset(list(batches), 0, "")
-        except Exception as error:
-            raise DataError(f"factory {source.factory!r} failed: {describe_error(error)}") from error
-        raise DataError(f"factory {source.factory!r} returned {type(batches).__name__}, no sequence of batches")
+        return Dataset(_batches("factory", source.factory, folder), 0, "")
+    function = import_function(source.factory, folder, DataError)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         with importable(folder), torch.no_grad():
@@ -45,4 +40,17 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
         text = inspect.getsource(function)
     except (OSError, TypeError):
         text = ""
-    return Dataset([], 0, digest_json([source.factory, text]), source.metric, evaluate=evaluate)
+    batches = [] if source.batches is None else _batches("batches", source.batches, folder)
+    return Dataset(batches, 0, digest_json([source.factory, text]), source.metric, evaluate=evaluate)
+
+
+def _batches(key: str, named: str, folder: str) -> list[Any]:
+    function = import_function(named, folder, DataError)
+    try:
+        with importable(folder):
+            found = function()
+            if isinstance(found, Iterable) and not isinstance(found, (Tensor, Mapping)):
+                return list(found)
+    except Exception as error:
+        raise DataError(f"{key} {named!r} failed: {describe_error(error)}") from error
+    raise DataError(f"{key} {named!r} returned {type(found).__name__}, no sequence of batches")
