@@ -1,4 +1,4 @@
-"""The examples: their configurations are valid, what they name exists, and the digits example runs as written."""
+"""Configurations of examples and benchmarks are valid, what they name is there, and the digits example runs as is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import zoo
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 YOURS = {"mask_rcnn_swin_tiny.pth"}  # files that a user has to bring
-CONFIGURATIONS = sorted(EXAMPLES.rglob("*.yaml"))
+CONFIGURATIONS = [*sorted(EXAMPLES.rglob("*.yaml")), *sorted((ROOT / "benchmarks" / "real").glob("*.yaml"))]
 
 
 def test_there_are_examples():
@@ -52,7 +52,7 @@ def test_files_that_configurations_name_are_there(path):
             assert "of your own" in path.read_text()
             continue
         assert Path(config.resolve(location)).exists(), location
-    factories = [source.factory for source in sources if source.factory] + [config.model.factory or ""]
+    factories = [config.model.factory, *(name for source in sources for name in (source.factory, source.batches))]
     for module, _, function in (factory.partition(":") for factory in factories if factory):
         assert f"def {function}(" in (path.parent / f"{module}.py").read_text()
 
