@@ -5,7 +5,8 @@
 Rows of a budget of whole bits: nearest rounding and GPTQ with that many bits in every layer; the published method
 without and with learned rounding (``preset: quick``, whose search it is, with ``--lra`` iterations a layer); the best
 preset without and with reconstruction. Mixed rows get exactly the bytes of the uniform rows, at 2.5 bit the mean of
-those of 2 and 3 bit.
+those of 2 and 3 bit. The published search with all of its samples and probes is a row that has to be named:
+``--only "paper preset, nearest"``.
 
 All rows are runs on one store, so that a second call computes nothing; ``--only`` names rows. Seconds are those that
 the steps of a row took when they were computed, added up. On a CPU a row is computed in a process of its own, for the
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 
 from flows.pool import Pool
-from mlorq.config import RunConfig
+from mlorq.config import PRESETS, RunConfig
 from mlorq.store import Store
 from steps.base import Outcome
 from steps.pipeline import result_json, run_pipeline
@@ -36,6 +37,7 @@ from steps.workbench import Workbench
 
 SEARCH = ("capture", "candidates", "sensitivity", "allocate", "refine")
 ROUNDING = ("round", "reconstruct", "tune")
+PUBLISHED = "paper preset, nearest"
 COLUMNS = (
     "budget",
     "method",
@@ -94,7 +96,7 @@ def row_of(path: str, budget: str, overrides: dict[str, Any], place: Place = Pla
 
 
 def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Overrides of the mixed rows."""
+    """Overrides of the mixed rows, of those that take long too."""
     paper = common | {"preset": "quick"}
     best = common | {"preset": "best"}
     rows = {"MLoRQ, nearest": paper | {"rounding.method": "nearest"}}
@@ -103,6 +105,12 @@ def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]
     rows["best without reconstruction"] = best | {"rounding.method": "closed_form"}
     rows["best without tuning"] = best | {"rounding.tuning": 0}
     rows["best"] = best
+    # All of the preset, whatever the configuration says of its search.
+    rows[PUBLISHED] = (
+        common
+        | {"preset": "paper", "rounding.method": "nearest"}
+        | {f"search.{key}": value for key, value in PRESETS["paper"]["search"].items()}
+    )
     return rows
 
 
@@ -182,7 +190,7 @@ def main() -> None:
             sizes.append(result["bytes"])
         exact = exact_budget(sum(sizes) // len(sizes), result)
         for name, overrides in methods(arguments.lra or [500], common).items():
-            if not arguments.only or name in arguments.only:
+            if name in arguments.only or (not arguments.only and name != PUBLISHED):
                 result = row_of(arguments.config, exact, overrides, place)
                 print(line(budget, name, result), flush=True)
                 keep(arguments.json, f"{budget}: {name}", result)
