@@ -156,7 +156,7 @@ def build(recipe: Recipe) -> nn.Module:
         kind = getattr(transformers, recipe.name)
         module = kind(kind.config_class(**recipe.arguments))
     for value in module.parameters():
-        if value.dim() == 1:
+        if value.dim() == 1 or not value.any():
             value.data += 0.1 * torch.randn_like(value)
     return module.eval()
 

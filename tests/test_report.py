@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -14,7 +15,15 @@ from flows.pipeline import show
 from flows.render import budgets_table, location_markdown, picture_markdown, result_line, result_markdown
 from flows.run import open_bench
 from mlorq.config import RunConfig
-from mlorq.report import COLOURS, data_url, render_report, render_sweep, size_accuracy_picture, small_picture
+from mlorq.report import (
+    COLOURS,
+    data_url,
+    front_picture,
+    render_report,
+    render_sweep,
+    size_accuracy_picture,
+    small_picture,
+)
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from tests.test_cli import fails, main, prints_json, write_project
@@ -106,6 +115,18 @@ def test_curve_is_a_picture_and_the_same_one_again(results: list[dict[str, Any]]
     assert image.width > 500
     # Whatever the order they come in.
     assert size_accuracy_picture(results[::-1], "net", highlight="net-3bit") == picture
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.0])
+def test_fronts_are_a_picture_also_where_no_layer_can_affect_the_output(cost: float) -> None:
+    rows = [{"layer": "net", "form": "Q", "candidate_id": "Q3", "bytes": 96, "global_cost": cost}]
+    names = ["Q2", "Q3"]
+    tables = (
+        pa.table({"candidate_id": names, "bytes": [64, 96]}),
+        pa.table({"candidate_id": names, "global_cost": [2 * cost, cost]}),
+    )
+    picture = front_picture(rows, {"net": tables}, {"net": 256}, result("3bit", 96, cost))
+    assert Image.open(io.BytesIO(picture)).format == "PNG"
 
 
 def test_small_picture_keeps_the_colours_of_small_dots() -> None:
