@@ -79,7 +79,7 @@ KNOWN = [
         "transformers", "BERT of other sizes", TEXTS, WHOLE, "", _run("bert_mini", "bert_base", "bert_large"),
     ),
     KnownModel(
-        "transformers", "DistilBertForSequenceClassification", TEXTS, RANDOM, "", _run("distilbert"),
+        "transformers", "DistilBertForSequenceClassification", TEXTS, WHOLE, "", _run("distilbert"),
     ),
     KnownModel(
         "transformers", "RobertaForSequenceClassification", TEXTS, WHOLE, "", _run("roberta_small", "roberta_base"),
