@@ -100,8 +100,8 @@ KNOWN = [
     KnownModel(
         "custom", "any nn.Module of linear layers and convolutions", "the user's own",
         "a ViT trained on scikit-learn's digits",
-        "3 bit, paper accounting, 500 iterations of LRA: NMSE of the logits 5.15e-5",
-        "benchmarks/vit_digits.py PATH/TO/vit_digits",
+        "3 bit: accuracy 0.9940 (float 0.9940), NMSE of the logits 1.80e-6",
+        "benchmarks/table.py benchmarks/real/vit_digits.yaml --budget 3bit",
     ),
 ]  # fmt: skip
 
