@@ -67,7 +67,7 @@ KNOWN = [
         "3 bit: Spearman 0.8242 (float 0.8203), output NMSE 0.0599", "make demo",
     ),
     KnownModel(
-        "transformers", "MPNetModel (all-mpnet-base-v2)", PAIRS, "real weights on STS-B, 3 bit",
+        "transformers", "MPNetModel (all-mpnet-base-v2)", PAIRS, "real weights on STS-B, 3, 4 and 8 bit",
         "3 bit: Spearman 0.8421 (float 0.8342), output NMSE 0.0817, without reconstruction",
         "benchmarks/table.py benchmarks/real/mpnet.yaml --budget 3bit",
     ),
