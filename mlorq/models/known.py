@@ -95,7 +95,7 @@ KNOWN = [
         _run("mask_rcnn_swin_tiny", "mask_rcnn_swin_small"),
     ),
     KnownModel(
-        "transformers", "DetrForObjectDetection and its like", "object-detection", RANDOM, "",
+        "transformers", "DetrForObjectDetection and its like", "object-detection", WHOLE, "",
         _run("detr_resnet50"),
     ),
     KnownModel(
