@@ -99,7 +99,7 @@ KNOWN = [
         _run("detr_resnet50"),
     ),
     KnownModel(
-        "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation", RANDOM, "",
+        "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation", WHOLE, "",
         _run("mask2former_swin_tiny"),
     ),
     KnownModel(
