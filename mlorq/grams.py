@@ -36,6 +36,9 @@ def principal_directions(gram: Tensor) -> Tensor:
 
     Args:
         gram: symmetric, ``(n, n)`` float64.
+
+    Returns:
+        ``(n, n)`` float64, orthonormal columns.
     """
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
     return torch.where(vectors.pow(3).sum(0) < 0, -vectors, vectors)

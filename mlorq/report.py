@@ -48,7 +48,6 @@ def front_picture(
     left.set_title(
         f"{result['model']} at {result['budget']}: {result['bytes']:,} bytes, output NMSE {result['nmse']:.4f}"
     )
-    logarithmic = False
     for row in rows:
         candidates, sensitivity = fronts[row["layer"]]
         size = dict(zip(candidates["candidate_id"].to_pylist(), candidates["bytes"].to_pylist(), strict=True))
@@ -57,14 +56,13 @@ def front_picture(
         y = sensitivity["global_cost"].to_numpy()
         if not (y > 0).any():  # a layer that cannot affect the output has no place on a logarithmic axis
             continue
-        logarithmic = True
         order = np.argsort(x)
         right.plot(x[order], np.minimum.accumulate(y[order]), color="0.8", linewidth=0.7, zorder=1)
     for form, colour in COLOURS.items():
         chosen = [index for index, row in enumerate(rows) if row["form"] == form]
         cost = [rows[index]["global_cost"] or np.nan for index in chosen]
         right.scatter([bits[i] for i in chosen], cost, color=colour, s=22, label=f"{form} ({len(chosen)})", zorder=2)
-    if logarithmic:  # not where no layer can affect the output
+    if right.lines:  # none where no layer can affect the output
         right.set_yscale("log")
     right.set_xlabel("bits a weight")
     right.set_ylabel("global cost: output NMSE with this layer alone compressed")

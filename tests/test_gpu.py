@@ -22,8 +22,6 @@ from tests.test_rounding import correlated_tokens, moments_of, searched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-SEARCH: dict[str, Any] = {"samples": 8, "points": 3, "hessian_samples": 8, "hessian_probes": 8, "rounds": 1}
-
 SMALL: dict[str, Any] = {"samples": 4, "points": 2, "hessian_samples": 4, "hessian_probes": 8}
 
 
@@ -90,7 +88,7 @@ def test_the_same_configuration_is_chosen(preset: str, seed: int) -> None:
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
     batches = [zoo.pixels(8, seed + index) for index in range(4)]
     # GPTQ alone: where later layers make up for earlier ones, a tie goes a long way.
-    here, there = on_both(module, batches, budget="3.5bit", preset=preset, search=SEARCH, rounding="gptq")
+    here, there = on_both(module, batches, budget="3.5bit", preset=preset, search=zoo.WHOLE_SEARCH, rounding="gptq")
     chosen = [result.allocation.column("candidate_id").to_pylist() for result in (here, there)]
     assert chosen[0] == chosen[1] or there.metrics["predicted_cost"] == pytest.approx(
         here.metrics["predicted_cost"], rel=1e-4

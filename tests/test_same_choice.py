@@ -12,8 +12,6 @@ import mlorq
 from mlorq.grams import principal_directions
 from tests import zoo
 
-SEARCH: dict[str, Any] = {"samples": 8, "points": 3, "hessian_samples": 8, "hessian_probes": 8, "rounds": 1}
-
 
 def with_other_signs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Have eigenvectors come out with random signs."""
@@ -61,7 +59,7 @@ def test_choices_do_not_depend_on_the_device(preset: str, seed: int, monkeypatch
 
     def result() -> Any:
         return mlorq.compress(
-            module, batches, device="cpu", budget="3.5bit", preset=preset, search=SEARCH, rounding="gptq"
+            module, batches, device="cpu", budget="3.5bit", preset=preset, search=zoo.WHOLE_SEARCH, rounding="gptq"
         )
 
     here = result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mlorq.config import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
+from mlorq.data.memory import from_batches
 from mlorq.errors import DataError
 from mlorq.hashing import digest_json
 from mlorq.models.custom import describe_error, import_function, importable
@@ -24,7 +26,7 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
     """
     assert source.factory is not None
     if role == "calibration":
-        return Dataset(_batches("factory", source.factory, folder), 0, "")
+        return from_batches(_batches("factory", source.factory, folder))
     function = import_function(source.factory, folder, DataError)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
@@ -40,11 +42,15 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
         text = inspect.getsource(function)
     except (OSError, TypeError):
         text = ""
-    batches = [] if source.batches is None else _batches("batches", source.batches, folder)
-    return Dataset(batches, 0, digest_json([source.factory, text]), source.metric, evaluate=evaluate)
+    key = digest_json([source.factory, text])
+    if source.batches is None:
+        return Dataset([], 0, key, source.metric, evaluate=evaluate)
+    held_out = from_batches(_batches("batches", source.batches, folder), "evaluation")
+    return replace(held_out, key=digest_json([key, held_out.key]), metric_name=source.metric, evaluate=evaluate)
 
 
 def _batches(key: str, named: str, folder: str) -> list[Any]:
+    """What the function named by a key of the configuration returns."""
     function = import_function(named, folder, DataError)
     try:
         with importable(folder):

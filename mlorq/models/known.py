@@ -59,7 +59,7 @@ KNOWN = [
     ),
     KnownModel(
         "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES,
-        "random weights: ResNet-18 and ConvNeXt whole, at full size", "",
+        f"{WHOLE}: ResNet-18, ConvNeXt, a Mixer", "",
         _run("resnet18", "convnext_atto", "convnext_tiny", "mixer_s32_224"),
     ),
     KnownModel(
@@ -95,11 +95,13 @@ KNOWN = [
         _run("mask_rcnn_swin_tiny", "mask_rcnn_swin_small"),
     ),
     KnownModel(
-        "transformers", "DetrForObjectDetection and its like", "object-detection", WHOLE, "",
+        "transformers", "DetrForObjectDetection and its like", "object-detection",
+        f"{WHOLE}: DETR with ResNet-50", "",
         _run("detr_resnet50"),
     ),
     KnownModel(
-        "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation", WHOLE, "",
+        "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation",
+        f"{WHOLE}: Mask2Former with Swin-T; MaskFormer: {RANDOM}", "",
         _run("mask2former_swin_tiny"),
     ),
     KnownModel(
