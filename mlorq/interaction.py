@@ -9,7 +9,11 @@ scaled by how much more the chosen one costs in S than alone,
     cost_ℓc ← cost_ℓc · √((F(S) - F(S with layer ℓ float)) / cost_ℓ,S(ℓ)),
 
 F the measured cost of the whole model; the root, as half of what is seen is how this one rounding happens to correlate
-with the others. The program under these costs gives the next allocation. The best that was measured is kept.
+with the others. The program under these costs gives the next allocation.
+
+The best by measurement is kept. Nearly equal ones are a tie, or each machine would keep another: the last bits of its
+products flip codes, which moves what an allocation costs by up to a hundredth or two. Of those within ``TIE`` of the
+best, and no worse than the uniform one, the one with the least predicted cost is kept.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from mlorq.segments import Segments, enters_cleanly
 
 LARGEST_CORRECTION = 2.0  # of a layer's costs, either way: a marginal cost near zero is noise
 POWERS = (1.5, 2.0, 3.0)  # of costs, in programs that shun large ones
+UNIFORM = "uniform"  # how the origin of the best uniform allocation begins
+TIE = 0.05  # of the least measured cost
 
 
 class WholeModel:
@@ -158,6 +164,18 @@ def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> 
     return None
 
 
+def preferred(found: Sequence[Measured]) -> Measured:
+    """The allocation to keep: of those that tie for the least measured cost the one with the least predicted cost.
+
+    Args:
+        found: at least one; where the uniform one is among them, none that measured worse is kept.
+    """
+    least = min(one.measured for one in found)
+    limits = [one.measured for one in found if one.origin.startswith(UNIFORM)]
+    limit = min([least * (1 + TIE), *limits])
+    return min((one for one in found if one.measured <= limit), key=lambda one: (one.predicted, one.measured))
+
+
 def refine(
     choices: Sequence[Choices],
     rows: Sequence[Sequence[Mapping[str, Any]]],
@@ -181,7 +199,7 @@ def refine(
         rounds: most programs to solve around what was measured; 0: none of the other programs either.
 
     Returns:
-        What was measured, the best first.
+        What was measured: the allocation to keep (``preferred``), then the others by their measured cost.
     """
 
     def measured(origin: str, picked: Sequence[int]) -> Measured:
@@ -203,7 +221,7 @@ def refine(
 
     uniform = largest_uniform(rows, limit)
     if uniform is not None:
-        look_at(f"uniform {uniform[0]} bit", uniform[1])
+        look_at(f"{UNIFORM} {uniform[0]} bit", uniform[1])
     if all(len(layer.cost) == 1 for layer in choices):
         rounds = 0  # there is nothing to choose
     if rounds:
@@ -214,7 +232,8 @@ def refine(
         best = min(found, key=lambda one: one.measured)
         if not look_at(f"round {index + 1}", solve(_around(choices, best, contributions(best.picked)))):
             break  # the next round would start from the same allocation
-    return sorted(found, key=lambda one: one.measured)
+    kept = preferred(found)
+    return sorted(found, key=lambda one: (one is not kept, one.measured))
 
 
 def _codes_alone(

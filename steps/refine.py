@@ -115,17 +115,17 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
 
     measured = refine(choices, ordered, params["budget_bytes"], start, solve, measure, contributions, params["rounds"])
     progress(total, total)
-    best = measured[0]
-    table = allocation_table(choices, best.picked, rows)
+    kept = measured[0]
+    table = allocation_table(choices, kept.picked, rows)
     before = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
     info = before | {
-        "bytes": best.bytes,
+        "bytes": kept.bytes,
         "smallest_bytes": smallest_bytes(choices),
-        "predicted_cost": best.predicted,
-        "measured_cost": best.measured,
+        "predicted_cost": kept.predicted,
+        "measured_cost": kept.measured,
         "measured": [one.to_json() for one in measured],
     }
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 
 
-STEP = Step("refine", 3, run)
+STEP = Step("refine", 4, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from mlorq.allocate import Choices, allocate
 from mlorq.evaluate import output_nmse
-from mlorq.interaction import WholeModel, largest_uniform, refine
+from mlorq.interaction import TIE, Measured, WholeModel, largest_uniform, preferred, refine
 from mlorq.layers import find_layers
 from tests.nets import SkipNet, TokenNet, images, token_net
 
@@ -81,11 +82,14 @@ def refined(seed: int, rounds: int):
     return found, measure(start), min(map(measure, fitting))
 
 
-def test_what_is_kept_is_the_best_that_was_measured(seed):
+def test_what_is_kept_is_the_best_that_was_measured_or_as_good_as_that(seed):
     improved, gaps = 0, []
     for index in range(12):
         found, first, least = refined(seed + index, 3)
-        assert found[0].measured == min(one.measured for one in found)
+        best = min(one.measured for one in found)
+        assert best <= found[0].measured <= best * (1 + TIE)
+        assert [one.measured for one in found[1:]] == sorted(one.measured for one in found[1:])
+        assert all(found[0].measured <= one.measured for one in found if one.origin.startswith("uniform"))
         assert all(one.bytes <= 1500 for one in found)
         assert {"program"} <= {one.origin for one in found}
         assert least * (1 - 1e-9) <= found[0].measured <= first
@@ -94,7 +98,53 @@ def test_what_is_kept_is_the_best_that_was_measured(seed):
         gaps.append((first - least, found[0].measured - least))
     assert improved > 3
     before, after = np.sum(gaps, axis=0)
-    assert after < 0.5 * before  # of what the program alone gives away
+    assert after < 0.7 * before  # of what the program alone gives away
+
+
+def measured(origin: str, predicted: float, cost: float) -> Measured:
+    return Measured(origin, (), predicted, cost, 1)
+
+
+def test_of_allocations_that_tie_the_one_predicted_best_is_kept_whichever_was_measured_lower():
+    program, power = measured("program", 0.228, 0.2500), measured("power 1.5", 0.230, 0.2480)
+    for noise in (0.985, 1.0, 1.015):
+        assert preferred([program, replace(power, measured=power.measured * noise)]) is program
+    clear = replace(power, measured=program.measured / (1 + TIE) * 0.999)
+    assert preferred([program, clear]) is clear
+    between = measured("round 1", 0.229, clear.measured * (1 + TIE / 2))
+    assert preferred([program, clear, between]) is between
+
+
+def test_a_tie_with_the_uniform_allocation_is_none():
+    program, uniform = measured("program", 0.1, 0.2001), measured("uniform 3 bit", 0.3, 0.2)
+    assert preferred([program, uniform]) is uniform
+    assert preferred([replace(program, measured=0.2), uniform]).origin == "program"
+    other = measured("codes alone", 0.2, 0.199)
+    assert preferred([program, uniform, other]) is other
+
+
+def test_noise_of_a_hundredth_changes_no_choice(seed):
+    rng = np.random.default_rng(seed)
+    bits = np.linspace(2, 4, 9)
+    size = np.round(100 * bits).astype(np.int64)
+    rows = [[{"form": "Q", "bits": width, "bytes": 100 * width} for width in bits] for _ in range(8)]
+
+    def solve(costs):
+        return allocate(costs, 2400, gap=0.0)[0]
+
+    for _ in range(20):
+        alone = rng.permutation(np.geomspace(0.25, 4, 8))
+        true = [scale * 4.0**-bits for scale in alone * rng.uniform(0.995, 1.005, 8)]
+        choices = [Choices(str(index), scale * 4.0**-bits, size) for index, scale in enumerate(alone)]
+
+        def contributions(picked, true=true):
+            return [float(values[index]) for values, index in zip(true, picked, strict=True)]
+
+        def measure(picked, contributions=contributions):
+            return float(rng.uniform(0.99, 1.01) * sum(contributions(picked)))
+
+        found = refine(choices, rows, 2400, solve(choices), solve, measure, contributions, 3)
+        assert found[0].origin == "program"
 
 
 def test_without_rounds_the_uniform_allocation_is_still_compared(seed):

@@ -15,6 +15,7 @@ import mlorq
 import steps.pipeline as pipeline
 from mlorq.config import RunConfig
 from mlorq.errors import BudgetError, DataError, ModelError, StoreError
+from mlorq.interaction import TIE
 from mlorq.store import ArtifactRef, Store
 from steps import REGISTRY
 from steps.base import Outcome, Step, StepSpec, execute
@@ -276,7 +277,9 @@ def test_allocations_are_measured_and_never_worse_than_the_program_or_the_best_u
     store = Store(f"file://{folder / '.mlorq'}")
     reference = {role: ArtifactRef(value["step"], value["key"]) for role, value in result["artifacts"].items()}
     info = store.read_json(reference["allocation"], "allocation.json")
-    assert info["measured_cost"] == result["measured_cost"] == min(one["measured"] for one in info["measured"])
+    assert info["measured_cost"] == result["measured_cost"] == info["measured"][0]["measured"]
+    assert all(info["measured_cost"] <= (1 + TIE) * one["measured"] for one in info["measured"])
+    assert all(info["measured_cost"] <= one["measured"] for one in info["measured"] if "uniform" in one["origin"])
     assert {"program"} <= {one["origin"] for one in info["measured"]}
     assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"] <= result["budget_bytes"]
     assert reference["program"].step == "allocate"
