@@ -125,26 +125,17 @@ def test_a_tie_with_the_uniform_allocation_is_none():
 
 def test_noise_of_a_hundredth_changes_no_choice(seed):
     rng = np.random.default_rng(seed)
-    bits = np.linspace(2, 4, 9)
-    size = np.round(100 * bits).astype(np.int64)
-    rows = [[{"form": "Q", "bits": width, "bytes": 100 * width} for width in bits] for _ in range(8)]
-
-    def solve(costs):
-        return allocate(costs, 2400, gap=0.0)[0]
-
     for _ in range(20):
-        alone = rng.permutation(np.geomspace(0.25, 4, 8))
-        true = [scale * 4.0**-bits for scale in alone * rng.uniform(0.995, 1.005, 8)]
-        choices = [Choices(str(index), scale * 4.0**-bits, size) for index, scale in enumerate(alone)]
-
-        def contributions(picked, true=true):
-            return [float(values[index]) for values, index in zip(true, picked, strict=True)]
-
-        def measure(picked, contributions=contributions):
-            return float(rng.uniform(0.99, 1.01) * sum(contributions(picked)))
-
-        found = refine(choices, rows, 2400, solve(choices), solve, measure, contributions, 3)
-        assert found[0].origin == "program"
+        predicted = np.sort(rng.uniform(1.0, 1.2, 6))
+        costs = rng.uniform(1.0, 1.02, 6)  # together with the noise at most 1.02 · 1.01 / 0.99
+        uniform = measured("uniform 3 bit", 1.5, 1.1)
+        kept = [
+            preferred(
+                [*(measured(str(at), *pair) for at, pair in enumerate(zip(predicted, noisy, strict=True))), uniform]
+            )
+            for noisy in costs * rng.uniform(0.99, 1.01, (5, 6))
+        ]
+        assert [one.origin for one in kept] == ["0"] * 5
 
 
 def test_without_rounds_the_uniform_allocation_is_still_compared(seed):
