@@ -167,8 +167,13 @@ def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> 
 def preferred(found: Sequence[Measured]) -> Measured:
     """The allocation to keep: of those that tie for the least measured cost the one with the least predicted cost.
 
+    Both are costs of the whole model's output, in the units of ``search.cost`` (METHOD 7, interaction between layers).
+
     Args:
         found: at least one; where the uniform one is among them, none that measured worse is kept.
+
+    Raises:
+        ValueError: there is none.
     """
     least = min(one.measured for one in found)
     limits = [one.measured for one in found if one.origin.startswith(UNIFORM)]
