@@ -14,12 +14,12 @@ from copy import deepcopy
 
 from mlorq.activations import ActivationPlan, ActivationSettings, calibrate
 from mlorq.activations.quantizers import ActivationQuantizer
-from mlorq.config import RunConfig
-from mlorq.evaluate import model_outputs, output_nmse
-from mlorq.layers import find_layers
-from mlorq.sensitivity import spread_batches
-from mlorq.store import Store
-from steps.workbench import Workbench
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
+from mlorq.costs.measured import spread_batches
+from mlorq.evaluation.outputs import model_outputs, output_nmse
+from mlorq.models.layers import find_layers
+from steps.context import Workbench
 
 METHODS = ("uniform", "repq", "adalog")
 

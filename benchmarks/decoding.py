@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image as Pillow
 
-from mlorq.config import ModelConfig
+from mlorq.config.run import ModelConfig
 from mlorq.data.images import Image, ImageBatches, decode, decoder
 from mlorq.models.timm import preprocessing
 

@@ -24,12 +24,12 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mlorq.config import RunConfig
-from mlorq.store import Store
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
 from scripts.prefect_stack import REPOSITORY, Stack
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import run_pipeline
-from steps.workbench import Workbench
 
 FACTORY = """
 import torch

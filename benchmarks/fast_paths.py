@@ -17,16 +17,16 @@ import timm
 import torch
 from torch import nn
 
-from mlorq.candidates import CandidateSettings, LayerSearch, gram_costs
-from mlorq.factorize import weighted_svd
-from mlorq.forms import Candidate
-from mlorq.hessian import add_squared_gradients
+from mlorq.calibration.label_free_hessian import add_squared_gradients
+from mlorq.codecs.affine import range_quantizer
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, gram_costs
+from mlorq.fitting.weighted_svd import weighted_svd
+from mlorq.forms.base import Candidate
 from mlorq.models.base import FloatModel
-from mlorq.paired import InputMoments
-from mlorq.quantizers import range_quantizer
+from mlorq.models.partial_forward import Segments
 from mlorq.rounding.base import RoundingSettings
 from mlorq.rounding.lra import round_lra
-from mlorq.segments import Segments
+from mlorq.rounding.paired_forward import InputMoments
 
 ROWS, COLUMNS = 768, 3072
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlorq import gptq as rounding
-from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.forms import Candidate
-from mlorq.gptq import RowHessian
-from mlorq.paired import InputMoments
-from mlorq.quantizers import search_quantizer
+from mlorq.codecs.affine import search_quantizer
+from mlorq.fitting import gptq as rounding
+from mlorq.fitting.gptq import RowHessian
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Candidate
 from mlorq.rounding import lra
 from mlorq.rounding.base import RoundingSettings
+from mlorq.rounding.paired_forward import InputMoments
 
 ROWS, COLUMNS = 384, 1536
 ITERATIONS = 1000

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/methods.py examples/vit_tiny.yaml --budget 4bit --budget 3bit --activations 4 --jobs 2
 
-The rows are those of the command (``flows.methods``), on the same store. ``--jobs`` of them are computed at a time,
+The rows are those of the command (``flows.comparison``), on the same store. ``--jobs`` of them are computed at a time,
 each in a process of its own, methods that share a search one after another. ``--workers`` shares the layers of a row's
 search out among processes.
 """
@@ -20,10 +20,10 @@ from typing import Any
 
 from table import Place, arguments_of_a_run, keep, run
 
-from flows.methods import ALL, METHODS, activation_width, chosen, plan, row
-from mlorq.config import RunConfig, read_values
-from mlorq.store import Store
-from steps.workbench import Workbench
+from flows.comparison import ALL, METHODS, activation_width, chosen, plan, row
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig, read_values
+from steps.context import Workbench
 
 COLUMNS = ("weights", "activations", "method", "metric", "float", "output NMSE", "bytes", "Q / LR / QLR", "seconds")
 

@@ -36,16 +36,16 @@ from torch import nn
 
 import mlorq
 from flows.pool import Pool
-from mlorq.checkpoint import save
-from mlorq.checkpoint_files import CONFIG, TENSORS
-from mlorq.compressed import replace_layers
-from mlorq.config import RunConfig
-from mlorq.evaluate import model_outputs
+from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.checkpoint.format import CONFIG, TENSORS
+from mlorq.checkpoint.io import save
+from mlorq.config.run import RunConfig
+from mlorq.evaluation.outputs import model_outputs
+from mlorq.forms.modules import replace_layers
 from mlorq.models import rebuild
-from mlorq.store import ArtifactRef, Store
 from steps.baseline import nmse_data
+from steps.context import Workbench
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench
 
 SIZES = ("tiny", "small", "base", "large")
 WORDS = [f"word{index}" for index in range(200)]

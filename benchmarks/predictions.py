@@ -15,14 +15,14 @@ import sys
 import numpy as np
 from scipy.stats import spearmanr
 
-from mlorq.candidates import candidate_of
-from mlorq.config import RunConfig
-from mlorq.sensitivity import LayerProbe
-from mlorq.store import Store
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
+from mlorq.costs.measured import LayerProbe
+from mlorq.fitting.hessian_fit import candidate_of
 from steps.candidates import settings_of, settings_params
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import run_allocations, run_search
-from steps.workbench import Workbench
 
 
 def main() -> None:

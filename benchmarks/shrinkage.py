@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 import mlorq
-from mlorq.config import RunConfig
-from mlorq.evaluate import model_outputs, output_nmse
-from mlorq.store import Store
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
+from mlorq.evaluation.outputs import model_outputs, output_nmse
 from steps.baseline import measure, nmse_data
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mlorq.config import RunConfig
-from mlorq.store import Store
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
 from steps.base import Outcome
+from steps.context import Workbench, open_store
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench, open_store
 from tests.s3 import s3_server
 from tests.test_cli import write_project
 

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 
 from flows.pool import Pool
-from mlorq.config import PRESETS, RunConfig
-from mlorq.store import Store
+from mlorq.artifacts.store import Store
+from mlorq.config.run import PRESETS, RunConfig
 from steps.base import Outcome
+from steps.context import Workbench
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench
 
 SEARCH = ("capture", "candidates", "sensitivity", "allocate", "refine")
 ROUNDING = ("round", "reconstruct", "tune")

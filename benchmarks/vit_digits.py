@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from real.vit_digits_model import build, calibration_batches, evaluate, test_batches
 
-from mlorq.allocate import allocate, choices_from_tables
-from mlorq.candidates import CandidateSettings, LayerSearch, candidate_of
-from mlorq.config import PRESETS
-from mlorq.evaluate import model_outputs, output_nmse
-from mlorq.hessian import label_free_hessian
-from mlorq.layers import find_layers, weight_matrix
+from mlorq.allocation.program import allocate, choices_from_tables
+from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.config.run import PRESETS
+from mlorq.costs.measured import LayerProbe, measured_sensitivity, spread_batches
+from mlorq.evaluation.outputs import model_outputs, output_nmse
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, candidate_of
 from mlorq.models.base import FloatModel
-from mlorq.paired import PairedForward
+from mlorq.models.layers import find_layers, weight_matrix
 from mlorq.rounding import METHODS, RoundingSettings
-from mlorq.sensitivity import LayerProbe, measured_sensitivity, spread_batches
+from mlorq.rounding.paired_forward import PairedForward
 
 # Published code on the same model and images: NMSE before and after 500 LRA iterations a layer.
 PUBLISHED = {3.0: ("1.2e-3", "6e-5"), 2.5: ("2.2e-3", "2.3e-4")}

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mlorq.config import RunConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import RunConfig
 from mlorq.errors import CheckpointError, ConfigError, StoreError
-from mlorq.locations import resolve_location
 
 if TYPE_CHECKING:
-    from mlorq.store import Store
+    from mlorq.artifacts.store import Store
 
 Finish = Callable[[], int]  # prints a command's result and gives the exit status
 
@@ -57,7 +57,7 @@ def say(text: str) -> None:
 
 def check_output(location: str) -> None:
     """Refuse a folder that cannot be written before hours of work."""
-    from mlorq.store import Store
+    from mlorq.artifacts.store import Store
 
     try:
         Store(resolve_location(location, os.getcwd())).check_writable()
@@ -72,7 +72,7 @@ def named_store(arguments: argparse.Namespace) -> Store:
         ConfigError: neither or both are given.
         StoreError: the URL is of no known kind.
     """
-    from mlorq.store import Store
+    from mlorq.artifacts.store import Store
 
     if (arguments.config is None) == (arguments.store is None):
         raise ConfigError(f"{arguments.command}: name the store by a configuration or by --store URL")

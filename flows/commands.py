@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, check_output, overrides_of, print_json, read_arguments, say
-from mlorq.config import RunConfig, location_and_folder, read_values
+from mlorq.config.run import RunConfig, location_and_folder, read_values
 from mlorq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
 
 def sweep(arguments: argparse.Namespace) -> Finish:
     """A ladder of budgets and its size-accuracy curve."""
-    from mlorq.memory import parse_budget
+    from mlorq.forms.memory import parse_budget
 
     config = read_arguments(arguments)
     for budget in arguments.budget or []:
@@ -117,7 +117,7 @@ def sweep(arguments: argparse.Namespace) -> Finish:
 
 def compare(arguments: argparse.Namespace) -> Finish:
     """One model by several methods."""
-    from flows.methods import chosen
+    from flows.comparison import chosen
 
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
@@ -142,7 +142,7 @@ def compare(arguments: argparse.Namespace) -> Finish:
 
 def _written(files: dict[str, bytes], folder: str) -> list[str]:
     """Write files into a folder; gives where they are."""
-    from mlorq.checkpoint import save
+    from mlorq.checkpoint.io import save
 
     save(files, folder)
     return [f"{folder.rstrip('/')}/{name}" for name in files]
@@ -174,7 +174,7 @@ def _names(arguments: argparse.Namespace) -> list[str] | None:
 
 
 def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
-    from mlorq.memory import parse_budget
+    from mlorq.forms.memory import parse_budget
 
     budgets = list(arguments.budget or config.budgets)
     if not budgets:
@@ -199,7 +199,7 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] |
     allocate_only = bool(getattr(arguments, "allocate_only", False))
     with PrefectSession(verbose=arguments.verbose) as session:
         # The embedded server comes up while this loads the model.
-        from flows.methods import chosen, plan
+        from flows.comparison import chosen, plan
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 
@@ -264,10 +264,10 @@ def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, cu
 
 def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[str, Any]]) -> None:
     """Copy one checkpoint to ``location``, several to folders in it that are named after the budgets."""
-    from mlorq.checkpoint import save
-    from mlorq.checkpoint_files import CONFIG, TENSORS
-    from mlorq.store import ArtifactRef
-    from steps.workbench import open_store
+    from mlorq.artifacts.store import ArtifactRef
+    from mlorq.checkpoint.format import CONFIG, TENSORS
+    from mlorq.checkpoint.io import save
+    from steps.context import open_store
 
     store = open_store(config)
 
@@ -280,7 +280,7 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
 
 
 def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[str]) -> Finish:
-    from flows.plan import make_plan
+    from flows.dry_run import make_plan
     from flows.run import check_budgets, known_layers, open_bench
 
     bench = open_bench(config, to_estimate=True)

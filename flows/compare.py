@@ -15,17 +15,17 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from flows.forms import ConfigFile, RunForm, explicit_values
-from flows.methods import activation_width, chosen, plan, row
+from flows.comparison import activation_width, chosen, plan, row
 from flows.pipeline import name_of_run, run_on, show
 from flows.progress import format_seconds, terminal_progress
 from flows.run import handed, handing, prepare
-from mlorq.config import RunConfig
+from flows.run_form import ConfigFile, RunForm, explicit_values
+from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.store import ArtifactRef, json_bytes
+from mlorq.config.run import RunConfig
 from mlorq.errors import MlorqError
-from mlorq.hashing import digest_json
-from mlorq.report import render_table
-from mlorq.store import ArtifactRef, json_bytes
-from steps.workbench import Workbench
+from mlorq.evaluation.report import render_table
+from steps.context import Workbench
 
 ARTIFACT = "compare"  # what the store calls it
 TABLE, PAGE, ROWS = "compare.parquet", "compare.html", "compare.json"

@@ -6,8 +6,8 @@ from typing import Any
 
 from prefect import flow
 
-from flows.forms import ConfigFile, RunForm
 from flows.pipeline import carry_out, run_name
+from flows.run_form import ConfigFile, RunForm
 
 
 @flow(

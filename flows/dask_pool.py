@@ -21,12 +21,12 @@ from prefect.states import Completed
 
 from flows.runners import Runner, make_runner
 from flows.runners.base import LogOnly
-from mlorq.config import RunConfig
+from mlorq.artifacts.hashing import digest_json
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
-from mlorq.hashing import digest_json
 from steps.base import Needs, StepSpec
-from steps.messages import refuse_memory_store
-from steps.workbench import Workbench, devices, open_store
+from steps.context import Workbench, devices, open_store
+from steps.protocol import refuse_memory_store
 
 
 class DaskPool:

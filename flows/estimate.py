@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from mlorq.calibration.token_importance import PASSES
+from mlorq.config.layer_overrides import layer_search
 from mlorq.data.base import Dataset
-from mlorq.importance import PASSES
-from mlorq.layers import Layer, LayerList
 from mlorq.models.base import batch_samples, move_batch
-from mlorq.overrides import layer_search
+from mlorq.models.layers import Layer, LayerList
 from steps.base import Needs
+from steps.context import Workbench
 from steps.refine import WHOLE_SAMPLES
-from steps.workbench import Workbench
 
 FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs
 ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry

@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mlorq.config import RunConfig
-from mlorq.hashing import digest_json
-from mlorq.locations import absolute_folder
+from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.locations import absolute_folder
+from mlorq.config.run import RunConfig
 from steps.base import Outcome, StepSpec
 
 LOGGER = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class SearchWatch:
             resource = {
                 "prefect.resource.id": f"mlorq.search.{key}",
                 "prefect.resource.name": self._model,
-                "mlorq.store": self._config.resolve(self._config.store),
+                "mlorq.artifacts.store": self._config.resolve(self._config.store),
             }
             emit_event(SEARCH_FINISHED, resource=resource, payload=self._payload())
         except Exception as error:

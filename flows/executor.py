@@ -31,8 +31,8 @@ from flows.run import check_present
 from flows.runners import Runner, make_runner
 from flows.runners.base import POLL_SECONDS
 from steps.base import Outcome, StepSpec, find
+from steps.context import Workbench
 from steps.faults import RETRY_SECONDS, can_pass, patiently
-from steps.workbench import Workbench
 
 if TYPE_CHECKING:
     from flows.dask_pool import DaskPool

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlorq.store import ArtifactRef
+from mlorq.artifacts.store import ArtifactRef
 from steps.base import Outcome, StepSpec
 
 

@@ -13,16 +13,16 @@ from prefect.runtime import flow_run
 
 from flows.events import SearchWatch
 from flows.executor import PrefectExecutor
-from flows.forms import read_config
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare, results_json
+from flows.run_form import read_config
+from mlorq.artifacts.transfer import hide_password
 from mlorq.errors import MlorqError
-from mlorq.files import hide_password
-from mlorq.report import size_accuracy_picture
+from mlorq.evaluation.report import size_accuracy_picture
+from steps.context import Workbench, local_devices
 from steps.pipeline import Compressed, run_pipeline
 from steps.summary import model_name, short_name
-from steps.workbench import Workbench, local_devices
 
 
 def run_name() -> str:

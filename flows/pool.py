@@ -11,8 +11,8 @@ from types import TracebackType
 from flows.runners import ChildRunner
 from flows.runners.base import LogOnly
 from steps.base import Outcome, StepSpec, find
+from steps.context import Workbench
 from steps.inprocess import InProcess
-from steps.workbench import Workbench
 
 
 class Pool(InProcess):

@@ -180,7 +180,7 @@ def location_markdown(uri: str) -> str:
 
 def picture_markdown(title: str, picture: bytes) -> str:
     """A picture as a Markdown page that holds it; on Prefect's page of an image, so long a URL runs over the edge."""
-    from mlorq.report import data_url, small_picture
+    from mlorq.evaluation.report import data_url, small_picture
 
     return f"![{title}]({data_url(small_picture(picture))})\n"
 

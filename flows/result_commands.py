@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say
+from mlorq.artifacts.locations import resolve_location
+from mlorq.artifacts.transfer import hide_password
 from mlorq.errors import MlorqError, StoreError
-from mlorq.files import hide_password
-from mlorq.locations import resolve_location
 
 if TYPE_CHECKING:
-    from mlorq.store import ArtifactRef, Store
-    from steps.workbench import Workbench
+    from mlorq.artifacts.store import ArtifactRef, Store
+    from steps.context import Workbench
 
 
 def evaluate(arguments: argparse.Namespace) -> Finish:
     """Measure a checkpoint."""
     from flows.run import open_bench
-    from mlorq.checkpoint import inspect as inspect_checkpoint
+    from mlorq.checkpoint.io import inspect as inspect_checkpoint
 
     config = read_arguments(arguments)
     hashes = inspect_checkpoint(arguments.checkpoint)["hashes"]
@@ -51,9 +51,9 @@ def _measure(checkpoint: str, bench: Workbench) -> dict[str, Any]:
     import torch
 
     from flows.progress import terminal_progress
-    from mlorq.checkpoint import load
-    from mlorq.evaluate import model_outputs, output_nmse
-    from mlorq.tables import table_matrix
+    from mlorq.artifacts.schemas import table_matrix
+    from mlorq.checkpoint.io import load
+    from mlorq.evaluation.outputs import model_outputs, output_nmse
     from steps import baseline
     from steps.base import execute
 
@@ -88,7 +88,7 @@ def _measure(checkpoint: str, bench: Workbench) -> dict[str, Any]:
 
 def inspect(arguments: argparse.Namespace) -> Finish:
     """Show what a checkpoint holds."""
-    from mlorq.checkpoint import inspect as inspect_checkpoint
+    from mlorq.checkpoint.io import inspect as inspect_checkpoint
 
     info = inspect_checkpoint(arguments.checkpoint)
 
@@ -135,7 +135,7 @@ def runs(arguments: argparse.Namespace) -> Finish:
 
 def report(arguments: argparse.Namespace) -> Finish:
     """Where a run's page and picture are, or one page of it, with its place among the runs of the same model."""
-    from mlorq.report import render_report, size_accuracy_picture
+    from mlorq.evaluation.report import render_report, size_accuracy_picture
 
     if arguments.output is not None:
         check_output(os.path.dirname(arguments.output) or ".")

@@ -12,16 +12,16 @@ from typing import Any
 
 from flows.ledger import Ledger
 from flows.progress import Observer
-from mlorq.config import RunConfig
+from mlorq.artifacts.transfer import hide_password
+from mlorq.config.layer_overrides import check_overrides
+from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, StoreError
-from mlorq.files import hide_password
-from mlorq.layers import LayerList
-from mlorq.memory import parse_budget
-from mlorq.overrides import check_overrides
+from mlorq.forms.memory import parse_budget
+from mlorq.models.layers import LayerList
 from steps import layers as layers_step
 from steps.base import Outcome, StepSpec, execute, find
+from steps.context import Workbench, devices, open_store
 from steps.pipeline import Compressed, compressible_budget, result_json
-from steps.workbench import Workbench, devices, open_store
 
 COMPUTED_BY_ALLOCATE_ONLY = ("allocate", "joint", "refine")
 
@@ -122,7 +122,7 @@ def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[str]) -
     Raises:
         BudgetError: names the smallest possible size.
     """
-    from flows.plan import smallest_layer_bytes
+    from flows.dry_run import smallest_layer_bytes
 
     smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers.layers)
     for budget in budgets:

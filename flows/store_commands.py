@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, named_store, print_json
+from mlorq.artifacts.transfer import hide_password
 from mlorq.errors import ConfigError, StoreError
-from mlorq.files import hide_password
 
 if TYPE_CHECKING:
-    from mlorq.housekeeping import Folder
-    from mlorq.store import Store
+    from mlorq.artifacts.gc import Folder
+    from mlorq.artifacts.store import Store
 
 
 def store(arguments: argparse.Namespace) -> Finish:
@@ -23,7 +23,7 @@ def store(arguments: argparse.Namespace) -> Finish:
 
 def ls(arguments: argparse.Namespace) -> Finish:
     """Artifacts by step; with ``--step`` one by one."""
-    from mlorq.housekeeping import folders
+    from mlorq.artifacts.gc import folders
 
     found = named_store(arguments)
     everything = folders(found)
@@ -87,7 +87,7 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
 
 def verify(arguments: argparse.Namespace) -> Finish:
     """Compare every file with its manifest; exit status 2 where one is damaged."""
-    from mlorq.housekeeping import verify as look_at_all
+    from mlorq.artifacts.gc import verify as look_at_all
 
     found = named_store(arguments)
     findings = look_at_all(found, _progress("verified"))
@@ -115,7 +115,7 @@ def verify(arguments: argparse.Namespace) -> Finish:
 
 def gc(arguments: argparse.Namespace) -> Finish:
     """Remove what none of the named runs needs."""
-    from mlorq.housekeeping import folders, needed_by, removable, remove, remove_files, temporaries
+    from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, temporaries
 
     if not arguments.keep:
         raise ConfigError("store gc: name the runs that stay by --keep RUN (mlorq runs lists them)")

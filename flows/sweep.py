@@ -9,16 +9,16 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.forms import ConfigFile, RunForm, read_config
 from flows.pipeline import name_of_run, run_on
 from flows.render import budgets_table
 from flows.run import handed, known_layers, prepare
+from flows.run_form import ConfigFile, RunForm, read_config
+from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.errors import BudgetError, MlorqError
-from mlorq.hashing import digest_json
-from mlorq.report import render_sweep, size_accuracy_picture
-from mlorq.store import ArtifactRef, json_bytes
+from mlorq.evaluation.report import render_sweep, size_accuracy_picture
+from steps.context import Workbench
 from steps.pipeline import compressible_budget
-from steps.workbench import Workbench
 
 LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
 ARTIFACT = "sweep"  # what the store calls it; it has a key of all it was made from, like the steps' artifacts
@@ -64,7 +64,7 @@ def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], 
     Raises:
         BudgetError: names every budget asked for that not even the smallest candidates fit, or says that there is none.
     """
-    from flows.plan import smallest_layer_bytes
+    from flows.dry_run import smallest_layer_bytes
 
     if budgets is not None and not budgets:
         raise BudgetError("budgets: none is given")

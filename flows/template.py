@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mlorq.config import (
+from mlorq.config.run import (
     DEFAULT_PRESET,
     PRESETS,
     ActivationsConfig,

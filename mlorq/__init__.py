@@ -16,10 +16,10 @@ __version__ = "0.1.0"
 __all__ = ["CompressionResult", "__version__", "compress", "load"]
 
 if TYPE_CHECKING:
-    from mlorq.api import CompressionResult, compress
-    from mlorq.checkpoint import load
+    from mlorq.checkpoint.io import load
+    from steps.api import CompressionResult, compress
 
-_HOMES = {"compress": "mlorq.api", "CompressionResult": "mlorq.api", "load": "mlorq.checkpoint"}
+_HOMES = {"compress": "steps.api", "CompressionResult": "steps.api", "load": "mlorq.checkpoint.io"}
 
 
 def __getattr__(name: str) -> Any:

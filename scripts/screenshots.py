@@ -28,7 +28,7 @@ from websockets.sync.client import ClientConnection, connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mlorq.report import small_picture
+from mlorq.evaluation.report import small_picture
 from scripts.prefect_stack import REPOSITORY, Stack
 
 POOLS = {"mlorq": "process", "mlorq-docker": "docker", "mlorq-kubernetes": "kubernetes"}

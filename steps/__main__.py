@@ -1,7 +1,7 @@
 """``python -m steps NAME --spec URI``: run one step in this process, from a JSON description at any fsspec URI.
 
 The last line on standard output is a JSON object: the artifact's step and key, whether it was reused, and seconds; with
-``--events`` there is one object a line, progress included (``steps.messages``). ``python -m steps --serve`` takes
+``--events`` there is one object a line, progress included (``steps.protocol``). ``python -m steps --serve`` takes
 lines ``{"name": …, "spec": URI}`` on standard input and carries one after another out, so that torch, model and data
 are loaded once for many steps.
 
@@ -23,7 +23,7 @@ from typing import IO
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from steps import REGISTRY
-from steps.messages import Desk, Event
+from steps.protocol import Desk, Event
 
 MISTAKE, TRY_AGAIN, DEFECT = 2, os.EX_TEMPFAIL, 1
 

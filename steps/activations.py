@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mlorq.activations import ActivationSettings, calibrate
-from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import PLAN, PLAN_TENSORS, Workbench
+from steps.context import PLAN, PLAN_TENSORS, Workbench
 
 
 def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:

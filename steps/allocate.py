@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlorq.allocate import Choices, allocate, allocation_table, choices_from_tables, smallest_bytes
-from mlorq.store import ArtifactRef, json_bytes, table_bytes
+from mlorq.allocation.program import Choices, allocate, allocation_table, choices_from_tables, smallest_bytes
+from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 SOLVER = ("objective", "solver", "time_limit", "gap")
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.store import ArtifactRef
 from mlorq.errors import ConfigError
-from mlorq.hashing import digest_json
-from mlorq.store import ArtifactRef
 
 if TYPE_CHECKING:
-    from mlorq.layers import Layer
-    from steps.workbench import Workbench
+    from mlorq.models.layers import Layer
+    from steps.context import Workbench
 
 Progress = Callable[[int, int], None]
 

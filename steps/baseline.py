@@ -5,12 +5,12 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
+from mlorq.artifacts.schemas import matrix_table
+from mlorq.artifacts.store import json_bytes, table_bytes
 from mlorq.data.base import Dataset
-from mlorq.evaluate import model_outputs
-from mlorq.store import json_bytes, table_bytes
-from mlorq.tables import matrix_table
+from mlorq.evaluation.outputs import model_outputs
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def spec(bench: Workbench) -> StepSpec:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlorq.candidates import CandidateSettings
-from mlorq.config import SearchConfig
-from mlorq.layers import Layer
-from mlorq.overrides import layer_search
-from mlorq.store import ArtifactRef, table_bytes
+from mlorq.artifacts.store import ArtifactRef, table_bytes
+from mlorq.config.layer_overrides import layer_search
+from mlorq.config.run import SearchConfig
+from mlorq.fitting.hessian_fit import CandidateSettings
+from mlorq.models.layers import Layer
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def settings_params(search: SearchConfig) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from mlorq.capture import capture
-from mlorq.hessian import label_free_hessian
-from mlorq.importance import PASSES, importance_tensors, token_importance
-from mlorq.second_moments import OuterProducts, moments_tensors
-from mlorq.store import ArtifactRef, table_bytes, tensors_bytes
-from mlorq.tables import matrix_table
+from mlorq.artifacts.schemas import matrix_table
+from mlorq.artifacts.store import ArtifactRef, table_bytes, tensors_bytes
+from mlorq.calibration.collect import capture
+from mlorq.calibration.covariance import OuterProducts, moments_tensors
+from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.calibration.token_importance import PASSES, importance_tensors, token_importance
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import IMPORTANCE, Workbench, moments_file
+from steps.context import IMPORTANCE, Workbench, moments_file
 
 ACTIVATION_ROWS = 256
 

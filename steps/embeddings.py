@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from mlorq.embeddings import find_tables, quantize_table, tables_json
-from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.forms.embedding_tables import find_tables, quantize_table, tables_json
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def spec(bench: Workbench) -> StepSpec:

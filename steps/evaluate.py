@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from mlorq.checkpoint import load
-from mlorq.evaluate import model_outputs, output_nmse
-from mlorq.store import ArtifactRef, json_bytes
-from mlorq.tables import table_matrix
+from mlorq.artifacts.schemas import table_matrix
+from mlorq.artifacts.store import ArtifactRef, json_bytes
+from mlorq.checkpoint.io import load
+from mlorq.evaluation.outputs import model_outputs, output_nmse
 from steps.base import Progress, Step, StepSpec
 from steps.baseline import measure, nmse_data
-from steps.workbench import Workbench, reachable_checkpoint
+from steps.context import Workbench, reachable_checkpoint
 
 
 def spec(bench: Workbench, checkpoint: ArtifactRef, float_evaluation: ArtifactRef) -> StepSpec:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from mlorq import files
+from mlorq.artifacts import transfer as files
 from mlorq.errors import StoreError, TransientError
 
 RETRY_SECONDS = (1, 5, 15, 30)

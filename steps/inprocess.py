@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from steps.base import Outcome, StepSpec, execute
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 class InProcess:

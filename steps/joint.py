@@ -15,17 +15,17 @@ import numpy as np
 import torch
 
 from mlorq.activations import ActivationPlan
-from mlorq.allocate import allocation_table, smallest_bytes
-from mlorq.candidates import candidate_of
-from mlorq.joint import Group, allocate_jointly, operations_of, parse_compute, weight_load
-from mlorq.layers import Layer
+from mlorq.allocation.joint import Group, allocate_jointly, operations_of, parse_compute, weight_load
+from mlorq.allocation.program import allocation_table, smallest_bytes
+from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
+from mlorq.costs.output_cost import OutputCost
+from mlorq.fitting.hessian_fit import candidate_of
 from mlorq.models.base import move_batch
-from mlorq.output_costs import OutputCost
-from mlorq.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
+from mlorq.models.layers import Layer
 from steps.allocate import joined, layer_inputs
 from steps.base import Progress, Step, StepSpec
+from steps.context import PLAN, PLAN_TENSORS, Workbench, read_plan
 from steps.sensitivity import cost_params
-from steps.workbench import PLAN, PLAN_TENSORS, Workbench, read_plan
 
 COSTS = "costs.json"
 SOLVER = ("solver", "time_limit", "gap")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mlorq.layers import LayerList, find_layers
-from mlorq.store import json_bytes, table_bytes
-from mlorq.tables import layers_table
+from mlorq.artifacts.schemas import layers_table
+from mlorq.artifacts.store import json_bytes, table_bytes
+from mlorq.models.layers import LayerList, find_layers
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def spec(bench: Workbench) -> StepSpec:

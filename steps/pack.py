@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from mlorq.checkpoint_files import checkpoint_files, float_rest, rest_upper_bound
-from mlorq.compressed import replace_layers
-from mlorq.embeddings import find_tables, replace_tables
-from mlorq.hashing import digest_json
-from mlorq.layers import Layer
-from mlorq.overrides import search_json
-from mlorq.rest import rest_by_kind
-from mlorq.store import ArtifactRef
+from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.store import ArtifactRef
+from mlorq.checkpoint.float_sizes import rest_by_kind
+from mlorq.checkpoint.format import checkpoint_files, float_rest, rest_upper_bound
+from mlorq.config.layer_overrides import search_json
+from mlorq.forms.embedding_tables import find_tables, replace_tables
+from mlorq.forms.modules import replace_layers
+from mlorq.models.layers import Layer
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded: Sequence[ArtifactRef]) -> StepSpec:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mlorq.candidates import candidate_of
-from mlorq.layers import Layer
-from mlorq.memory import parse_budget
-from mlorq.overrides import check_overrides
+from mlorq.artifacts.store import ArtifactRef
+from mlorq.config.layer_overrides import check_overrides
+from mlorq.fitting.hessian_fit import candidate_of
+from mlorq.forms.memory import parse_budget
+from mlorq.models.layers import Layer
 from mlorq.rounding import BY_BLOCKS
-from mlorq.store import ArtifactRef
 from steps import (
     activations,
     allocate,
@@ -37,7 +37,7 @@ from steps import (
     tune,
 )
 from steps.base import Outcome, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 class Executor(Protocol):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from mlorq.candidates import LayerSearch
-from mlorq.layers import Layer, LayerList
-from mlorq.reconstruct import ReconstructionSettings, reconstruct
-from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
-from mlorq.trainable import Trained
+from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.fitting.hessian_fit import LayerSearch
+from mlorq.models.layers import Layer, LayerList
+from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
+from mlorq.rounding.trainable import Trained
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 SETTINGS = {
     "block": ("iterations", "code_rate", "scale_rate", "bias_rate", "loss", "drop"),

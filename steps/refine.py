@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mlorq.allocate import Choices, allocate, allocation_table, smallest_bytes
-from mlorq.candidates import candidate_of
-from mlorq.interaction import POWERS, WholeModel, refine
-from mlorq.store import ArtifactRef, json_bytes, table_bytes
+from mlorq.allocation.program import Choices, allocate, allocation_table, smallest_bytes
+from mlorq.allocation.refinement import POWERS, WholeModel, refine
+from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
+from mlorq.fitting.hessian_fit import candidate_of
 from steps.allocate import SOLVER, joined
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
+from steps.context import Workbench
 from steps.sensitivity import cost_params
-from steps.workbench import Workbench
 
 WHOLE_SAMPLES = 4  # times those that a layer's costs are measured on
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from mlorq.forms import Candidate
-from mlorq.layers import Layer
+from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.forms.base import Candidate
+from mlorq.models.layers import Layer
 from mlorq.rounding import BY_BLOCKS, METHODS, NEEDS_MOMENTS, RoundingSettings
-from mlorq.store import ArtifactRef, json_bytes, tensors_bytes
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import quantizer_params, settings_of
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 LRA = ("iterations", "learning_rate", "regularisation", "beta_start", "beta_end", "warm_up", "stop_loss", "start")
 # What a method reads of the configuration's rounding section: nothing else is in a layer's key.

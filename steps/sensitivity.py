@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.store import ArtifactRef, table_bytes
+from mlorq.config.layer_overrides import layer_search
+from mlorq.costs.calibrated import scaled_sensitivity
+from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
 from mlorq.errors import DataError
-from mlorq.hashing import digest_json
-from mlorq.layers import Layer
-from mlorq.overrides import layer_search
-from mlorq.scaled_costs import scaled_sensitivity
-from mlorq.sensitivity import LayerProbe, local_sensitivity, measured_sensitivity
-from mlorq.store import ArtifactRef, table_bytes
+from mlorq.models.layers import Layer
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import settings_of, settings_params
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def spec(

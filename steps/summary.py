@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from mlorq.config import RunConfig
-from mlorq.report import front_picture, render_report
-from mlorq.store import ArtifactRef, Store, json_bytes
+from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
+from mlorq.config.run import RunConfig
+from mlorq.evaluation.report import front_picture, render_report
 from steps.base import Progress, Step, StepSpec
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 def spec(bench: Workbench, artifacts: dict[str, ArtifactRef], budget: str) -> StepSpec:

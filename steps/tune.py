@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlorq.store import ArtifactRef
-from mlorq.tuning import TuningSettings, tune
+from mlorq.artifacts.store import ArtifactRef
+from mlorq.rounding.finetune import TuningSettings, tune
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
+from steps.context import Workbench
 from steps.reconstruct import trained_files
-from steps.workbench import Workbench
 
 SETTINGS = ("tuning", "tuning_rate", "scale_rate", "bias_rate")
 

@@ -27,9 +27,9 @@ from mlorq.activations.quantizers import (
 )
 from mlorq.activations.survey import survey
 from mlorq.errors import CheckpointError, ModelError
-from mlorq.layers import find_layers
 from mlorq.models import from_module
 from mlorq.models.base import FloatModel, attention_mask
+from mlorq.models.layers import find_layers
 from mlorq.models.sentence import SentenceEmbedding
 from tests import zoo
 

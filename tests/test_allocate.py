@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mlorq.allocate import Choices, allocate, smallest_bytes
+from mlorq.allocation.program import Choices, allocate, smallest_bytes
 from mlorq.errors import BudgetError
 
 

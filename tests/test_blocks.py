@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlorq.hessian import label_free_hessian
-from mlorq.layers import find_layers, input_tokens
+from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.models.base import FloatModel
 from mlorq.models.blocks import detect_blocks
+from mlorq.models.layers import find_layers, input_tokens
 from tests import zoo
 from tests.nets import Block, TokenNet, float_model, images
 

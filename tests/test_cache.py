@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlorq.cache import Cache, cache_folder
+from mlorq.artifacts.cache import Cache, cache_folder
+from mlorq.artifacts.hashing import digest_bytes
 from mlorq.errors import StoreError
-from mlorq.hashing import digest_bytes
 
 DATA = b"some content"
 DIGEST = digest_bytes(DATA)

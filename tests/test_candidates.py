@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlorq.candidates import CandidateSettings, LayerSearch, candidate_of, gram_costs, spread
-from mlorq.factorize import weighted_svd
-from mlorq.forms import Candidate
-from mlorq.memory import candidate_bytes
-from mlorq.pareto import pareto_front
+from mlorq.costs.pareto import pareto_front
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, candidate_of, gram_costs, spread
+from mlorq.fitting.weighted_svd import weighted_svd
+from mlorq.forms.base import Candidate
+from mlorq.forms.memory import candidate_bytes
 
 SHAPES = [(12, 40), (40, 12), (17, 17), (3, 64)]
 

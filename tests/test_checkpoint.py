@@ -16,15 +16,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mlorq import checkpoint
-from mlorq.checkpoint import inspect, load, save
-from mlorq.checkpoint_files import CONFIG, TENSORS, checkpoint_files, rest_upper_bound
-from mlorq.compressed import CompressedLinear, CompressedModule, replace_layers
+from mlorq.artifacts.store import json_bytes
+from mlorq.checkpoint import io as checkpoint
+from mlorq.checkpoint.format import CONFIG, TENSORS, checkpoint_files, rest_upper_bound
+from mlorq.checkpoint.io import inspect, load, save
+from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.errors import CheckpointError, ModelError
-from mlorq.forms import Candidate, CompressedLayer
-from mlorq.memory import candidate_bytes, parse_budget, stored_matrices
-from mlorq.quantizers import QuantizedMatrix, ZeroPoint
-from mlorq.store import json_bytes
+from mlorq.forms.base import Candidate, CompressedLayer
+from mlorq.forms.memory import candidate_bytes, parse_budget, stored_matrices
+from mlorq.forms.modules import CompressedLinear, CompressedModule, replace_layers
 
 torch.set_num_threads(1)
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from flows.cli import main
-from flows.plan import smallest_layer_bytes
+from flows.dry_run import smallest_layer_bytes
 from flows.run import known_layers, open_bench
 from flows.template import EXAMPLES, template
-from mlorq.config import ActivationsConfig, EmbeddingsConfig, RunConfig, SearchConfig
+from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig, SearchConfig
 
 FACTORY = """
 import torch

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlorq.candidates import CandidateSettings
-from mlorq.closed_form import ClosedForm, Metric, product_costs
-from mlorq.forms import Candidate
-from mlorq.gptq import DAMPING, RowHessian, descend, gptq, refit_scale
-from mlorq.moment_search import MomentSearch
-from mlorq.quantizers import RowQuantizer, search_quantizer
-from mlorq.second_moments import LEAST_SHRINKAGE, Moments, OuterProducts, pooled, shrink
+from mlorq.calibration.covariance import LEAST_SHRINKAGE, Moments, OuterProducts, pooled, shrink
+from mlorq.codecs.affine import RowQuantizer, search_quantizer
+from mlorq.fitting.covariance_fit import ClosedForm, Metric, product_costs
+from mlorq.fitting.gptq import DAMPING, RowHessian, descend, gptq, refit_scale
+from mlorq.fitting.hessian_fit import CandidateSettings
+from mlorq.fitting.moment_search import MomentSearch
+from mlorq.forms.base import Candidate
 
 PERCENTILES = (0.95, 0.99, 1.0)
 

@@ -12,9 +12,9 @@ import pytest
 
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
-from flows.methods import METHODS, chosen, configured, width_for
+from flows.comparison import METHODS, chosen, configured, width_for
 from flows.run import known_layers, open_bench
-from mlorq.config import RunConfig
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from tests.test_cli import fails, write_project
 from tests.test_flows import flow_runs

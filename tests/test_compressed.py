@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.compressed import CompressedConv2d, CompressedLinear, replace_layers
+from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.errors import ModelError
-from mlorq.forms import MATRICES, Candidate, CompressedLayer
-from mlorq.memory import candidate_bytes, stored_matrices
-from mlorq.quantizers import QuantizedMatrix, ZeroPoint
+from mlorq.forms.base import MATRICES, Candidate, CompressedLayer
+from mlorq.forms.memory import candidate_bytes, stored_matrices
+from mlorq.forms.modules import CompressedConv2d, CompressedLinear, replace_layers
 
 torch.set_num_threads(1)
 

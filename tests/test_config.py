@@ -9,9 +9,9 @@ import fsspec
 import pytest
 import yaml
 
-from mlorq.config import PRESETS, RunConfig
+from mlorq.artifacts.locations import absolute_folder, resolve_location
+from mlorq.config.run import PRESETS, RunConfig
 from mlorq.errors import ConfigError
-from mlorq.locations import absolute_folder, resolve_location
 
 BASE = {
     "model": {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "w.safetensors"},

@@ -25,7 +25,7 @@ from flows.run import open_bench
 from flows.runners import InProcessRunner, Runner, make_runner
 from flows.runners import container_setup as setup
 from flows.runners.container import LABELS, ContainerRunner, cache_folder, remove_left_overs
-from mlorq.config import RunConfig
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError, TransientError
 from steps import pipeline
 from steps.base import Outcome, StepSpec
@@ -515,7 +515,7 @@ FLOW = """
 import sys
 from flows.run import open_bench
 from flows.runners.container import ContainerRunner
-from mlorq.config import RunConfig
+from mlorq.config.run import RunConfig
 from steps import pipeline
 from tests.test_container_runner import Watch
 

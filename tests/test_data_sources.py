@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from mlorq.config import DataConfig, ModelConfig, SourceConfig
+from mlorq.config.run import DataConfig, ModelConfig, SourceConfig
 from mlorq.data import Dataset, from_batches, load_dataset
 from mlorq.errors import DataError
-from mlorq.evaluate import model_outputs
+from mlorq.evaluation.outputs import model_outputs
 from mlorq.models import load_model
 from mlorq.models.base import FloatModel
 from tests import zoo
@@ -345,7 +345,7 @@ def float_outputs(model: FloatModel, data: Dataset) -> torch.Tensor:
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
 @pytest.mark.parametrize("columns", [[0], [0, 1]])
 def test_classification_metrics_equal_those_in_the_files_order(load, tmp_path, models, metric, columns):
-    from mlorq import metrics
+    from mlorq.data import metrics
 
     rows = [*ROWS, (*ROWS[2][:2], 1), ROWS[0]]  # duplicates, one with another label
     data = load(write(tmp_path, "a.csv", rows), text=columns, label=2, metric=metric)

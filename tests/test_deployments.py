@@ -26,8 +26,8 @@ from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values
 
 from flows.events import COMPARE_REQUESTED, REBUDGET_REQUESTED, SEARCH_FINISHED
-from flows.forms import BY_PRESET, RunForm, read_config
-from mlorq.config import PRESETS, RunConfig
+from flows.run_form import BY_PRESET, RunForm, read_config
+from mlorq.config.run import PRESETS, RunConfig
 from mlorq.errors import ConfigError
 from scripts.prefect_stack import Stack
 from tests.test_cli import LAYERS, write_project

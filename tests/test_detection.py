@@ -19,22 +19,22 @@ from PIL import Image
 from timm.models.swin_transformer import SwinTransformerBlock
 
 import mlorq
-from mlorq.capture import capture
-from mlorq.checkpoint import save
-from mlorq.checkpoint_files import checkpoint_files
-from mlorq.compressed import CompressedLinear, replace_layers
-from mlorq.config import ModelConfig, RunConfig, SourceConfig
+from mlorq.calibration.collect import capture
+from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.checkpoint.format import checkpoint_files
+from mlorq.checkpoint.io import save
+from mlorq.config.run import ModelConfig, RunConfig, SourceConfig
 from mlorq.data import load_dataset
 from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
-from mlorq.forms import Candidate
-from mlorq.hessian import label_free_hessian
-from mlorq.layers import find_layers, input_tokens
+from mlorq.forms.base import Candidate
+from mlorq.forms.modules import CompressedLinear, replace_layers
 from mlorq.models import detection, detection_keys, load_model, rebuild
 from mlorq.models.base import move_batch
 from mlorq.models.detection_parts import AlignedRegions, ExactAnchors, PadFirstBlock
+from mlorq.models.layers import find_layers, input_tokens
+from mlorq.models.partial_forward import Segments, enters_cleanly
 from mlorq.models.transformers_detection import match_names
-from mlorq.segments import Segments, enters_cleanly
 from tests import detectors, zoo
 from tests.test_compressed import random_compressed
 

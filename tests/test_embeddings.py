@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 import mlorq
-from mlorq.checkpoint import inspect, load, save
-from mlorq.checkpoint_files import checkpoint_files, rest_upper_bound
-from mlorq.compressed import replace_layers
-from mlorq.config import RunConfig
-from mlorq.embeddings import CompressedEmbedding, find_tables, quantize_table, replace_tables, set_tables
+from mlorq.artifacts.store import Store
+from mlorq.checkpoint.format import checkpoint_files, rest_upper_bound
+from mlorq.checkpoint.io import inspect, load, save
+from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
-from mlorq.memory import matrix_bytes
-from mlorq.store import Store
+from mlorq.forms.embedding_tables import CompressedEmbedding, find_tables, quantize_table, replace_tables, set_tables
+from mlorq.forms.memory import matrix_bytes
+from mlorq.forms.modules import replace_layers
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench
 from tests import zoo
 
 PERCENTILES = [0.97, 0.99, 0.9995, 1.0]
@@ -187,7 +187,7 @@ def test_a_run_with_quantized_embeddings(folder):
 
 
 def _ref(value: dict[str, str]) -> Any:
-    from mlorq.store import ArtifactRef
+    from mlorq.artifacts.store import ArtifactRef
 
     return ArtifactRef.from_json(value)
 

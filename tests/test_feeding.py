@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from mlorq.feeding import feed
 from mlorq.models.base import move_batch
+from mlorq.models.prefetch import feed
 from tests.nets import images
 
 

@@ -20,9 +20,9 @@ from flows.cli import main
 from flows.executor import PrefectExecutor
 from flows.progress import Observers
 from flows.run import open_bench
-from mlorq.config import RunConfig
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError
-from mlorq.store import Store
 from steps import layers
 from steps.base import Step, StepSpec, execute
 from steps.faults import can_pass

@@ -14,11 +14,11 @@ import scipy.stats
 import sklearn.metrics
 import torch
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.glue import TASKS
 from mlorq.errors import DataError
-from mlorq.evaluate import model_outputs
+from mlorq.evaluation.outputs import model_outputs
 from mlorq.models import load_model
 from tests import zoo
 

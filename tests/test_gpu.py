@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import mlorq
-from mlorq.closed_form import ClosedForm, Metric
-from mlorq.forms import Candidate
-from mlorq.gptq import RowHessian, descend, gptq
-from mlorq.quantizers import RowQuantizer, search_quantizer
+from mlorq.codecs.affine import RowQuantizer, search_quantizer
+from mlorq.fitting.covariance_fit import ClosedForm, Metric
+from mlorq.fitting.gptq import RowHessian, descend, gptq
+from mlorq.forms.base import Candidate
 from mlorq.rounding import METHODS, lra
 from mlorq.rounding.base import RoundingSettings
 from tests import zoo

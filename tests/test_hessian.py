@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from mlorq.calibration.label_free_hessian import add_squared_gradients, label_free_hessian
 from mlorq.errors import ModelError
-from mlorq.hessian import add_squared_gradients, label_free_hessian
-from mlorq.layers import find_layers
+from mlorq.models.layers import find_layers
 from tests.nets import SharedNet, float_model, images, token_net
 
 

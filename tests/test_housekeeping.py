@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from flows.cli import main
-from mlorq.config import RunConfig
+from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, temporaries, verify
+from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
+from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
-from mlorq.housekeeping import folders, needed_by, removable, remove, remove_files, temporaries, verify
-from mlorq.store import ArtifactRef, Store, json_bytes
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench
 from tests.test_cli import fails, prints_json, write_project
 
 KEY = "0123456789abcdef" * 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from mlorq.config import ModelConfig, RunConfig, SourceConfig
+from mlorq.config.run import ModelConfig, RunConfig, SourceConfig
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.images import ImageBatches
 from mlorq.errors import ConfigError, DataError

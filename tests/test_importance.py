@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 import mlorq
-from mlorq.capture import capture
-from mlorq.forms import Candidate, CompressedLayer, QuantizedMatrix
-from mlorq.importance import (
+from mlorq.calibration.collect import capture
+from mlorq.calibration.covariance import OuterProducts
+from mlorq.calibration.token_importance import (
     FLOOR,
     importance_of_tensors,
     importance_tensors,
     leaders,
     token_importance,
 )
-from mlorq.layers import find_layers, input_tokens
-from mlorq.paired import PairedForward, token_weights
-from mlorq.reconstruct import ReconstructionSettings, reconstruct
-from mlorq.second_moments import OuterProducts
+from mlorq.forms.base import Candidate, CompressedLayer, QuantizedMatrix
+from mlorq.models.layers import find_layers, input_tokens
+from mlorq.rounding.paired_forward import PairedForward, token_weights
+from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
 from tests.nets import Block, TokenNet, float_model, images, token_net
 
 

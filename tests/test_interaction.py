@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mlorq.allocate import Choices, allocate
-from mlorq.evaluate import output_nmse
-from mlorq.interaction import TIE, Measured, WholeModel, largest_uniform, preferred, refine
-from mlorq.layers import find_layers
+from mlorq.allocation.program import Choices, allocate
+from mlorq.allocation.refinement import TIE, Measured, WholeModel, largest_uniform, preferred, refine
+from mlorq.evaluation.outputs import output_nmse
+from mlorq.models.layers import find_layers
 from tests.nets import SkipNet, TokenNet, images, token_net
 
 

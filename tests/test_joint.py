@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from mlorq.allocate import Choices
+from mlorq.allocation.joint import Group, allocate_jointly, operations_of, parse_compute, weight_load
+from mlorq.allocation.program import Choices
 from mlorq.errors import BudgetError, ConfigError
-from mlorq.forms import Candidate
-from mlorq.joint import Group, allocate_jointly, operations_of, parse_compute, weight_load
-from mlorq.layers import Layer
+from mlorq.forms.base import Candidate
+from mlorq.models.layers import Layer
 
 
 def problem(seed: int) -> tuple[list[Choices], list[np.ndarray], list[Group], list[int]]:

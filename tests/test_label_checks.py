@@ -10,12 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from mlorq.config import RunConfig
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
 from mlorq.errors import DataError
-from mlorq.store import Store
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import run_pipeline
-from steps.workbench import Workbench
 from tests import zoo
 
 FEW = {

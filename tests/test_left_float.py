@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from flows.render import print_checkpoint, result_facts
-from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.checkpoint import inspect, load, save
-from mlorq.checkpoint_files import checkpoint_files, float_rest
-from mlorq.compressed import replace_layers
-from mlorq.forms import Candidate
-from mlorq.layers import LayerList, find_layers, weight_matrix
+from mlorq.checkpoint.float_sizes import KINDS, TensorSize, rest_by_kind
+from mlorq.checkpoint.format import checkpoint_files, float_rest
+from mlorq.checkpoint.io import inspect, load, save
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Candidate
+from mlorq.forms.modules import replace_layers
 from mlorq.models import from_module
-from mlorq.rest import KINDS, TensorSize, rest_by_kind
+from mlorq.models.layers import LayerList, find_layers, weight_matrix
 from tests import zoo
 from tests.nets import SharedNet, TokenNet, images
 

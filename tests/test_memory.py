@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from mlorq.codecs.affine import ZeroPoint
+from mlorq.codecs.packing import pack_rows
 from mlorq.errors import BudgetError
-from mlorq.forms import Candidate
-from mlorq.memory import (
+from mlorq.forms.base import Candidate
+from mlorq.forms.memory import (
     Budget,
     candidate_bytes,
     low_rank_bytes,
@@ -20,8 +22,6 @@ from mlorq.memory import (
     parse_budget,
     stored_matrices,
 )
-from mlorq.packing import pack_rows
-from mlorq.quantizers import ZeroPoint
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from mlorq import metrics
+from mlorq.data import metrics
 
 
 def drawn(seed: int, samples: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ def test_top_k_accuracy_by_hand():
 def test_every_metric_of_a_configuration_exists():
     from typing import get_args
 
-    from mlorq.config import SourceConfig
+    from mlorq.config.run import SourceConfig
 
     named = get_args(get_args(SourceConfig.model_fields["metric"].annotation)[0])
     detection = {"box_ap", "mask_ap"}  # of pycocotools

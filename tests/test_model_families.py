@@ -15,14 +15,14 @@ import yaml
 
 import mlorq
 import mlorq.models.timm as timm_family
-from mlorq.capture import capture
-from mlorq.config import ModelConfig, RunConfig
+from mlorq.calibration.collect import capture
+from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.config.run import ModelConfig, RunConfig
 from mlorq.data import load_dataset
 from mlorq.errors import CheckpointError, DataError, MlorqError, ModelError
-from mlorq.evaluate import model_outputs
-from mlorq.hessian import label_free_hessian
-from mlorq.layers import find_layers
+from mlorq.evaluation.outputs import model_outputs
 from mlorq.models import FAMILIES, from_module, known_models, load_model, rebuild
+from mlorq.models.layers import find_layers
 from mlorq.models.transformers import attention_mask, locate
 from tests import zoo
 from tests.nets import TokenNet, images

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import mlorq
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data import load_dataset
 from mlorq.errors import DataError
 from mlorq.models import from_module, load_model, rebuild

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
-from mlorq import files
-from mlorq.config import RunConfig
+from mlorq.artifacts import transfer as files
+from mlorq.artifacts.gc import folders, remove, verify
+from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.artifacts.transfer import CHUNK_BYTES
+from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
-from mlorq.files import CHUNK_BYTES
-from mlorq.housekeeping import folders, remove, verify
-from mlorq.store import ArtifactRef, Store
 from steps.base import Outcome
+from steps.context import Workbench, open_store
 from steps.faults import can_pass, patiently
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench, open_store
 from tests.s3 import KEY as USER
 from tests.s3 import SECRET, S3Server, changed_environment, s3_server
 from tests.test_cli import prints_json, write_project
@@ -313,7 +313,7 @@ def test_a_step_of_its_own_and_the_command_line(
     config = RunConfig.from_yaml(path)
     bench = Workbench(config, open_store(config))
     from steps import layers
-    from steps.messages import Description
+    from steps.protocol import Description
 
     spec = layers.spec(bench)
     description = Description(spec, config).to_bytes()

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from mlorq.costs.output_cost import OutputCost
 from mlorq.errors import DataError, ModelError
-from mlorq.output_costs import OutputCost
 
 
 def outputs_of(seed: int, classes: int = 5) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

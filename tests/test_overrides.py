@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 import mlorq
-from flows.plan import smallest_layer_bytes
-from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.config import SearchConfig
+from flows.dry_run import smallest_layer_bytes
+from mlorq.artifacts.store import Store
+from mlorq.config.layer_overrides import check_overrides, layer_search, search_json
+from mlorq.config.run import SearchConfig
 from mlorq.errors import ConfigError
-from mlorq.layers import find_layers, weight_matrix
-from mlorq.overrides import check_overrides, layer_search, search_json
-from mlorq.store import Store
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.models.layers import find_layers, weight_matrix
 from steps.candidates import settings_of, settings_params
 from tests.nets import images, token_net
 from tests.test_pipeline import folder, run  # noqa: F401  (a fixture)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from mlorq import packing
-from mlorq.packing import pack_rows, packed_columns, unpack_rows
+from mlorq.codecs import packing
+from mlorq.codecs.packing import pack_rows, packed_columns, unpack_rows
 
 torch.set_num_threads(1)
 

@@ -7,13 +7,13 @@ import inspect
 import pytest
 import torch
 
-from mlorq.capture import capture
-from mlorq.config import ModelConfig
-from mlorq.hessian import label_free_hessian
-from mlorq.importance import token_importance
-from mlorq.layers import find_layers
+from mlorq.calibration.collect import capture
+from mlorq.calibration.covariance import OuterProducts
+from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.calibration.token_importance import token_importance
+from mlorq.config.run import ModelConfig
 from mlorq.models import FloatModel, load_model
-from mlorq.second_moments import OuterProducts
+from mlorq.models.layers import find_layers
 from tests import zoo
 
 KINDS = [

@@ -13,15 +13,15 @@ import yaml
 
 import mlorq
 import steps.pipeline as pipeline
-from mlorq.config import RunConfig
+from mlorq.allocation.refinement import TIE
+from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, DataError, ModelError, StoreError
-from mlorq.interaction import TIE
-from mlorq.store import ArtifactRef, Store
 from steps import REGISTRY
 from steps.base import Outcome, Step, StepSpec, execute
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench
 
 MODEL = """
 import torch

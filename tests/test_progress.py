@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from flows.progress import Observers, Phase, PlainProgress, PrefectProgress, RichProgress, format_seconds
-from mlorq.store import ArtifactRef
+from mlorq.artifacts.store import ArtifactRef
 from steps.base import Outcome, StepSpec
 
 

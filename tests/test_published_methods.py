@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlorq.adaround import Regulariser, SoftLayer, SoftMatrix, set_hard
-from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.forms import Candidate
-from mlorq.layers import find_layers, weight_matrix
-from mlorq.paired import PairedForward
-from mlorq.quantizers import RowQuantizer, search_quantizer
-from mlorq.reconstruct import ReconstructionSettings, reconstruct
+from mlorq.codecs.affine import RowQuantizer, search_quantizer
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Candidate
+from mlorq.models.layers import find_layers, weight_matrix
 from mlorq.rounding import METHODS, RoundingSettings
 from mlorq.rounding.base import output_error
 from mlorq.rounding.erq import FLIPS, TOKEN_RIDGE, WEIGHT_RIDGE, flipped, moved_search, round_in_halves
-from mlorq.trainable import _batch_order
+from mlorq.rounding.paired_forward import PairedForward
+from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
+from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, SoftMatrix, set_hard
+from mlorq.rounding.trainable import _batch_order
 from tests.nets import images, token_net
 from tests.test_reconstruct import block_error, drifting, moments, searched
 

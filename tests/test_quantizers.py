@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlorq.quantizers import (
+from mlorq.codecs.affine import (
     range_quantizer,
     row_ranges,
     search_left_factor,

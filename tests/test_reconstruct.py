@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlorq.candidates import CandidateSettings, LayerSearch
 from mlorq.errors import ModelError
-from mlorq.forms import Candidate, CompressedLayer
-from mlorq.layers import Layer, find_layers, weight_matrix
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Candidate, CompressedLayer
 from mlorq.models.base import FloatModel, fold_batches, split_batches, take_samples
-from mlorq.paired import InputMoments, PairedForward
-from mlorq.reconstruct import ReconstructionSettings, reconstruct
+from mlorq.models.layers import Layer, find_layers, weight_matrix
 from mlorq.rounding import METHODS, RoundingSettings
 from mlorq.rounding.base import output_error
 from mlorq.rounding.closed_form import corrected_weight
+from mlorq.rounding.paired_forward import InputMoments, PairedForward
+from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
 from tests.nets import SkipNet, TokenNet, images, token_net
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from flows.pipeline import show
 from flows.render import budgets_table, location_markdown, picture_markdown, result_line, result_markdown
 from flows.run import open_bench
-from mlorq.config import RunConfig
-from mlorq.report import (
+from mlorq.config.run import RunConfig
+from mlorq.evaluation.report import (
     COLOURS,
     data_url,
     front_picture,

@@ -8,10 +8,10 @@ import timm
 import torch
 
 import mlorq
-from mlorq.config import ModelConfig, RunConfig
+from mlorq.config.run import ModelConfig, RunConfig
 from mlorq.errors import ConfigError, ModelError
 from mlorq.models import load_model
-from mlorq.rotation import rotate_residual_stream, rotation_matrix
+from mlorq.models.residual_rotation import rotate_residual_stream, rotation_matrix
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 

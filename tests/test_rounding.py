@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.forms import Candidate, combine
-from mlorq.layers import find_layers, weight_matrix
-from mlorq.paired import InputMoments, PairedForward
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Candidate, combine
+from mlorq.models.layers import find_layers, weight_matrix
 from mlorq.rounding import METHODS, RoundingSettings
 from mlorq.rounding.base import output_error
 from mlorq.rounding.lra import DECAYS, EPSILON, _Objective, _SoftMatrix, radam_scalars
+from mlorq.rounding.paired_forward import InputMoments, PairedForward
 from tests.nets import images, token_net
 
 CANDIDATES = [

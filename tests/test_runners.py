@@ -16,9 +16,9 @@ from flows.dask_pool import resources_of
 from flows.run import open_bench
 from flows.runners import ChildRunner, InProcessRunner, make_runner
 from flows.runners.child import child_environment
-from mlorq.config import RunConfig
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError, TransientError
-from mlorq.layers import Layer
+from mlorq.models.layers import Layer
 from steps.base import Needs, StepSpec
 from tests.test_cli import fails, prints_json, write_project
 from tests.watch import Watch

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import mlorq
-from mlorq.grams import principal_directions
+from mlorq.fitting.gram import principal_directions
 from tests import zoo
 
 

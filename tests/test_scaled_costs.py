@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlorq.candidates import candidate_of
-from mlorq.scaled_costs import measure_where_needed, scaled_closed_form, scaled_sensitivity
-from mlorq.sensitivity import LayerProbe
+from mlorq.costs.calibrated import measure_where_needed, scaled_closed_form, scaled_sensitivity
+from mlorq.costs.measured import LayerProbe
+from mlorq.fitting.hessian_fit import candidate_of
 from tests.test_sensitivity import searched_layer
 
 

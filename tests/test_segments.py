@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlorq.layers import find_layers
-from mlorq.segments import Segments, enters_cleanly
-from mlorq.sensitivity import LayerProbe
+from mlorq.costs.measured import LayerProbe
+from mlorq.models.layers import find_layers
+from mlorq.models.partial_forward import Segments, enters_cleanly
 from tests.nets import SkipNet, TokenNet, float_model, images, token_net
 
 

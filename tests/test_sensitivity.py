@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlorq.candidates import CandidateSettings, LayerSearch, candidate_of
-from mlorq.hessian import label_free_hessian
-from mlorq.layers import find_layers, weight_matrix
-from mlorq.sensitivity import LayerProbe, interpolate, measured_sensitivity, spread_batches
+from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.costs.measured import LayerProbe, interpolate, measured_sensitivity, spread_batches
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, candidate_of
+from mlorq.models.layers import find_layers, weight_matrix
 from tests.nets import TokenNet, float_model, images
 
 import torch  # isort: skip

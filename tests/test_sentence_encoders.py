@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import mlorq
-from mlorq.config import ModelConfig
+from mlorq.config.run import ModelConfig
 from mlorq.data import load_dataset
 from mlorq.errors import ModelError
 from mlorq.models import FloatModel, load_model, rebuild
@@ -227,7 +227,7 @@ def test_damaged_weights_of_a_dense_layer_are_one_line(plain, tmp_path, weights)
 
 
 def test_a_source_reads_the_tokenizer_of_a_transformer_in_a_subfolder(plain, tmp_path):
-    from mlorq.config import SourceConfig
+    from mlorq.config.run import SourceConfig
 
     lay_out(plain, tmp_path / "e", ["Transformer", "Pooling"], {"pooling_mode": "cls"}, "0_Transformer")
     (tmp_path / "a.csv").write_text("".join(f"{text}\n" for text in zoo.SENTENCES))

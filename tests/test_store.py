@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from mlorq.artifacts.store import ArtifactRef, Store, json_bytes, table_bytes, tensors_bytes
+from mlorq.artifacts.transfer import hide_password
 from mlorq.errors import StoreError
-from mlorq.files import hide_password
-from mlorq.store import ArtifactRef, Store, json_bytes, table_bytes, tensors_bytes
 
 KEY = "0123456789abcdef" * 2
 

@@ -14,9 +14,9 @@ from flows.cli import main
 from flows.events import REBUDGET_REQUESTED, SEARCH_FINISHED, SearchWatch
 from flows.run import prepare
 from flows.sweep import CURVE, LADDER, PAGE, POINTS, keep_curve, ladder, sweep_flow
-from mlorq.config import RunConfig
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, StoreError
-from mlorq.store import Store
 from steps.base import Outcome, StepSpec
 from tests.test_cli import fails, write_project
 from tests.test_flows import STEPS, contents, flow_runs

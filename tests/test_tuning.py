@@ -7,12 +7,12 @@ from copy import deepcopy
 import pytest
 import torch
 
-from mlorq.candidates import CandidateSettings, LayerSearch
-from mlorq.evaluate import output_nmse
-from mlorq.forms import Candidate, CompressedLayer
-from mlorq.layers import find_layers, weight_matrix
+from mlorq.evaluation.outputs import output_nmse
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Candidate, CompressedLayer
 from mlorq.models.base import FloatModel
-from mlorq.tuning import TuningSettings, tune
+from mlorq.models.layers import find_layers, weight_matrix
+from mlorq.rounding.finetune import TuningSettings, tune
 from tests.nets import SharedNet, SkipNet, TokenNet, float_model, images, token_net
 
 

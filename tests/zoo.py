@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mlorq.config import RunConfig
-from mlorq.store import Store
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig
+from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
-from steps.workbench import Workbench
 
 VIT = "vit_tiny_patch16_224"
 VIT_ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}

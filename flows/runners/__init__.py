@@ -11,8 +11,8 @@ from collections.abc import Callable
 from flows.runners.base import Runner, Watch
 from flows.runners.child import ChildRunner
 from flows.runners.inprocess import InProcessRunner
-from mlorq.config import RunConfig
-from steps.workbench import Workbench
+from mlorq.config.run import RunConfig
+from steps.context import Workbench
 
 __all__ = ["ChildRunner", "InProcessRunner", "Runner", "Watch", "make_runner"]
 

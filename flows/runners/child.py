@@ -20,10 +20,10 @@ from collections import deque
 from typing import IO, Any
 
 from flows.runners.base import POLL_SECONDS, Watch
-from mlorq.config import RunConfig
+from mlorq.config.run import RunConfig
 from mlorq.errors import TransientError
 from steps.base import Outcome, StepSpec
-from steps.messages import Description, outcome_of, refuse_memory_store
+from steps.protocol import Description, outcome_of, refuse_memory_store
 
 LAST_LINES = 20  # of what a lost child said, for the error
 

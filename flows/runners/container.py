@@ -35,11 +35,11 @@ from flows.runners.container_setup import (
     hide,
     secrets_of,
 )
-from mlorq.config import RunConfig
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, TransientError
 from steps.base import Outcome, StepSpec
-from steps.messages import Description, outcome_of, refuse_memory_store
-from steps.workbench import open_store
+from steps.context import open_store
+from steps.protocol import Description, outcome_of, refuse_memory_store
 
 try:
     import docker

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from huggingface_hub import constants
 
 from flows.runners.child import child_environment
-from mlorq.config import RunConfig
+from mlorq.artifacts.locations import absolute_folder, is_remote
+from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, StoreError
-from mlorq.locations import absolute_folder, is_remote
 from mlorq.models.transformers import locate
 
 HOME = "/tmp"  # inside: any user can write there

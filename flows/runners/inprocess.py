@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flows.runners.base import Watch
 from steps.base import Outcome, StepSpec, execute
-from steps.workbench import Workbench
+from steps.context import Workbench
 
 
 class InProcessRunner:

@@ -22,9 +22,9 @@ from mlorq.activations.quantizers import (
     fit_uniform,
 )
 from mlorq.activations.survey import GELU_LEAST, Observed, survey
-from mlorq.importance import PASSES, token_importance
-from mlorq.layers import Layer
+from mlorq.calibration.token_importance import PASSES, token_importance
 from mlorq.models.base import FloatModel, move_batch
+from mlorq.models.layers import Layer
 
 WIDEST = 8
 WEIGHING = 1 + PASSES  # what it costs to weigh the tokens of a batch, in passes

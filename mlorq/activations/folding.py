@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.layers import Layer
 from mlorq.models.base import FloatModel, take_samples
+from mlorq.models.layers import Layer
 
 UNCHANGED = 1e-4  # of the norm, in float32
 FEW = 4  # samples of a batch that folds are tried on

@@ -3,7 +3,7 @@
 The tensors are the inputs of the compressible layers, one for all layers that read the same, and the operands of the
 products of two activations, named after the module that multiplies and the number of the product in its call.
 
-Tokens may be drawn with the chances that their importance gives them (``mlorq.importance``): a mean over what was drawn
+Tokens may be drawn with the chances that their importance gives them (``token_importance``): a mean over what was drawn
 is then the mean that counts. A class token, one of 197 in a ViT and unlike the others, would hardly be seen otherwise.
 """
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.activations.products import ProductMode
-from mlorq.capture import counting
+from mlorq.calibration.collect import counting
+from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
-from mlorq.importance import Importance
-from mlorq.layers import Layer, input_tokens
 from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.layers import Layer, input_tokens
 
 KEPT = 1 << 20  # numbers kept of a tensor, all batches together
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data import coco, custom, glue, image_folder, image_parquet, table
 from mlorq.data.base import Dataset
 from mlorq.data.memory import Role, check_size, from_batches

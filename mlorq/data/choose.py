@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from fsspec.core import url_to_fs
 
-from mlorq.config import SourceConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import SourceConfig
 from mlorq.errors import DataError
-from mlorq.locations import resolve_location
 
 
 def seeded_choice(count: int, samples: int | None, seed: int, origin: str, what: str = "") -> Sequence[int]:

@@ -21,12 +21,12 @@ import torch
 from fsspec.core import url_to_fs
 from torch import nn
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.hashing import digest_bytes, digest_json
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.average_precision import average_precisions, check_installed, result_rows
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
-from mlorq.hashing import digest_bytes, digest_json
-from mlorq.locations import resolve_location
 from mlorq.models import detection, transformers, transformers_detection
 from mlorq.models.base import move_batch
 from mlorq.models.detector import Detector

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.hashing import digest_json
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
 from mlorq.data.memory import from_batches
 from mlorq.errors import DataError
-from mlorq.hashing import digest_json
 from mlorq.models.custom import describe_error, import_function, importable
 
 

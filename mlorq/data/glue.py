@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.locations import is_remote, resolve_location
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
 from mlorq.data.choose import parquet_files
+from mlorq.data.metrics import CLASSIFICATION, CORRELATION
 from mlorq.data.table import read_columns
 from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 from mlorq.errors import DataError
-from mlorq.locations import is_remote, resolve_location
-from mlorq.metrics import CLASSIFICATION, CORRELATION
 from mlorq.models.transformers import class_names
 
 HUB = "nyu-mll/glue"

@@ -11,12 +11,12 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
 from mlorq.data.choose import indices_of, listed_samples, seeded_choice
 from mlorq.data.images import READERS, Image, check_source, image_dataset
 from mlorq.errors import DataError
-from mlorq.locations import resolve_location
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 

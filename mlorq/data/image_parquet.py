@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
 from mlorq.data.choose import indices_of, listed_samples, parquet_files, row_names, seeded_choice
 from mlorq.data.images import READERS, Image, check_source, image_dataset
 from mlorq.errors import DataError
-from mlorq.locations import resolve_location
 
 LABEL = "label"  # the hub's name of the column
 HIDDEN = -1  # what the hub has as label where a split's labels are kept secret

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.hashing import digest_bytes, digest_json
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset, LabelCheck
+from mlorq.data.metrics import top_k_accuracy
 from mlorq.errors import DataError
-from mlorq.hashing import digest_bytes, digest_json
-from mlorq.metrics import top_k_accuracy
 from mlorq.models.timm import preprocessing
 
 READERS = 8  # threads that wait for a file system

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mlorq.artifacts.hashing import digest_batch, digest_json
 from mlorq.data.base import Dataset
 from mlorq.errors import DataError
-from mlorq.hashing import digest_batch, digest_json
 from mlorq.models.base import batch_samples
 
 Role = Literal["calibration", "evaluation"]

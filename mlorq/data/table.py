@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset
+from mlorq.data.metrics import CLASSIFICATION
 from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 from mlorq.errors import DataError
-from mlorq.locations import resolve_location
-from mlorq.metrics import CLASSIFICATION
 from mlorq.models.transformers import class_names
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlorq.config import ModelConfig, SourceConfig
+from mlorq.artifacts.hashing import digest_batch, digest_json
+from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.choose import indices_of, listed_samples, row_names, seeded_choice
+from mlorq.data.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
 from mlorq.errors import DataError
-from mlorq.hashing import digest_batch, digest_json
-from mlorq.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
 from mlorq.models.transformers import tokenizer
 
 Text = tuple[str, ...]  # one text, or a pair that is read together

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from mlorq.config import ModelConfig
+from mlorq.config.run import ModelConfig
 from mlorq.errors import CheckpointError
 from mlorq.models import custom, detection, timm, transformers
 from mlorq.models.base import FloatModel
 from mlorq.models.custom import from_module
 from mlorq.models.known import known_models
-from mlorq.rotation import rotate_residual_stream
+from mlorq.models.residual_rotation import rotate_residual_stream
 
 __all__ = ["FloatModel", "from_module", "known_models", "load_model", "rebuild"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
-from mlorq.hashing import digest_model
 
 Batch = Any  # a tensor, a tuple or list of tensors, or a mapping of tensors: what the model takes
 Forward = Callable[[nn.Module, Batch], Tensor]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlorq.config import ModelConfig
+from mlorq.artifacts.locations import is_remote
+from mlorq.config.run import ModelConfig
 from mlorq.errors import DataError, ModelError
-from mlorq.locations import is_remote
 from mlorq.models import timm, transformers
 from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
 from mlorq.models.transformers_detection import mark_samples

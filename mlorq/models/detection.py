@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlorq.config import ModelConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import ModelConfig
 from mlorq.errors import DataError, ModelError
-from mlorq.locations import resolve_location
 from mlorq.models.base import Batch, FloatModel
 from mlorq.models.detection_keys import converted
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side, spread_points

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mlorq.config import ModelConfig
+from mlorq.artifacts.locations import resolve_location
+from mlorq.config.run import ModelConfig
 from mlorq.errors import ModelError
-from mlorq.locations import resolve_location
 from mlorq.models.base import FloatModel, same_construction
 
 NESTED = ("state_dict", "model", "model_ema")  # where training scripts put the weights

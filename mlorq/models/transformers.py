@@ -14,9 +14,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from mlorq.config import ModelConfig
+from mlorq.artifacts.locations import is_remote, resolve_location
+from mlorq.config.run import ModelConfig
 from mlorq.errors import CheckpointError, ModelError
-from mlorq.locations import is_remote, resolve_location
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
 from mlorq.models.sentence import read_embedding, rebuilt, with_dense
 from mlorq.models.transformers_detection import OUTPUTS, mark_samples

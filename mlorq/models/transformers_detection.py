@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.config import ModelConfig
+from mlorq.config.run import ModelConfig
 from mlorq.errors import DataError, ModelError
 from mlorq.models.base import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side

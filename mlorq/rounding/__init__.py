@@ -11,14 +11,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mlorq.candidates import LayerSearch
-from mlorq.forms import Candidate, CompressedLayer
-from mlorq.paired import InputMoments
+from mlorq.fitting.hessian_fit import LayerSearch
+from mlorq.forms.base import Candidate, CompressedLayer
 from mlorq.rounding.base import RoundingResult, RoundingSettings
 from mlorq.rounding.closed_form import round_closed_form, round_gptq
 from mlorq.rounding.erq import round_erq
 from mlorq.rounding.lra import round_lra
 from mlorq.rounding.nearest import round_nearest
+from mlorq.rounding.paired_forward import InputMoments
 
 
 class Method(Protocol):

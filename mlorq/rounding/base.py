@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mlorq.forms import CompressedLayer
-from mlorq.paired import InputMoments
+from mlorq.forms.base import CompressedLayer
+from mlorq.rounding.paired_forward import InputMoments
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlorq.candidates import LayerSearch, stored
-from mlorq.closed_form import ClosedForm, Metric
-from mlorq.forms import Candidate
-from mlorq.paired import InputMoments
+from mlorq.calibration.covariance import shrink
+from mlorq.fitting.covariance_fit import ClosedForm, Metric
+from mlorq.fitting.hessian_fit import LayerSearch, stored
+from mlorq.forms.base import Candidate
 from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
-from mlorq.second_moments import shrink
+from mlorq.rounding.paired_forward import InputMoments
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of Σ̃
 LIFTS = (0.0, 1e-6, 1e-5, 1e-4)  # of the diagonal about the means, times the mean diagonal about zero

@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mlorq.candidates import LayerSearch, stored
-from mlorq.forms import Candidate
-from mlorq.paired import InputMoments
-from mlorq.quantizers import Rounded, RowQuantizer
+from mlorq.codecs.affine import Rounded, RowQuantizer
+from mlorq.fitting.hessian_fit import LayerSearch, stored
+from mlorq.forms.base import Candidate
 from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
+from mlorq.rounding.paired_forward import InputMoments
 
 TOKEN_RIDGE, VECTOR_RIDGE = 2000.0, 0.1  # λ₁ on sums: of inputs with tokens, and of one vector a sample
 WEIGHT_RIDGE = 1e-2  # λ₂, times the mean diagonal of what is inverted

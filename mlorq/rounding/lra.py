@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlorq.candidates import LayerSearch
-from mlorq.cuda import has_kernels, recorded
-from mlorq.forms import Candidate, CompressedLayer, combine
-from mlorq.paired import InputMoments
-from mlorq.quantizers import RowQuantizer, store_matrix
+from mlorq.codecs.affine import RowQuantizer, store_matrix
+from mlorq.fitting.cuda import has_kernels, recorded
+from mlorq.fitting.hessian_fit import LayerSearch
+from mlorq.forms.base import Candidate, CompressedLayer, combine
 from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
 from mlorq.rounding.closed_form import closed_form
 from mlorq.rounding.erq import moved_search
+from mlorq.rounding.paired_forward import InputMoments
 
 GAMMA, ZETA = -0.1, 1.1
 DECAYS, EPSILON = (0.9, 0.999), 1e-8  # of RAdam, as in torch.optim

@@ -3,7 +3,7 @@
 An iteration is some dozens of operations a matrix, each a kernel too small to be worth its launch. Here it is two a
 matrix beside the products of matrices: the dequantized values, and everything from their gradient to the next α
 (derivative of the soft rounding, regulariser, RAdam). The iterations' scalars are in a table on the device, so that an
-iteration can be recorded once and replayed (``mlorq.cuda``).
+iteration can be recorded once and replayed (``mlorq.fitting.cuda``).
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mlorq.candidates import LayerSearch
-from mlorq.forms import Candidate
-from mlorq.paired import InputMoments
+from mlorq.fitting.hessian_fit import LayerSearch
+from mlorq.forms.base import Candidate
 from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
+from mlorq.rounding.paired_forward import InputMoments
 
 
 def round_nearest(

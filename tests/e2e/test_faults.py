@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mlorq.housekeeping import verify
-from mlorq.store import Store
+from mlorq.artifacts.gc import verify
+from mlorq.artifacts.store import Store
 from scripts.prefect_stack import Stack
 from tests.engine import docker_engine, mlorq_image  # noqa: F401
 from tests.s3 import s3_server

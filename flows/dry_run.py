@@ -1,0 +1,227 @@
+"""A dry run: what a run would compress, compute and reuse, how small it can get, how long it takes. Nothing is written.
+
+The pipeline itself is walked, by an executor that looks steps up and runs none: keys follow from the inputs' keys and
+not from their contents, so what comes after a missing step can still be looked up. Only two steps' contents decide
+which steps there are: the layers, which are then listed anew, and an allocation, after which all counts as missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.estimate import Estimate, measure_speed, memory_bytes
+from mlorq.config.layer_overrides import layer_search
+from mlorq.config.run import SearchConfig
+from mlorq.errors import BudgetError
+from mlorq.fitting.hessian_fit import SMALLEST_RANK
+from mlorq.forms.base import Candidate
+from mlorq.forms.embedding_tables import find_tables
+from mlorq.forms.memory import candidate_bytes, parse_budget
+from mlorq.models.layers import Layer, LayerList
+from mlorq.rounding import BY_BLOCKS
+from steps import activations, baseline, layers, pack
+from steps.base import Outcome, StepSpec, find
+from steps.context import Workbench
+from steps.pipeline import run_allocations, run_budget, run_search
+from steps.reconstruct import members
+from steps.summary import model_name
+
+SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
+BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
+BY_LAYER = ("candidates", "sensitivity", "round")
+NOTE = "an estimate from one timed forward and one timed matrix product"
+DASK_NOTE = " here; the cluster's workers may differ"
+
+
+def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
+    """Bytes of a layer's smallest candidate; ``search`` is that of the run."""
+    search = layer_search(search, layer)
+    rows, columns = layer.out_features, layer.in_features
+
+    def size(candidate: Candidate) -> int:
+        return candidate_bytes(candidate, rows, columns, search.accounting, search.zero_point)
+
+    quantized = [size(Candidate("Q", bits=bits)) for bits in search.bits]
+    others = []
+    if layer.groups == 1 and "LR" in search.forms and search.factor_bits:
+        rank, width = max(search.rank_multiple, SMALLEST_RANK), min(search.factor_bits)
+        others.append(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
+    if layer.groups == 1 and "QLR" in search.forms and search.sum_bits and search.sum_factor_bits:
+        rank = min((rank for rank in search.sum_ranks if rank >= SMALLEST_RANK), default=rows + columns)
+        width = min(search.sum_factor_bits)
+        others.append(Candidate("QLR", bits=min(search.sum_bits), bits_a=width, bits_b=width, rank=rank))
+    low_rank = [size(candidate) for candidate in others if (candidate.rank or 0) <= min(rows, columns)]
+    # The search leaves out those with factors that are no smaller than the largest quantize-only one.
+    return min(quantized + [count for count in low_rank if count < max(quantized)])
+
+
+@dataclass
+class Counts:
+    """Steps of one kind: found in the store, and to be computed with the seconds that may take."""
+
+    reused: int = 0
+    compute: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"reused": self.reused, "compute": self.compute, "seconds": round(self.seconds, 1)}
+
+
+class Planner:
+    """Implements ``steps.pipeline.Executor``: looks every step up, runs none.
+
+    Args:
+        bench: of the run.
+        found: the model's layers.
+        estimate: of what a step takes.
+    """
+
+    def __init__(self, bench: Workbench, found: LayerList, estimate: Estimate) -> None:
+        self.bench = bench
+        self.found = found
+        self.estimate = estimate
+        rounding = bench.config.rounding
+        chosen = bench.config.activations is not None and bool(bench.config.activations.choices)
+        optional = {
+            "refine": bench.config.search.rounds and not chosen,
+            "tune": rounding.method == "block" and rounding.tuning,
+        }
+        optional |= {name: getattr(bench.config, name) is not None for name in ("embeddings", "activations")}
+        self.search = [name for name in SEARCH if optional.get(name, True)]
+        self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
+        first, *rest = self.by_budget
+        self.counts: dict[str, Counts] = {name: Counts() for name in (*self.search, first, "baseline", *rest)}
+        self._phase = ""
+        self._seen: set[str] = set()
+
+    def phase(self, name: str, total: int) -> None:
+        """``total`` steps of a kind come next."""
+        self._phase = name
+
+    def run(self, spec: StepSpec) -> Outcome:
+        """Look one step up; counted once, whoever asks for it."""
+        outcome = find(spec, self.bench)
+        if spec.key not in self._seen:
+            self._seen.add(spec.key)
+            if outcome is not None:
+                self.counts[self._phase].reused += 1
+            else:
+                self._count(self._phase, next((item for item in self.found.layers if item.name == spec.layer), None))
+        return outcome or Outcome(spec.ref, False, 0.0)
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Look steps up."""
+        return [self.run(spec) for spec in specs]
+
+    def count_all(self, *phases: str) -> None:
+        """Count all steps of these kinds as to be computed."""
+        for phase in phases:
+            for layer in self.found.layers if phase in BY_LAYER else (None,):
+                self._count(phase, layer)
+            if phase == "round" and self.bench.config.rounding.method in BY_BLOCKS:
+                for block in range(len(self.found.blocks)):
+                    if members(self.found, block):
+                        self._count(phase, None)
+
+    def _count(self, phase: str, layer: Layer | None) -> None:
+        self.counts[phase].compute += 1
+        self.counts[phase].seconds += self.estimate.seconds(phase, layer)
+
+
+def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dict[str, Any]:
+    """What ``mlorq compress --dry-run`` reports, as JSON.
+
+    Args:
+        bench: of the run.
+        found: the model's layers (``flows.run.known_layers``).
+        budgets: as asked for.
+    """
+    rest = pack.rest_bytes_bound(bench, found.layers)
+    sizes = {layer.name: smallest_layer_bytes(layer, bench.config.search) for layer in found.layers}
+    smallest = sum(sizes.values())
+    rows: list[dict[str, Any]] = []
+    for budget in budgets:
+        try:
+            allowed = parse_budget(budget).compressible_bytes(found.params, rest)
+        except BudgetError:  # not even the rest of the model fits
+            allowed = None
+        feasible = allowed is not None and allowed >= smallest
+        rows.append({"budget": budget, "budget_bytes": allowed, "feasible": feasible})
+    planner = Planner(bench, found, Estimate(bench, found, measure_speed(bench)))
+    _walk(planner, [row["budget"] for row in rows if row["feasible"]])
+    return {
+        "model": model_name(bench),
+        "device": bench.device,
+        "layers": [
+            {
+                "layer": layer.name,
+                "kind": layer.kind,
+                "out_features": layer.out_features,
+                "in_features": layer.in_features,
+                "params": layer.params,
+                "macs": layer.macs,
+                "smallest_bytes": sizes[layer.name],
+            }
+            for layer in found.layers
+        ],
+        "embeddings": _embeddings(bench),
+        "skipped": [{"layer": name, "reason": reason} for name, reason in found.skipped],
+        "params": found.params,
+        "float_bytes": 4 * found.params,
+        "rest_bytes": rest,
+        "rest": pack.rest_kinds(bench, found.layers),
+        "smallest_bytes": smallest,
+        "smallest_file_bytes": smallest + rest,
+        "budgets": rows,
+        "steps": {phase: counts.to_json() for phase, counts in planner.counts.items()},
+        "expected": {
+            "seconds": round(sum(counts.seconds for counts in planner.counts.values()), 1),
+            "memory_bytes": memory_bytes(bench, found),
+            "note": NOTE + (DASK_NOTE if bench.config.engine.runner == "dask" else ""),
+        },
+    }
+
+
+def _first_missing(bench: Workbench) -> str | None:
+    """Of the steps without whose artifact no later step has a key: the first that the store lacks."""
+    listed = find(layers.spec(bench), bench)
+    if listed is None:
+        return "layers"
+    if bench.config.activations is not None and find(activations.spec(bench, listed.ref), bench) is None:
+        return "activations"
+    return None
+
+
+def _embeddings(bench: Workbench) -> dict[str, Any] | None:
+    """The embedding tables that a run would quantize, and those that it would not; None where none are asked for."""
+    settings = bench.config.embeddings
+    if settings is None:
+        return None
+    found = find_tables(bench.model.module, settings.smallest)
+    skipped = [{"table": name, "reason": reason} for name, reason in found.skipped]
+    return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
+
+
+def _walk(planner: Planner, budgets: Sequence[str]) -> None:
+    bench = planner.bench
+    planner.phase("baseline", 1)
+    float_evaluation = planner.run(baseline.spec(bench)).ref
+    first_missing = _first_missing(bench)
+    if first_missing is not None:
+        if first_missing == "activations":
+            planner.phase("layers", 1)
+            planner.run(layers.spec(bench))
+        planner.count_all(*planner.search[planner.search.index(first_missing) :])
+        for _ in budgets:
+            planner.count_all(*planner.by_budget)
+        return
+    search = run_search(bench, planner)
+    for budget in budgets:
+        (result,) = run_allocations(bench, planner, search, [budget])
+        if bench.store.exists(result.allocation):
+            run_budget(bench, planner, search, result, float_evaluation)
+        else:
+            planner.count_all(*[name for name in planner.by_budget if name not in ("allocate", "refine")])

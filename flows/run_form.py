@@ -1,0 +1,146 @@
+"""What a flow is told, as Prefect shows and checks it: the run form, made of the configuration's own classes.
+
+The form's schema is for Prefect alone: it renders the page on which a run is started, and the server refuses what does
+not fit it before anything runs. Flows have ``validate_parameters=False`` and read plain values by ``read_config``, so
+that a mistake gets the same one line as on the command line.
+
+Two things differ from ``RunConfig``. The form has no ``folder``. And everything in ``search`` and ``rounding`` is None
+there until it is set: the page sends every value that it shows, and a value that is sent would win over the preset's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
+
+from mlorq.artifacts.locations import absolute_folder, resolve_location
+from mlorq.config.run import PRESETS, RunConfig, location_and_folder, read_values
+
+BY_PRESET = ("search", "rounding")
+LEFT_OUT = ("folder",)  # a flow has it as a parameter of its own
+
+
+def _run_form() -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        if name in BY_PRESET:
+            section = _section(field)
+            assert section is not None
+            about = f"{_summary(section)} None: all as the preset says."
+            fields[name] = (_preset_form(name, section) | None, Field(None, description=about))
+        elif name not in LEFT_OUT:
+            fields[name] = _field(field)
+    return _make(RunConfig, "Configuration", fields)
+
+
+def _form(section: type[BaseModel]) -> type[BaseModel]:
+    """A section as a form."""
+    return _make(section, _title(section), {name: _field(field) for name, field in section.model_fields.items()})
+
+
+def _field(field: FieldInfo) -> tuple[Any, Any]:
+    """A field of a form: type with limits, default written out (one that a factory makes is not shown), description."""
+    section = _section(field)
+    default = ... if field.is_required() else field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        default = default.model_dump(mode="json")
+    about = field.description or (_summary(section) if section else None)
+    return (_form(section) if section else _limited(field)), Field(default, description=about)
+
+
+def _preset_form(name: str, section: type[BaseModel]) -> type[BaseModel]:
+    """A section whose every value is None until it is set; the descriptions say what None stands for."""
+    fields: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        texts = {preset: _text(values.get(name, {}).get(key, default)) for preset, values in PRESETS.items()}
+        same = len(set(texts.values())) == 1
+        said = _text(default) if same else "; ".join(f"{preset}: {text}" for preset, text in texts.items())
+        about = f"{field.description} (None means {said})"
+        fields[key] = (_limited(field) | None, Field(None, description=about))
+    return _make(section, _title(section), fields)
+
+
+def _make(section: type[BaseModel], title: str, fields: dict[str, Any]) -> type[BaseModel]:
+    # No subclass of the section: its own checks are the run's to make, which names the key at fault. Prefect's page
+    # shows the title.
+    config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), title=title)
+    made: type[BaseModel] = create_model(f"{title}Form", __config__=config, __doc__=_summary(section), **fields)
+    return made
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _limited(field: FieldInfo) -> Any:
+    """A field's type with its limits (``ge`` and the like)."""
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def _title(section: type[BaseModel]) -> str:
+    return section.__name__.removesuffix("Config")
+
+
+def _summary(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").strip().splitlines()[0]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_text(item) for item in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+RunForm = _run_form()
+ConfigFile = Annotated[
+    str,
+    Field(title="File", description="a configuration file instead: path or fsspec URL, seen from where the run works"),
+]
+
+
+def read_config(config: Any, folder: str = "") -> RunConfig:
+    """The configuration that a flow was given.
+
+    Args:
+        config: plain values, or the path or fsspec URL of a configuration file.
+        folder: that relative paths of plain values start from, and a relative path of a file; a path or a URL; default:
+            the working directory. Relative paths in a file start from the file's own folder.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or a value is wrong; the first problem is named.
+    """
+    if isinstance(config, str):
+        return RunConfig.from_yaml(resolve_location(config, absolute_folder(folder) if folder else ""))
+    return RunConfig.from_mapping(*explicit_values(config, folder))
+
+
+def explicit_values(config: Any, folder: str = "") -> tuple[Any, str]:
+    """What a flow was told in so many words, without any preset's defaults, and the folder that paths start from.
+
+    Args:
+        config, folder: as for ``read_config``.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    folder = absolute_folder(folder) if folder else ""
+    if isinstance(config, str):
+        location, own = location_and_folder(resolve_location(config, folder))
+        return read_values(location), own
+    if isinstance(config, BaseModel):
+        config = config.model_dump(mode="json")
+    if isinstance(config, Mapping):
+        config = {name: _without_none(value) if name in BY_PRESET else value for name, value in config.items()}
+    return config, folder
+
+
+def _without_none(section: Any) -> Any:
+    """A section as the form sends it, without what is left to the preset."""
+    if not isinstance(section, Mapping):
+        return section
+    return {key: value for key, value in section.items() if value is not None}

@@ -1,0 +1,102 @@
+"""The Arrow schema of every Parquet table that an artifact holds, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from mlorq.models.layers import Layer
+
+LAYERS = pa.schema(
+    [
+        ("layer", pa.string()),
+        ("kind", pa.string()),
+        ("out_features", pa.int64()),
+        ("in_features", pa.int64()),
+        ("params", pa.int64()),
+        ("macs", pa.int64()),
+        ("order", pa.int64()),
+        ("block", pa.int64()),
+        ("groups", pa.int64()),
+        ("input_group", pa.int64()),
+        ("aliases", pa.list_(pa.string())),
+    ]
+)
+CANDIDATES = pa.schema(
+    [
+        ("candidate_id", pa.string()),
+        ("form", pa.string()),
+        ("bits", pa.int64()),
+        ("bits_a", pa.int64()),
+        ("bits_b", pa.int64()),
+        ("rank", pa.int64()),
+        ("bytes", pa.int64()),
+        ("local_cost", pa.float64()),
+        ("on_front", pa.bool_()),
+    ]
+)
+SENSITIVITY = pa.schema([("candidate_id", pa.string()), ("global_cost", pa.float64()), ("how", pa.string())])
+ALLOCATION = pa.schema(
+    [
+        ("layer", pa.string()),
+        ("candidate_id", pa.string()),
+        ("form", pa.string()),
+        ("bits", pa.int64()),
+        ("bits_a", pa.int64()),
+        ("bits_b", pa.int64()),
+        ("rank", pa.int64()),
+        ("bytes", pa.int64()),
+        ("global_cost", pa.float64()),
+    ]
+)
+
+
+def layers_table(layers: Iterable[Layer]) -> pa.Table:
+    """Layers as a table with the ``LAYERS`` schema."""
+    rows = []
+    for layer in layers:
+        row: dict[str, Any] = asdict(layer)
+        row["layer"] = row.pop("name")
+        row["params"] = layer.params
+        row["aliases"] = list(layer.aliases)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=LAYERS)
+
+
+def layers_from_table(table: pa.Table) -> list[Layer]:
+    """The inverse of ``layers_table``."""
+    layers = []
+    for row in table.to_pylist():
+        row["name"] = row.pop("layer")
+        row["aliases"] = tuple(row["aliases"])
+        del row["params"]
+        layers.append(Layer(**row))
+    return layers
+
+
+def matrix_table(values: Tensor, column: str, index: Mapping[str, Tensor], dtype: pa.DataType) -> pa.Table:
+    """A matrix as a table of one fixed-size list a row, beside whole-number index columns.
+
+    Args:
+        values: ``(rows, width)``.
+        column: name of the list column.
+        index: columns before it, ``(rows,)`` each.
+        dtype: element type of the lists.
+    """
+    array = values.detach().cpu().contiguous().numpy()
+    flat = pa.array(array.reshape(-1).astype(dtype.to_pandas_dtype()), type=dtype)
+    columns = {name: pa.array(tensor.cpu().numpy().astype(np.int64)) for name, tensor in index.items()}
+    return pa.table({**columns, column: pa.FixedSizeListArray.from_arrays(flat, array.shape[1])})
+
+
+def table_matrix(table: pa.Table, column: str) -> np.ndarray:
+    """A fixed-size list column as a matrix ``(rows, width)``."""
+    chunked = table.column(column).combine_chunks()
+    width = table.schema.field(column).type.list_size
+    values: np.ndarray = chunked.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return values

@@ -1,0 +1,162 @@
+"""One pass over the calibration data: reference outputs and a bounded random sample of every layer's inputs.
+
+The sample is what later statistics of activations start from; the reference outputs are what every compressed
+model is compared with (METHOD 5). Values that are not finite are refused here, before hours of search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.calibration.covariance import OuterProducts
+from mlorq.calibration.token_importance import Importance, leaders
+from mlorq.errors import ModelError
+from mlorq.models.base import FloatModel, batch_samples
+from mlorq.models.layers import Layer, input_tokens
+from mlorq.models.prefetch import feed
+
+FLOAT16_LARGEST = 65504.0
+
+
+@dataclass(frozen=True)
+class InputSample:
+    """Some of a layer's inputs.
+
+    Attributes:
+        sample: ``(rows,)`` index of the calibration sample.
+        token: ``(rows,)`` index of the token in it.
+        x: ``(rows, groups · in_features)`` float16.
+    """
+
+    sample: Tensor
+    token: Tensor
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a pass over the calibration data gives.
+
+    Attributes:
+        reference: f(x), ``(samples, outputs)`` float32 on the CPU.
+        samples: ``{layer: some of its inputs}``.
+        inputs: ``{layer: outer products of its inputs}``, one and the same for layers that read the same tensor;
+            empty where they were not asked for. Grouped convolutions have none: their rows see different inputs.
+    """
+
+    reference: Tensor
+    samples: dict[str, InputSample]
+    inputs: dict[str, OuterProducts]
+
+
+def capture(
+    model: FloatModel,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    *,
+    rows: int = 256,
+    seed: int = 0,
+    moments: bool = False,
+    importance: Sequence[Importance] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Captured:
+    """Run the float model over the calibration data.
+
+    Args:
+        model: the float model, on ``device``.
+        layers: whose inputs to sample.
+        batches: calibration batches.
+        rows: about how many input rows to keep a layer; spread evenly over the samples, tokens chosen at random
+            among those that count.
+        seed: of the choice of tokens.
+        moments: whether to sum the outer products of all inputs as well.
+        importance: weights of the tokens in these sums, a mapping a batch; None: all weigh the same.
+        device: where the model is.
+        progress: called with (batches done, batches).
+
+    Raises:
+        ModelError: a layer's input or the output is not finite; the layer is named.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(batch_samples(batch) for batch in batches)
+    share = max(1, round(rows / total))
+    kept: dict[str, list[InputSample]] = {layer.name: [] for layer in layers}
+    references: list[Tensor] = []
+    products: dict[str, OuterProducts] = {}
+    leader = leaders([layer for layer in layers if layer.groups == 1] if moments else [])
+    for layer in layers:
+        if layer.name in leader:
+            products[layer.name] = products.get(leader[layer.name]) or OuterProducts(layer.in_features, device)
+    leading = set(leader.values())
+    first = 0
+
+    for index, moved in enumerate(feed(batches, device, model.dtype)):
+        count = batch_samples(moved)
+        mask = model.token_mask(moved)
+        seen: set[str] = set()
+        weights = importance[index] if importance is not None else {}
+
+        def hook(
+            name: str, start: int, count: int, mask: Tensor | None, seen: set[str], weights: Importance
+        ) -> Callable[..., None]:
+            def record(child: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
+                if not torch.isfinite(args[0]).all():
+                    raise ModelError(f"layer {name!r}: its inputs hold NaN or infinite values")
+                if name in seen:
+                    return
+                seen.add(name)
+                tokens = input_tokens(child, args[0], count)
+                kept[name].append(_choose(tokens, mask, share, start, generator))
+                if name in leading:
+                    products[name].add(tokens, start, counting(mask, tokens), weights.get(name))
+
+            return record
+
+        handles = [
+            model.module.get_submodule(layer.name).register_forward_hook(
+                hook(layer.name, first, count, mask, seen, weights)
+            )
+            for layer in layers
+        ]
+        try:
+            with torch.no_grad():
+                outputs = model.outputs(model.module, moved).cpu()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not torch.isfinite(outputs).all():
+            raise ModelError(f"the model's outputs hold NaN or infinite values (calibration batch {index})")
+        references.append(outputs)
+        first += count
+        if progress is not None:
+            progress(index + 1, len(batches))
+    samples = {
+        name: InputSample(*(torch.cat([getattr(part, field) for part in parts]) for field in ("sample", "token", "x")))
+        for name, parts in kept.items()
+    }
+    return Captured(torch.cat(references), samples, products)
+
+
+def counting(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """The token mask where it is about these tokens, ``(samples, tokens, …)``; None where all of them count."""
+    return mask if mask is not None and mask.shape == tokens.shape[:2] else None
+
+
+def _choose(tokens: Tensor, mask: Tensor | None, share: int, first: int, generator: torch.Generator) -> InputSample:
+    """``share`` random tokens of every sample, fewer where fewer count."""
+    count, length = tokens.shape[:2]
+    order = torch.rand(count, length, generator=generator)
+    if mask is not None and mask.shape == (count, length):
+        order = torch.where(mask.cpu(), order, torch.inf)
+    picked = order.topk(min(share, length), dim=1, largest=False)
+    sample, column = torch.isfinite(picked.values).nonzero(as_tuple=True)
+    token = picked.indices[sample, column]
+    x = tokens[sample.to(tokens.device), token.to(tokens.device)]
+    x = x.float().clamp(-FLOAT16_LARGEST, FLOAT16_LARGEST).to(torch.float16).cpu()
+    return InputSample(sample + first, token, x)

@@ -1,0 +1,135 @@
+"""Second moments of layers' inputs and of their output gradients, in two folds of the samples (METHOD 7).
+
+``Σ = E[x xᵀ]`` of a layer's inputs and ``G = E[g gᵀ]``, ``g = ∂(v · f)/∂y``, of its outputs (K-FAC, arXiv 1503.05671)
+hold all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs; Σ may weigh tokens (``token_importance``). Every other sample
+belongs to the second fold, so that what is fitted on one can be judged on samples that did not fit it: where tokens are
+few, Σ has directions without any variance, and a low rank looks free on the samples that it was fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FOLDS = 2
+LEAST_SHRINKAGE = 0.005
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one fold says of a layer, or both together.
+
+    Attributes:
+        inputs: Σ, ``(in_features, in_features)`` float64.
+        gradients: G, ``(out_features, out_features)`` float64, up to a factor.
+        tokens: how many tokens Σ was averaged over.
+        gradient_tokens: how many gradients G was averaged over.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    tokens: int
+    gradient_tokens: int
+
+    def shrunk(self) -> tuple[Tensor, Tensor]:
+        """Σ and G shrunk towards multiples of the identity, the more the fewer samples there are."""
+        return shrink(self.inputs, self.tokens), shrink(self.gradients, self.gradient_tokens)
+
+
+def shrink(matrix: Tensor, samples: int) -> Tensor:
+    """``(1 - ρ) M + ρ tr(M)/n I`` with ``ρ = n / (n + samples)``, never less than 0.005; float64.
+
+    A matrix of zeros (a layer that cannot affect the output) becomes the identity.
+    """
+    size = matrix.shape[0]
+    share = max(LEAST_SHRINKAGE, size / (size + samples))
+    wide = matrix.double()
+    level = float(wide.diagonal().mean())
+    identity = torch.eye(size, dtype=torch.float64, device=matrix.device)
+    return (1 - share) * wide + share * level * identity if level > 0 else identity
+
+
+def pooled(folds: Sequence[Moments]) -> Moments:
+    """The moments of all folds together."""
+    tokens, gradient_tokens = (sum(getattr(fold, name) for fold in folds) for name in ("tokens", "gradient_tokens"))
+
+    def mean(name: str, count: str, total: int) -> Tensor:
+        parts = torch.stack([getattr(fold, name) * getattr(fold, count) for fold in folds])
+        return parts.sum(0) / max(1, total)
+
+    inputs = mean("inputs", "tokens", tokens)
+    return Moments(inputs, mean("gradients", "gradient_tokens", gradient_tokens), tokens, gradient_tokens)
+
+
+class OuterProducts:
+    """Sums of outer products of vectors, a fold each, streamed over batches.
+
+    Args:
+        size: of the vectors.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, size: int, device: torch.device | str) -> None:
+        self.sums = torch.zeros(FOLDS, size, size, dtype=torch.float64, device=device)
+        self.weights = [0.0] * FOLDS
+        self.squares = [0.0] * FOLDS
+
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens each fold is worth: of equal weight, their number; else Kish's ``(Σ w)² / Σ w²``."""
+        pairs = zip(self.weights, self.squares, strict=True)
+        return [round(total**2 / square) if square else 0 for total, square in pairs]
+
+    def add(self, vectors: Tensor, first: int, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            vectors: ``(samples, tokens, size)``.
+            first: running index of the batch's first sample.
+            mask: ``(samples, tokens)``, True where a token counts.
+            weights: ``(samples, tokens)`` of the tokens in the sums; None: one.
+        """
+        for fold in range(FOLDS):
+            start = (fold - first) % FOLDS
+            chosen = vectors[start::FOLDS]
+            rows = chosen[mask[start::FOLDS].to(chosen.device)] if mask is not None else chosen.flatten(0, 1)
+            rows = rows.float()
+            if weights is None:
+                self.sums[fold] += (rows.T @ rows).double()
+                self.weights[fold] += rows.shape[0]
+                self.squares[fold] += rows.shape[0]
+                continue
+            own = weights[start::FOLDS].to(rows.device)
+            own = own[mask[start::FOLDS].to(own.device)] if mask is not None else own.flatten()
+            self.sums[fold] += ((own.unsqueeze(1) * rows).T @ rows).double()
+            self.weights[fold] += float(own.double().sum())
+            self.squares[fold] += float(own.double().square().sum())
+
+    def means(self) -> Tensor:
+        """``(folds, size, size)`` float64; zeros for a fold without tokens."""
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=self.sums.device)
+        return self.sums / torch.where(weights > 0, weights, 1.0)[:, None, None]
+
+
+def moments_tensors(inputs: OuterProducts, gradients: OuterProducts) -> dict[str, Tensor]:
+    """The content of a ``moments`` file: ``inputs``, ``gradients`` (a matrix a fold) and how much each is worth."""
+    return {
+        "inputs": inputs.means().float(),
+        "gradients": gradients.means().float(),
+        "tokens": torch.tensor([inputs.counts, gradients.counts]),
+    }
+
+
+def moments_of_tensors(tensors: dict[str, Tensor], device: torch.device | str) -> list[Moments]:
+    """The inverse of ``moments_tensors``: one record a fold that has tokens."""
+    counts = tensors["tokens"].tolist()
+    found = [
+        Moments(inputs.to(device).double(), gradients.to(device).double(), tokens, gradient_tokens)
+        for inputs, gradients, tokens, gradient_tokens in zip(
+            tensors["inputs"], tensors["gradients"], *counts, strict=True
+        )
+    ]
+    return [fold for fold in found if fold.tokens and fold.gradient_tokens] or found[:1]

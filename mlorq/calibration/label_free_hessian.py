@@ -1,0 +1,202 @@
+"""Label-free Hessian: how much the model's output moves when one weight does.
+
+``H_ij = E_x E_v [(∂(v · f(x)) / ∂W_ij)²]`` with ``v ~ N(0, I)`` (METHOD 3; MLoRQ, arXiv 2507.09616; EPTQ,
+arXiv 2309.11531). Squares are taken a sample, before averaging. For a token-wise layer the gradient of one sample is
+``Σ_t δ_t x_tᵀ``, so gradients with respect to the layers' *outputs* are enough: weight gradients are never formed by
+the backward pass, nothing accumulates between probes, and a batch of samples costs one backward pass.
+
+Since ``E_v (Σ_c v_c g_c)² = Σ_c g_c²``, C one-hot backward passes give the exact value; with few outputs that is
+cheaper than probing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.calibration.collect import counting
+from mlorq.calibration.covariance import OuterProducts
+from mlorq.errors import ModelError
+from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.layers import Layer, input_tokens, output_tokens
+
+Mode = Literal["auto", "probes", "exact"]
+
+GRADIENT_PASSES = 8  # G is an average over all tokens: a few passes are plenty
+CHUNK_ELEMENTS = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 26,
+}  # per-sample gradients held at once: cache, or device memory
+
+
+def label_free_hessian(
+    model: FloatModel,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    *,
+    probes: int = 32,
+    min_probes: int = 10,
+    tolerance: float = 1e-4,
+    mode: Mode = "auto",
+    seed: int = 0,
+    gradients: Mapping[str, OuterProducts] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Estimate (or compute exactly) the label-free Hessian of every layer.
+
+    Args:
+        model: the float model, on ``device``.
+        layers: the layers wanted.
+        batches: calibration batches; all their samples count equally.
+        probes: most Gaussian probes a batch.
+        min_probes: probes before convergence is looked at.
+        tolerance: a batch's probing stops once every layer's mean changes by less than this, relatively.
+        mode: ``probes``; ``exact`` (one backward pass an output); ``auto``: whichever needs fewer passes.
+        seed: of the probes; drawn on the CPU, so that every device sees the same ones.
+        gradients: ``{layer: sums}`` to which the outer products of ``∂(v · f)/∂y`` are added, for the second moments of
+            output gradients; of at most ``GRADIENT_PASSES`` passes a batch, spread evenly.
+        device: where the model is.
+        progress: called with (passes done, most passes possible).
+
+    Returns:
+        ``{layer: (out_features, in_features) float32}`` on ``device``; zeros for layers that cannot affect f.
+
+    Raises:
+        ModelError: an activation or gradient is not finite; the layer is named.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = {layer.name: model.module.get_submodule(layer.name) for layer in layers}
+    total = {layer.name: torch.zeros(layer.out_features, layer.in_features, device=device) for layer in layers}
+    samples = 0
+    for index, batch in enumerate(batches):
+        moved = move_batch(batch, device, model.dtype)
+        count = batch_samples(batch)
+        mask = model.token_mask(moved)
+        with _recording(model, layers, modules) as record, torch.enable_grad():
+            outputs = model.outputs(model.module, moved)
+        exact = mode == "exact" or (mode == "auto" and outputs.shape[1] <= probes)
+        passes = outputs.shape[1] if exact else probes
+        batch_total = {name: torch.zeros_like(value) for name, value in total.items()}
+        means: Tensor | None = None
+        done = 0
+        for vectors in _vectors(outputs, exact, passes, generator):
+            wanted = gradients if done * GRADIENT_PASSES // passes != (done - 1) * GRADIENT_PASSES // passes else None
+            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples, mask)
+            done += 1
+            if progress is not None:
+                progress(index * passes + done, len(batches) * passes)
+            if exact:
+                continue
+            new_means = torch.stack([value.mean() for value in batch_total.values()]) / done
+            if means is not None and done >= min_probes:
+                change = (new_means - means).abs() / means.clamp(min=torch.finfo(means.dtype).tiny)
+                if float(change.max()) < tolerance:
+                    break
+            means = new_means
+        for name, value in batch_total.items():
+            if not torch.isfinite(value).all():
+                raise ModelError(f"layer {name!r}: its activations or gradients are not finite")
+            total[name] += value if exact else value / done
+        samples += count
+    return {name: value / samples for name, value in total.items()}
+
+
+def _vectors(outputs: Tensor, exact: bool, passes: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for index in range(passes):
+        if exact:
+            vector = torch.zeros_like(outputs)
+            vector[:, index] = 1
+        else:
+            vector = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+        yield vector
+
+
+class _recording:
+    """Keeps every call's input and output of the layers during one forward, with a graph between the outputs."""
+
+    def __init__(self, model: FloatModel, layers: Sequence[Layer], modules: dict[str, nn.Module]) -> None:
+        self.calls: list[tuple[str, Tensor, Tensor]] = []
+        self._targets: dict[int, tuple[str, nn.Module]] = {}
+        for layer in layers:
+            for name in (layer.name, *layer.aliases):
+                child = model.module.get_submodule(name)
+                self._targets[id(child)] = (layer.name, child)
+
+    def __enter__(self) -> list[tuple[str, Tensor, Tensor]]:
+        self._handles = [child.register_forward_hook(self._hook(name)) for name, child in self._targets.values()]
+        return self.calls
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+            self.calls.append((name, args[0].detach(), output))
+            # A copy goes on, so that an in-place activation cannot overwrite what is differentiated.
+            return output.clone()
+
+        return hook
+
+
+def _add_pass(
+    record: list[tuple[str, Tensor, Tensor]],
+    modules: dict[str, nn.Module],
+    outputs: Tensor,
+    vectors: Tensor,
+    samples: int,
+    total: dict[str, Tensor],
+    products: Mapping[str, OuterProducts] | None,
+    first: int,
+    mask: Tensor | None,
+) -> None:
+    """Add ``Σ_samples (∂(v · f) / ∂W)²`` of one vector v a sample to the running sums, and gradients to theirs."""
+    if not outputs.requires_grad:
+        return
+    gradients = torch.autograd.grad(
+        outputs, [output for _, _, output in record], vectors, retain_graph=True, allow_unused=True
+    )
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for (name, inputs, _), gradient in zip(record, gradients, strict=True):
+        if gradient is not None:
+            calls.setdefault(name, []).append((inputs, gradient))
+    for name, parts in calls.items():
+        module = modules[name]
+        x = torch.cat([input_tokens(module, inputs, samples) for inputs, _ in parts], dim=1)
+        delta = torch.cat([output_tokens(module, gradient, samples) for _, gradient in parts], dim=1)
+        add_squared_gradients(total[name], x.float(), delta.float(), getattr(module, "groups", 1))
+        if products is not None and name in products:
+            products[name].add(delta, first, counting(mask, delta))
+
+
+def add_squared_gradients(total: Tensor, inputs: Tensor, gradients: Tensor, groups: int = 1) -> None:
+    """Add ``Σ_b (Σ_t δ_bt x_btᵀ)²``, squared element by element, in place.
+
+    Args:
+        total: ``(out_features, in_features)``.
+        inputs: x, ``(samples, tokens, groups · in_features)``.
+        gradients: δ, ``(samples, tokens, out_features)``.
+        groups: of a grouped convolution: rows of a group see only the group's inputs.
+    """
+    rows, columns = total.shape
+    for group in range(groups):
+        part = slice(group * rows // groups, (group + 1) * rows // groups)
+        x = inputs[..., group * columns : (group + 1) * columns]
+        delta = gradients[..., part]
+        if x.shape[1] == 1:
+            total[part] += delta[:, 0].square().T @ x[:, 0].square()
+            continue
+        step = max(1, CHUNK_ELEMENTS.get(total.device.type, 1 << 20) // (delta.shape[-1] * columns))
+        for start in range(0, x.shape[0], step):
+            chunk = slice(start, start + step)
+            product = torch.bmm(delta[chunk].transpose(1, 2), x[chunk])
+            if step == 1:
+                total[part].addcmul_(product[0], product[0])
+            else:
+                total[part] += product.square_().sum(0)

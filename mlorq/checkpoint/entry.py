@@ -1,0 +1,82 @@
+"""One compressed layer's entry in a checkpoint's ``config.json``: what it says, and what it implies for the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mlorq.codecs.packing import packed_columns
+from mlorq.forms.base import Candidate, ZeroPoint
+from mlorq.forms.memory import stored_matrices
+from mlorq.forms.modules import PARTS, ZERO_POINT_DTYPES
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One compressed layer in ``config.json``.
+
+    Attributes:
+        layer: name in the model.
+        kind: ``linear`` or ``conv2d``.
+        shape: of the float weight.
+        candidate: form, bits and rank.
+        zero_point: how zero-points are stored.
+        dtype: what the layer computes in.
+        bytes: of its tensors in ``model.safetensors``.
+        aliases: further names of the layer, or of layers with the same weight.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    candidate: Candidate
+    zero_point: ZeroPoint
+    dtype: str
+    bytes: int
+    aliases: tuple[str, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)`` of the weight as a matrix."""
+        return self.shape[0], torch.Size(self.shape[1:]).numel()
+
+    def tensor_names(self, path: str) -> list[str]:
+        """Names in the state dict of the stored tensors of this layer, seen at one of its names."""
+        return [f"{path}.{name}_{part}" for name in self._matrices() for part in PARTS]
+
+    def to_json(self) -> dict[str, Any]:
+        values = {**asdict(self), **asdict(self.candidate)}
+        order = "layer kind shape form bits bits_a bits_b rank zero_point dtype bytes aliases"
+        return {key: values[key] for key in order.split()}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> LayerEntry:
+        """Raises ValueError, KeyError, TypeError, … where a value is missing or cannot be meant."""
+        candidate = Candidate(**{key: row[key] for key in ("form", "bits", "bits_a", "bits_b", "rank")})
+        own = {key: row[key] for key in ("layer", "kind", "zero_point", "dtype", "bytes")}
+        entry = cls(candidate=candidate, shape=tuple(row["shape"]), aliases=tuple(row["aliases"]), **own)
+        for rows, columns, bits in entry._matrices().values():
+            if min(rows, packed_columns(columns, bits)) < 1:
+                raise ValueError(f"layer {entry.layer!r} is an empty matrix")
+        if entry.zero_point not in ZERO_POINT_DTYPES or not dtype_of(entry.dtype).is_floating_point:
+            raise ValueError(f"layer {entry.layer!r}: zero_point {entry.zero_point!r}, dtype {entry.dtype!r}")
+        return entry
+
+    def _matrices(self) -> dict[str, tuple[int, int, int]]:
+        return stored_matrices(self.candidate, *self.matrix_shape)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The inverse of ``dtype_name``; ValueError or AttributeError for names of no dtype."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return dtype

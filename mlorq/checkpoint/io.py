@@ -1,0 +1,244 @@
+"""Compressed models in folders, or at any fsspec URL: written, loaded, inspected.
+
+What the two files hold is in ``checkpoint_files.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import fsspec
+import safetensors
+import safetensors.torch
+import torch
+from fsspec.core import url_to_fs
+from torch import Tensor, nn
+
+from mlorq.activations.plan import ActivationPlan
+from mlorq.artifacts.store import put_file
+from mlorq.checkpoint.entry import LayerEntry, dtype_of
+from mlorq.checkpoint.float_sizes import TensorSize, rest_by_kind
+from mlorq.checkpoint.format import CONFIG, FORMAT_VERSION, TENSORS, sizes_of, tensor_state
+from mlorq.errors import CheckpointError, ModelError
+from mlorq.forms.modules import (
+    CompressedModule,
+    compressed_class,
+    install,
+)
+
+Location = str | os.PathLike[str]
+
+
+def save(files: Mapping[str, bytes], location: Location) -> None:
+    """Write a checkpoint's files into a folder, made where needed; other files there are left alone.
+
+    An older ``config.json`` is removed first and the new one comes last: a folder is never half of each.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    fs, root = _open(location)
+    try:
+        fs.makedirs(root, exist_ok=True)
+        if fs.exists(posixpath.join(root, CONFIG)):
+            fs.rm_file(posixpath.join(root, CONFIG))
+        for name in sorted(files, key=lambda name: name == CONFIG):
+            put_file(fs, posixpath.join(root, name), files[name])
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {location} cannot be written: {error}") from error
+
+
+def load(location: Location, model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """The compressed model of a checkpoint, in eval mode.
+
+    Its outputs are those of the module that was saved, bit for bit on one device.
+
+    Args:
+        location: folder or fsspec URL.
+        model: a float instance of the architecture, of which a copy is filled; needed where the architecture is
+            the user's own code, taken instead of the rebuilt one elsewhere.
+        device: where the model is moved to.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or does not fit the model; it names the file,
+            layer or tensor at fault.
+    """
+    config, entries = _read_config(location)
+    if model is not None:
+        module = deepcopy(model)
+    elif config["architecture"].get("family") == "custom":
+        raise CheckpointError(f"checkpoint {location} is of a custom model: pass model=instance")
+    else:
+        from mlorq.models import rebuild
+
+        module = rebuild(config["architecture"])
+    try:
+        tensors = safetensors.torch.load(_read(location, TENSORS))
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
+    try:
+        for entry in entries:
+            _install(module, entry)
+        if config.get("activations"):
+            ActivationPlan.from_json(config["activations"]).install(module)
+        _fill(module, tensors, entries, config)
+    except (CheckpointError, ModelError) as error:
+        raise CheckpointError(f"checkpoint {location}: {error}") from error
+    return module.to(device).eval()
+
+
+def inspect(location: Location) -> dict[str, Any]:
+    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each), ``file_bytes`` and ``rest`` added.
+
+    ``rest`` is what stays float, in bytes by kind (``mlorq.checkpoint.float_sizes``).
+
+    Only ``config.json`` and the header of ``model.safetensors`` are read; all sizes are held against the files.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or a size in ``config.json`` is not true.
+    """
+    config, entries = _read_config(location)
+    fs, root = _open(location)
+    files = {name: _size(location, name) for name in (TENSORS, CONFIG)}
+    try:
+        length = int.from_bytes(fs.cat_file(posixpath.join(root, TENSORS), 0, 8), "little")
+        header = json.loads(fs.cat_file(posixpath.join(root, TENSORS), 8, min(8 + length, files[TENSORS])))
+        spans = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
+        sizes = {name: end - begin for name, (begin, end) in spans.items()}
+        shapes = {name: tuple(header[name]["shape"]) for name in spans}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
+    tensor_bytes = max((end for _, end in spans.values()), default=0)
+    _agree(location, f"{TENSORS} has", files[TENSORS], 8 + length + tensor_bytes)
+    for entry in entries:
+        stored = sum(sizes.get(name, 0) for name in entry.tensor_names(entry.layer))
+        _agree(location, f"layer {entry.layer!r} has", stored, entry.bytes)
+    rest_bytes = tensor_bytes - sum(entry.bytes for entry in entries)
+    true = sizes_of(entries, rest_bytes, sum(files.values()) - tensor_bytes)
+    for key, value in true.items():
+        _agree(location, f"sizes.{key} is", value, config["sizes"].get(key))
+    taken = {name for entry in entries for name in entry.tensor_names(entry.layer)}
+    rest = {name: TensorSize(shapes[name], size) for name, size in sizes.items() if name not in taken}
+    return {**config, "files": files, "file_bytes": sum(files.values()), "rest": rest_by_kind(rest)}
+
+
+def _install(module: nn.Module, entry: LayerEntry) -> None:
+    """Replace one layer of a float model by an empty compressed one."""
+
+    def make(layer: nn.Module, path: str) -> CompressedModule:
+        cls = compressed_class(layer, path)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if cls.kind != entry.kind or tuple(weight.shape) != entry.shape:
+            raise CheckpointError(
+                f"layer {path!r} of the model is {cls.kind} {tuple(weight.shape)}, "
+                f"that of the checkpoint {entry.kind} {entry.shape}"
+            )
+        new = cls.placeholder(layer, path, entry.candidate, entry.zero_point)
+        new.compute_dtype = dtype_of(entry.dtype)
+        return new
+
+    install(module, entry.layer, (entry.layer, *entry.aliases), make)
+
+
+def _fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], entries: Sequence[LayerEntry], config: Mapping[str, Any]
+) -> None:
+    """Load the tensors into a model with compressed layers; all must be there, and nothing else."""
+    quantized = {name for entry in entries for name in entry.tensor_names(entry.layer)}
+    stored_as = dict(config["aliases"])
+    for entry in entries:
+        for path in entry.aliases:
+            stored_as |= dict(zip(entry.tensor_names(path), entry.tensor_names(entry.layer), strict=True))
+    given = dict(tensors) | {name: tensors[stored] for name, stored in stored_as.items() if stored in tensors}
+    expected = tensor_state(module)
+    for problem, names in (
+        ("lacks tensors that the model has", set(expected) - set(given)),
+        ("has tensors that the model lacks", set(given) - set(expected)),
+    ):
+        if names:
+            shown = ", ".join(repr(name) for name in sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+            raise CheckpointError(f"{TENSORS} {problem}: {shown}")
+    held: dict[int, Tensor] = {}
+    for name, target in expected.items():
+        value = given[name]
+        first = held.setdefault(id(target), value)
+        floating = value.is_floating_point() and target.is_floating_point()
+        fault = None
+        if value.shape != target.shape:
+            fault = f"has shape {tuple(value.shape)}, the model's {tuple(target.shape)}"
+        elif value.dtype != target.dtype and (not floating or name in quantized):
+            fault = f"is {value.dtype}, the model's {target.dtype}"
+        elif name in quantized and floating and not (value.isfinite() & (value > 0)).all():
+            fault = "holds scales that are not positive and finite"
+        elif first is not value and not torch.equal(first, value):
+            fault = "is shared in the model but not in the checkpoint"
+        if fault:
+            raise CheckpointError(f"tensor {name!r} {fault}")
+        if value.dtype != target.dtype:
+            target.data = target.data.to(value.dtype)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if name in config["buffers"]:  # not stored, but cast with the model that was saved
+            buffer.data = buffer.data.to(dtype_of(config["buffers"][name]))
+    module.load_state_dict(given, strict=True)
+
+
+def _read_config(location: Location) -> tuple[dict[str, Any], list[LayerEntry]]:
+    text = _read(location, CONFIG)
+    try:
+        config = json.loads(text)
+        version = config["format_version"]
+        if version == FORMAT_VERSION:
+            types = {"architecture": dict, "sizes": dict, "aliases": dict, "buffers": dict}
+            wrong = [key for key, kind in types.items() if not isinstance(config[key], kind)]
+            if wrong:
+                raise ValueError(f"{wrong} are not what they should be")
+            for dtype in config["buffers"].values():
+                dtype_of(dtype)
+            ActivationPlan.from_json(config.get("activations") or {"sites": [], "folds": []}).check()
+            return config, [LayerEntry.from_json(row) for row in config["layers"]]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"checkpoint {location}: {CONFIG} is damaged: {reason}") from error
+    raise CheckpointError(
+        f"checkpoint {location} has format version {version!r}; this software reads version {FORMAT_VERSION}"
+    )
+
+
+def _agree(location: Location, what: str, true: int, said: Any) -> None:
+    if true != said:
+        raise CheckpointError(f"checkpoint {location} is damaged: {what} {true} bytes, not the {said} it should")
+
+
+# -- files and names ----------------------------------------------------------------------------------------
+
+
+def _open(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return url_to_fs(os.fspath(location))
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"checkpoint {location}: {error}") from error
+
+
+def _read(location: Location, name: str) -> bytes:
+    fs, root = _open(location)
+    try:
+        return fs.cat_file(posixpath.join(root, name))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        there = f"the folder has no {name}" if fs.isdir(root) else "there is no such folder"
+        raise CheckpointError(f"checkpoint {location}: {there}") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {location}: {name} cannot be read: {error}") from error
+
+
+def _size(location: Location, name: str) -> int:
+    fs, root = _open(location)
+    try:
+        return int(fs.size(posixpath.join(root, name)))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {location}: {name} is missing or cannot be read: {error}") from error

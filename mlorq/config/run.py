@@ -1,0 +1,223 @@
+"""What a run is told: one YAML file, one frozen ``RunConfig``.
+
+Unknown keys are errors that name the nearest valid one. A preset gives the defaults of ``search`` and ``rounding``;
+whatever is written out wins over it. ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` are lossless.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import fsspec
+import yaml
+from pydantic import Field, ValidationError
+
+from mlorq.artifacts.locations import folder_of_url, resolve_location
+from mlorq.artifacts.transfer import hide_password
+from mlorq.config.presets import DEFAULT_PRESET, PERCENTILES, PRESETS, Preset
+from mlorq.config.sections import (
+    Accounting,
+    ActivationsConfig,
+    Cost,
+    DaskConfig,
+    DataConfig,
+    DockerConfig,
+    EmbeddingsConfig,
+    EngineConfig,
+    LayerConfig,
+    ModelConfig,
+    RoundingConfig,
+    RoundingMethod,
+    SearchConfig,
+    Section,
+    Sensitivity,
+    SourceConfig,
+)
+from mlorq.errors import ConfigError
+
+__all__ = [
+    "DEFAULT_PRESET",
+    "PERCENTILES",
+    "PRESETS",
+    "Accounting",
+    "ActivationsConfig",
+    "Cost",
+    "DaskConfig",
+    "DataConfig",
+    "DockerConfig",
+    "EmbeddingsConfig",
+    "EngineConfig",
+    "LayerConfig",
+    "ModelConfig",
+    "Preset",
+    "RoundingConfig",
+    "RoundingMethod",
+    "RunConfig",
+    "SearchConfig",
+    "Sensitivity",
+    "SourceConfig",
+    "location_and_folder",
+    "read_values",
+]
+
+
+class RunConfig(Section):
+    """Everything a run is told. Relative paths are relative to the configuration's own folder."""
+
+    model: ModelConfig
+    data: DataConfig
+    budget: str | list[str] = Field("3bit", description='"3bit", "12.5%", "25MB", "25MiB", or a list')
+    preset: Preset = Field(
+        DEFAULT_PRESET,
+        description="defaults of search and rounding: best; paper, the published method and its numbers; quick, that "
+        "method with fewer of everything",
+    )
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    rounding: RoundingConfig = Field(default_factory=RoundingConfig)
+    embeddings: EmbeddingsConfig | None = Field(
+        None, description="quantized embedding tables, as in {bits: 8}; null: they stay float"
+    )
+    activations: ActivationsConfig | None = Field(
+        None, description="quantized activations, as in {bits: 4, method: repq}; null: they stay float"
+    )
+    store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    folder: str = Field("", exclude=True, description="folder that relative paths start from")
+
+    @property
+    def budgets(self) -> list[str]:
+        """The budgets asked for, as a list."""
+        return [self.budget] if isinstance(self.budget, str) else list(self.budget)
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], folder: str = "") -> RunConfig:
+        """A validated configuration from plain values; the preset's defaults are filled in beneath them.
+
+        Raises:
+            ConfigError: a key is unknown or a value is wrong; the first problem is named.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError("a configuration is a mapping of keys to values")
+        values = dict(values)
+        preset = values.get("preset", DEFAULT_PRESET)
+        for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
+            given = values.get(section)
+            if given is None or isinstance(given, dict):
+                values[section] = {**defaults, **(given or {})}
+        try:
+            return cls.model_validate({**values, "folder": folder})
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> RunConfig:
+        """Read a configuration file; ``overrides`` are dotted keys (``search.samples``) with their values.
+
+        Args:
+            path: of the file, or its fsspec URL; relative paths in it start from the folder that it is in.
+            overrides: values that win over the file's.
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or a key or value is wrong.
+        """
+        location, folder = location_and_folder(path)
+        values = read_values(location, overrides)
+        try:
+            return cls.from_mapping(values, folder)
+        except ConfigError as error:
+            raise ConfigError(f"{hide_password(location)}: {error}") from None
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML; read back it gives an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude={"folder"}), sort_keys=False)
+
+    def resolve(self, location: str) -> str:
+        """An absolute path or URI for a location in the configuration."""
+        return resolve_location(location, self.folder)
+
+    def with_budget(self, budget: str | list[str]) -> RunConfig:
+        """The same configuration at another budget."""
+        return self.model_copy(update={"budget": budget})
+
+
+def location_and_folder(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Where a configuration file is, and the folder that relative paths in it start from."""
+    location = os.fspath(path)
+    scheme, separator, rest = location.partition("://")
+    if not separator or scheme in ("file", "local"):
+        location = rest or location
+        return location, str(Path(location).resolve().parent)
+    return location, folder_of_url(location)
+
+
+def read_values(location: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a configuration file says, as it stands there, with some keys set; no defaults, and not checked.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    values = _read_mapping(location)
+    for key, value in (overrides or {}).items():
+        _set_dotted(values, key, value)
+    return values
+
+
+def _read_mapping(location: str) -> dict[str, Any]:
+    """What a YAML file holds, at a path or behind an fsspec URL."""
+    shown = f"configuration {hide_password(location)}"
+    try:
+        with fsspec.open(location, "rt") if "://" in location else open(location, encoding="utf-8") as file:
+            values = yaml.safe_load(file.read())
+    except FileNotFoundError:
+        raise ConfigError(f"{shown} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown} is not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever a file system's driver raises
+        raise ConfigError(f"{shown} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{shown} is not a mapping of keys to values")
+    return values
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, not a section: cannot set {key}")
+    values[last] = value
+
+
+def _inside(section: Any, part: str) -> Any:
+    """The class of a section's part: of a field, or of a mapping's value; None where it is no section."""
+    if get_origin(section) is dict:
+        return get_args(section)[1]
+    found = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+    if get_origin(found) is dict:
+        return found
+    return next((kind for kind in get_args(found) if hasattr(kind, "model_fields")), found)  # of ``Section | None``
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation as one line that names the key."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        unknown = str(problem["loc"][-1])
+        section: Any = RunConfig
+        for part in problem["loc"][:-1]:
+            section = _inside(section, str(part))
+        known = [name for name in getattr(section, "model_fields", {}) if name != "folder"]
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"key {where!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], (dict, list)) else f" (given: {problem['input']!r})"
+    return f"{where}: {message}{given}" if where else message

@@ -1,0 +1,135 @@
+"""Global costs from closed forms: local costs times a factor, measured where it is not known yet (METHOD 7).
+
+Local costs in the metric of second moments are proportional to global ones up to a factor that changes slowly along a
+form's front. The factor is measured at both ends of the front and in the middle; a half is measured in its own middle
+where the factor there was not what its ends had told, and so on. A layer that behaves takes three measurements a form,
+one that does not takes as many as are allowed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from mlorq.costs.measured import LayerProbe, sensitivity_table
+from mlorq.fitting.hessian_fit import LayerSearch, candidate_of
+
+FORMS = ("Q", "LR", "QLR")
+TINY = np.finfo(float).tiny
+
+
+def scaled_closed_form(local: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Global costs from local ones, with a factor fitted where costs were measured.
+
+    The factor, global by local, is interpolated linearly between its measured neighbours, logarithm against logarithm,
+    and kept beyond them.
+
+    Args:
+        local: ``(points,)`` local costs of one form of one layer.
+        known: indices of the measured points.
+        values: their global costs.
+    """
+    logs = np.log(np.maximum(local, TINY))
+    order = np.argsort(logs[known], kind="stable")
+    at, factor = logs[known][order], np.log(np.maximum(values, TINY))[order] - logs[known][order]
+    return np.exp(np.minimum(logs + np.interp(logs, at, factor), 700.0))
+
+
+def measure_where_needed(
+    local: np.ndarray, measure: Callable[[int], float], points: int, tolerance: float
+) -> dict[int, float]:
+    """Global costs of some points of a front, chosen one after another.
+
+    Args:
+        local: ``(front,)`` local costs in falling order.
+        measure: the global cost of a point, by index.
+        points: most points to measure, two or more.
+        tolerance: halves are measured further where a cost was mispredicted by more than this, as a logarithm.
+
+    Returns:
+        ``{index: cost}``.
+    """
+    last = len(local) - 1
+    cost = {index: measure(index) for index in sorted({0, last})}
+    logs = np.log(np.maximum(local, TINY))
+    halves = deque([(0, last)])
+    while halves and len(cost) < points:
+        left, right = halves.popleft()
+        if right - left < 2:
+            continue
+        middle = left + 1 + int(np.argmin(np.abs(logs[left + 1 : right] - (logs[left] + logs[right]) / 2)))
+        ends = np.array([left, right])
+        expected = scaled_closed_form(local, ends, np.array([cost[left], cost[right]]))[middle]
+        cost[middle] = measure(middle)
+        if abs(np.log(max(cost[middle], TINY) / max(expected, TINY))) > tolerance:
+            halves += [(left, middle), (middle, right)]
+    return cost
+
+
+def scaled_sensitivity(
+    probe: LayerProbe,
+    search: LayerSearch,
+    table: pa.Table,
+    *,
+    points: int = 5,
+    tolerance: float = 0.2,
+    progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``).
+
+    Args:
+        probe: measures the layer.
+        search: makes the layer's candidates.
+        table: the layer's candidates (``tables.CANDIDATES``).
+        points: most candidates measured a form; one: its middle one.
+        tolerance: as for ``measure_where_needed``.
+        progress: called with (candidates measured or spared, most candidates to measure).
+    """
+    rows = table.to_pylist()
+    local = table["local_cost"].to_numpy()
+    groups = _form_rows(table, table["bytes"].to_numpy())
+    most = sum(min(points, len(group)) for group in groups)
+    cost: dict[int, float] = {}
+    measured: set[int] = set()
+
+    def measure(row: int) -> float:
+        value = probe.cost(search.dense(candidate_of(rows[row])))
+        measured.add(row)
+        if progress is not None:
+            progress(min(spared + len(measured), most), most)
+        return value
+
+    spared = 0  # measurements that turned out not to be needed
+    for group in groups:
+        before = len(measured)
+        if points == 1:
+            middle = len(group) // 2
+            found = {middle: measure(int(group[middle]))}
+        else:
+            found = measure_where_needed(local[group], partial(_at, measure, group), points, tolerance)
+        # A cost of nothing (a task's loss that fell) has no factor: the others tell it, and none tells nothing.
+        known = np.array([index for index in sorted(found) if found[index] > 0], dtype=int)
+        values = np.array([found[index] for index in known.tolist()])
+        scaled = scaled_closed_form(local[group], known, values) if len(known) else np.zeros(len(group))
+        cost |= {int(row): found.get(index, float(scaled[index])) for index, row in enumerate(group)}
+        spared += min(points, len(group)) - (len(measured) - before)
+    if progress is not None:
+        progress(most, most)
+    how = {row: "measured" if row in measured else "closed_form" for row in cost}
+    return sensitivity_table(table, cost, how)
+
+
+def _at(measure: Callable[[int], float], rows: np.ndarray, index: int) -> float:
+    return measure(int(rows[index]))
+
+
+def _form_rows(table: pa.Table, size: np.ndarray) -> list[np.ndarray]:
+    """Rows on the front of each form, by rising bytes."""
+    form = np.array(table["form"].to_pylist())
+    front = table["on_front"].to_numpy()
+    found = [np.flatnonzero((form == name) & front) for name in FORMS]
+    return [rows[np.argsort(size[rows], kind="stable")] for rows in found if len(rows)]

@@ -1,0 +1,204 @@
+"""Inter-layer costs: what compressing one layer alone does to the model's output (METHOD 5).
+
+The global cost of a candidate is the NMSE ``E‖f_ℓ(x) - f(x)‖² / E‖f(x)‖²`` over calibration samples, or another cost of
+the output (``output_cost``). ``Q`` candidates are measured. For each pair of factor bit-widths a few points of
+the front, spread evenly by index along the rank, are measured, and the rest is interpolated linearly in local cost
+between the two measured neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mlorq.artifacts.schemas import SENSITIVITY
+from mlorq.costs.output_cost import CostName, OutputCost
+from mlorq.fitting.hessian_fit import LayerSearch, candidate_of, spread
+from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.layers import Layer
+from mlorq.models.partial_forward import Segments, enters_cleanly
+
+
+class LayerProbe:
+    """Measures the model's output with one layer's weight replaced, from the first changed block on.
+
+    The part before the layer's block is run once, at construction. Used as a context manager, it puts the float
+    weight back at the end whatever happens.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        layer: Layer,
+        blocks: Sequence[str],
+        batches: Sequence[Any],
+        device: torch.device | str = "cpu",
+        *,
+        cost: CostName = "nmse",
+        labels: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.parameter: Tensor = model.module.get_submodule(layer.name).weight  # type: ignore[assignment]
+        self.original = self.parameter.detach().clone()
+        self.segments = Segments(model, model.module, blocks)
+        self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
+        self.start = layer.block
+        self.carries = [self.segments.advance(batch, 0, None, self.start) for batch in self.batches]
+        if self.start and not self._is_a_chain():
+            self.start = 0
+            self.carries = [None] * len(self.batches)
+        self.references = [
+            self.segments.outputs(batch, self.start, carry)
+            for batch, carry in zip(self.batches, self.carries, strict=True)
+        ]
+        self._output_cost = OutputCost(cost, self.references, labels)
+
+    def _is_a_chain(self) -> bool:
+        full = self.segments.outputs(self.batches[0])
+        return enters_cleanly(self.segments, self.batches[0], self.start, self.carries[0], full)
+
+    def __enter__(self) -> LayerProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self.original)
+
+    def _set(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.parameter.copy_(weight.reshape(self.parameter.shape))
+
+    def cost(self, weight: Tensor) -> float:
+        """What it costs to put ``weight`` ``(out_features, in_features)`` in the place of the layer's."""
+        self._set(weight)
+        pairs = zip(self.batches, self.carries, strict=True)
+        return self._output_cost([self.segments.outputs(batch, self.start, carry) for batch, carry in pairs])
+
+
+def spread_batches(batches: Sequence[Any], samples: int) -> list[Any]:
+    """Enough batches for ``samples`` samples (all of them when there are fewer), spread evenly over the list.
+
+    Spread, because batches of texts are ordered by length: the first ones would be the short texts alone.
+    """
+    mean = sum(batch_samples(batch) for batch in batches) / len(batches)
+    wanted = min(len(batches), max(1, round(samples / mean)))
+    return [batches[int((index + 0.5) * len(batches) / wanted)] for index in range(wanted)]
+
+
+def measured_points(table: pa.Table, points: int) -> list[int]:
+    """Rows of a candidate table that are measured: every ``Q``, and ``points`` of each bit pair's front."""
+    form = np.array(table["form"].to_pylist())
+    front = table["on_front"].to_numpy()
+    chosen = np.flatnonzero(form == "Q").tolist()
+    for rows in _pair_rows(table, front):
+        chosen += [int(rows[index]) for index in spread(len(rows), points)]
+    return chosen
+
+
+def _pair_rows(table: pa.Table, front: np.ndarray) -> list[np.ndarray]:
+    """Rows on the front of each pair of factor bit-widths, by rising rank."""
+    low_rank = np.array(table["form"].to_pylist()) == "LR"
+    bits_a, bits_b, rank = (
+        table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("bits_a", "bits_b", "rank")
+    )
+    groups = []
+    for pair in sorted({(a, b) for a, b in zip(bits_a[low_rank], bits_b[low_rank], strict=True)}):
+        rows = np.flatnonzero(low_rank & front & (bits_a == pair[0]) & (bits_b == pair[1]))
+        groups.append(rows[np.argsort(rank[rows], kind="stable")])
+    return groups
+
+
+def interpolate(local: np.ndarray, measured: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Global costs of points along a front, linear in local cost between measured neighbours.
+
+    Args:
+        local: ``(points,)`` local cost, in the order of the rank.
+        measured: rising indices of the measured points, first and last included.
+        values: their global costs.
+
+    Returns:
+        ``(points,)``; neighbours of equal local cost give their mean.
+    """
+    result = np.empty(len(local))
+    result[measured] = values
+    for (left, right), (low, high) in zip(pairwise(measured), pairwise(values), strict=True):
+        inside = slice(left + 1, right)
+        width = local[right] - local[left]
+        if width == 0:
+            result[inside] = (low + high) / 2
+        else:
+            result[inside] = low + (high - low) * (local[inside] - local[left]) / width
+    return result
+
+
+def measured_sensitivity(
+    probe: LayerProbe,
+    search: LayerSearch,
+    table: pa.Table,
+    *,
+    points: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``), as METHOD 5 has them.
+
+    Args:
+        probe: measures the layer.
+        search: makes the layer's candidates.
+        table: the layer's candidates (``tables.CANDIDATES``).
+        points: measured a bit pair.
+        progress: called with (candidates measured, candidates to measure).
+    """
+    rows = table.to_pylist()
+    chosen = measured_points(table, points)
+    cost: dict[int, float] = {}
+    for index, row in enumerate(chosen):
+        cost[row] = probe.cost(search.dense(candidate_of(rows[row])))
+        if progress is not None:
+            progress(index + 1, len(chosen))
+    how = dict.fromkeys(chosen, "measured")
+    local = table["local_cost"].to_numpy()
+    for group in _pair_rows(table, table["on_front"].to_numpy()):
+        known = np.array([index for index, row in enumerate(group) if int(row) in cost], dtype=int)
+        if not len(known):
+            continue
+        values = np.array([cost[int(group[index])] for index in known])
+        for row, value in zip(group, interpolate(local[group], known, values), strict=True):
+            cost.setdefault(int(row), float(value))
+            how.setdefault(int(row), "interpolated")
+    return sensitivity_table(table, cost, how)
+
+
+def local_sensitivity(table: pa.Table) -> pa.Table:
+    """``tables.SENSITIVITY`` with the local costs of a front as they are: where there is nothing to choose, for one.
+
+    Args:
+        table: the layer's candidates.
+    """
+    rows = np.flatnonzero(table["on_front"].to_numpy()).tolist()
+    local = table["local_cost"].to_numpy()
+    return sensitivity_table(table, {row: float(local[row]) for row in rows}, dict.fromkeys(rows, "local"))
+
+
+def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[int, str]) -> pa.Table:
+    """``tables.SENSITIVITY`` of some rows of a candidate table.
+
+    Args:
+        table: the layer's candidates.
+        cost: global cost by row.
+        how: how it was found, by row.
+    """
+    names = table["candidate_id"].to_pylist()
+    order = sorted(cost)
+    return pa.table(
+        {
+            "candidate_id": [names[row] for row in order],
+            "global_cost": [cost[row] for row in order],
+            "how": [how[row] for row in order],
+        },
+        schema=SENSITIVITY,
+    )

@@ -1,0 +1,227 @@
+"""Pictures and one page of a run's result: what was chosen for every layer, and what it costs."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mlorq.costs.pareto import pareto_front
+
+COLOURS = {"Q": "#2f6fb0", "LR": "#d1662f", "QLR": "#3c8d5a"}
+
+
+def front_picture(
+    rows: Sequence[Mapping[str, Any]],
+    fronts: Mapping[str, tuple[pa.Table, pa.Table]],
+    params: Mapping[str, int],
+    result: Mapping[str, Any],
+) -> bytes:
+    """A PNG: bits a weight of every layer by form, and the global cost of all layers' fronts with the choice.
+
+    Args:
+        rows: of the allocation, in execution order.
+        fronts: each layer's candidate and sensitivity tables.
+        params: each layer's number of weights.
+        result: the run's result object; ``budget``, ``bytes`` and ``nmse`` go into the title.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.0, 0.17 * len(rows) + 1.5)), width_ratios=(3, 2))
+    bits = [8 * row["bytes"] / params[row["layer"]] for row in rows]
+    position = np.arange(len(rows))
+    left.barh(position, bits, color=[COLOURS[row["form"]] for row in rows])
+    for index, row in enumerate(rows):
+        left.text(bits[index], index, f" {row['candidate_id']}", va="center", fontsize=6.5)
+    left.set_yticks(position, [row["layer"] for row in rows], fontsize=6.5)
+    left.invert_yaxis()
+    left.set_xlabel("bits a weight, scales and zero-points included")
+    left.set_xlim(0, max(bits) * 1.2)
+    left.set_title(
+        f"{result['model']} at {result['budget']}: {result['bytes']:,} bytes, output NMSE {result['nmse']:.4f}"
+    )
+    for row in rows:
+        candidates, sensitivity = fronts[row["layer"]]
+        size = dict(zip(candidates["candidate_id"].to_pylist(), candidates["bytes"].to_pylist(), strict=True))
+        names = sensitivity["candidate_id"].to_pylist()
+        x = np.array([8 * size[name] / params[row["layer"]] for name in names])
+        y = sensitivity["global_cost"].to_numpy()
+        if not (y > 0).any():  # a layer that cannot affect the output has no place on a logarithmic axis
+            continue
+        order = np.argsort(x)
+        right.plot(x[order], np.minimum.accumulate(y[order]), color="0.8", linewidth=0.7, zorder=1)
+    for form, colour in COLOURS.items():
+        chosen = [index for index, row in enumerate(rows) if row["form"] == form]
+        cost = [rows[index]["global_cost"] or np.nan for index in chosen]
+        right.scatter([bits[i] for i in chosen], cost, color=colour, s=22, label=f"{form} ({len(chosen)})", zorder=2)
+    if right.lines:  # none where no layer can affect the output
+        right.set_yscale("log")
+    right.set_xlabel("bits a weight")
+    right.set_ylabel("global cost: output NMSE with this layer alone compressed")
+    right.set_title("fronts of all layers (grey) and what was chosen")
+    right.legend()
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    # No metadata: equal results give equal bytes.
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, highlight: str | None = None) -> bytes:
+    """A PNG: the task's metric (where there is one) and the output NMSE of several runs against their size.
+
+    The float model's metric is a dashed line. Grey lines join the runs that no smaller or equal one beats in NMSE.
+
+    Args:
+        results: the runs' result objects, of one model and one evaluation set.
+        title: of the picture.
+        highlight: ``run`` of the result to mark.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = sorted(results, key=lambda result: (result["bytes"], result["nmse"]))
+    unit, scale = next(item for item in _UNITS if results[-1]["bytes"] >= item[1] or item[1] == 1)
+    metric = next((result["metric"] for result in results if result["metric"]), None)
+    figure, axes = plt.subplots(
+        1, 1 if metric is None else 2, figsize=(6 if metric is None else 11.5, 4.2), squeeze=False
+    )
+    panels: list[tuple[Any, str, list[float]]] = []
+    if metric is not None:
+        values = [_number((result["metric"] or {}).get("compressed")) for result in results]
+        panels.append((axes[0, 0], metric["name"], values))
+        if metric["float"] is not None:
+            label = f"float32 model: {metric['float']:.4g} at {results[0]['float_bytes'] / scale:,.3g} {unit}"
+            axes[0, 0].axhline(metric["float"], color="0.35", linestyle="--", linewidth=1, label=label)
+            axes[0, 0].legend(loc="best", fontsize=8)
+    panels.append((axes[0, -1], "output NMSE", [_number(result["nmse"]) for result in results]))
+    nmse = np.array([result["nmse"] for result in results])
+    front = np.flatnonzero(pareto_front(nmse, np.array([result["bytes"] for result in results])))
+    size = [result["bytes"] / scale for result in results]
+    for axis, name, values in panels:
+        axis.plot([size[i] for i in front], [values[i] for i in front], color="0.75", linewidth=1, zorder=1)
+        colours = [COLOURS["LR" if result["run"] == highlight else "Q"] for result in results]
+        axis.scatter(size, values, color=colours, s=28, zorder=2)
+        for x, y, result in zip(size, values, results, strict=True):
+            if np.isfinite(y):
+                axis.annotate(result["budget"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(f"{unit} of the compressible layers (float32: {results[0]['float_bytes'] / scale:,.3g} {unit})")
+        axis.set_ylabel(name)
+        axis.margins(x=0.12, y=0.12)
+    if all(value > 0 for value in panels[-1][2]):
+        axes[0, -1].set_yscale("log")
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def small_picture(picture: bytes, width: int = 1000, colours: int = 48) -> bytes:
+    """A picture as a PNG of at most so many columns and colours, for pages that hold it in their text."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # Of the ways to choose colours, one that keeps those of a few small dots.
+    few = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_url(picture: bytes) -> str:
+    """A PNG as a URL that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None = None) -> bytes:
+    """One HTML page with the totals, the picture and the allocation; it needs no other file.
+
+    Args:
+        result: the run's result object.
+        picture: of its allocation.
+        curve: its size and accuracy among other runs, where there are any.
+    """
+    metric = result["metric"]
+    totals = {
+        "budget": f"{result['budget']} ({result['budget_bytes']:,} bytes for the compressible layers)",
+        "compressible layers": f"{result['bytes']:,} bytes, {result['float_bytes'] / result['bytes']:.2f} times "
+        f"smaller than float32 ({result['float_bytes']:,} bytes)",
+        **({"embedding tables": f"{result['embedding_bytes']:,} bytes"} if result.get("embedding_bytes") else {}),
+        "rest of the model": f"{result['rest_bytes']:,} bytes",
+        "checkpoint on disk": f"{result['file_bytes']:,} bytes",
+        "output NMSE": f"{result['nmse']:.6f} (on {result['nmse_data']} data)",
+    }
+    if metric is not None:
+        totals[metric["name"]] = f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"
+    columns = ("layer", "candidate_id", "bytes", "global_cost")
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in columns) + "</tr>"
+        for row in result["allocation"]
+    )
+    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in totals.items())
+    among = "" if curve is None else f"<img alt='size and accuracy' src='{data_url(curve)}'>"
+    content = (
+        f"<dl>{listed}</dl>"
+        f"<img alt='allocation and fronts' src='{data_url(picture)}'>{among}"
+        f"<table><tr>{head}</tr>{body}</table>"
+    )
+    return _page(result["run"], content)
+
+
+def render_sweep(title: str, rows: Sequence[Mapping[str, Any]], curve: bytes) -> bytes:
+    """One HTML page with the size–accuracy curve and a row a budget; it needs no other file."""
+    return _page(title, f"<img alt='size and accuracy' src='{data_url(curve)}'>{_table(rows)}")
+
+
+def render_table(title: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """One HTML page with a table of equal rows."""
+    return _page(title, _table(rows))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(rows[0])
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in columns) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _page(title: str, content: str) -> bytes:
+    page = (
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<title>{html.escape(title)}</title>"
+        "<style>body{font:15px system-ui;margin:2em;max-width:75em}img{max-width:100%}"
+        "td,th{padding:.1em .8em;text-align:left}dt{font-weight:600}</style>"
+        f"<h1>{html.escape(title)}</h1>{content}</html>"
+    )
+    return page.encode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3e}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,431 @@
+"""Layers that compute from packed codes: ``CompressedLinear`` and ``CompressedConv2d``.
+
+A layer stores a matrix (``Q``: W), two (``LR``: A and B) or all three (``QLR``), each as packed codes with a scale
+and a zero-point a row (METHOD 1, 2). A matrix is dequantized in float32, exactly as ``QuantizedMatrix.dequantize``
+does, and then cast to the dtype of the float layer. ``A B`` runs as two products, ``(x Bᵀ) Aᵀ``; in a convolution
+as one with B's rows as kernels followed by a 1 × 1 convolution by A. A forward pass never forms the product of A and B.
+
+Stored tensors keep their dtypes through ``.half()``, ``.to(torch.bfloat16)`` and the like: what such a call
+changes is the dtype that the layer computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlorq.codecs.packing import pack_rows, packed_columns, unpack_rows
+from mlorq.errors import ModelError
+from mlorq.forms.base import Candidate, CompressedLayer, QuantizedMatrix, ZeroPoint, combine
+from mlorq.forms.memory import stored_matrices
+
+PARTS = ("codes", "scale", "zero_point")
+ZERO_POINT_DTYPES: dict[ZeroPoint, torch.dtype] = {"codes": torch.uint8, "int16": torch.int16}
+
+
+class CompressedModule(nn.Module):
+    """What the two compressed layers share: stored matrices in buffers, dequantized ones kept after use.
+
+    Buffers are ``weight_codes``, ``weight_scale``, ``weight_zero_point`` (``Q``), the same of ``a`` and of
+    ``b`` (``LR``), or of all three (``QLR``): uint8 ``(rows, ceil(columns bits / 8))``, float16 ``(rows,)``, uint8
+    or int16 ``(rows,)``.
+
+    Attributes:
+        layer_name: the layer's name in the model; modules that share one weight share the name.
+        candidate: form, bits and rank.
+        zero_point: how zero-points are stored.
+        weight_shape: shape of the float layer's weight.
+        compute_dtype: dtype of the dequantized matrices.
+        cache: keep dequantized matrices after first use (more memory, less time). They are no part of the
+            state dict, and are dropped whenever the module is moved, cast or loaded; a copy starts without.
+        bias: the float layer's bias, or None.
+    """
+
+    kind: ClassVar[str]
+    float_class: ClassVar[type[nn.Module]]
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: nn.Module, name: str, candidate: Candidate, zero_point: ZeroPoint, cache: bool) -> None:
+        """Use ``from_layer`` or ``placeholder``, which check what they are given."""
+        super().__init__()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        assert isinstance(weight, Tensor)
+        self.layer_name = name
+        self.candidate = candidate
+        self.zero_point: ZeroPoint = zero_point
+        self.weight_shape = tuple(weight.shape)
+        self.compute_dtype = weight.dtype
+        self.cache = cache
+        self._kept: dict[str, Tensor] = {}
+        self._matrices = stored_matrices(candidate, weight.shape[0], weight[0].numel())
+        for matrix, (rows, columns, bits) in self._matrices.items():
+            codes = torch.zeros(rows, packed_columns(columns, bits), dtype=torch.uint8, device=weight.device)
+            self.register_buffer(f"{matrix}_codes", codes)
+            self.register_buffer(f"{matrix}_scale", codes.new_ones(rows, dtype=torch.float16))
+            zero = codes.new_zeros(rows, dtype=ZERO_POINT_DTYPES[zero_point])
+            self.register_buffer(f"{matrix}_zero_point", zero)
+        self.bias = None
+        if bias is not None:
+            assert isinstance(bias, Tensor)
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self._copy_geometry(layer)
+
+    def _copy_geometry(self, layer: nn.Module) -> None:
+        raise NotImplementedError
+
+    # -- making one ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_layer(cls, layer: nn.Module, compressed: CompressedLayer, *, cache: bool = True) -> Self:
+        """The compressed counterpart of a float layer, on its device and in its dtype.
+
+        Args:
+            layer: the float layer, not changed; gives shape, bias, stride and the like.
+            compressed: the stored matrices.
+            cache: keep dequantized matrices after first use.
+
+        Raises:
+            ModelError: the layer is of another class or shape, or cannot take this form.
+            ValueError: a code does not fit its bits.
+        """
+        name, matrices = compressed.layer, compressed.matrices
+        wide = any(matrix.zero_point.dtype == torch.int16 for matrix in matrices.values())
+        result = cls.placeholder(layer, name, compressed.candidate, "int16" if wide else "codes", cache=cache)
+        expected = {part: ((rows, columns), bits) for part, (rows, columns, bits) in result._matrices.items()}
+        given = {part: (matrix.shape, matrix.bits) for part, matrix in matrices.items()}
+        if given != expected:
+            raise ModelError(f"layer {name!r}: matrices (shape, bits) are {given} instead of {expected}")
+        for part, matrix in matrices.items():
+            allowed = ZERO_POINT_DTYPES.values()
+            if matrix.scale.dtype != torch.float16 or matrix.zero_point.dtype not in allowed:
+                raise ModelError(
+                    f"layer {name!r}: {part} has {matrix.scale.dtype} scales and {matrix.zero_point.dtype} "
+                    f"zero-points instead of float16 and uint8 or int16"
+                )
+            result.get_buffer(f"{part}_codes").copy_(pack_rows(matrix.codes, matrix.bits))
+            result.get_buffer(f"{part}_scale").copy_(matrix.scale)
+            result.get_buffer(f"{part}_zero_point").copy_(matrix.zero_point)
+        if compressed.bias is not None:
+            if result.bias is None:
+                raise ModelError(f"layer {name!r} has no bias to be replaced")
+            result.bias.copy_(compressed.bias)
+        return result
+
+    @classmethod
+    def placeholder(
+        cls, layer: nn.Module, name: str, candidate: Candidate, zero_point: ZeroPoint, *, cache: bool = True
+    ) -> Self:
+        """Like ``from_layer``, with zero codes: what a state dict is loaded into.
+
+        Raises:
+            ModelError: the layer is of another class, or cannot take this form.
+        """
+        reason = _why_not(layer, cls.float_class, candidate)
+        if reason:
+            raise ModelError(f"layer {name!r} cannot become a {cls.__name__}: {reason}")
+        return cls(layer, name, candidate, zero_point, cache)
+
+    # -- what it holds ------------------------------------------------------------------------------------
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The layer's stored tensors by buffer name: all that its budget pays for."""
+        names = [f"{matrix}_{part}" for matrix in self._matrices for part in PARTS]
+        return {name: self.get_buffer(name) for name in names}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored tensors; ``candidate_bytes(…, "exact", …)`` of the layer."""
+        return sum(tensor.nbytes for tensor in self.stored_tensors().values())
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        """One stored matrix (``weight``, ``a`` or ``b``) with its codes unpacked."""
+        _, columns, bits = self._matrices[name]
+        return QuantizedMatrix(
+            codes=unpack_rows(self.get_buffer(f"{name}_codes"), columns, bits),
+            scale=self.get_buffer(f"{name}_scale"),
+            zero_point=self.get_buffer(f"{name}_zero_point"),
+            bits=bits,
+        )
+
+    def compressed_layer(self) -> CompressedLayer:
+        """The stored matrices as a record: the inverse of ``from_layer``."""
+        matrices = {name: self.matrix(name) for name in self._matrices}
+        return CompressedLayer(self.layer_name, self.candidate, matrices)
+
+    def dense(self, name: str) -> Tensor:
+        """One matrix (``weight``, ``a`` or ``b``) dequantized, ``(rows, columns)`` in the compute dtype."""
+        if torch.compiler.is_compiling():  # a traced program holds the codes, and keeps no tensor of the tracer
+            return self._dequantize(name)
+        kept = self._kept.get(name)
+        if kept is None:
+            # Not an inference tensor even in inference mode: kept ones serve later calls that need gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._dequantize(name)
+            if self.cache:
+                self._kept[name] = kept
+        return kept
+
+    def _dequantize(self, name: str) -> Tensor:
+        return self.matrix(name).dequantize().to(self.compute_dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the float layer's shape and the compute dtype.
+
+        It is for code that reads a layer's weight itself (``nn.MultiheadAttention``; models that cast their
+        input to the weight's dtype). Forms with factors multiply A B at every access.
+        """
+        return combine({name: self.dense(name) for name in self._matrices}).view(self.weight_shape)
+
+    def extra_repr(self) -> str:
+        fields = ("form", "bits", "rank", "bits_a", "bits_b")
+        shown = [(field, getattr(self.candidate, field)) for field in fields]
+        form = [f"{field}={value}" for field, value in shown if value is not None]
+        return ", ".join([*self._sizes_repr(), *form, f"bias={self.bias is not None}"])
+
+    def _sizes_repr(self) -> list[str]:
+        raise NotImplementedError
+
+    # -- moving, casting, copying -------------------------------------------------------------------------
+
+    def drop_cache(self) -> None:
+        """Free the dequantized matrices; the next forward pass makes them again."""
+        self._kept = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_cache()
+        before = self.stored_tensors()
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != tensor.dtype:
+                # A cast: only the device may change. Scales are float16 whatever the layer computes in.
+                self._buffers[name] = tensor.to(after.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.drop_cache()
+        error_messages = args[-1]
+        for name, tensor in self.stored_tensors().items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != tensor.dtype:  # copying would wrap or round silently
+                error_messages.append(f"{prefix + name} is {given.dtype} instead of {tensor.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+
+class CompressedLinear(CompressedModule):
+    """``y = W x + b`` from packed codes; takes the place of an ``nn.Linear``."""
+
+    kind = "linear"
+    float_class = nn.Linear
+
+    def _copy_geometry(self, layer: nn.Module) -> None:
+        self.out_features, self.in_features = self.weight_shape
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(…, in_features)`` to ``(…, out_features)``."""
+        if not self.candidate.has_product:
+            return F.linear(inputs, self.dense("weight"), self.bias)
+        product = F.linear(F.linear(inputs, self.dense("b")), self.dense("a"), self.bias)
+        return product if self.candidate.bits is None else product + F.linear(inputs, self.dense("weight"))
+
+    def _sizes_repr(self) -> list[str]:
+        return [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+
+
+class CompressedConv2d(CompressedModule):
+    """A convolution from packed codes; takes the place of an ``nn.Conv2d``. Grouped ones are ``Q`` only."""
+
+    kind = "conv2d"
+    float_class = nn.Conv2d
+
+    def _copy_geometry(self, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode, self.groups = layer.padding, layer.padding_mode, layer.groups
+        self._edges = _edges(layer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)``, or without N, to the output of the float layer's shape."""
+        if not self.candidate.has_product:
+            return self._convolve(inputs, self.dense("weight").view(self.weight_shape), self.bias)
+        kernels = self.dense("b").unflatten(1, self.weight_shape[1:])  # (rank, in_channels, kh, kw)
+        mixing = self.dense("a")[:, :, None, None]  # (out_channels, rank, 1, 1)
+        product = F.conv2d(self._convolve(inputs, kernels, None), mixing, self.bias)
+        if self.candidate.bits is None:
+            return product
+        return product + self._convolve(inputs, self.dense("weight").view(self.weight_shape), None)
+
+    def _convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            inputs, padding = F.pad(inputs, self._edges, mode=self.padding_mode), (0, 0)
+        # A string here is PyTorch's own notation: "same" or "valid".
+        return F.conv2d(inputs, kernels, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _sizes_repr(self) -> list[str]:
+        shown = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}"]
+        shown += [f"stride={self.stride}", f"padding={self.padding}"]
+        return [*shown, f"groups={self.groups}"] if self.groups != 1 else shown
+
+
+# -- putting them into a model ------------------------------------------------------------------------------
+
+
+def compressed_class(layer: nn.Module, name: str) -> type[CompressedModule]:
+    """Which compressed class takes the place of a float layer; ``name`` is for the error.
+
+    Raises:
+        ModelError: none does.
+    """
+    from mlorq.forms.embedding_tables import CompressedEmbedding  # which is built on this module
+
+    for cls in (CompressedLinear, CompressedConv2d, CompressedEmbedding):
+        if isinstance(layer, cls.float_class):
+            return cls
+    raise ModelError(f"layer {name!r} is a {type(layer).__name__}, neither nn.Linear, nn.Conv2d nor nn.Embedding")
+
+
+def replace_layers(
+    module: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    *,
+    cache: bool = True,
+) -> None:
+    """Swap float layers for compressed ones, in place.
+
+    A layer that the model reaches by several names, or whose weight parameter other layers share, is
+    compressed once and replaced under all these names; each module keeps its own bias.
+
+    Args:
+        module: the float model; copy it first where it is still needed.
+        layers: compressed layers by name.
+        aliases: further names of a layer; those that share its module or parameter are found anyway.
+        cache: keep dequantized matrices after first use.
+
+    Raises:
+        ModelError: a name is not in the model, or a layer cannot take its stored matrices.
+    """
+    for name, paths in shared_names(module, layers, aliases).items():
+
+        def make(layer: nn.Module, path: str, name: str = name) -> CompressedModule:
+            record = replace(layers[name], layer=path)
+            return compressed_class(layer, path).from_layer(layer, record, cache=cache)
+
+        install(module, name, paths, make)
+
+
+def install(
+    module: nn.Module, name: str, paths: Sequence[str], make: Callable[[nn.Module, str], CompressedModule]
+) -> None:
+    """Put the compressed layer ``name`` in the place of the float layers at ``paths``; all use its tensors.
+
+    Raises:
+        ModelError: there is no layer at a path.
+    """
+    made: dict[int, CompressedModule] = {}
+    for path in paths:
+        layer = get_layer(module, path)
+        new = made.get(id(layer))
+        if new is None:
+            new = make(layer, path)
+            new.layer_name = name
+            for first in list(made.values())[:1]:
+                new._buffers.update(first.stored_tensors())
+            made[id(layer)] = new
+        swap_module(module, path, layer, new)
+
+
+def shared_names(
+    module: nn.Module, layers: Mapping[str, Any], aliases: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
+    """All names of each layer, its own first: the given aliases and all that share its module or weight.
+
+    Raises:
+        ModelError: a name is not in the model.
+    """
+    by_weight: dict[int, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            by_weight.setdefault(_weight_identity(child), []).append(path)
+    result = {}
+    for name in layers:
+        sharing = by_weight.get(_weight_identity(get_layer(module, name)), ())
+        found = [*(aliases or {}).get(name, ()), *sharing]
+        result[name] = [name, *(path for path in dict.fromkeys(found) if path not in layers)]
+    return result
+
+
+def _weight_identity(layer: nn.Module) -> int:
+    # A parametrized weight is computed at each access and has no lasting identity: its module has.
+    weight = layer._parameters.get("weight")
+    return id(layer if weight is None else weight)
+
+
+def get_layer(module: nn.Module, name: str) -> nn.Module:
+    """A submodule by name.
+
+    Raises:
+        ModelError: there is none, or the name is the whole model's, which cannot be replaced in itself.
+    """
+    if not name:
+        raise ModelError("the model is one single layer, which has no name: wrap it in nn.Sequential")
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no layer {name!r}") from error
+
+
+def swap_module(module: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in another's place; modules that used ``old``'s bias parameter now use ``new``'s.
+
+    Some modules call their children from a list of their own, beside the registered names: there, too.
+    """
+    parent, _, attribute = path.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, new)
+    new.train(old.training)
+    bias = getattr(old, "bias", None)
+    for other in module.modules():
+        for key, parameter in other._parameters.items():
+            if parameter is not None and parameter is bias:
+                other._parameters[key] = new._parameters["bias"]
+        for value in vars(other).values():
+            if isinstance(value, list):
+                value[:] = [new if item is old else item for item in value]
+
+
+def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidate) -> str | None:
+    """Why a layer cannot take a form; None where it can."""
+    cls = type(layer)
+    if not isinstance(layer, float_class):
+        return f"it is a {cls.__name__}"
+    if any(
+        getattr(cls, method, None) is not getattr(float_class, method, None) for method in ("forward", "_conv_forward")
+    ):
+        return f"{cls.__name__} has a forward of its own"
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1 and candidate.has_product:
+        return f"a convolution with {layer.groups} groups has no low-rank form"
+    return None
+
+
+def _edges(layer: nn.Conv2d) -> list[int]:
+    """Padding as ``F.pad`` wants it: left, right, top, bottom."""
+    edges: list[int] = []
+    for axis in (1, 0):
+        if isinstance(layer.padding, str):
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1) if layer.padding == "same" else 0
+            edges += [total // 2, total - total // 2]
+        else:
+            edges += [layer.padding[axis]] * 2
+    return edges

@@ -1,0 +1,314 @@
+"""Float and compressed model side by side: the inputs that a layer to be rounded sees in each.
+
+The error of a layer's rounding against the float layer's outputs, ``E‖W x - Ŵ x̃‖²`` with x̃ the input in the model whose
+earlier layers are already compressed, is quadratic in Ŵ. Three second moments of (x, x̃) hold everything it depends on,
+so an optimiser's step costs the same however many tokens calibrate it. Both models advance block by block: rounding
+all layers takes two forwards of each block and input, not one of the whole model a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlorq.activations.plan import ActivationPlan
+from mlorq.calibration.collect import counting
+from mlorq.calibration.covariance import FOLDS
+from mlorq.calibration.token_importance import Importance
+from mlorq.errors import ModelError
+from mlorq.forms.base import CompressedLayer
+from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.layers import Layer, input_tokens
+from mlorq.models.partial_forward import Segments, enters_cleanly
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moments of a layer's float inputs x and compressed-model inputs x̃, averaged over tokens, float64.
+
+    Attributes:
+        compressed: ``E[x̃ x̃ᵀ]``, ``(in_features, in_features)``.
+        drift_cross: ``E[(x - x̃) x̃ᵀ]``.
+        drift: ``E[(x - x̃)(x - x̃)ᵀ]``.
+        tokens: how many tokens were averaged, or the sum of their weights.
+        mean: ``E[x̃]``, ``(in_features,)``; None where it was not looked at.
+        drift_mean: ``E[x - x̃]``.
+        folds: the same of every other sample and of the rest; empty for a fold itself.
+        has_tokens: whether a sample gives more than one input.
+    """
+
+    compressed: Tensor
+    drift_cross: Tensor
+    drift: Tensor
+    tokens: int
+    mean: Tensor | None = None
+    drift_mean: Tensor | None = None
+    folds: tuple[InputMoments, ...] = ()
+    has_tokens: bool = True
+
+    def centred(self) -> InputMoments:
+        """Moments about the means: what is left to the weights where the bias takes care of the mean error."""
+        assert self.mean is not None and self.drift_mean is not None  # noqa: PT018
+        mean, drift = self.mean, self.drift_mean
+        return InputMoments(
+            self.compressed - torch.outer(mean, mean),
+            self.drift_cross - torch.outer(drift, mean),
+            self.drift - torch.outer(drift, drift),
+            self.tokens,
+            folds=tuple(fold.centred() for fold in self.folds),
+            has_tokens=self.has_tokens,
+        )
+
+
+FIELDS = ("compressed", "drift_cross", "drift", "mean", "drift_mean")
+
+
+def _averaged(sums: dict[str, Tensor], tokens: float, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
+    total = tokens if tokens > 0 else 1.0
+    means = {name: sums[name] / total for name in FIELDS}
+    return InputMoments(
+        means["compressed"],
+        means["drift_cross"],
+        means["drift"],
+        round(tokens),
+        means["mean"],
+        means["drift_mean"],
+        folds,
+    )
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One batch at the entry of a block of the compressed model, and what is aimed at.
+
+    Attributes:
+        batch: the model's input.
+        args, kwargs: what the block is called with.
+        target: the float block's output in the float model, float32.
+        outputs: f(x) of the float model, ``(samples, outputs)``; None where it was not asked for.
+        weights: of the target's tokens in the error, the target's shape without its last axis: 0 where one does not
+            count; or of its entries, the target's shape; None where all weigh the same.
+        float_input: the block's first argument in the float model; None where it was not asked for.
+    """
+
+    batch: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Tensor
+    outputs: Tensor | None
+    weights: Tensor | None
+    float_input: Tensor | None = None
+
+
+def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Weights of a block's outputs: importance where there is any, 0 where a token does not count."""
+    if weights is None:
+        return None if mask is None else mask.to(target.dtype)
+    moved = weights.to(target.device, target.dtype)
+    return moved if mask is None else moved * mask
+
+
+class PairedForward:
+    """Carries calibration data through the float model and through its compressed copy, block by block.
+
+    Layers must be asked for in execution order, and set as soon as they are rounded.
+
+    Args:
+        model: the float model.
+        blocks: names of its blocks.
+        batches: calibration samples.
+        device: where to run.
+        importance: weights of the tokens, a mapping a batch; None: all weigh the same.
+        leaders: the name in ``importance`` by layer.
+        activations: quantized in the compressed copy; None: in none.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        blocks: Sequence[str],
+        batches: Sequence[Any],
+        device: torch.device | str = "cpu",
+        *,
+        importance: Sequence[Importance] | None = None,
+        leaders: Mapping[str, str] | None = None,
+        activations: ActivationPlan | None = None,
+    ) -> None:
+        self.model = model
+        self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
+        self._block_names = list(blocks)
+        self._leaders = leaders or {}
+        self._importance: Sequence[Importance] = importance or [{}] * len(self.batches)
+        self.compressed = deepcopy(model.module)
+        if activations is not None:
+            activations.install(self.compressed)
+        self._float = Segments(model, model.module, blocks)
+        self._changed = Segments(model, self.compressed, blocks)
+        self._at = 0
+        self._carries: list[tuple[Any, Any]] = [(None, None)] * len(self.batches)
+        self._chain_checked = False
+        self._last: tuple[int, InputMoments] | None = None
+
+    def set(self, layer: Layer, compressed: CompressedLayer) -> None:
+        """Put a rounded layer into the compressed copy."""
+        parameter = self.compressed.get_submodule(layer.name).weight
+        assert isinstance(parameter, Tensor)
+        with torch.no_grad():
+            parameter.copy_(compressed.dense().reshape(parameter.shape))
+            if compressed.bias is not None:
+                bias = self.compressed.get_submodule(layer.name).bias
+                assert isinstance(bias, Tensor)
+                bias.copy_(compressed.bias)
+
+    def moments(self, layer: Layer) -> InputMoments:
+        """Second moments of a layer's inputs; the part up to its block is run once for all its layers.
+
+        Layers that read the same tensor (query, key and value) share one computation: rounding one of them cannot
+        change what the others see.
+        """
+        if self._last is not None and self._last[0] == layer.input_group:
+            return self._last[1]
+        self._advance(layer.block)
+        module = self.model.module.get_submodule(layer.name)
+        size = layer.in_features
+        shapes = ((size, size),) * 3 + ((size,),) * 2
+        device = next(self.model.module.parameters()).device
+        folds = [
+            {
+                name: torch.zeros(shape, dtype=torch.float64, device=device)
+                for name, shape in zip(FIELDS, shapes, strict=True)
+            }
+            for _ in range(FOLDS)
+        ]
+        tokens = [0.0] * FOLDS
+        first, several = 0, False
+        name = self._leaders.get(layer.name, layer.name)
+        for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
+            samples = batch_samples(batch)
+            mask = self.model.token_mask(batch)
+            float_tokens = self._tokens(module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples)
+            own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
+            mask = counting(mask, own_tokens)
+            several = several or own_tokens.shape[1] > 1
+            weights = importance.get(name)
+            weights = None if weights is None else weights.to(device).unsqueeze(-1)
+            for fold, sums in enumerate(folds):
+                part = slice((fold - first) % FOLDS, None, FOLDS)
+                chosen = None if mask is None else mask[part]
+                x, y, weight = (
+                    None if values is None else values[part].flatten(0, 1) if chosen is None else values[part][chosen]
+                    for values in (float_tokens, own_tokens, weights)
+                )
+                assert x is not None and y is not None  # noqa: PT018
+                drift = x - y
+                own, lost = (y, drift) if weight is None else (weight * y, weight * drift)
+                products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
+                for field, product in zip(FIELDS, products, strict=True):
+                    sums[field] += product.double()
+                tokens[fold] += len(y) if weight is None else float(weight.double().sum())
+            first += samples
+        parts = tuple(_averaged(sums, count) for sums, count in zip(folds, tokens, strict=True) if count)
+        both = {name: sum((sums[name] for sums in folds[1:]), folds[0][name]) for name in FIELDS}
+        moments = replace(_averaged(both, sum(tokens), parts), has_tokens=several)
+        self._last = (layer.input_group, moments)
+        return moments
+
+    # -- whole blocks -----------------------------------------------------------------------------------------
+
+    def block_calls(
+        self, block: int, *, outputs: bool = False, fisher: bool = False, float_inputs: bool = False, seed: int = 0
+    ) -> list[BlockCall]:
+        """All batches at the entry of a block; the layers before are rounded.
+
+        Args:
+            block: its index.
+            outputs: give the model's outputs too.
+            fisher: weigh entries of the block's output by the squared gradient there of ``v · f``, v Gaussian, instead
+                of tokens by their importance (BRECQ, arXiv 2102.05426, whose f is the labelled loss).
+            float_inputs: give the float model's input of the block too.
+            seed: of v.
+
+        Raises:
+            ModelError: outputs or gradients are asked for, and later parts of the model read earlier blocks again: no
+                block has a rest that could follow it alone.
+        """
+        if (outputs or fisher) and not self._is_chain():
+            asked = "rounding.loss: output" if outputs else "rounding.method: brecq"
+            raise ModelError(f"{asked} needs a model whose blocks are a chain; use block")
+        generator = torch.Generator().manual_seed(seed)
+        self._advance(block)
+        calls = []
+        for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
+            args, kwargs = self._changed.block_arguments(batch, self._at, changed, block)
+            after = self._float.advance(batch, self._at, carry, block + 1)
+            target = (after if isinstance(after, Tensor) else after[0]).float()
+            whole = self._float.outputs(batch, self._at, carry) if outputs else None
+            weights = importance.get(self._block_names[block])
+            mask = counting(self.model.token_mask(batch), target)
+            weights = token_weights(target, mask, None if fisher else weights)
+            if fisher:
+                squared = self._squared_gradients(batch, block + 1, after, generator)
+                weights = squared if weights is None else squared * weights.unsqueeze(-1)
+            own = None
+            if float_inputs:
+                positional, named = self._float.block_arguments(batch, self._at, carry, block)
+                own = positional[0] if positional else next(iter(named.values()))
+            calls.append(BlockCall(batch, args, kwargs, target, whole, weights, own))
+        return calls
+
+    def _squared_gradients(self, batch: Any, start: int, after: Any, generator: torch.Generator) -> Tensor:
+        """``(∂(v · f)/∂z)²`` of a block's output z, with mean 1."""
+        first = after if isinstance(after, Tensor) else after[0]
+        with torch.enable_grad():
+            entry = first.detach().clone().requires_grad_(True)
+            carry = entry if isinstance(after, Tensor) else (entry, *after[1:])
+            output = self._float.differentiable_outputs(batch, start, carry)
+            vector = torch.randn(output.shape, generator=generator).to(output.device)
+            (gradient,) = torch.autograd.grad((output * vector).sum(), entry, allow_unused=True)
+        squared = torch.ones_like(first) if gradient is None else gradient.square()
+        return (squared / squared.mean().clamp(min=torch.finfo(squared.dtype).tiny)).float()
+
+    def run_block(self, block: int, call: BlockCall) -> Any:
+        """The output of a block of the compressed copy, differentiable."""
+        return self._changed.blocks[block](*call.args, **call.kwargs)
+
+    def block(self, block: int) -> torch.nn.Module:
+        """A block of the compressed copy."""
+        return self._changed.blocks[block]
+
+    def finish(self, call: BlockCall, start: int, carry: Any) -> Tensor:
+        """f(x) of the float model entered at block ``start``, differentiable."""
+        return self._float.differentiable_outputs(call.batch, start, carry)
+
+    def _tokens(self, module: torch.nn.Module, inputs: Tensor, samples: int) -> Tensor:
+        return input_tokens(module, inputs, samples).float()
+
+    def _advance(self, block: int) -> None:
+        if block <= self._at or not self._is_chain():
+            return
+        self._carries = [
+            (
+                self._float.advance(batch, self._at, carry, block),
+                self._changed.advance(batch, self._at, changed, block),
+            )
+            for batch, (carry, changed) in zip(self.batches, self._carries, strict=True)
+        ]
+        self._at = block
+
+    def _is_chain(self) -> bool:
+        """Whether the float model can be entered behind its last block; if not, every run is a full one.
+
+        There, and not at the first block asked for: a model that reads an early block again is right until that one is
+        skipped with another's output.
+        """
+        if not self._chain_checked:
+            batch, last = self.batches[0], len(self._float.blocks)
+            carry = self._float.advance(batch, self._at, self._carries[0][0], last)
+            self._chain_holds = enters_cleanly(self._float, batch, last, carry, self._float.outputs(batch))
+            self._chain_checked = True
+        return self._chain_holds

@@ -1,0 +1,101 @@
+"""Soft rounding by blocks, as BRECQ and QDrop do it (arXiv 2102.05426, 2203.05740; AdaRound, 2004.10568).
+
+A code is ``floor(w/s) + h(α) + z`` with the rectified sigmoid ``h(α) = clamp(1.2 σ(α) - 0.1, 0, 1)``; α starts where
+h(α) is the fraction, and the code is up in the end where ``α ≥ 0``. Scales stay. ``Σ mean(1 - |2h(α) - 1|^β)``, with β
+falling from 20 to 2 after a fifth of the steps, draws h to 0 or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.codecs.affine import QuantizedMatrix, RowQuantizer, ZeroPoint, store_matrix
+from mlorq.forms.base import CompressedLayer
+from mlorq.models.layers import Layer
+from mlorq.rounding.lra import GAMMA, ZETA
+from mlorq.rounding.trainable import TrainableLayer
+
+BETA_START, BETA_END, WARM_UP = 20.0, 2.0, 0.2
+NEARLY = 1e-3  # fractions this near to 0 or 1 still have a finite α
+
+
+class SoftMatrix:
+    """One matrix with learnable rounding; the same interface as the matrices of ``mlorq.rounding.trainable``."""
+
+    def __init__(self, values: Tensor, quantizer: RowQuantizer, zero_point: ZeroPoint) -> None:
+        scale = quantizer.scale.unsqueeze(1)
+        floor = (values / scale).floor()
+        fraction = (values / scale - floor).clamp(NEARLY, 1 - NEARLY)
+        self.quantizer = quantizer
+        self.zero_point: ZeroPoint = zero_point
+        self.base = floor + quantizer.zero_point.unsqueeze(1)
+        self.top = 2**quantizer.bits - 1
+        self.latent = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
+        self.growth = nn.Parameter(torch.zeros(()))  # of the scale: there is none, and so no gradient
+        self.hard = False
+
+    def rounding(self) -> Tensor:
+        """h(α); 0 or 1 where ``hard``."""
+        if self.hard:
+            return (self.latent >= 0).to(self.base.dtype)
+        return (self.latent.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def values(self) -> Tensor:
+        """Dequantized, differentiable."""
+        return self.quantizer.dequantize((self.base + self.rounding()).clamp(0, self.top))
+
+    def result(self) -> QuantizedMatrix:
+        codes = (self.base + (self.latent.detach() >= 0)).clamp(0, self.top)
+        return store_matrix(codes, self.quantizer, self.zero_point)
+
+
+class SoftLayer(TrainableLayer):
+    """A layer whose codes are rounded softly; its bias stays.
+
+    Args:
+        root, layer, compressed: as for ``TrainableLayer``.
+        parts: the float matrices that the layer stores, and their quantizers.
+        zero_point: where zero-points lie.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layer: Layer,
+        compressed: CompressedLayer,
+        parts: Mapping[str, tuple[Tensor, RowQuantizer]],
+        zero_point: ZeroPoint,
+    ) -> None:
+        super().__init__(root, layer, compressed)
+        self.soft = {name: SoftMatrix(values, quantizer, zero_point) for name, (values, quantizer) in parts.items()}
+        self.matrices = dict(self.soft)
+        self.bias = None
+
+
+class Regulariser:
+    """λ times the sum of ``mean(1 - |2h - 1|^β)`` of all matrices, β by the number of times it was asked for."""
+
+    def __init__(self, layers: Sequence[SoftLayer], steps: int, weight: float) -> None:
+        self._matrices = [matrix for layer in layers for matrix in layer.soft.values()]
+        self._steps, self._weight, self._done = steps, weight, 0
+
+    def __call__(self) -> Tensor:
+        warm = WARM_UP * self._steps
+        share = max(0.0, (self._done - warm) / max(1.0, self._steps - warm))
+        self._done += 1
+        if share == 0:
+            return torch.zeros((), device=self._matrices[0].base.device)
+        beta = BETA_START + (BETA_END - BETA_START) * share
+        parts = [(1 - (2 * matrix.rounding() - 1).abs().pow(beta)).mean() for matrix in self._matrices]
+        return self._weight * torch.stack(parts).sum()
+
+
+def set_hard(layers: Sequence[TrainableLayer], hard: bool) -> None:
+    """Whether soft layers compute with the codes that they come to."""
+    for layer in layers:
+        for matrix in layer.matrices.values():
+            if isinstance(matrix, SoftMatrix):
+                matrix.hard = hard

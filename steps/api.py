@@ -1,0 +1,222 @@
+"""``mlorq.compress``: the whole method on a module and batches in memory, in this process, without Prefect.
+
+It runs the very steps that the flows run, on a store in memory unless one is named, so there is one pipeline and not
+two. This is the library's front door; nothing else in ``mlorq`` knows of ``steps``, which is why it is imported late.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from mlorq.config.run import DEFAULT_PRESET, RunConfig
+from mlorq.errors import ConfigError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What ``mlorq.compress`` returns.
+
+    Attributes:
+        model: the compressed ``nn.Module``, on the device asked for.
+        allocation: Arrow table, one row a layer: layer, candidate_id, form, bits, bits_a, bits_b, rank, bytes,
+            global_cost.
+        metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
+            ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
+            reused, ``solver``;
+            with ``evaluate=``: ``float`` and ``compressed``, what it returned for either model.
+    """
+
+    model: nn.Module
+    allocation: pa.Table
+    metrics: dict[str, Any]
+    _files: Mapping[str, bytes] = field(repr=False)
+
+    def save(self, location: str) -> None:
+        """Write the checkpoint, ``model.safetensors`` and ``config.json``, to a folder or any fsspec URL.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        from mlorq.checkpoint.io import save
+
+        save(self._files, location)
+
+
+def compress(
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    budget: str = "3bit",
+    validation: Sequence[Any] | None = None,
+    preset: str = DEFAULT_PRESET,
+    accounting: str | None = None,
+    rounding: str | None = None,
+    rounding_iterations: int | None = None,
+    embeddings: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Any] | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float] | float] | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    search: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    store: str | None = None,
+    progress: bool | Progress = False,
+) -> CompressionResult:
+    """Compress a trained module to a memory budget (MLoRQ, arXiv 2507.09616).
+
+    The module given is left as it is.
+
+    Args:
+        model: any ``nn.Module`` of linear layers and convolutions, float32, float16 or bfloat16.
+        batches: calibration data: a sequence of what the module takes (tensor, tuple, or mapping of tensors).
+        budget: ``"3bit"`` (average a weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
+            ``"25MiB"`` for the whole checkpoint.
+        validation: held-out batches on which the output NMSE is measured; default: the calibration data.
+        preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
+        accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
+        rounding: ``nearest``, ``gptq``, ``closed_form``, ``block`` or ``lra``.
+        rounding_iterations: of ``lra`` a layer, of ``block`` a block.
+        activations: as the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
+            stay float.
+        embeddings: ``{"bits": 8}`` or 4: embedding tables as codes too; None: they stay float.
+        evaluate: called with the float and the compressed module; its numbers are reported.
+        forward: ``forward(module, batch)`` gives the output tensor f(x), samples first; default: call the module.
+        include, exclude: glob patterns of layer names.
+        search: further settings of the ``search`` section of a configuration, by name.
+        seed: of every random choice.
+        device: ``auto``, ``cpu``, ``cuda:0`` …
+        store: URL of an artifact store; a later call reuses what did not change. Default: kept in memory and
+            dropped at the end.
+        progress: True for lines on standard error, or ``callable(label, done, total)``.
+
+    Raises:
+        ConfigError: an option is wrong.
+        DataError: there are no batches, or they hold values that are not finite.
+        ModelError: nothing to compress, or weights or activations that are not finite.
+        BudgetError: the budget is malformed or impossible; the smallest possible one is named.
+    """
+    from mlorq.artifacts.hashing import digest_json
+    from mlorq.checkpoint.io import load
+    from mlorq.data import from_batches
+    from mlorq.data.base import Dataset
+    from mlorq.models import from_module
+    from steps.base import Outcome
+    from steps.context import Workbench, devices, open_store, reachable_checkpoint
+    from steps.inprocess import InProcess
+    from steps.pipeline import result_json, run_pipeline
+
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
+    settings = dict(search or {})
+    settings |= {"include": list(include), "exclude": list(exclude)}
+    settings |= {} if accounting is None else {"accounting": accounting}
+    chosen: dict[str, Any] = {} if rounding is None else {"method": rounding}
+    chosen |= {} if rounding_iterations is None else {"iterations": rounding_iterations}
+    in_memory = {"source": "custom", "factory": "given:in_memory"}
+    config = RunConfig.from_mapping(
+        {
+            "model": {"family": "custom", "factory": "given:in_memory"},
+            "data": {"calibration": in_memory, "evaluation": in_memory},
+            "budget": budget,
+            "preset": preset,
+            "search": settings,
+            "rounding": chosen,
+            "embeddings": embeddings,
+            "activations": activations,
+            "engine": {"devices": device},
+            "seed": seed,
+            "store": store or f"memory://mlorq-{uuid.uuid4().hex}",
+        }
+    )
+    # A copy: running it in eval mode, without gradients and on another device must not change the one given.
+    float_model = from_module(deepcopy(model), forward)
+    calibration = from_batches(batches)
+    held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
+    wrapped = None
+    if evaluate is not None:
+        # User code has no content to hash that would cover all it calls: measured anew in every call.
+        wrapped = _numbers(evaluate)
+    evaluation = Dataset(
+        held_out.batches,
+        held_out.samples,
+        digest_json([held_out.key, uuid.uuid4().hex if evaluate is not None else None]),
+        evaluate=wrapped,
+    )
+    opened = open_store(config)
+    bench = Workbench(
+        config, opened, devices(config)[0], model=float_model, calibration=calibration, evaluation=evaluation
+    )
+    outcomes: list[Outcome] = []
+    executor = InProcess(bench, _reporter(progress), outcomes.append)
+    started = time.perf_counter()
+    try:
+        (result,) = run_pipeline(bench, executor, [budget])
+        summary = result_json(bench, result)
+        assert result.checkpoint is not None
+        files = {name: opened.read_bytes(result.checkpoint, name) for name in ("model.safetensors", "config.json")}
+        with reachable_checkpoint(opened, result.checkpoint) as location:
+            compressed = load(location, model=float_model.module, device=bench.device)
+        allocation = opened.read_table(result.allocation, "allocation.parquet")
+    finally:
+        if store is None and opened.fs.exists(opened.root):
+            opened.fs.rm(opened.root, recursive=True)
+    reused = sum(outcome.reused for outcome in outcomes)
+    names = (
+        "nmse",
+        "bytes",
+        "budget_bytes",
+        "float_bytes",
+        "rest_bytes",
+        "embedding_bytes",
+        "file_bytes",
+        "predicted_cost",
+        "seconds",
+    )
+    metrics: dict[str, Any] = {name: summary[name] for name in names}
+    metrics |= {
+        "wall_seconds": time.perf_counter() - started,
+        "steps": {"computed": len(outcomes) - reused, "reused": reused},
+        "solver": summary["solver"],
+    }
+    if evaluate is not None:
+        metrics |= summary["metrics"]
+    return CompressionResult(compressed, allocation, metrics, files)
+
+
+def _numbers(
+    evaluate: Callable[[nn.Module], Mapping[str, float] | float],
+) -> Callable[[nn.Module], dict[str, float]]:
+    def measure(module: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            found = evaluate(module)
+        if isinstance(found, Mapping):
+            return {str(name): float(value) for name, value in found.items()}
+        return {"metric": float(found)}
+
+    return measure
+
+
+def _reporter(progress: bool | Progress) -> Progress | None:
+    if callable(progress):
+        return progress
+    if not progress:
+        return None
+
+    def line(label: str, done: int, total: int) -> None:
+        print(f"mlorq: {label} {done}/{total}", file=sys.stderr)
+
+    return line

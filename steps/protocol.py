@@ -1,0 +1,164 @@
+"""What a step's process is told, and what it says: one JSON description in, one JSON event a line out.
+
+A description holds all that a step in another process or container needs to know; that process opens the store and
+loads model and data by itself. Events are ``progress`` (done, total), at the end one of ``done`` (the artifact) or
+``error`` (its kind, message, and whether another try makes sense). Credentials are in neither: they come from the
+environment.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from mlorq.artifacts.store import ArtifactRef
+from mlorq.config.run import RunConfig
+from mlorq.errors import KINDS, MlorqError, StoreError, TransientError
+from steps.base import Outcome, StepSpec, execute
+from steps.context import Workbench, open_store
+from steps.faults import can_pass
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A step to run and where.
+
+    Attributes:
+        spec: the step.
+        config: the run's configuration.
+        device: as the process that runs the step sees it.
+    """
+
+    spec: StepSpec
+    config: RunConfig
+    device: str = "cpu"
+
+    def to_bytes(self) -> bytes:
+        """JSON, read back by ``read``."""
+        values = {
+            "spec": self.spec.to_json(),
+            "config": self.config.model_dump(mode="json"),
+            "folder": self.config.folder,
+            "device": self.device,
+        }
+        return json.dumps(values).encode()
+
+    @classmethod
+    def read(cls, uri: str, step: str) -> Description:
+        """The description at an fsspec URI.
+
+        Args:
+            uri: of a JSON file.
+            step: the step it should be for.
+
+        Raises:
+            StoreError: it is not there, malformed, or for another step.
+            ConfigError: its configuration is wrong.
+        """
+        try:
+            with fsspec.open(uri, "rb") as file:
+                values = json.load(file)
+            spec = StepSpec.from_json(values["spec"])
+            config, folder, device = values["config"], values["folder"], values["device"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"step description {uri}: {error!r}") from error
+        if spec.step != step:
+            raise StoreError(f"step description {uri} is for step {spec.step!r}, not {step!r}")
+        return cls(spec, RunConfig.from_mapping(config, folder), device)
+
+
+class Desk:
+    """Carries descriptions out in this process; successive ones of the same run share model and data."""
+
+    def __init__(self) -> None:
+        self._bench: Workbench | None = None
+
+    def bench(self, description: Description) -> Workbench:
+        """A workbench for a description: the last one where configuration and device are the same.
+
+        Raises:
+            StoreError: the store lives in one process only.
+        """
+        config, device = description.config, description.device
+        last = self._bench
+        if last is None or (last.config, last.config.folder, last.device) != (config, config.folder, device):
+            refuse_memory_store(config)
+            self._bench = Workbench(config, open_store(config), device)
+        assert self._bench is not None
+        return self._bench
+
+    def carry_out(self, uri: str, step: str, emit: Callable[[Event], None]) -> Event:
+        """Run the step of a description; gives the last event, which is not emitted.
+
+        Args:
+            uri: of the description.
+            step: its step's name.
+            emit: called with every event before the last.
+        """
+        try:
+            description = Description.read(uri, step)
+            outcome = execute(
+                description.spec,
+                self.bench(description),
+                lambda done, total: emit({"event": "progress", "done": done, "total": total}),
+            )
+        except Exception as error:
+            return error_event(error)
+        return done_event(outcome)
+
+
+def refuse_memory_store(config: RunConfig) -> None:
+    """Refuse a store that other processes cannot see.
+
+    Raises:
+        StoreError: it is ``memory://``.
+    """
+    if config.store.startswith("memory://"):
+        raise StoreError(
+            f"store {config.store} lives in one process; child processes, containers and dask need one that others "
+            "can reach, such as file:// or s3://"
+        )
+
+
+def done_event(outcome: Outcome) -> Event:
+    """The last event of a step whose artifact is there."""
+    return {"event": "done", **outcome.ref.to_json(), "reused": outcome.reused, "seconds": outcome.seconds}
+
+
+def error_event(error: Exception) -> Event:
+    """The last event of a step that failed; a defect of the software brings its traceback."""
+    known = isinstance(error, MlorqError)
+    return {
+        "event": "error",
+        "kind": type(error).__name__ if known else None,
+        "message": str(error) if known else "".join(traceback.format_exception(error)),
+        "can_pass": can_pass(error),
+    }
+
+
+def outcome_of(event: Mapping[str, Any], label: str) -> Outcome:
+    """What a last event says: the outcome, or the error that it tells of is raised.
+
+    Args:
+        event: of ``done`` or ``error``.
+        label: of the step, for the message of a defect.
+
+    Raises:
+        MlorqError: of the kind that the step raised; ``TransientError`` where another try makes sense.
+        RuntimeError: for a defect, with the traceback of the other process.
+    """
+    if event["event"] == "done":
+        return Outcome(ArtifactRef.from_json(event), bool(event["reused"]), float(event["seconds"]))
+    message = event["message"]
+    if event["can_pass"]:
+        raise TransientError(message)
+    if event["kind"] is None:
+        raise RuntimeError(f"{label} failed in its own process:\n{message}")
+    raise KINDS.get(event["kind"], MlorqError)(message)
