@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
 from mlorq.artifacts.locations import absolute_folder, resolve_location
-from mlorq.config.run import PRESETS, RunConfig, location_and_folder, read_values
+from mlorq.config.run import PRESETS, RunConfig, location_and_folder, read_values, run_config
 
 BY_PRESET = ("search", "rounding")
 LEFT_OUT = ("folder",)  # a flow has it as a parameter of its own
@@ -25,7 +25,7 @@ LEFT_OUT = ("folder",)  # a flow has it as a parameter of its own
 
 def _run_form() -> type[BaseModel]:
     fields: dict[str, Any] = {}
-    for name, field in RunConfig.model_fields.items():
+    for name, field in run_config().model_fields.items():
         if name in BY_PRESET:
             section = _section(field)
             assert section is not None

@@ -11,18 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mlorq.config.run import (
-    DEFAULT_PRESET,
-    PRESETS,
-    ActivationsConfig,
-    EmbeddingsConfig,
-    EngineConfig,
-    ModelConfig,
-    RoundingConfig,
-    RunConfig,
-    SearchConfig,
-    SourceConfig,
-)
+from mlorq.config.run import DEFAULT_PRESET, PRESETS, EmbeddingsConfig, EngineConfig, RunConfig
+from mlorq.config.sections import activations_section, model_section, rounding_section, search_section, source_section
 from mlorq.errors import ConfigError
 
 COMMENT_COLUMN = 44
@@ -78,22 +68,24 @@ def template(model: str = "timm") -> str:
         "# A run of mlorq. Relative paths start from this file's folder. `mlorq compress FILE --dry-run` says what",
         "# a run would do; `mlorq compress FILE` does it. Keys that are commented out have the value shown.",
         "",
-        *_section("model", ModelConfig, model_values),
+        *_section("model", model_section(), model_values),
         "",
         "data:",
-        *_section("calibration", SourceConfig, data["calibration"], indent=2, title="What the search sees."),
-        *_section("evaluation", SourceConfig, data["evaluation"], indent=2, title="What the metric is measured on."),
+        *_section("calibration", source_section(), data["calibration"], indent=2, title="What the search sees."),
+        *_section(
+            "evaluation", source_section(), data["evaluation"], indent=2, title="What the metric is measured on."
+        ),
         "",
     ]
     lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("budget", "preset")]
     lines += [
         "",
-        *_section("search", SearchConfig, {}, defaults=preset["search"]),
+        *_section("search", search_section(), {}, defaults=preset["search"]),
         "",
-        *_section("rounding", RoundingConfig, {}, defaults=preset["rounding"]),
+        *_section("rounding", rounding_section(), {}, defaults=preset["rounding"]),
         "",
     ]
-    for name, section in (("embeddings", EmbeddingsConfig), ("activations", ActivationsConfig)):
+    for name, section in (("embeddings", EmbeddingsConfig), ("activations", activations_section())):
         lines.append(_line(RunConfig, name, None))
         # Not as keys that could be made live one by one: the section is null as a whole.
         lines += [f"#   {_line(section, key, value)}" for key, value in _all_defaults(section).items()]

@@ -2,18 +2,22 @@
 
 Unknown keys are errors that name the nearest valid one. A preset gives the defaults of ``search`` and ``rounding``;
 whatever is written out wins over it. ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` are lossless.
+
+Sections whose choices and keys come from registries (``mlorq.config.compose``) are composed by ``run_config``: the
+class of a configuration is a subclass of ``RunConfig`` that knows all that is registered.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, create_model
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location
 from mlorq.artifacts.transfer import hide_password
@@ -32,11 +36,17 @@ from mlorq.config.sections import (
     RoundingConfig,
     RoundingMethod,
     SearchConfig,
-    Section,
     Sensitivity,
     SourceConfig,
+    activations_section,
+    model_section,
+    registries_version,
+    rounding_section,
+    search_section,
+    source_section,
 )
 from mlorq.errors import ConfigError
+from mlorq.registry import Settings
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -64,7 +74,7 @@ __all__ = [
 ]
 
 
-class RunConfig(Section):
+class RunConfig(Settings):
     """Everything a run is told. Relative paths are relative to the configuration's own folder."""
 
     model: ModelConfig
@@ -108,10 +118,11 @@ class RunConfig(Section):
             given = values.get(section)
             if given is None or isinstance(given, dict):
                 values[section] = {**defaults, **(given or {})}
+        known = run_config()
         try:
-            return cls.model_validate({**values, "folder": folder})
+            return known.model_validate({**values, "folder": folder})
         except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
+            raise ConfigError(_explain(error, known)) from None
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -142,6 +153,27 @@ class RunConfig(Section):
     def with_budget(self, budget: str | list[str]) -> RunConfig:
         """The same configuration at another budget."""
         return self.model_copy(update={"budget": budget})
+
+
+def run_config() -> type[RunConfig]:
+    """``RunConfig`` with the choices and keys of all that is registered."""
+    return _run_config(registries_version())
+
+
+@cache
+def _run_config(_: int) -> type[RunConfig]:
+    data = create_model(
+        "DataConfig", __base__=DataConfig, calibration=(source_section(), ...), evaluation=(source_section(), ...)
+    )
+    sections: dict[str, Any] = {
+        "model": (model_section(), ...),
+        "data": (data, ...),
+        "search": (search_section(), Field(default_factory=search_section())),
+        "rounding": (rounding_section(), Field(default_factory=rounding_section())),
+        "activations": (activations_section() | None, RunConfig.model_fields["activations"]),
+    }
+    made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, **sections)
+    return made
 
 
 def location_and_folder(path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -204,13 +236,13 @@ def _inside(section: Any, part: str) -> Any:
     return next((kind for kind in get_args(found) if hasattr(kind, "model_fields")), found)  # of ``Section | None``
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, config: type[RunConfig]) -> str:
     """The first problem of a validation as one line that names the key."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         unknown = str(problem["loc"][-1])
-        section: Any = RunConfig
+        section: Any = config
         for part in problem["loc"][:-1]:
             section = _inside(section, str(part))
         known = [name for name in getattr(section, "model_fields", {}) if name != "folder"]

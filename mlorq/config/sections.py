@@ -5,18 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlorq.config.presets import PERCENTILES
+from mlorq.registry import Settings
 
 Sensitivity = Literal["measured", "auto", "closed_form", "local"]
 RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra", "erq", "brecq", "qdrop"]
 Accounting = Literal["exact", "paper"]
 Cost = Literal["nmse", "kl", "task"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 def _bit_widths(value: list[int]) -> list[int]:
@@ -27,7 +24,7 @@ def _bit_widths(value: list[int]) -> list[int]:
     return sorted(value)
 
 
-class ModelConfig(Section):
+class ModelConfig(Settings):
     """The float model: its family, its name there, and where its weights come from."""
 
     family: Literal["timm", "transformers", "detection", "custom"] = Field(description="which library builds the model")
@@ -78,7 +75,7 @@ Columns = list[int | str]  # named here: in the class below, ``list`` is one of 
 GlueTask = Literal["sst2", "mrpc", "cola", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 
-class SourceConfig(Section):
+class SourceConfig(Settings):
     """One data source: images in a folder, in Parquet or of COCO, a table of texts, a GLUE task, or user code."""
 
     source: Literal["image_folder", "image_parquet", "coco", "table", "glue", "custom"] = Field(
@@ -145,7 +142,7 @@ class SourceConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(Settings):
     """Calibration data (what the search sees) and evaluation data (what the metric is measured on)."""
 
     calibration: SourceConfig
@@ -164,7 +161,7 @@ def _checked_percentiles(value: list[float]) -> list[float]:
     return sorted(set(value))
 
 
-class LayerConfig(Section):
+class LayerConfig(Settings):
     """Candidates of single layers (a value of ``search.layers``); what is null is as in ``search``."""
 
     bits: list[int] | None = Field(None, description="bit-widths of quantize-only candidates")
@@ -189,7 +186,7 @@ class LayerConfig(Section):
         return self
 
 
-class SearchConfig(Section):
+class SearchConfig(Settings):
     """Candidates, their costs, and the integer program (docs/METHOD.md, 1-5)."""
 
     bits: list[int] = Field([2, 3, 4, 6, 8], description="bit-widths of quantize-only candidates")
@@ -270,7 +267,7 @@ class SearchConfig(Section):
         return self
 
 
-class RoundingConfig(Section):
+class RoundingConfig(Settings):
     """How the chosen candidates' codes are found (docs/METHOD.md, 6)."""
 
     method: RoundingMethod = Field(
@@ -316,7 +313,7 @@ COMPUTE = re.compile(
 NO_COMPUTE = 'is neither like "4x4" nor a number of bit operations ("20G")'
 
 
-class ActivationsConfig(Section):
+class ActivationsConfig(Settings):
     """Quantized activations (docs/METHOD.md, 8)."""
 
     bits: int = Field(4, ge=2, le=8, description="code width of layers' inputs and of the operands of products")
@@ -363,14 +360,14 @@ class ActivationsConfig(Section):
         return self
 
 
-class EmbeddingsConfig(Section):
+class EmbeddingsConfig(Settings):
     """Embedding tables as codes; they count in sizes of whole checkpoints, and in no budget of bits or per cent."""
 
     bits: Literal[4, 8] = Field(8, description="code width of every table that is quantized")
     smallest: int = Field(16384, ge=1, description="tables of fewer entries stay float")
 
 
-class DaskConfig(Section):
+class DaskConfig(Settings):
     """The cluster of runner dask: one that is started for the run, or one that runs already."""
 
     address: str | None = Field(None, description="scheduler of a running cluster, as in tcp://host:8786")
@@ -380,7 +377,7 @@ class DaskConfig(Section):
     arguments: dict[str, Any] = Field({}, description="its arguments, such as n_workers: 4")
 
 
-class DockerConfig(Section):
+class DockerConfig(Settings):
     """The containers of steps: docker. The folders and the store that a configuration names are mounted."""
 
     image: str = Field("mlorq:latest", description="image to run, as docker/Dockerfile builds it")
@@ -410,7 +407,7 @@ class DockerConfig(Section):
         return value
 
 
-class EngineConfig(Section):
+class EngineConfig(Settings):
     """Where steps run. Nothing here is part of any key."""
 
     runner: Literal["threads", "dask"] = Field(
@@ -427,3 +424,36 @@ class EngineConfig(Section):
     )
     dask: DaskConfig = Field(DaskConfig(), description="the cluster of runner dask")
     docker: DockerConfig = Field(DockerConfig(), description="the containers of steps docker")
+
+
+# -- sections with the choices and keys of what is registered -----------------------------------------------------
+
+
+def registries_version() -> int:
+    """A number that rises whenever something is registered that sections are made from."""
+    return 0
+
+
+def model_section() -> type[ModelConfig]:
+    """``model``."""
+    return ModelConfig
+
+
+def source_section() -> type[SourceConfig]:
+    """``data.calibration`` and ``data.evaluation``."""
+    return SourceConfig
+
+
+def rounding_section() -> type[RoundingConfig]:
+    """``rounding``."""
+    return RoundingConfig
+
+
+def activations_section() -> type[ActivationsConfig]:
+    """``activations``."""
+    return ActivationsConfig
+
+
+def search_section() -> type[SearchConfig]:
+    """``search``."""
+    return SearchConfig
