@@ -94,7 +94,7 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
 
 def sweep(arguments: argparse.Namespace) -> Finish:
     """A ladder of budgets and its size-accuracy curve."""
-    from mlorq.forms.memory import parse_budget
+    from mlorq.config.budget import parse_budget
 
     config = read_arguments(arguments)
     for budget in arguments.budget or []:
@@ -174,7 +174,7 @@ def _names(arguments: argparse.Namespace) -> list[str] | None:
 
 
 def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
-    from mlorq.forms.memory import parse_budget
+    from mlorq.config.budget import parse_budget
 
     budgets = list(arguments.budget or config.budgets)
     if not budgets:

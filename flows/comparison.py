@@ -17,9 +17,9 @@ from typing import Any
 from flows.run import known_layers
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
-from mlorq.forms.base import Candidate
-from mlorq.forms.memory import candidate_bytes
+from mlorq.forms.base import FORMS, Shape, uniform_candidate, uniform_form
 from mlorq.models.layers import Layer
+from mlorq.rounding import METHODS
 from steps.context import Workbench
 from steps.pipeline import compressible_budget
 
@@ -37,6 +37,7 @@ class Method:
         preset: its defaults.
         search, rounding: what makes the method.
         activations: how they are quantized, where a width is asked for.
+        shown: whether it is among those that are compared where none are named.
     """
 
     name: str
@@ -46,34 +47,49 @@ class Method:
     rounding: Mapping[str, Any]
     search: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, Any] = field(default_factory=lambda: {"method": "repq"})
+    shown: bool = True
 
 
-def _uniform(name: str, title: str, activations: str = "repq") -> Method:
-    return Method(name, title, True, "quick", {"method": name}, activations={"method": activations})
+def uniform_methods() -> dict[str, Method]:
+    """Every rounding method at a uniform bit-width, by name."""
+    return {
+        method.name: Method(
+            method.name,
+            method.title,
+            True,
+            "quick",
+            {"method": method.name},
+            activations=method.compared_activations,
+            shown=method.compared,
+        )
+        for method in METHODS
+    }
 
 
-ALL = [
-    _uniform("nearest", "nearest rounding", "uniform"),
-    _uniform("gptq", "GPTQ (2210.17323)"),
-    Method("repq", "RepQ-ViT (2212.08254)", True, "quick", {"method": "nearest"}),
-    _uniform("erq", "ERQ (2407.06794)"),
-    _uniform("brecq", "BRECQ (2102.05426)"),
-    _uniform("qdrop", "QDrop (2203.05740)"),
-    Method("mlorq", "MLoRQ + RepQ (2507.09616)", False, "quick", {"method": "nearest"}),
-    Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}),
-    Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}),
-    Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}),
-    Method(
-        "best",
-        "this software's best preset",
-        False,
-        "best",
-        {"method": "block"},
-        activations={"method": "adalog"},
-    ),
-]
-METHODS = {method.name: method for method in ALL}
-DEFAULT = ("nearest", "gptq", "repq", "erq", "brecq", "mlorq", "best")
+# Combinations that are more than a rounding method at a uniform bit-width.
+COMBINATIONS = {
+    method.name: method
+    for method in (
+        Method("repq", "RepQ-ViT (2212.08254)", True, "quick", {"method": "nearest"}),
+        Method("mlorq", "MLoRQ + RepQ (2507.09616)", False, "quick", {"method": "nearest"}),
+        Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}, shown=False),
+        Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}, shown=False),
+        Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}, shown=False),
+        Method(
+            "best",
+            "this software's best preset",
+            False,
+            "best",
+            {"method": "block"},
+            activations={"method": "adalog"},
+        ),
+    )
+}
+
+
+def known_methods() -> dict[str, Method]:
+    """All methods by name."""
+    return uniform_methods() | COMBINATIONS
 
 
 def chosen(names: Sequence[str] | None) -> list[Method]:
@@ -82,26 +98,25 @@ def chosen(names: Sequence[str] | None) -> list[Method]:
     Raises:
         ConfigError: a name is unknown.
     """
+    known = known_methods()
     found = []
-    for name in dict.fromkeys(names or DEFAULT):
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+    for name in dict.fromkeys(names or [method.name for method in known.values() if method.shown]):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise ConfigError(
                 f"methods: unknown method {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(METHODS)}")
+                + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
             )
-        found.append(METHODS[name])
+        found.append(known[name])
     return found
 
 
 def uniform_bytes(layers: Sequence[Layer], bits: int, config: RunConfig) -> int:
     """Bytes of all layers at one bit-width."""
-    search = config.search
+    form, storage = uniform_form(), config.search.storage
+    candidate = uniform_candidate(bits)
     return sum(
-        candidate_bytes(
-            Candidate("Q", bits=bits), layer.out_features, layer.in_features, search.accounting, search.zero_point
-        )
-        for layer in layers
+        form.size(candidate, Shape(layer.out_features, layer.in_features, layer.groups), storage) for layer in layers
     )
 
 
@@ -132,7 +147,7 @@ def configured(method: Method, values: Mapping[str, Any], folder: str, bits: int
     """
     own: dict[str, Any] = dict(method.search)
     if method.uniform:
-        own |= {"bits": [bits], "forms": ["Q"], "layers": {}, "sensitivity": "local", "rounds": 0}
+        own |= {"bits": [bits], "forms": [uniform_form().name], "layers": {}, "sensitivity": "local", "rounds": 0}
     given = values.get("activations") or {}
     changed = {
         "preset": method.preset,
@@ -194,6 +209,11 @@ def activation_width(values: Mapping[str, Any], activations: int | None) -> int 
     return int(activations)
 
 
+def forms_column() -> str:
+    """Name of the column that counts the layers in each form."""
+    return " / ".join(form.name for form in FORMS)
+
+
 def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the table."""
     metric = result["metric"] or {}
@@ -211,7 +231,7 @@ def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any
         "nmse": result["nmse"],
         "bytes": result["bytes"],
         "file_bytes": result["file_bytes"],
-        "Q / LR / QLR": " / ".join(str(forms.count(form)) for form in ("Q", "LR", "QLR")),
+        forms_column(): " / ".join(str(forms.count(form.name)) for form in FORMS),
         "seconds": round(sum(result["seconds"].values()), 1),
         "run": result["run"],
         "checkpoint": result["checkpoint"],

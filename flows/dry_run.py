@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.estimate import Estimate, measure_speed, memory_bytes
+from mlorq.config.budget import parse_budget
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.run import SearchConfig
 from mlorq.errors import BudgetError
-from mlorq.fitting.hessian_fit import SMALLEST_RANK
-from mlorq.forms.base import Candidate
+from mlorq.forms.base import Shape, smallest_size
 from mlorq.forms.embedding_tables import find_tables
-from mlorq.forms.memory import candidate_bytes, parse_budget
 from mlorq.models.layers import Layer, LayerList
-from mlorq.rounding import BY_BLOCKS
+from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
 from steps.context import Workbench
@@ -37,24 +36,9 @@ DASK_NOTE = " here; the cluster's workers may differ"
 
 def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
     """Bytes of a layer's smallest candidate; ``search`` is that of the run."""
-    search = layer_search(search, layer)
-    rows, columns = layer.out_features, layer.in_features
-
-    def size(candidate: Candidate) -> int:
-        return candidate_bytes(candidate, rows, columns, search.accounting, search.zero_point)
-
-    quantized = [size(Candidate("Q", bits=bits)) for bits in search.bits]
-    others = []
-    if layer.groups == 1 and "LR" in search.forms and search.factor_bits:
-        rank, width = max(search.rank_multiple, SMALLEST_RANK), min(search.factor_bits)
-        others.append(Candidate("LR", bits_a=width, bits_b=width, rank=rank))
-    if layer.groups == 1 and "QLR" in search.forms and search.sum_bits and search.sum_factor_bits:
-        rank = min((rank for rank in search.sum_ranks if rank >= SMALLEST_RANK), default=rows + columns)
-        width = min(search.sum_factor_bits)
-        others.append(Candidate("QLR", bits=min(search.sum_bits), bits_a=width, bits_b=width, rank=rank))
-    low_rank = [size(candidate) for candidate in others if (candidate.rank or 0) <= min(rows, columns)]
-    # The search leaves out those with factors that are no smaller than the largest quantize-only one.
-    return min(quantized + [count for count in low_rank if count < max(quantized)])
+    own = layer_search(search, layer)
+    shape = Shape(layer.out_features, layer.in_features, layer.groups)
+    return smallest_size(shape, own.form_settings, own.storage)
 
 
 @dataclass
@@ -85,9 +69,10 @@ class Planner:
         self.estimate = estimate
         rounding = bench.config.rounding
         chosen = bench.config.activations is not None and bool(bench.config.activations.choices)
+        tuning = METHODS[rounding.method].tuning
         optional = {
             "refine": bench.config.search.rounds and not chosen,
-            "tune": rounding.method == "block" and rounding.tuning,
+            "tune": tuning is not None and tuning.steps(rounding),
         }
         optional |= {name: getattr(bench.config, name) is not None for name in ("embeddings", "activations")}
         self.search = [name for name in SEARCH if optional.get(name, True)]
@@ -121,7 +106,7 @@ class Planner:
         for phase in phases:
             for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
-            if phase == "round" and self.bench.config.rounding.method in BY_BLOCKS:
+            if phase == "round" and METHODS[self.bench.config.rounding.method].blocks is not None:
                 for block in range(len(self.found.blocks)):
                     if members(self.found, block):
                         self._count(phase, None)

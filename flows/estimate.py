@@ -12,23 +12,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mlorq.calibration.token_importance import PASSES
 from mlorq.config.layer_overrides import layer_search
+from mlorq.config.sections import SearchConfig
 from mlorq.data.base import Dataset
+from mlorq.forms.base import FORMS, Form, Shape
 from mlorq.models.base import batch_samples, move_batch
 from mlorq.models.layers import Layer, LayerList
+from mlorq.registry import Settings
+from mlorq.rounding import METHODS
 from steps.base import Needs
 from steps.context import Workbench
 from steps.refine import WHOLE_SAMPLES
 
-FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs
 ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry
-ROUNDING = 400.0  # … and one iteration of adaptive rounding
 MEASURED = 0.7  # share of the points that are measured: fronts of some bit pairs have fewer
-CLOSED = 60.0  # products of size m·n·n that scales, GPTQ and coordinate descent of a layer cost
 BACKWARD = 3.5  # forwards that a backward pass with squared weight gradients costs
 FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "pack": 0.3}
 SUMMARY_SECONDS = 2.0  # drawing the report
@@ -106,7 +108,9 @@ class Estimate:
             return self._reconstruct()
         if step == "tune":
             rounding = self.bench.config.rounding
-            return self.speed.forward * (BACKWARD + 1) * rounding.tuning * rounding.batch_size
+            tuning = METHODS[rounding.method].tuning
+            steps = tuning.steps(rounding) if tuning is not None else 0
+            return self.speed.forward * (BACKWARD + 1) * steps * rounding.batch_size
         if step == "refine":
             return self._refine()
         return SUMMARY_SECONDS if step == "summary" else fixed
@@ -114,10 +118,10 @@ class Estimate:
     def _reconstruct(self) -> float:
         """Seconds of one block's reconstruction: its share of a forward and backward pass a step."""
         rounding = self.bench.config.rounding
-        blocks = max(1, len(self.layers.blocks))
-        share = 1 / blocks if rounding.loss == "block" else 0.5
+        blocks = METHODS[rounding.method].blocks
+        passes = blocks.passes(rounding, len(self.layers.blocks)) if blocks is not None else 0.0
         samples = min(rounding.samples, self.bench.calibration.samples)
-        return self.speed.forward * (BACKWARD * share * rounding.iterations * rounding.batch_size + 2 * samples)
+        return self.speed.forward * (BACKWARD * passes * rounding.batch_size + 2 * samples)
 
     def _refine(self) -> float:
         """Seconds of measuring whole allocations: a round runs what follows each layer, and all layers once."""
@@ -143,36 +147,34 @@ class Estimate:
         every = calibration.samples * (1 + (1 + BACKWARD * PASSES if weighing else 0))
         return self.speed.forward * (every + samples * (1 + BACKWARD * passes))
 
+    def _forms(self, layer: Layer) -> tuple[SearchConfig, Shape, list[tuple[Form[Any], Settings]]]:
+        """The search of a layer, its shape, and the forms that it may take with their settings."""
+        search, shape = layer_search(self.search, layer), Shape(layer.out_features, layer.in_features, layer.groups)
+        found = [(FORMS[name], settings) for name, settings in search.form_settings.items()]
+        return search, shape, [(form, settings) for form, settings in found if form.serves(shape)]
+
     def _factorisation(self, layer: Layer) -> float:
-        """Seconds of a layer's weighted factors and of the quantizers of both."""
-        search = layer_search(self.search, layer)
-        low_rank = layer.groups == 1 and len(search.forms) > 1
-        rank = min(layer.out_features, layer.in_features)
-        entries = layer.params * len(search.bits)
-        work = 0.0
-        if low_rank:
-            work += FACTOR * layer.params * rank
-            entries += rank * (layer.out_features + layer.in_features) * len(search.factor_bits)
-            # Scales of A are judged after the product with B.
-            work += layer.params * rank * len(search.percentiles) * len(search.factor_bits)
-        return self.speed.product * (work + ELEMENT * entries * len(self.search.percentiles))
+        """Seconds of fitting a layer's candidates: factors, and the quantizers of all matrices."""
+        search, shape, forms = self._forms(layer)
+        percentiles = len(search.percentiles)
+        works = [form.fitting_work(shape, settings, percentiles) for form, settings in forms]
+        # Forms with factors share them.
+        products, entries = max(work for work, _ in works), sum(entries for _, entries in works)
+        return self.speed.product * (products + ELEMENT * entries * percentiles)
 
     def _candidates(self, layer: Layer) -> float:
-        rank = min(layer.out_features, layer.in_features)
-        search = layer_search(self.search, layer)
-        widths = len(search.factor_bits) if layer.groups == 1 and "LR" in search.forms else 0
-        grams = widths * rank * rank * (layer.out_features + layer.in_features) * 2
-        sums = widths * widths * rank * rank * ELEMENT
-        return self._factorisation(layer) + self.speed.product * (grams + sums)
+        _, shape, forms = self._forms(layer)
+        works = [form.costing_work(shape, settings) for form, settings in forms]
+        grams, sums = sum(work for work, _ in works), sum(work for _, work in works)
+        return self._factorisation(layer) + self.speed.product * (grams + ELEMENT * sums)
 
     def _sensitivity(self, layer: Layer) -> float:
-        search = layer_search(self.search, layer)
-        widths = len(search.factor_bits) if layer.groups == 1 and "LR" in search.forms else 0
-        points = MEASURED * (len(search.bits) + widths * widths * self.search.points)
+        _, _, forms = self._forms(layer)
+        points = MEASURED * sum(form.measurements(settings, self.search.points) for form, settings in forms)
         if self.search.sensitivity == "auto":
-            points = MEASURED * self.search.points * len(search.forms)
+            points = MEASURED * self.search.points * len(forms)
         elif self.search.sensitivity == "closed_form":
-            points = len(search.forms)
+            points = len(forms)
         elif self.search.sensitivity == "local":
             return 0.0
         samples = min(self.search.samples, self.bench.calibration.samples)
@@ -182,21 +184,16 @@ class Estimate:
 
     def _round(self, layer: Layer) -> float:
         rounding = self.bench.config.rounding
-        if rounding.method in ("nearest", "brecq", "qdrop"):
-            return self._factorisation(layer)
+        method = METHODS[rounding.method]
+        work = method.layer_work(layer.params, layer.in_features, rounding)
+        seconds = self._factorisation(layer) + self.speed.product * work
+        if not method.needs_inputs:
+            return seconds
         samples = min(rounding.samples, self.bench.calibration.samples)
-        closed = CLOSED * self.speed.product * layer.params * layer.in_features
-        # The chosen form is not known; a product with the inputs' moments costs about as much in either.
-        iteration = layer.params * layer.in_features + ROUNDING * layer.params
-        forwards = 2 * samples / max(1, len(self.layers.blocks) or 1)
+        forwards = 2 * samples / max(1, len(self.layers.blocks))
         tokens = samples * layer.macs / layer.params
         moments = 3 * tokens * layer.in_features**2 * layer.groups
-        return (
-            self._factorisation(layer)
-            + (closed if rounding.method != "lra" else self.speed.product * rounding.iterations * iteration)
-            + self.speed.product * moments
-            + self.speed.forward * forwards
-        )
+        return seconds + self.speed.product * moments + self.speed.forward * forwards
 
 
 def memory_bytes(bench: Workbench, layers: LayerList) -> int:

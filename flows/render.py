@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import format_seconds
+from mlorq.forms.base import FORMS
 
 NARROWEST = 110  # columns; where the output is no terminal there is no width to fit
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
@@ -329,6 +330,7 @@ def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     """The end of ``mlorq compare``."""
+    forms = " / ".join(form.name for form in FORMS)
     cells = []
     for row in rows:
         metric, before = row["metric"], row["metric_float"]
@@ -344,12 +346,12 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
                 against,
                 f"{row['nmse']:.4f}",
                 f"{row['bytes']:,}",
-                row["Q / LR / QLR"],
+                row[forms],
                 f"{row['seconds']:.0f}",
             )
         )
     name = rows[0]["metric_name"] or "metric"
-    columns = ("budget", "activations", "method", name, "float", "nmse", "bytes", "Q / LR / QLR", "seconds")
+    columns = ("budget", "activations", "method", name, "float", "nmse", "bytes", forms, "seconds")
     out.print(grid(columns, cells, right=(name, "float", "nmse", "bytes", "seconds")))
     out.print()
 

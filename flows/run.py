@@ -13,10 +13,10 @@ from typing import Any
 from flows.ledger import Ledger
 from flows.progress import Observer
 from mlorq.artifacts.transfer import hide_password
+from mlorq.config.budget import parse_budget
 from mlorq.config.layer_overrides import check_overrides
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, StoreError
-from mlorq.forms.memory import parse_budget
 from mlorq.models.layers import LayerList
 from steps import layers as layers_step
 from steps.base import Outcome, StepSpec, execute, find

@@ -29,10 +29,13 @@ from mlorq.costs.measured import spread_batches
 from mlorq.data import load_dataset
 from mlorq.data.base import Dataset
 from mlorq.errors import ConfigError, DataError
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
-from mlorq.fitting.moment_search import MomentSearch
-from mlorq.forms.base import Candidate, CompressedLayer
+from mlorq.fitting.base import LayerFit
+from mlorq.fitting.covariance_fit import covariance_fit
+from mlorq.fitting.hessian_fit import HessianFit
+from mlorq.fitting.settings import FitSettings
+from mlorq.forms.base import Candidate, uniform_candidate
 from mlorq.forms.embedding_tables import set_tables
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models import load_model
 from mlorq.models.base import FloatModel, check_weights, fold_batches, split_batches
 from mlorq.models.layers import Layer, LayerList, weight_matrix
@@ -183,14 +186,14 @@ class Workbench:
             self._lists[ref.key] = LayerList(layers, extra["blocks"], skipped)
         return self._lists[ref.key]
 
-    def search(self, layer: Layer, capture: ArtifactRef, settings: CandidateSettings) -> LayerSearch:
-        """The candidates of a layer."""
+    def fits(self, layer: Layer, capture: ArtifactRef, settings: FitSettings) -> tuple[LayerFit, HessianFit]:
+        """The fit of a layer's candidates in the metric of the settings, and the one under the label-free Hessian."""
         weight = weight_matrix(self.model.module.get_submodule(layer.name))
         tensors = self.store.read_tensors(capture, moments_file(layer.name))
-        hessian = tensors["hessian"].to(self.device)
+        plain = HessianFit(weight, tensors["hessian"].to(self.device), settings)
         if settings.metric == "moments" and "inputs" in tensors:
-            return MomentSearch(weight, hessian, settings, moments_of_tensors(tensors, self.device))
-        return LayerSearch(weight, hessian, settings, layer.groups)
+            return covariance_fit(weight, moments_of_tensors(tensors, self.device), settings), plain
+        return plain, plain
 
     def importance(self, capture: ArtifactRef) -> list[dict[str, Tensor]] | None:
         """Weights of the calibration data's tokens, a mapping a batch; None where the capture has none."""
@@ -245,7 +248,7 @@ class Workbench:
             found = {}
             for row in self.store.read_json(ref, "embeddings.json")["tables"]:
                 tensors = self.store.read_tensors(ref, f"{row['table']}.safetensors")
-                candidate = Candidate("Q", bits=row["bits"])
+                candidate = uniform_candidate(row["bits"])
                 found[row["table"]] = CompressedLayer.from_tensors(row["table"], candidate, tensors)
             self._tables = (ref.key, found)
         return self._tables[1]

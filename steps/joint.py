@@ -19,7 +19,7 @@ from mlorq.allocation.joint import Group, allocate_jointly, operations_of, parse
 from mlorq.allocation.program import allocation_table, smallest_bytes
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
 from mlorq.costs.output_cost import OutputCost
-from mlorq.fitting.hessian_fit import candidate_of
+from mlorq.forms.base import Candidate
 from mlorq.models.base import move_batch
 from mlorq.models.layers import Layer
 from steps.allocate import joined, layer_inputs
@@ -107,7 +107,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     plan = read_plan(store, spec.artifact("plan"))
     costs = store.read_json(spec.artifact("costs"), COSTS)
     groups, group_of = program_groups(plan, costs, layers)
-    loads = [np.array([weight_load(layer, candidate_of(row)) for row in rows[layer.name]]) for layer in layers]
+    loads = [np.array([weight_load(layer, Candidate.of_row(row)) for row in rows[layer.name]]) for layer in layers]
     product_macs = float(sum(site.macs for site in plan.sites))
     compute = parse_compute(params["compute"], float(sum(layer.macs for layer in layers)), product_macs)
     picked, widths, report = allocate_jointly(

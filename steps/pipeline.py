@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mlorq.artifacts.store import ArtifactRef
+from mlorq.config.budget import parse_budget
 from mlorq.config.layer_overrides import check_overrides
-from mlorq.fitting.hessian_fit import candidate_of
-from mlorq.forms.memory import parse_budget
+from mlorq.forms.base import Candidate
 from mlorq.models.layers import Layer
-from mlorq.rounding import BY_BLOCKS
+from mlorq.rounding import METHODS
 from steps import (
     activations,
     allocate,
@@ -194,16 +194,16 @@ class RoundedLayers:
 def run_rounding(bench: Workbench, executor: Executor, search: Search, allocation: ArtifactRef) -> RoundedLayers:
     """Round every layer, one after another where the method needs it; a block is reconstructed when it is complete."""
     rows = bench.store.read_table(allocation, "allocation.parquet").to_pylist()
-    chosen = {row["layer"]: candidate_of(row) for row in rows}
-    method = bench.config.rounding.method
-    blocks = complete_blocks(bench, search) if method in BY_BLOCKS else {}
+    chosen = {row["layer"]: Candidate.of_row(row) for row in rows}
+    method = METHODS[bench.config.rounding.method]
+    blocks = complete_blocks(bench, search) if method.blocks is not None else {}
     executor.phase("round", len(search.layers) + len(blocks))
     result = RoundedLayers()
 
     def spec(layer: Layer, previous: ArtifactRef | None) -> StepSpec:
         return rounding.spec(bench, search.capture, search.layers_ref, layer, chosen[layer.name], previous)
 
-    if not rounding.is_sequential(method):
+    if not method.sequential:
         outcomes = executor.map([spec(layer, None) for layer in search.layers])
         refs = {layer.name: outcome.ref for layer, outcome in zip(search.layers, outcomes, strict=True)}
         return RoundedLayers(refs, last=refs)
@@ -218,7 +218,7 @@ def run_rounding(bench: Workbench, executor: Executor, search: Search, allocatio
             ).ref
             result.blocks[name] = previous
             result.last |= dict.fromkeys(inside, previous)
-    if method == "block" and bench.config.rounding.tuning and previous is not None:
+    if method.tuning is not None and method.tuning.steps(bench.config.rounding) and previous is not None:
         executor.phase("tune", 1)
         result.tuned = executor.run(tune.spec(bench, search.capture, search.layers_ref, previous)).ref
         result.last = dict.fromkeys(result.last, result.tuned)

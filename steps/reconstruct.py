@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
-from mlorq.fitting.hessian_fit import LayerSearch
+from mlorq.config.compose import part
+from mlorq.fitting.settings import FitSettings
+from mlorq.forms.base import FORMS
 from mlorq.models.layers import Layer, LayerList
-from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
+from mlorq.rounding import METHODS
+from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.trainable import Trained
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.candidates import quantizer_params, settings_of
+from steps.candidates import fit_params
 from steps.context import Workbench
-
-SETTINGS = {
-    "block": ("iterations", "code_rate", "scale_rate", "bias_rate", "loss", "drop"),
-    "brecq": ("iterations", "soft_rate", "soft_weight"),
-    "qdrop": ("iterations", "soft_rate", "soft_weight"),
-}
-QDROP = 0.5  # the published share
 
 
 def members(layers: LayerList, block: int) -> list[Layer]:
@@ -42,14 +38,15 @@ def spec(
         previous: the last layer that was rounded.
     """
     rounding = bench.config.rounding
+    method = METHODS[rounding.method]
+    assert method.blocks is not None
     params = {
         "block": block,
-        "samples": rounding.samples,
-        "batch_size": rounding.batch_size,
+        **part(rounding, TrainingSettings).model_dump(mode="json"),
         "seed": bench.config.seed,
         "method": rounding.method,
-        **{name: getattr(rounding, name) for name in SETTINGS[rounding.method]},
-        **({} if rounding.method == "block" else quantizer_params(bench.config.search)),
+        "settings": part(rounding, method.blocks.settings).model_dump(mode="json"),
+        **({"fit": fit_params(bench.config.search)} if method.blocks.needs_parts else {}),
     }
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,
@@ -76,20 +73,27 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         spec.optional_artifact("embeddings"),
     )
     rounded = bench.all_rounded(previous, own)
-    method = params["method"]
-    chosen = {name: params[name] for name in SETTINGS[method]} | ({"drop": QDROP} if method == "qdrop" else {})
-    settings = ReconstructionSettings(**chosen, method=method, seed=params["seed"])
+    blocks = METHODS[params["method"]].blocks
+    assert blocks is not None
     pairs = [(layer, rounded[name]) for name, layer in own.items()]
     parts = None
-    if method != "block":
-        candidates = settings_of(params)
-        parts = {
-            name: LayerSearch.quantized_parts(
-                bench.search(layer, spec.artifact("capture"), candidates), rounded[name].candidate
-            )
-            for name, layer in own.items()
-        }
-    result = reconstruct(paired, params["block"], pairs, settings, progress, parts, params.get("zero_point", "codes"))
+    if blocks.needs_parts:
+        settings = FitSettings.model_validate(params["fit"])
+        parts = {}
+        for name, layer in own.items():
+            _, plain = bench.fits(layer, spec.artifact("capture"), settings)
+            candidate = rounded[name].candidate
+            found = FORMS[candidate.form].fit(plain, candidate)
+            parts[name] = {key: (one.values, one.quantizer) for key, one in found.items()}
+    result = blocks.reconstruct(
+        paired,
+        params["block"],
+        pairs,
+        blocks.settings.model_validate(params["settings"]),
+        seed=params["seed"],
+        parts=parts,
+        progress=progress,
+    )
     for compressed in result.layers:
         paired.set(own[compressed.layer], compressed)
     bench.keep_paired(paired, spec.ref, params["samples"], params["batch_size"])
@@ -113,4 +117,4 @@ def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
     return files
 
 
-STEP = Step("reconstruct", 3, run)
+STEP = Step("reconstruct", 4, run)

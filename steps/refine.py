@@ -10,10 +10,11 @@ from torch import Tensor
 from mlorq.allocation.program import Choices, allocate, allocation_table, smallest_bytes
 from mlorq.allocation.refinement import POWERS, WholeModel, refine
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
-from mlorq.fitting.hessian_fit import candidate_of
+from mlorq.costs.measured import dense_of
+from mlorq.fitting.settings import FitSettings
 from steps.allocate import SOLVER, joined
 from steps.base import Needs, Progress, Step, StepSpec
-from steps.candidates import quantizer_params, settings_of
+from steps.candidates import fit_params
 from steps.context import Workbench
 from steps.sensitivity import cost_params
 
@@ -35,7 +36,7 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation
         "rounds": search.rounds,
         "samples": search.samples,
         **cost_params(bench),
-        **quantizer_params(search),
+        "fit": fit_params(search),
     }
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,
@@ -56,7 +57,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     params = spec.params
     listed = bench.layer_list(spec.artifact("layers"))
     layers = [listed[name] for name in params["layers"]]
-    settings = settings_of(params)
+    settings = FitSettings.model_validate(params["fit"])
     choices, rows = joined(spec, bench)
     ordered = [rows[layer.name] for layer in layers]
     first = bench.store.read_table(spec.artifact("allocation"), "allocation.parquet").to_pylist()
@@ -65,7 +66,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         next(index for index, row in enumerate(layer_rows) if row["candidate_id"] == chosen[layer.name])
         for layer, layer_rows in zip(layers, ordered, strict=True)
     ]
-    fitted = bench.search(layers[0], spec.artifact("capture"), settings).is_fitted
+    fitted = bench.fits(layers[0], spec.artifact("capture"), settings)[0].held_out
     # Differences between whole allocations are small and few are measured; of single layers there are many.
     whole, part = (
         WholeModel(
@@ -95,8 +96,8 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         found = {}
         for layer, index, layer_rows in zip(layers, picked, ordered, strict=True):
             if (layer.name, index) not in weights:
-                search = bench.search(layer, spec.artifact("capture"), settings)
-                weights[layer.name, index] = search.dense(candidate_of(layer_rows[index]))
+                fit, _ = bench.fits(layer, spec.artifact("capture"), settings)
+                weights[layer.name, index] = dense_of(fit, layer_rows[index])
             found[layer.name] = weights[layer.name, index]
             model.set(layer, found[layer.name])
             if model is whole:
@@ -128,4 +129,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 
 
-STEP = Step("refine", 4, run)
+STEP = Step("refine", 5, run)

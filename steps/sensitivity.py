@@ -10,9 +10,10 @@ from mlorq.config.layer_overrides import layer_search
 from mlorq.costs.calibrated import scaled_sensitivity
 from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
 from mlorq.errors import DataError
+from mlorq.fitting.settings import FitSettings
 from mlorq.models.layers import Layer
 from steps.base import Progress, Step, StepSpec
-from steps.candidates import settings_of, settings_params
+from steps.candidates import candidate_params
 from steps.context import Workbench
 
 
@@ -27,7 +28,7 @@ def spec(
         **({} if search.sensitivity == "local" else {"samples": search.samples, "points": search.points}),
         **({"tolerance": search.tolerance} if search.sensitivity == "auto" else {}),
         **({} if search.sensitivity == "local" else cost_params(bench)),
-        **settings_params(layer_search(search, layer)),
+        **candidate_params(layer_search(search, layer)),
     }
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,
@@ -45,22 +46,22 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     if spec.params["how"] == "local":
         table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
         return {"sensitivity.parquet": table_bytes(local_sensitivity(table))}
-    search = bench.search(layer, spec.artifact("capture"), settings_of(spec.params))
+    fit, _ = bench.fits(layer, spec.artifact("capture"), FitSettings.model_validate(spec.params["fit"]))
     table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
     params = spec.params
     how, points = params["how"], params["points"]
     # Candidates in the metric of moments are fitted on one fold: they are measured on samples of the other.
-    batches, labels = bench.measuring(params["samples"], held_out=search.is_fitted)
+    batches, labels = bench.measuring(params["samples"], held_out=fit.held_out)
     with LayerProbe(
         bench.model, layer, layers.blocks, batches, bench.device, cost=params["cost"], labels=labels
     ) as probe:
         if how == "measured":
-            costs = measured_sensitivity(probe, search, table, points=points, progress=progress)
+            costs = measured_sensitivity(probe, fit, table, points=points, progress=progress)
         elif how == "closed_form":
-            costs = scaled_sensitivity(probe, search, table, points=1, progress=progress)
+            costs = scaled_sensitivity(probe, fit, table, points=1, progress=progress)
         else:
             costs = scaled_sensitivity(
-                probe, search, table, points=points, tolerance=params["tolerance"], progress=progress
+                probe, fit, table, points=points, tolerance=params["tolerance"], progress=progress
             )
     return {"sensitivity.parquet": table_bytes(costs)}
 
@@ -80,4 +81,4 @@ def cost_params(bench: Workbench) -> dict[str, Any]:
     return {"cost": cost, "labels": digest_json([part.tolist() for part in labels])}
 
 
-STEP = Step("sensitivity", 4, run)
+STEP = Step("sensitivity", 5, run)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mlorq.artifacts.store import ArtifactRef
-from mlorq.rounding.finetune import TuningSettings, tune
+from mlorq.config.compose import part
+from mlorq.rounding import METHODS
+from mlorq.rounding.base import TrainingSettings
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.context import Workbench
 from steps.reconstruct import trained_files
-
-SETTINGS = ("tuning", "tuning_rate", "scale_rate", "bias_rate")
 
 
 def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef) -> StepSpec:
@@ -22,11 +22,13 @@ def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: 
         previous: the last artifact of the rounded layers.
     """
     rounding = bench.config.rounding
+    tuning = METHODS[rounding.method].tuning
+    assert tuning is not None
     params = {
-        "samples": rounding.samples,
-        "batch_size": rounding.batch_size,
+        **part(rounding, TrainingSettings).model_dump(mode="json"),
         "seed": bench.config.seed,
-        **{name: getattr(rounding, name) for name in SETTINGS},
+        "method": rounding.method,
+        "settings": part(rounding, tuning.settings).model_dump(mode="json"),
     }
     inputs: dict[str, ArtifactRef | str] = {
         **bench.model_inputs,
@@ -45,17 +47,19 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     previous = spec.artifact("previous")
     rounded = bench.all_rounded(previous)
     batches, importance = bench.rounding_batches(spec.artifact("capture"), params["samples"], params["batch_size"])
-    settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
+    tuning = METHODS[params["method"]].tuning
+    assert tuning is not None
     pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
     tables = bench.tables(spec.optional_artifact("embeddings"))
-    result = tune(
+    result = tuning.tune(
         bench.model,
         listed.blocks,
         pairs,
         batches,
-        settings,
-        bench.device,
-        progress,
+        tuning.settings.model_validate(params["settings"]),
+        seed=params["seed"],
+        device=bench.device,
+        progress=progress,
         importance=importance,
         activations=bench.plan,
         tables=tables,
@@ -63,4 +67,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return trained_files(result, previous)
 
 
-STEP = Step("tune", 1, run)
+STEP = Step("tune", 2, run)

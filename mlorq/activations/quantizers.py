@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.codecs.affine import search_quantizer
+from mlorq.fitting.scale_search import search_quantizer
 
 LOG_SQRT2 = (0.5,)
 LOG_STEPS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # τ that are tried where the base is searched

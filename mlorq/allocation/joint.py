@@ -25,7 +25,7 @@ import pulp
 from mlorq.allocation.program import Choices, SolverName, SolverReport, require_bytes, solve_program
 from mlorq.config.sections import COMPUTE, NO_COMPUTE
 from mlorq.errors import BudgetError, ConfigError
-from mlorq.forms.base import Candidate
+from mlorq.forms.base import FORMS, Candidate, Shape
 from mlorq.models.layers import Layer
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -49,18 +49,9 @@ class Group:
 
 
 def weight_load(layer: Layer, candidate: Candidate) -> float:
-    """Bit operations of a layer a sample and bit of its input: multiply-accumulates times bits of the weights.
-
-    The low-rank part multiplies by B and then by A, whose input counts as many bits as the layer's.
-    """
-    tokens = layer.macs / layer.params
-    total = 0.0
-    if candidate.bits:
-        total += tokens * layer.params * candidate.bits
-    if candidate.rank and candidate.bits_a and candidate.bits_b:
-        rows = layer.out_features * candidate.bits_a + layer.in_features * candidate.bits_b
-        total += tokens * candidate.rank * rows
-    return total
+    """Bit operations of a layer per sample and bit of its input (``Form.bit_operations``)."""
+    shape = Shape(layer.out_features, layer.in_features, layer.groups)
+    return FORMS[candidate.form].bit_operations(candidate, shape, layer.macs / layer.params)
 
 
 def parse_compute(text: str, macs: float, product_macs: float) -> float:

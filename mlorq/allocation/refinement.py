@@ -30,6 +30,7 @@ from torch import Tensor
 from mlorq.activations.plan import ActivationPlan
 from mlorq.allocation.program import Choices
 from mlorq.costs.output_cost import CostName, OutputCost
+from mlorq.forms.base import FORMS, uniform_form
 from mlorq.models.base import FloatModel, move_batch
 from mlorq.models.layers import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
@@ -153,7 +154,8 @@ def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> 
         rows: the candidates of every layer.
         limit: most bytes.
     """
-    by_bits = [{row["bits"]: index for index, row in enumerate(layer) if row["form"] == "Q"} for layer in rows]
+    uniform = uniform_form().name
+    by_bits = [{row["bits"]: index for index, row in enumerate(layer) if row["form"] == uniform} for layer in rows]
     distinct: dict[tuple[int, ...], int] = {}
     for bits in sorted(set().union(*by_bits)):
         picked = tuple(places[min((abs(width - bits), width) for width in places)[1]] for places in by_bits)
@@ -248,7 +250,7 @@ def _codes_alone(
     solve: Callable[[Sequence[Choices]], Sequence[int]],
 ) -> list[int]:
     """The program's solution without low rank; with all forms where codes alone do not fit."""
-    kept = [[index for index, row in enumerate(layer) if row["form"] == "Q"] for layer in rows]
+    kept = [[index for index, row in enumerate(layer) if not FORMS[row["form"]].has_product] for layer in rows]
     if sum(int(layer.size[part].min()) for layer, part in zip(choices, kept, strict=True)) > limit:
         return list(solve(choices))
     part = [

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from mlorq.codecs.packing import packed_columns
-from mlorq.forms.base import Candidate, ZeroPoint
-from mlorq.forms.memory import stored_matrices
-from mlorq.forms.modules import PARTS, ZERO_POINT_DTYPES
+from mlorq.codecs.affine import ZERO_POINT_DTYPES
+from mlorq.codecs.base import ZeroPoint
+from mlorq.forms.base import FIELDS, FORMS, Candidate, MatrixSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,34 @@ class LayerEntry:
 
     def tensor_names(self, path: str) -> list[str]:
         """Names in the state dict of the stored tensors of this layer, seen at one of its names."""
-        return [f"{path}.{name}_{part}" for name in self._matrices() for part in PARTS]
+        return [
+            f"{path}.{name}_{part}"
+            for name, (rows, columns, codec) in self._matrices().items()
+            for part in codec.layout(rows, columns)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         values = {**asdict(self), **asdict(self.candidate)}
-        order = "layer kind shape form bits bits_a bits_b rank zero_point dtype bytes aliases"
-        return {key: values[key] for key in order.split()}
+        order = ("layer", "kind", "shape", *FIELDS, "zero_point", "dtype", "bytes", "aliases")
+        return {key: values[key] for key in order}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> LayerEntry:
         """Raises ValueError, KeyError, TypeError, … where a value is missing or cannot be meant."""
-        candidate = Candidate(**{key: row[key] for key in ("form", "bits", "bits_a", "bits_b", "rank")})
+        candidate = Candidate.of_row(row)
+        if candidate.form not in FORMS:
+            raise ValueError(f"unknown form {candidate.form!r}; {FORMS.hint(candidate.form)}")
         own = {key: row[key] for key in ("layer", "kind", "zero_point", "dtype", "bytes")}
         entry = cls(candidate=candidate, shape=tuple(row["shape"]), aliases=tuple(row["aliases"]), **own)
-        for rows, columns, bits in entry._matrices().values():
-            if min(rows, packed_columns(columns, bits)) < 1:
+        for rows, columns, codec in entry._matrices().values():
+            if min(rows, columns, codec.bits) < 1:
                 raise ValueError(f"layer {entry.layer!r} is an empty matrix")
         if entry.zero_point not in ZERO_POINT_DTYPES or not dtype_of(entry.dtype).is_floating_point:
             raise ValueError(f"layer {entry.layer!r}: zero_point {entry.zero_point!r}, dtype {entry.dtype!r}")
         return entry
 
-    def _matrices(self) -> dict[str, tuple[int, int, int]]:
-        return stored_matrices(self.candidate, *self.matrix_shape)
+    def _matrices(self) -> dict[str, MatrixSpec]:
+        return FORMS[self.candidate.form].matrices(self.candidate, Shape(*self.matrix_shape), self.zero_point)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from mlorq.artifacts.store import json_bytes, tensors_bytes
 from mlorq.checkpoint.entry import LayerEntry, dtype_name
 from mlorq.checkpoint.float_sizes import TensorSize
+from mlorq.codecs.base import FLOAT_BYTES, Accounting, Storage
 from mlorq.errors import CheckpointError
-from mlorq.forms.base import Candidate
-from mlorq.forms.memory import FLOAT_BYTES, Accounting, matrix_bytes
+from mlorq.forms.base import FORMS, Form, Shape, uniform_candidate
 from mlorq.forms.modules import CompressedModule, compressed_class, get_layer, shared_names
 
 FORMAT_VERSION = 1
@@ -81,8 +82,8 @@ def rest_upper_bound(
     """Most bytes that a checkpoint holds beside its compressible layers' weights, whatever these become.
 
     For every allocation ``folder <= rest_upper_bound(…) + Σ candidate_bytes(…, accounting, …)``. It is the
-    sum of the tensors that stay float and of the headers in the case that each layer is ``QLR``, with all
-    numbers as long as they can be: some hundred bytes a layer too much.
+    sum of the tensors that stay float and of the headers in the case that each layer takes the form with the longest
+    description, with all numbers as long as they can be: some hundred bytes per layer too much.
 
     Args:
         module: the float model, in the dtype in which it will be saved.
@@ -112,19 +113,23 @@ def rest_upper_bound(
         layer = get_layer(module, name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        candidate = Candidate("QLR", bits=8, bits_a=8, bits_b=8, rank=max(1000, weight.numel()))
+        shape = Shape(weight.shape[0], weight[0].numel())
+        forms = [form for form in FORMS if form.serves(shape)]
         kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
-        entry = LayerEntry(name, kind, tuple(weight.shape), candidate, "int16", dtype, most, tuple(further))
+        described = [
+            LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, most, tuple(further))
+            for form in forms
+        ]
+        entry = max(described, key=_described_bytes)
         entries.append(entry)
         shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
         if accounting == "paper":
-            # A byte of padding and four of scale and zero-point a row of W, A and B; ranks end at min(m, n).
-            unpaid += 5 * (2 * entry.matrix_shape[0] + min(entry.matrix_shape))
+            unpaid += max(_unpaid(form, shape) for form in forms)
     for name, bits in (tables or {}).items():
         weight = get_layer(module, name).weight
         assert isinstance(weight, Tensor)
-        size = matrix_bytes(weight.shape[0], weight.shape[1], bits, "codes")
-        candidate = Candidate("Q", bits=bits)
+        candidate = uniform_candidate(bits)
+        size = FORMS[candidate.form].size(candidate, Shape(weight.shape[0], weight.shape[1]), Storage())
         entry = LayerEntry(name, EMBEDDING, tuple(weight.shape), candidate, "codes", dtype_name(weight.dtype), size, ())
         entries.append(entry)
         shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
@@ -141,6 +146,19 @@ def rest_upper_bound(
     known = {**description, "budget": budget, "hashes": hashes}
     config = len(_config_bytes(module, entries, aliases, sizes, known))
     return sum(tensor.nbytes for tensor in rest.values()) + unpaid + header + config + extra_bytes
+
+
+def _described_bytes(entry: LayerEntry) -> int:
+    """How much a layer's description takes: its entry, and its tensors in the header."""
+    return len(json.dumps(entry.to_json())) + sum(len(name) + 100 for name in entry.tensor_names(entry.layer))
+
+
+def _unpaid(form: Form[Any], shape: Shape) -> int:
+    """Most bytes of a layer in some form that ``paper`` does not count; ranks end at ``min(m, n)``."""
+    largest = form.largest(shape)
+    if largest.rank is not None:
+        largest = replace(largest, rank=min(shape.out_features, shape.in_features))
+    return sum(codec.unpaid(rows, columns) for rows, columns, codec in form.matrices(largest, shape).values())
 
 
 def float_rest(

@@ -1,25 +1,28 @@
-"""Uniform affine quantizers with one scale and zero-point a row, and the search for their ranges.
+"""Uniform affine codes with a scale and a zero-point per row (METHOD 1; MLoRQ, arXiv 2507.09616).
 
-``q = clamp(round(w / s) + z, 0, 2^b - 1)``, ``ŵ = (q - z) s`` (METHOD 1; MLoRQ, arXiv 2507.09616).
-"Row" is an output row of the matrix at hand. Scales are rounded to float16 before codes are found, so that what is
-searched, measured and stored is one and the same quantizer.
+``q = clamp(round(w / s) + z, 0, 2^b - 1)``, ``ŵ = (q - z) s``. "Row" is an output row of the matrix at hand. Scales are
+float16 values from the start, so that what is searched, measured and stored is one and the same quantizer; the search
+for them is ``mlorq.fitting.scale_search``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-ZeroPoint = Literal["codes", "int16"]
+from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, ZeroPoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST_SCALE = 65504.0  # the largest finite float16
-INT16_LIMIT = 32767
-CHUNK_ELEMENTS = 1 << 22  # elements of one temporary of a search: stays near the cache, bounds memory
+ZERO_POINT_DTYPES: dict[ZeroPoint, str] = {"codes": "uint8", "int16": "int16"}
+PARTS = ("codes", "scale", "zero_point")
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,18 @@ class RowQuantizer:
         scale: ``(..., rows)`` float32, each exactly a float16 value and positive.
         zero_point: ``(..., rows)`` float32 whole numbers.
         bits: code width.
+        stored_as: how the zero-points are stored.
     """
 
     scale: Tensor
     zero_point: Tensor
     bits: int
+    stored_as: ZeroPoint = "codes"
+
+    @property
+    def codec(self) -> AffineCodec:
+        """What the rows are stored by."""
+        return AffineCodec(self.bits, self.stored_as)
 
     def quantize(self, values: Tensor) -> Tensor:
         """Codes ``(..., rows, columns)``, float32 whole numbers from 0 to ``2^bits - 1``, by nearest rounding."""
@@ -46,8 +56,24 @@ class RowQuantizer:
         return (codes - self.zero_point.unsqueeze(-1)) * self.scale.unsqueeze(-1)
 
     def round_trip(self, values: Tensor) -> Tensor:
-        """``dequantize(quantize(values))``: what is left of the values after quantization."""
+        """``dequantize(quantize(values))``: the values after quantization."""
         return self.dequantize(self.quantize(values))
+
+    def leading(self, rows: int) -> RowQuantizer:
+        """The quantizer of the first rows."""
+        return replace(self, scale=self.scale[:rows], zero_point=self.zero_point[:rows])
+
+    def store(self, codes: Tensor) -> QuantizedMatrix:
+        """The stored form of codes ``(rows, columns)``, on the CPU."""
+        import torch
+
+        zero_point = getattr(torch, ZERO_POINT_DTYPES[self.stored_as])
+        return QuantizedMatrix(
+            codes=codes.to(torch.uint8).cpu(),
+            scale=self.scale.to(torch.float16).cpu(),
+            zero_point=self.zero_point.to(zero_point).cpu(),
+            bits=self.bits,
+        )
 
 
 class Rounded(NamedTuple):
@@ -56,21 +82,30 @@ class Rounded(NamedTuple):
     Attributes:
         codes: ``(rows, columns)`` float32 whole numbers.
         quantizer: of its rows.
-        values: what the codes stand for, ``(rows, columns)``.
+        values: the matrix before rounding, ``(rows, columns)``.
     """
 
     codes: Tensor
     quantizer: RowQuantizer
     values: Tensor
 
+    @classmethod
+    def nearest(cls, values: Tensor, quantizer: RowQuantizer) -> Rounded:
+        """A matrix with every value at its nearest code."""
+        return cls(quantizer.quantize(values), quantizer, values)
+
     def dequantize(self) -> Tensor:
         """The values that the codes give, float32."""
         return self.quantizer.dequantize(self.codes)
 
-    def latent(self, margin: float = 0.05) -> Tensor:
-        """Values inside the cells of the codes, as near to ``values`` as leaves them a share of the cell to its border.
+    def store(self) -> QuantizedMatrix:
+        """The stored form, on the CPU."""
+        return self.quantizer.store(self.codes)
 
-        Rounding them to nearest gives the codes; they say which other code is the nearer one.
+    def latent(self, margin: float = 0.05) -> Tensor:
+        """``values`` clamped into the cells of the codes, ``margin`` of a cell from its boundary.
+
+        Nearest rounding of them gives the codes; they still tell which other code is the second nearest.
         """
         scale = self.quantizer.scale.unsqueeze(-1)
         centre = self.dequantize()
@@ -78,8 +113,8 @@ class Rounded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QuantizedMatrix:
-    """A matrix as it is stored.
+class QuantizedMatrix(StoredMatrix):
+    """A matrix as affine codes.
 
     Attributes:
         codes: ``(rows, columns)`` uint8.
@@ -97,160 +132,64 @@ class QuantizedMatrix:
     def shape(self) -> tuple[int, int]:
         return (self.codes.shape[0], self.codes.shape[1])
 
+    @property
+    def codec(self) -> AffineCodec:
+        return AffineCodec(self.bits, "int16" if str(self.zero_point.dtype) == "torch.int16" else "codes")
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {part: getattr(self, part) for part in PARTS}
+
     def dequantize(self) -> Tensor:
         """The values ``(q - z) s``, ``(rows, columns)`` float32, the same bits on every call."""
-        centred = self.codes.to(torch.float32) - self.zero_point.to(torch.float32).unsqueeze(1)
-        return centred * self.scale.to(torch.float32).unsqueeze(1)
+        centred = self.codes.float() - self.zero_point.float().unsqueeze(1)
+        return centred * self.scale.float().unsqueeze(1)
 
     def to(self, device: torch.device | str) -> QuantizedMatrix:
-        """The same matrix on another device."""
-        return replace(
-            self,
-            codes=self.codes.to(device),
-            scale=self.scale.to(device),
-            zero_point=self.zero_point.to(device),
-        )
+        return QuantizedMatrix(self.codes.to(device), self.scale.to(device), self.zero_point.to(device), self.bits)
 
 
-def store_matrix(codes: Tensor, quantizer: RowQuantizer, zero_point: ZeroPoint) -> QuantizedMatrix:
-    """The stored form of codes ``(rows, columns)`` and their quantizer, on the CPU."""
-    return QuantizedMatrix(
-        codes=codes.to(torch.uint8).cpu(),
-        scale=quantizer.scale.to(torch.float16).cpu(),
-        zero_point=quantizer.zero_point.to(torch.uint8 if zero_point == "codes" else torch.int16).cpu(),
-        bits=quantizer.bits,
-    )
+@dataclass(frozen=True)
+class AffineCodec(Codec):
+    """Codes packed row by row to whole bytes (``mlorq.codecs.packing``), a float16 scale and a zero-point per row.
 
-
-def range_quantizer(low: Tensor, high: Tensor, bits: int, zero_point: ZeroPoint) -> RowQuantizer:
-    """Quantizers for ranges ``[low, high]`` of any shape: ``s = (hi - lo) / (2^b - 1)``, ``z = round(-lo / s)``.
-
-    With ``zero_point="codes"`` the range is extended to contain 0, so that z is a code. Constant rows are
-    extended the same way (their range would give ``s = 0``), and so are rows whose z would leave int16. Rows of
-    zeros get ``s = 1``, ``z = 0``.
+    Attributes:
+        bits: of a code, 1 to 8.
+        zero_point: where zero-points lie.
     """
-    levels = 2**bits - 1
-    constant = high <= low
-    if zero_point == "codes":
-        extend = torch.ones_like(constant)
-    else:
-        step = ((high - low) / levels).clamp(SMALLEST_SCALE, LARGEST_SCALE)
-        extend = constant | ((low / step).abs() > INT16_LIMIT - 1)
-    low = torch.where(extend, low.clamp(max=0), low)
-    high = torch.where(extend, high.clamp(min=0), high)
-    scale = ((high - low) / levels).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
-    empty = (low == 0) & (high == 0)
-    scale = torch.where(empty, torch.ones_like(scale), scale)
-    zero = (-low / scale).round()
-    if zero_point == "codes":
-        zero = zero.clamp(0, levels)
-    return RowQuantizer(scale, zero, bits)
 
+    bits: int
+    zero_point: ZeroPoint = "codes"
 
-def row_ranges(values: Tensor, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Ranges given by the percentile pairs ``(1 - p, p)`` of each row, linearly interpolated.
+    def layout(self, rows: int, columns: int) -> dict[str, TensorSpec]:
+        return {
+            "codes": TensorSpec((rows, (columns * self.bits + 7) // 8), "uint8"),
+            "scale": TensorSpec((rows,), "float16"),
+            "zero_point": TensorSpec((rows,), ZERO_POINT_DTYPES[self.zero_point]),
+        }
 
-    Args:
-        values: ``(rows, columns)``.
-        percentiles: upper percentiles p, in (0.5, 1].
+    def size(self, rows: int, columns: int) -> int:
+        """``rows (ceil(columns bits / 8) + 2 + z)`` bytes, z = 1 (codes) or 2 (int16)."""
+        z = np.dtype(ZERO_POINT_DTYPES[self.zero_point]).itemsize
+        return rows * ((columns * self.bits + 7) // 8 + 2 + z)
 
-    Returns:
-        ``low`` and ``high``, each ``(len(percentiles), rows)`` float32.
-    """
-    ordered = values.to(torch.float32).sort(dim=1).values
-    columns = ordered.shape[1]
-    upper = torch.tensor(percentiles, dtype=torch.float64, device=values.device)
-    return (
-        _at(ordered, (1 - upper) * (columns - 1)),
-        _at(ordered, upper * (columns - 1)),
-    )
+    def unpaid(self, rows: int, columns: int) -> int:
+        return 5 * rows  # a byte of padding, the scale, and a zero-point of either kind
 
+    def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:
+        from mlorq.codecs.packing import pack_rows
 
-def _at(ordered: Tensor, positions: Tensor) -> Tensor:
-    """Values at fractional positions of sorted rows, ``(len(positions), rows)``."""
-    below = positions.floor().clamp(0, ordered.shape[1] - 1).long()
-    above = positions.ceil().clamp(0, ordered.shape[1] - 1).long()
-    fraction = (positions - below).to(ordered.dtype)
-    return torch.lerp(ordered[:, below], ordered[:, above], fraction).T
+        assert isinstance(matrix, QuantizedMatrix)
+        return matrix.tensors() | {"codes": pack_rows(matrix.codes, self.bits)}
 
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> QuantizedMatrix:
+        from mlorq.codecs.packing import unpack_rows
 
-def search_quantizer(
-    values: Tensor,
-    bits: int,
-    percentiles: Sequence[float],
-    *,
-    weights: Tensor | None = None,
-    zero_point: ZeroPoint = "codes",
-    ranges: tuple[Tensor, Tensor] | None = None,
-) -> RowQuantizer:
-    """The percentile range of each row with the least weighted squared error (METHOD 1, scale search).
+        codes = unpack_rows(tensors["codes"], columns, self.bits)
+        return QuantizedMatrix(codes, tensors["scale"], tensors["zero_point"], self.bits)
 
-    All rows and percentiles are one batched computation, in chunks of bounded memory.
+    def dequantize_rows(self, tensors: Mapping[str, Tensor], rows: Tensor, columns: int) -> Tensor:
+        return self.unpack({part: tensor[rows] for part, tensor in tensors.items()}, columns).dequantize()
 
-    Args:
-        values: ``(rows, columns)`` matrix to quantize.
-        bits: code width.
-        percentiles: upper percentiles p tried.
-        weights: ``(rows, columns)`` non-negative weights of the squared errors; None for ones.
-        zero_point: where zero-points may lie.
-        ranges: what ``row_ranges(values, percentiles)`` gives, to share one sort among bit-widths.
-
-    Returns:
-        One quantizer a row; the widest range wins ties, so that all-zero weights clip nothing.
-    """
-    values = values.to(torch.float32)
-    low, high = ranges if ranges is not None else row_ranges(values, percentiles)
-    candidates = range_quantizer(low, high, bits, zero_point)
-    rows, columns = values.shape
-    errors = values.new_empty(low.shape)
-    step = max(1, CHUNK_ELEMENTS // (low.shape[0] * columns))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        chunk = RowQuantizer(candidates.scale[:, part], candidates.zero_point[:, part], bits)
-        squared = chunk.round_trip(values[part]).sub_(values[part]).square_()
-        errors[:, part] = (squared if weights is None else squared.mul_(weights[part])).sum(-1)
-    return _least(candidates, errors)
-
-
-def search_left_factor(
-    factor: Tensor,
-    right: Tensor,
-    target: Tensor,
-    bits: int,
-    percentiles: Sequence[float],
-    *,
-    weights: Tensor,
-    zero_point: ZeroPoint = "codes",
-) -> RowQuantizer:
-    """Ranges of the rows of a left factor A, judged after multiplication by B (METHOD 1, scale search).
-
-    The error of row i is ``Σ_j H_ij (W_ij - (Â_i B)_j)²``.
-
-    Args:
-        factor: A, ``(out_features, rank)``.
-        right: B, ``(rank, in_features)``.
-        target: W, ``(out_features, in_features)``.
-        bits: code width of A.
-        percentiles: upper percentiles p tried.
-        weights: H, ``(out_features, in_features)``.
-        zero_point: where zero-points may lie.
-    """
-    factor, right, target = (tensor.to(torch.float32) for tensor in (factor, right, target))
-    low, high = row_ranges(factor, percentiles)
-    candidates = range_quantizer(low, high, bits, zero_point)
-    errors = factor.new_empty(low.shape)
-    step = max(1, CHUNK_ELEMENTS // target.shape[1])
-    for index in range(low.shape[0]):
-        for start in range(0, factor.shape[0], step):
-            part = slice(start, start + step)
-            chunk = RowQuantizer(candidates.scale[index, part], candidates.zero_point[index, part], bits)
-            product = chunk.round_trip(factor[part]) @ right
-            errors[index, part] = product.sub_(target[part]).square_().mul_(weights[part]).sum(-1)
-    return _least(candidates, errors)
-
-
-def _least(candidates: RowQuantizer, errors: Tensor) -> RowQuantizer:
-    # Percentiles are sorted, the widest last: flipped, so that argmin's first minimum is the widest range.
-    best = errors.shape[0] - 1 - errors.flip(0).argmin(dim=0)
-    rows = torch.arange(errors.shape[1], device=errors.device)
-    return RowQuantizer(candidates.scale[best, rows], candidates.zero_point[best, rows], candidates.bits)
+    def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        codes = tensors["codes"]
+        return QuantizedMatrix(codes.byte(), tensors["scale"], tensors["zero_point"], self.bits)

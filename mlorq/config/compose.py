@@ -48,22 +48,29 @@ def part(section: BaseModel, settings: type[Own]) -> Own:
     return settings.model_validate(given)
 
 
-def composed(base: type[Section], items: Iterable[Named], replaced: Mapping[str, Any] | None = None) -> type[Section]:
+def composed(
+    base: type[Section],
+    items: Iterable[Named],
+    replaced: Mapping[str, Any] | None = None,
+    about: Mapping[str, str] | None = None,
+) -> type[Section]:
     """The flat section of some implementations.
 
     Args:
         base: its fixed part.
         items: the implementations whose keys it has, after its own.
         replaced: other types of fixed keys, such as the choices of a name.
+        about: what the replaced keys mean, where that follows from the implementations too.
 
     Raises:
         ValueError: two implementations, or one and the fixed part, define a key differently.
     """
     fields: dict[str, Any] = {}
     for name, annotation in (replaced or {}).items():
-        fields[name] = (annotation, base.model_fields[name])
-    for name, (info, about) in keys_of(items, base).items():
-        fields[name] = (limited(info), _described(info, about))
+        info = base.model_fields[name]
+        fields[name] = (annotation, _described(info, (about or {}).get(name, info.description or "")))
+    for name, (info, meaning) in keys_of(items, base).items():
+        fields[name] = (limited(info), _described(info, meaning))
     made: type[Section] = create_model(base.__name__, __base__=base, __doc__=base.__doc__, **fields)
     return made
 

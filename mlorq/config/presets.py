@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from mlorq.fitting.settings import PERCENTILES
+
 Preset = Literal["best", "quick", "paper"]
 
 DEFAULT_PRESET: Preset = "best"
-
-PERCENTILES = [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Second moments, three forms, closed forms, costs measured where they decide, and block reconstruction (METHOD 7).

@@ -21,9 +21,8 @@ from pydantic import Field, ValidationError, create_model
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location
 from mlorq.artifacts.transfer import hide_password
-from mlorq.config.presets import DEFAULT_PRESET, PERCENTILES, PRESETS, Preset
+from mlorq.config.presets import DEFAULT_PRESET, PRESETS, Preset
 from mlorq.config.sections import (
-    Accounting,
     ActivationsConfig,
     Cost,
     DaskConfig,
@@ -34,7 +33,6 @@ from mlorq.config.sections import (
     LayerConfig,
     ModelConfig,
     RoundingConfig,
-    RoundingMethod,
     SearchConfig,
     Sensitivity,
     SourceConfig,
@@ -50,9 +48,7 @@ from mlorq.registry import Settings
 
 __all__ = [
     "DEFAULT_PRESET",
-    "PERCENTILES",
     "PRESETS",
-    "Accounting",
     "ActivationsConfig",
     "Cost",
     "DaskConfig",
@@ -64,7 +60,6 @@ __all__ = [
     "ModelConfig",
     "Preset",
     "RoundingConfig",
-    "RoundingMethod",
     "RunConfig",
     "SearchConfig",
     "Sensitivity",
@@ -162,9 +157,8 @@ def run_config() -> type[RunConfig]:
 
 @cache
 def _run_config(_: int) -> type[RunConfig]:
-    data = create_model(
-        "DataConfig", __base__=DataConfig, calibration=(source_section(), ...), evaluation=(source_section(), ...)
-    )
+    sources: Any = {name: (source_section(), ...) for name in DataConfig.model_fields}
+    data = create_model("DataConfig", __base__=DataConfig, __doc__=DataConfig.__doc__, **sources)
     sections: dict[str, Any] = {
         "model": (model_section(), ...),
         "data": (data, ...),

@@ -5,23 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from mlorq.config.presets import PERCENTILES
+from mlorq.codecs.base import Accounting, Storage
+from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part
+from mlorq.fitting.settings import FitSettings, Percentiles
+from mlorq.forms.base import FORMS
+from mlorq.forms.q import BitWidths
 from mlorq.registry import Settings
+from mlorq.rounding import METHODS
 
 Sensitivity = Literal["measured", "auto", "closed_form", "local"]
-RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra", "erq", "brecq", "qdrop"]
-Accounting = Literal["exact", "paper"]
 Cost = Literal["nmse", "kl", "task"]
-
-
-def _bit_widths(value: list[int]) -> list[int]:
-    if any(not 2 <= bits <= 8 for bits in value):
-        raise ValueError("bit-widths are whole numbers from 2 to 8")
-    if len(set(value)) != len(value):
-        raise ValueError("bit-widths must differ")
-    return sorted(value)
 
 
 class ModelConfig(Settings):
@@ -155,80 +150,49 @@ class DataConfig(Settings):
         return self
 
 
-def _checked_percentiles(value: list[float]) -> list[float]:
-    if not value or any(not 0.5 < p <= 1 for p in value):
-        raise ValueError("percentiles lie in (0.5, 1]")
-    return sorted(set(value))
-
-
 class LayerConfig(Settings):
-    """Candidates of single layers (a value of ``search.layers``); what is null is as in ``search``."""
+    """Candidates of single layers (a value of ``search.layers``); keys that are null are as in ``search``."""
 
-    bits: list[int] | None = Field(None, description="bit-widths of quantize-only candidates")
-    factor_bits: list[int] | None = Field(None, description="bit-widths of low-rank factors; [] for none")
-    forms: list[Literal["Q", "LR", "QLR"]] | None = Field(
-        None, description="what the layer may become; [Q]: codes alone"
-    )
-    sum_bits: list[int] | None = Field(None, description="QLR: bit-widths of the codes")
-    sum_factor_bits: list[int] | None = Field(None, description="QLR: bit-widths of the factors")
-    sum_ranks: list[int] | None = Field(None, description="QLR: ranks")
-    rank_multiple: int | None = Field(None, ge=1, description="ranks are multiples of this")
-
-    @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
-    @classmethod
-    def _check_bits(cls, value: list[int] | None) -> list[int] | None:
-        return None if value is None else _bit_widths(value)
+    forms: list[str] | None = Field(None, description="what the layer may become")
 
     @model_validator(mode="after")
     def _check(self) -> LayerConfig:
-        if self.bits == [] or (self.forms is not None and "Q" not in self.forms):
-            raise ValueError("bits must name at least one bit-width, and forms must have Q")
+        if self.forms is not None:
+            _require_uniform(self.forms)
+        for form in FORMS:
+            keys = form.settings.model_fields
+            given = {key: value for key in keys if (value := getattr(self, key, None)) is not None}
+            form.settings.model_validate(given).check()
         return self
 
 
-class SearchConfig(Settings):
+class SearchConfig(FitSettings):
     """Candidates, their costs, and the integer program (docs/METHOD.md, 1-5)."""
 
-    bits: list[int] = Field([2, 3, 4, 6, 8], description="bit-widths of quantize-only candidates")
-    factor_bits: list[int] = Field([4, 6, 8], description="bit-widths of low-rank factors; [] for none")
-    forms: list[Literal["Q", "LR", "QLR"]] = Field(
-        ["Q", "LR"], description="what a layer may become: codes, low-rank factors, or codes plus factors"
-    )
-    metric: Literal["hessian", "moments"] = Field(
-        "hessian",
-        description="of local costs and fits: hessian, the paper's; moments, input and output-gradient covariance",
+    forms: list[str] = Field(
+        default_factory=lambda: [form.name for form in FORMS if form.by_default], description="what a layer may become"
     )
     token_weights: bool | Annotated[float, Field(ge=0, le=1)] = Field(
         False,
-        description="with moments: tokens weighed by how much the output hangs on them; a number: their weights' power",
-    )
-    sum_bits: list[int] = Field([2, 3, 4], description="QLR: bit-widths of the codes")
-    sum_factor_bits: list[int] = Field([4], description="QLR: bit-widths of the factors")
-    sum_ranks: list[int] = Field([4, 8, 16, 32], description="QLR: ranks")
-    rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (1: the paper; 8 or 16: hardware)")
-    factor_split: Literal["U_SV", "US_V"] = Field("U_SV", description="which factor carries the singular values")
-    zero_point: Literal["codes", "int16"] = Field(
-        "codes", description="codes: ranges contain 0 and zero-points fit the codes; int16: the paper's"
-    )
-    percentiles: list[float] = Field(
-        PERCENTILES,
-        description="upper percentiles p of the ranges (1-p, p) tried",
+        description="with moments: tokens weighted by their effect on the output; a number: the power of the weights",
     )
     hessian_samples: int = Field(32, ge=1, description="calibration samples for the label-free Hessian")
-    hessian_probes: int = Field(32, ge=1, description="most Gaussian probes a batch")
-    hessian_min_probes: int = Field(10, ge=1, description="probes before convergence is looked at")
+    hessian_probes: int = Field(32, ge=1, description="most Gaussian probes per batch")
+    hessian_min_probes: int = Field(10, ge=1, description="probes before convergence is checked")
     hessian_tolerance: float = Field(1e-4, ge=0, description="stop at this relative change of the estimate")
     hessian_mode: Literal["auto", "probes", "exact"] = Field(
-        "auto", description="exact: one backward pass an output; auto: exact where that needs fewer passes"
+        "auto", description="exact: one backward pass per output; auto: exact where that needs fewer passes"
     )
     sensitivity: Sensitivity = Field(
         "measured",
-        description="how local costs become global ones: measured (the paper's), auto (closed forms, scaled by "
-        "measurements where the allocation is decided), closed_form (scaled by one measurement a form), local (they do "
-        "not, as where every layer has one candidate)",
+        description="how local costs become global ones: measured (the paper's); auto (closed forms, scaled by "
+        "measurements where the allocation is decided); closed_form (scaled by one measurement per form); local (local "
+        "costs are used as they are, as where every layer has one candidate)",
     )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
-    points: int = Field(5, ge=2, description="low-rank candidates measured a layer and bit pair; auto: most a form")
+    points: int = Field(
+        5, ge=2, description="candidates measured per layer and curve (pair of factor bit-widths); auto: most per form"
+    )
     tolerance: float = Field(
         0.2, ge=0, description="auto: no further measurements where costs were predicted this well (as a logarithm)"
     )
@@ -238,7 +202,7 @@ class SearchConfig(Settings):
         "which needs labels of the calibration data",
     )
     rounds: int = Field(
-        0, ge=0, description="times that the chosen allocation is measured and the program solved again around it"
+        0, ge=0, description="how often the chosen allocation is measured and the program solved again around it"
     )
     accounting: Accounting = Field("exact", description="exact: bytes on disk; paper: weight bits alone")
     objective: Literal["nsr", "sqnr"] = Field("nsr", description="minimise summed NMSE, or maximise summed 1/NMSE")
@@ -250,59 +214,45 @@ class SearchConfig(Settings):
     layers: dict[str, LayerConfig] = Field(
         {},
         description="other candidates for layers by name pattern, as in {head: {bits: [8], forms: [Q]}}; of several "
-        "patterns, the one with more letters that are no wildcard decides, key by key",
+        "patterns that match, the one with more letters outside wildcards decides, key by key",
     )
 
-    @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
-    @classmethod
-    def _check_bits(cls, value: list[int]) -> list[int]:
-        return _bit_widths(value)
+    @property
+    def storage(self) -> Storage:
+        """How matrices are stored and counted."""
+        return Storage(self.accounting, self.zero_point)
 
-    _check_percentiles = field_validator("percentiles")(_checked_percentiles)
+    @property
+    def fit(self) -> FitSettings:
+        """The keys that decide the matrices of a given candidate."""
+        return part(self, FitSettings)
+
+    @property
+    def form_settings(self) -> dict[str, Settings]:
+        """The settings of every form that layers may take, by name, in the order of the registry."""
+        return {form.name: part(self, form.settings) for form in FORMS if form.name in self.forms}
 
     @model_validator(mode="after")
     def _check(self) -> SearchConfig:
-        if not self.bits or "Q" not in self.forms:
-            raise ValueError("bits must name at least one bit-width, and forms must have Q")
+        _require_uniform(self.forms)
+        for settings in self.form_settings.values():
+            settings.check()
         return self
 
 
-class RoundingConfig(Settings):
+def _require_uniform(forms: list[str]) -> None:
+    uniform = [form.name for form in FORMS if form.uniform]
+    if not set(uniform) & set(forms):
+        raise ValueError(f"forms must have {' or '.join(uniform)}, which serves every layer")
+
+
+class RoundingConfig(Choice):
     """How the chosen candidates' codes are found (docs/METHOD.md, 6)."""
 
-    method: RoundingMethod = Field(
-        "lra",
-        description="nearest; gptq; closed_form (GPTQ with error feedback); block (closed form, then block "
-        "reconstruction); lra (low-rank-aware adaptive rounding); erq, brecq, qdrop: those of their papers",
-    )
-    start: Literal["nearest", "closed_form", "erq"] = Field(
-        "nearest", description="lra: rounding to start from; erq: nearest, of weights moved by ERQ's first regression"
-    )
-    drop: float = Field(
-        0.0, ge=0, lt=1, description="block: share of activations that stay float in each step (qdrop: 0.5)"
-    )
-    soft_rate: float = Field(0.02, gt=0, description="brecq, qdrop: step size of adaptive rounding")
-    soft_weight: float = Field(0.01, ge=0, description="brecq, qdrop: weight of the rounding regulariser")
-    feedback: bool = Field(
-        True, description="closed_form, block: move weights and biases to make up for what layers before have changed"
-    )
-    iterations: int = Field(500, ge=1, description="lra: iterations a layer (paper: 20000); block: steps a block")
-    learning_rate: float = Field(0.3, gt=0, description="lra: RAdam step size")
-    regularisation: float = Field(0.3, ge=0, description="lra: weight of the rounding regulariser")
-    beta_start: float = Field(20.0, gt=0, description="lra: regulariser exponent during the first warm_up")
-    beta_end: float = Field(2.0, gt=0, description="lra: regulariser exponent at the end")
-    warm_up: float = Field(0.2, ge=0, le=1, description="lra: share of iterations before the exponent falls")
-    stop_loss: float = Field(1e-8, ge=0, description="lra: stop a layer below this loss")
-    samples: int = Field(1024, ge=1, description="most calibration samples used")
-    batch_size: int = Field(8, ge=1, description="block: samples a step")
-    code_rate: float = Field(0.01, gt=0, description="block: step size of the codes, in codes")
-    scale_rate: float = Field(1e-3, ge=0, description="block: step size of scales, relative to them")
-    bias_rate: float = Field(1e-4, ge=0, description="block: step size of biases")
-    tuning: int = Field(0, ge=0, description="block: steps that train all layers together at the end; 0: none")
-    tuning_rate: float = Field(0.005, gt=0, description="block: step size of the codes there, in codes")
-    loss: Literal["block", "output"] = Field(
-        "block", description="block: error of the block's output, or of the model's through its float rest"
-    )
+    chooser = "method"
+    registry = METHODS
+
+    method: str = Field("lra", description="how codes are found")
 
 
 # Bit operations a sample: those of one width of weights and one of activations everywhere, or a number of them.
@@ -327,7 +277,7 @@ class ActivationsConfig(Settings):
     mixed: bool = Field(
         False, description="give smaller tensors more bits: the most with size x bits within that of the largest"
     )
-    choices: list[int] = Field(
+    choices: BitWidths = Field(
         [], description="code widths to choose each tensor's from, together with the layers' candidates; needs compute"
     )
     compute: str | None = Field(
@@ -335,17 +285,10 @@ class ActivationsConfig(Settings):
         description='with choices: most bit operations a sample, as in "4x4" (those of 4-bit weights and activations) '
         'or "20G"',
     )
-    percentiles: list[float] = Field(
+    percentiles: Percentiles = Field(
         [0.999, 0.9999, 0.99999, 1.0], description="upper percentiles p of the ranges (1-p, p) tried"
     )
     samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
-
-    _check_percentiles = field_validator("percentiles")(_checked_percentiles)
-
-    @field_validator("choices")
-    @classmethod
-    def _check_choices(cls, value: list[int]) -> list[int]:
-        return _bit_widths(value)
 
     @model_validator(mode="after")
     def _check(self) -> ActivationsConfig:
@@ -431,7 +374,7 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that rises whenever something is registered that sections are made from."""
-    return 0
+    return FORMS.version + METHODS.version
 
 
 def model_section() -> type[ModelConfig]:
@@ -445,8 +388,9 @@ def source_section() -> type[SourceConfig]:
 
 
 def rounding_section() -> type[RoundingConfig]:
-    """``rounding``."""
-    return RoundingConfig
+    """``rounding``, with the keys of all methods."""
+    about = "; ".join(f"{method.name}: {method.title}" for method in METHODS)
+    return composed(RoundingConfig, METHODS, {"method": choices(METHODS)}, {"method": about})
 
 
 def activations_section() -> type[ActivationsConfig]:
@@ -455,5 +399,11 @@ def activations_section() -> type[ActivationsConfig]:
 
 
 def search_section() -> type[SearchConfig]:
-    """``search``."""
-    return SearchConfig
+    """``search``, with the keys of all forms; those of a layer can be null."""
+    names: Any = list[Literal[tuple(FORMS.names())]]  # type: ignore[misc]
+    keys = {
+        key: (limited(info) | None, Field(None, description=about)) for key, (info, about) in keys_of(FORMS).items()
+    }
+    fields: Any = {"forms": (names | None, LayerConfig.model_fields["forms"]), **keys}
+    layer = create_model("LayerConfig", __base__=LayerConfig, __doc__=LayerConfig.__doc__, **fields)
+    return composed(SearchConfig, FORMS, {"forms": names, "layers": dict[str, layer]})

@@ -15,10 +15,10 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from mlorq.costs.measured import LayerProbe, sensitivity_table
-from mlorq.fitting.hessian_fit import LayerSearch, candidate_of
+from mlorq.costs.measured import LayerProbe, dense_of, sensitivity_table
+from mlorq.fitting.base import LayerFit
+from mlorq.forms.base import FORMS
 
-FORMS = ("Q", "LR", "QLR")
 TINY = np.finfo(float).tiny
 
 
@@ -72,19 +72,19 @@ def measure_where_needed(
 
 def scaled_sensitivity(
     probe: LayerProbe,
-    search: LayerSearch,
+    fit: LayerFit,
     table: pa.Table,
     *,
     points: int = 5,
     tolerance: float = 0.2,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``).
+    """Global costs of all candidates of a layer that are on its front (``schemas.SENSITIVITY``).
 
     Args:
         probe: measures the layer.
-        search: makes the layer's candidates.
-        table: the layer's candidates (``tables.CANDIDATES``).
+        fit: of the layer's candidates.
+        table: the layer's candidates (``schemas.CANDIDATES``).
         points: most candidates measured a form; one: its middle one.
         tolerance: as for ``measure_where_needed``.
         progress: called with (candidates measured or spared, most candidates to measure).
@@ -97,7 +97,7 @@ def scaled_sensitivity(
     measured: set[int] = set()
 
     def measure(row: int) -> float:
-        value = probe.cost(search.dense(candidate_of(rows[row])))
+        value = probe.cost(dense_of(fit, rows[row]))
         measured.add(row)
         if progress is not None:
             progress(min(spared + len(measured), most), most)
@@ -131,5 +131,5 @@ def _form_rows(table: pa.Table, size: np.ndarray) -> list[np.ndarray]:
     """Rows on the front of each form, by rising bytes."""
     form = np.array(table["form"].to_pylist())
     front = table["on_front"].to_numpy()
-    found = [np.flatnonzero((form == name) & front) for name in FORMS]
+    found = [np.flatnonzero((form == one.name) & front) for one in FORMS]
     return [rows[np.argsort(size[rows], kind="stable")] for rows in found if len(rows)]

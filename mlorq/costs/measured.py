@@ -1,14 +1,14 @@
 """Inter-layer costs: what compressing one layer alone does to the model's output (METHOD 5).
 
 The global cost of a candidate is the NMSE ``E‖f_ℓ(x) - f(x)‖² / E‖f(x)‖²`` over calibration samples, or another cost of
-the output (``output_cost``). ``Q`` candidates are measured. For each pair of factor bit-widths a few points of
-the front, spread evenly by index along the rank, are measured, and the rest is interpolated linearly in local cost
-between the two measured neighbours.
+the output (``output_cost``). Of every curve of a form (``Form.curve``: one code width, or the ranks of a pair of factor
+bit-widths) a few points of the front, spread evenly by index, are measured, and the rest is interpolated linearly in
+local cost between the two measured neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.schemas import SENSITIVITY
+from mlorq.costs.local import spread
 from mlorq.costs.output_cost import CostName, OutputCost
-from mlorq.fitting.hessian_fit import LayerSearch, candidate_of, spread
+from mlorq.fitting.base import LayerFit
+from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.layers import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
@@ -90,27 +92,27 @@ def spread_batches(batches: Sequence[Any], samples: int) -> list[Any]:
     return [batches[int((index + 0.5) * len(batches) / wanted)] for index in range(wanted)]
 
 
+def curves(table: pa.Table) -> list[np.ndarray]:
+    """Rows on the front of each curve of each form, by rising position; forms in the order of the registry.
+
+    Args:
+        table: a layer's candidates (``schemas.CANDIDATES``).
+    """
+    found: dict[tuple[int, Hashable], list[tuple[int, int]]] = {}
+    order = {form.name: index for index, form in enumerate(FORMS)}
+    for row, (values, front) in enumerate(zip(table.to_pylist(), table["on_front"].to_pylist(), strict=True)):
+        if front:
+            candidate = Candidate.of_row(values)
+            form = FORMS[candidate.form]
+            curve = (order[form.name], form.curve(candidate))
+            found.setdefault(curve, []).append((form.position(candidate), row))
+    ordered = sorted(found.items(), key=lambda pair: pair[0][0])
+    return [np.array([row for _, row in sorted(points)]) for _, points in ordered]
+
+
 def measured_points(table: pa.Table, points: int) -> list[int]:
-    """Rows of a candidate table that are measured: every ``Q``, and ``points`` of each bit pair's front."""
-    form = np.array(table["form"].to_pylist())
-    front = table["on_front"].to_numpy()
-    chosen = np.flatnonzero(form == "Q").tolist()
-    for rows in _pair_rows(table, front):
-        chosen += [int(rows[index]) for index in spread(len(rows), points)]
-    return chosen
-
-
-def _pair_rows(table: pa.Table, front: np.ndarray) -> list[np.ndarray]:
-    """Rows on the front of each pair of factor bit-widths, by rising rank."""
-    low_rank = np.array(table["form"].to_pylist()) == "LR"
-    bits_a, bits_b, rank = (
-        table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("bits_a", "bits_b", "rank")
-    )
-    groups = []
-    for pair in sorted({(a, b) for a, b in zip(bits_a[low_rank], bits_b[low_rank], strict=True)}):
-        rows = np.flatnonzero(low_rank & front & (bits_a == pair[0]) & (bits_b == pair[1]))
-        groups.append(rows[np.argsort(rank[rows], kind="stable")])
-    return groups
+    """Rows of a candidate table that are measured: ``points`` of each curve's front."""
+    return [int(rows[index]) for rows in curves(table) for index in spread(len(rows), points)]
 
 
 def interpolate(local: np.ndarray, measured: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -138,34 +140,32 @@ def interpolate(local: np.ndarray, measured: np.ndarray, values: np.ndarray) -> 
 
 def measured_sensitivity(
     probe: LayerProbe,
-    search: LayerSearch,
+    fit: LayerFit,
     table: pa.Table,
     *,
     points: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """Global costs of all candidates of a layer that are on its front (``tables.SENSITIVITY``), as METHOD 5 has them.
+    """Global costs of all candidates of a layer that are on its front (``schemas.SENSITIVITY``), as METHOD 5 has them.
 
     Args:
         probe: measures the layer.
-        search: makes the layer's candidates.
-        table: the layer's candidates (``tables.CANDIDATES``).
-        points: measured a bit pair.
+        fit: of the layer's candidates.
+        table: the layer's candidates (``schemas.CANDIDATES``).
+        points: measured per curve.
         progress: called with (candidates measured, candidates to measure).
     """
     rows = table.to_pylist()
     chosen = measured_points(table, points)
     cost: dict[int, float] = {}
     for index, row in enumerate(chosen):
-        cost[row] = probe.cost(search.dense(candidate_of(rows[row])))
+        cost[row] = probe.cost(dense_of(fit, rows[row]))
         if progress is not None:
             progress(index + 1, len(chosen))
     how = dict.fromkeys(chosen, "measured")
     local = table["local_cost"].to_numpy()
-    for group in _pair_rows(table, table["on_front"].to_numpy()):
+    for group in curves(table):
         known = np.array([index for index, row in enumerate(group) if int(row) in cost], dtype=int)
-        if not len(known):
-            continue
         values = np.array([cost[int(group[index])] for index in known])
         for row, value in zip(group, interpolate(local[group], known, values), strict=True):
             cost.setdefault(int(row), float(value))
@@ -173,8 +173,14 @@ def measured_sensitivity(
     return sensitivity_table(table, cost, how)
 
 
+def dense_of(fit: LayerFit, row: Mapping[str, Any]) -> Tensor:
+    """Ŵ of a row of a candidate table, ``(out_features, in_features)`` float32."""
+    candidate = Candidate.of_row(row)
+    return FORMS[candidate.form].dense(fit, candidate)
+
+
 def local_sensitivity(table: pa.Table) -> pa.Table:
-    """``tables.SENSITIVITY`` with the local costs of a front as they are: where there is nothing to choose, for one.
+    """``schemas.SENSITIVITY`` with the local costs of a front as they are: where there is nothing to choose, for one.
 
     Args:
         table: the layer's candidates.
@@ -185,7 +191,7 @@ def local_sensitivity(table: pa.Table) -> pa.Table:
 
 
 def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[int, str]) -> pa.Table:
-    """``tables.SENSITIVITY`` of some rows of a candidate table.
+    """``schemas.SENSITIVITY`` of some rows of a candidate table.
 
     Args:
         table: the layer's candidates.

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from mlorq.costs.pareto import pareto_front
+from mlorq.forms.base import FORMS
 
-COLOURS = {"Q": "#2f6fb0", "LR": "#d1662f", "QLR": "#3c8d5a"}
+PLAIN, MARKED = "#2f6fb0", "#d1662f"  # colours of runs
 
 
 def front_picture(
@@ -38,7 +39,7 @@ def front_picture(
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.0, 0.17 * len(rows) + 1.5)), width_ratios=(3, 2))
     bits = [8 * row["bytes"] / params[row["layer"]] for row in rows]
     position = np.arange(len(rows))
-    left.barh(position, bits, color=[COLOURS[row["form"]] for row in rows])
+    left.barh(position, bits, color=[FORMS[row["form"]].colour for row in rows])
     for index, row in enumerate(rows):
         left.text(bits[index], index, f" {row['candidate_id']}", va="center", fontsize=6.5)
     left.set_yticks(position, [row["layer"] for row in rows], fontsize=6.5)
@@ -58,10 +59,11 @@ def front_picture(
             continue
         order = np.argsort(x)
         right.plot(x[order], np.minimum.accumulate(y[order]), color="0.8", linewidth=0.7, zorder=1)
-    for form, colour in COLOURS.items():
-        chosen = [index for index, row in enumerate(rows) if row["form"] == form]
+    for form in FORMS:
+        chosen = [index for index, row in enumerate(rows) if row["form"] == form.name]
         cost = [rows[index]["global_cost"] or np.nan for index in chosen]
-        right.scatter([bits[i] for i in chosen], cost, color=colour, s=22, label=f"{form} ({len(chosen)})", zorder=2)
+        label = f"{form.name}, {form.label} ({len(chosen)})"
+        right.scatter([bits[i] for i in chosen], cost, color=form.colour, s=22, label=label, zorder=2)
     if right.lines:  # none where no layer can affect the output
         right.set_yscale("log")
     right.set_xlabel("bits a weight")
@@ -111,7 +113,7 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
     size = [result["bytes"] / scale for result in results]
     for axis, name, values in panels:
         axis.plot([size[i] for i in front], [values[i] for i in front], color="0.75", linewidth=1, zorder=1)
-        colours = [COLOURS["LR" if result["run"] == highlight else "Q"] for result in results]
+        colours = [MARKED if result["run"] == highlight else PLAIN for result in results]
         axis.scatter(size, values, color=colours, s=28, zorder=2)
         for x, y, result in zip(size, values, results, strict=True):
             if np.isfinite(y):

@@ -1,32 +1,37 @@
-"""The matrices of a candidate in the metric of the second moments, without any iteration over data (METHOD 7).
+"""Matrices fitted in closed form under the covariances of inputs and output gradients (METHOD 7).
 
 With ``Σ = E[x xᵀ]`` and G the second moment of the output's gradients, the output's error is about
 ``tr(G ΔW Σ ΔWᵀ)``.
 
-- ``Q``: scales by search, GPTQ with Hessian Σ, then scales and codes in turn by least squares and coordinate descent.
-- ``LR``: with Cholesky factors ``L_G L_Gᵀ = G``, ``L_Σ L_Σᵀ = Σ`` and ``L_Gᵀ W L_Σ = U S Vᵀ``, the factors
+- Codes: scales by search, GPTQ with Hessian Σ, then scales and codes in turn by least squares and coordinate descent.
+- A product: with Cholesky factors ``L_G L_Gᵀ = G``, ``L_Σ L_Σᵀ = Σ`` and ``L_Gᵀ W L_Σ = U S Vᵀ``, the factors
   ``A = L_G⁻ᵀ U S^½`` and ``B = S^½ Vᵀ L_Σ⁻¹`` are best at every rank. Since ``AᵀGA`` is diagonal the rows of B are
   problems of their own, all with Hessian Σ: one B̂ serves every rank. Then ``A* = W Σ B̂ᵀ (B̂ Σ B̂ᵀ)⁻¹``, rounded with
   Hessian ``B̂ Σ B̂ᵀ``. (With G = I it is SVD-LLM, arXiv 2403.07378; the refits are as in CALDERA, arXiv 2405.18886.)
-- ``QLR``: ``Q`` of what the product leaves of W, and the product for what Q leaves of it, in turn.
+- Codes and a product: codes of what the product leaves of W, and the product for what they leave of it, in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mlorq.codecs.affine import Rounded, RowQuantizer, ZeroPoint, search_quantizer
+from mlorq.calibration.covariance import Moments, pooled
+from mlorq.codecs.affine import Rounded, RowQuantizer
+from mlorq.codecs.base import ZeroPoint
+from mlorq.fitting.base import Sum
 from mlorq.fitting.gptq import RowHessian, descend, gptq, refit_scale
 from mlorq.fitting.gram import leading_errors, principal_directions
-from mlorq.forms.base import Candidate, combine
+from mlorq.fitting.scale_search import search_quantizer
+from mlorq.fitting.settings import FitSettings
 
 SWEEPS = 2  # of coordinate descent after GPTQ, scales refitted before each
-TURNS = 2  # of Q and A B in ``QLR``
+TURNS = 2  # of codes and product, where both are fitted
 RIDGE = 1e-6  # of the mean diagonal, where a normal matrix is inverted
 
 
@@ -100,23 +105,36 @@ class Metric:
         return ProductFactors(a * level, b / level, s)
 
 
-class ClosedForm:
-    """Rounds the candidates of one layer in closed form.
+class CovarianceFit:
+    """Candidates of one layer in closed form; a ``LayerFit``.
 
     Args:
         weight: W, ``(out_features, in_features)``.
-        metric: Σ and G.
+        metric: Σ and G that the matrices are fitted to.
         percentiles: upper percentiles of the ranges tried.
         zero_point: where zero-points may lie.
+        judge: Σ and G that local costs are taken in, of samples to which nothing was fitted; default: ``metric``.
+        output: G of all samples together, for rounding; default: that of ``metric``.
     """
 
+    held_out = True
+
     def __init__(
-        self, weight: Tensor, metric: Metric, percentiles: Sequence[float], zero_point: ZeroPoint = "codes"
+        self,
+        weight: Tensor,
+        metric: Metric,
+        percentiles: Sequence[float],
+        zero_point: ZeroPoint = "codes",
+        *,
+        judge: Metric | None = None,
+        output: Callable[[], Tensor] | None = None,
     ) -> None:
         self.weight = weight.double()
         self.metric = metric
         self.percentiles = percentiles
         self.zero_point: ZeroPoint = zero_point
+        self.judge = judge or metric
+        self._output = output
         self._right: dict[int, Rounded] = {}
         self._rounded: dict[int, Rounded] = {}
 
@@ -125,29 +143,43 @@ class ClosedForm:
         """The two-sided decomposition of W."""
         return self.metric.svd(self.weight)
 
-    def rounded(self, candidate: Candidate) -> dict[str, Rounded]:
-        """Codes and quantizers of the matrices that a candidate stores."""
-        bits, rank, bits_a, bits_b = candidate.bits, candidate.rank, candidate.bits_a, candidate.bits_b
-        if candidate.form == "Q":
-            assert bits
-            return {"weight": self.quantized(bits)}
-        assert rank and bits_a and bits_b, candidate  # noqa: PT018
-        if candidate.form == "LR":
-            codes, quantizer, values = self.right(bits_b)
-            leading = RowQuantizer(quantizer.scale[:rank], quantizer.zero_point[:rank], bits_b)
-            return self._with_left(self.weight, bits_a, Rounded(codes[:rank], leading, values[:rank]))
-        assert bits
-        return self._with_product(bits, rank, bits_a, bits_b)
+    def output_metric(self) -> Tensor:
+        found = self._output() if self._output is not None else self.metric.gradients
+        return torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device) if found is None else found
 
-    def dense(self, candidate: Candidate) -> Tensor:
-        """Ŵ of a candidate, ``(out_features, in_features)`` float32."""
-        return combine({name: part.dequantize() for name, part in self.rounded(candidate).items()})
+    def of(self, weight: Tensor) -> CovarianceFit:
+        return CovarianceFit(
+            weight, self.metric, self.percentiles, self.zero_point, judge=self.judge, output=self._output
+        )
 
-    def quantized(self, bits: int) -> Rounded:
-        """W as codes."""
+    # -- matrices -------------------------------------------------------------------------------------------
+
+    def codes(self, bits: int) -> Rounded:
         if bits not in self._rounded:
             self._rounded[bits] = self.round_rows(self.weight, self.metric.rows, bits)
         return self._rounded[bits]
+
+    def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
+        codes, quantizer, values = self.right(bits_b)
+        return self._with_left(self.weight, bits_a, Rounded(codes[:rank], quantizer.leading(rank), values[:rank]))
+
+    def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
+        """Codes of what the product leaves of W, and the product for what the codes leave of it, in turn."""
+        best: dict[str, Rounded] = {}
+        least = float("inf")
+        product = torch.zeros_like(self.weight)
+        for turn in range(TURNS):
+            left = self.weight - product
+            quantized = self.codes(bits) if turn == 0 else self.round_rows(left, self.metric.rows, bits)
+            remainder = self.weight - quantized.dequantize().double()
+            b = self.round_rows(self.metric.svd(remainder).b[:rank], self.metric.rows, bits_b)
+            parts = {"weight": quantized, **self._with_left(remainder, bits_a, b)}
+            values = {name: part.dequantize().double() for name, part in parts.items()}
+            product = values["a"] @ values["b"]
+            cost = self.metric.cost(values["weight"] + product - self.weight)
+            if cost < least:
+                best, least = parts, cost
+        return best
 
     def right(self, bits: int) -> Rounded:
         """B̂ for all ranks."""
@@ -175,8 +207,7 @@ class ClosedForm:
             quantizer, errors = refit_scale(values, hessian, quantizer, codes, norms)
             better = errors < least
             least = torch.where(better, errors, least)
-            scale = torch.where(better, quantizer.scale, best.quantizer.scale)
-            kept = RowQuantizer(scale, quantizer.zero_point, bits)
+            kept = replace(quantizer, scale=torch.where(better, quantizer.scale, best.quantizer.scale))
             best = Rounded(torch.where(better.unsqueeze(1), codes, best.codes), kept, best.values)
         return best
 
@@ -195,22 +226,50 @@ class ClosedForm:
         a = torch.cholesky_solve(weighted @ target.T, torch.linalg.cholesky(gram)).T
         return {"a": self.round_rows(a, RowHessian(gram), bits_a), "b": right}
 
-    def _with_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
-        best: dict[str, Rounded] = {}
-        least = float("inf")
-        product = torch.zeros_like(self.weight)
-        for turn in range(TURNS):
-            left = self.weight - product
-            quantized = self.quantized(bits) if turn == 0 else self.round_rows(left, self.metric.rows, bits)
-            remainder = self.weight - quantized.dequantize().double()
-            b = self.round_rows(self.metric.svd(remainder).b[:rank], self.metric.rows, bits_b)
-            parts = {"weight": quantized, **self._with_left(remainder, bits_a, b)}
-            values = {name: part.dequantize().double() for name, part in parts.items()}
-            product = values["a"] @ values["b"]
-            cost = self.metric.cost(values["weight"] + product - self.weight)
-            if cost < least:
-                best, least = parts, cost
-        return best
+    # -- costs ----------------------------------------------------------------------------------------------
+
+    def cost(self, dense: Tensor) -> float:
+        """``tr(G ΔW Σ ΔWᵀ)`` in the judging metric, per token and entry of W."""
+        return max(0.0, self.judge.cost(dense - self.weight.float())) / self.weight.numel()
+
+    def product_costs(self, widths: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
+        left = {bits: self.left_at_all_ranks(bits) for bits in widths}
+        right = {bits: self.right(bits).dequantize() for bits in widths}
+        costs = product_costs(self.weight, self.judge, left, right)
+        return {pair: cost.cpu().numpy() / self.weight.numel() for pair, cost in costs.items()}
+
+    def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:
+        """All ranks of a bit-width at the price of one decomposition of what the codes leave of W."""
+        costs = {}
+        for bits in sorted({one[0] for one in wanted}):
+            remainder = self.of(self.weight.float() - self.codes(bits).dequantize())
+            own = [one for one in wanted if one[0] == bits]
+            widths = sorted({width for _, _, *pair in own for width in pair})
+            by_pair = remainder.product_costs(widths)
+            for one in own:
+                _, rank, bits_a, bits_b = one
+                costs[one] = max(0.0, float(by_pair[bits_a, bits_b][rank - 1]))
+        return [costs[one] for one in wanted]
+
+
+def covariance_fit(weight: Tensor, folds: Sequence[Moments], settings: FitSettings) -> CovarianceFit:
+    """Closed forms of the first fold, judged on the last one (METHOD 7).
+
+    Args:
+        weight: W, ``(out_features, in_features)``.
+        folds: covariances of the layer's inputs and output gradients, one record per fold.
+        settings: percentiles and zero-points.
+    """
+    last = folds[-1]
+    return CovarianceFit(
+        weight.float(),
+        Metric(*folds[0].shrunk()),
+        settings.percentiles,
+        settings.zero_point,
+        # As it is: a direction without variance there costs nothing there.
+        judge=Metric(last.inputs, last.shrunk()[1]),
+        output=lambda: pooled(folds).shrunk()[1],
+    )
 
 
 def product_costs(

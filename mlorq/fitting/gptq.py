@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -179,4 +180,4 @@ def refit_scale(
     scale = torch.where(usable, stored, quantizer.scale)
     wide = scale.double()
     errors = (hessian.norms(weight) if norms is None else norms) + wide * (wide * power - 2 * cross)
-    return RowQuantizer(scale, quantizer.zero_point, quantizer.bits), errors
+    return replace(quantizer, scale=scale), errors

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.codecs.affine import search_quantizer, store_matrix
-from mlorq.codecs.packing import unpack_rows
-from mlorq.forms.base import Candidate, CompressedLayer
-from mlorq.forms.memory import candidate_bytes
-from mlorq.forms.modules import CompressedModule, compressed_class, get_layer, swap_module
+from mlorq.codecs.affine import Rounded
+from mlorq.codecs.base import Storage
+from mlorq.fitting.scale_search import search_quantizer
+from mlorq.forms.base import FORMS, Shape, uniform_candidate
+from mlorq.forms.modules import compressed_class, get_layer, swap_module
+from mlorq.forms.stored_layer import CompressedLayer
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,6 @@ class TableList:
 
     tables: list[str]
     skipped: list[tuple[str, str]]
-
-
-class CompressedEmbedding(CompressedModule):
-    """``y = W[i]`` from packed codes; takes the place of an ``nn.Embedding``."""
-
-    kind = "embedding"
-    float_class = nn.Embedding
-
-    def _copy_geometry(self, layer: nn.Module) -> None:
-        assert isinstance(layer, nn.Embedding)
-        self.num_embeddings, self.embedding_dim = self.weight_shape
-        self.padding_idx = layer.padding_idx
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """Rows of the table, ``(…, embedding_dim)``."""
-        if torch.compiler.is_compiling():
-            return F.embedding(indices, self.weight)
-        bits = self._matrices["weight"][2]
-        rows = indices.reshape(-1)
-        codes = unpack_rows(self.get_buffer("weight_codes")[rows], self.embedding_dim, bits).float()
-        zero_point = self.get_buffer("weight_zero_point")[rows].float().unsqueeze(1)
-        scale = self.get_buffer("weight_scale")[rows].float().unsqueeze(1)
-        return ((codes - zero_point) * scale).to(self.compute_dtype).view(*indices.shape, self.embedding_dim)
-
-    def _sizes_repr(self) -> list[str]:
-        sizes = [f"num_embeddings={self.num_embeddings}", f"embedding_dim={self.embedding_dim}"]
-        return [*sizes, f"padding_idx={self.padding_idx}"]
 
 
 def find_tables(module: nn.Module, smallest: int) -> TableList:
@@ -112,8 +85,9 @@ def quantize_table(name: str, table: nn.Embedding, bits: int, percentiles: Seque
     """
     weight = table.weight.detach().float()
     quantizer = search_quantizer(weight, bits, percentiles)
-    matrix = store_matrix(quantizer.quantize(weight), quantizer, "codes")
-    return CompressedLayer(name, Candidate("Q", bits=bits), {"weight": matrix})
+    candidate = uniform_candidate(bits)
+    (matrix,) = FORMS[candidate.form].names
+    return CompressedLayer.of_rounded(name, candidate, {matrix: Rounded.nearest(weight, quantizer)})
 
 
 def set_tables(module: nn.Module, tables: Mapping[str, CompressedLayer]) -> None:
@@ -136,7 +110,8 @@ def tables_json(found: TableList, tables: Mapping[str, CompressedLayer]) -> dict
     """What a run says of its embedding tables: those that are quantized with their bytes, and the others with why."""
     rows = []
     for name in found.tables:
-        matrix = tables[name].matrices["weight"]
-        size = candidate_bytes(tables[name].candidate, *matrix.shape, "exact", "codes")
-        rows.append({"table": name, "shape": list(matrix.shape), "bits": matrix.bits, "bytes": size})
+        table = tables[name]
+        (matrix,) = table.matrices.values()
+        size = FORMS[table.candidate.form].size(table.candidate, Shape(*matrix.shape), Storage())
+        rows.append({"table": name, "shape": list(matrix.shape), "bits": matrix.codec.bits, "bytes": size})
     return {"tables": rows, "skipped": [{"table": name, "reason": reason} for name, reason in found.skipped]}

@@ -1,9 +1,9 @@
 """Layers that compute from packed codes: ``CompressedLinear`` and ``CompressedConv2d``.
 
-A layer stores a matrix (``Q``: W), two (``LR``: A and B) or all three (``QLR``), each as packed codes with a scale
-and a zero-point a row (METHOD 1, 2). A matrix is dequantized in float32, exactly as ``QuantizedMatrix.dequantize``
-does, and then cast to the dtype of the float layer. ``A B`` runs as two products, ``(x Bᵀ) Aᵀ``; in a convolution
-as one with B's rows as kernels followed by a 1 × 1 convolution by A. A forward pass never forms the product of A and B.
+A layer stores the matrices of its form, each as the packed tensors of its codec (METHOD 1, 2). A matrix is dequantized
+in float32, exactly as ``StoredMatrix.dequantize`` does, and then cast to the dtype of the float layer. A product of
+matrices runs factor by factor, ``(x Bᵀ) Aᵀ``; in a convolution the factor that meets the input has kernels for rows,
+and those before it are 1 × 1 convolutions. A forward pass never forms a product of matrices.
 
 Stored tensors keep their dtypes through ``.half()``, ``.to(torch.bfloat16)`` and the like: what such a call
 changes is the dtype that the layer computes in.
@@ -19,21 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.codecs.packing import pack_rows, packed_columns, unpack_rows
+from mlorq.codecs.base import StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
-from mlorq.forms.base import Candidate, CompressedLayer, QuantizedMatrix, ZeroPoint, combine
-from mlorq.forms.memory import stored_matrices
-
-PARTS = ("codes", "scale", "zero_point")
-ZERO_POINT_DTYPES: dict[ZeroPoint, torch.dtype] = {"codes": torch.uint8, "int16": torch.int16}
+from mlorq.forms.base import FORMS, Candidate, Form, Shape
+from mlorq.forms.stored_layer import CompressedLayer
 
 
 class CompressedModule(nn.Module):
     """What the two compressed layers share: stored matrices in buffers, dequantized ones kept after use.
 
-    Buffers are ``weight_codes``, ``weight_scale``, ``weight_zero_point`` (``Q``), the same of ``a`` and of
-    ``b`` (``LR``), or of all three (``QLR``): uint8 ``(rows, ceil(columns bits / 8))``, float16 ``(rows,)``, uint8
-    or int16 ``(rows,)``.
+    Buffers are named by matrix and part: ``weight_codes``, ``weight_scale``, ``weight_zero_point``, or the same of
+    ``a`` and ``b``, as the form's codecs lay them out.
 
     Attributes:
         layer_name: the layer's name in the model; modules that share one weight share the name.
@@ -62,13 +58,16 @@ class CompressedModule(nn.Module):
         self.compute_dtype = weight.dtype
         self.cache = cache
         self._kept: dict[str, Tensor] = {}
-        self._matrices = stored_matrices(candidate, weight.shape[0], weight[0].numel())
-        for matrix, (rows, columns, bits) in self._matrices.items():
-            codes = torch.zeros(rows, packed_columns(columns, bits), dtype=torch.uint8, device=weight.device)
-            self.register_buffer(f"{matrix}_codes", codes)
-            self.register_buffer(f"{matrix}_scale", codes.new_ones(rows, dtype=torch.float16))
-            zero = codes.new_zeros(rows, dtype=ZERO_POINT_DTYPES[zero_point])
-            self.register_buffer(f"{matrix}_zero_point", zero)
+        self.form: Form[Any] = FORMS[candidate.form]
+        shape = Shape(weight.shape[0], weight[0].numel(), getattr(layer, "groups", 1))
+        self._matrices = self.form.matrices(candidate, shape, zero_point)
+        self._parts: dict[str, str] = {}  # buffer: dtype
+        for matrix, (rows, columns, codec) in self._matrices.items():
+            for part, (size, dtype) in codec.layout(rows, columns).items():
+                blank = torch.zeros(size, dtype=getattr(torch, dtype), device=weight.device)
+                # Scales of ones: a placeholder that was never loaded gives zeros, not denormals.
+                self.register_buffer(f"{matrix}_{part}", blank + 1 if blank.is_floating_point() else blank)
+                self._parts[f"{matrix}_{part}"] = dtype
         self.bias = None
         if bias is not None:
             assert isinstance(bias, Tensor)
@@ -94,22 +93,19 @@ class CompressedModule(nn.Module):
             ValueError: a code does not fit its bits.
         """
         name, matrices = compressed.layer, compressed.matrices
-        wide = any(matrix.zero_point.dtype == torch.int16 for matrix in matrices.values())
+        wide = any(matrix.codec.zero_point == "int16" for matrix in matrices.values())
         result = cls.placeholder(layer, name, compressed.candidate, "int16" if wide else "codes", cache=cache)
-        expected = {part: ((rows, columns), bits) for part, (rows, columns, bits) in result._matrices.items()}
-        given = {part: (matrix.shape, matrix.bits) for part, matrix in matrices.items()}
+        expected = {part: ((rows, columns), codec.bits) for part, (rows, columns, codec) in result._matrices.items()}
+        given = {part: (matrix.shape, matrix.codec.bits) for part, matrix in matrices.items()}
         if given != expected:
             raise ModelError(f"layer {name!r}: matrices (shape, bits) are {given} instead of {expected}")
         for part, matrix in matrices.items():
-            allowed = ZERO_POINT_DTYPES.values()
-            if matrix.scale.dtype != torch.float16 or matrix.zero_point.dtype not in allowed:
-                raise ModelError(
-                    f"layer {name!r}: {part} has {matrix.scale.dtype} scales and {matrix.zero_point.dtype} "
-                    f"zero-points instead of float16 and uint8 or int16"
-                )
-            result.get_buffer(f"{part}_codes").copy_(pack_rows(matrix.codes, matrix.bits))
-            result.get_buffer(f"{part}_scale").copy_(matrix.scale)
-            result.get_buffer(f"{part}_zero_point").copy_(matrix.zero_point)
+            for key, tensor in result._matrices[part].codec.pack(matrix).items():
+                buffer = result.get_buffer(f"{part}_{key}")
+                # Where one matrix has wide zero-points, all of the layer's are stored so.
+                if tensor.dtype != buffer.dtype and (tensor.dtype, buffer.dtype) != (torch.uint8, torch.int16):
+                    raise ModelError(f"layer {name!r}: {key} of {part} is {tensor.dtype} instead of {buffer.dtype}")
+                buffer.copy_(tensor)
         if compressed.bias is not None:
             if result.bias is None:
                 raise ModelError(f"layer {name!r} has no bias to be replaced")
@@ -134,23 +130,21 @@ class CompressedModule(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The layer's stored tensors by buffer name: all that its budget pays for."""
-        names = [f"{matrix}_{part}" for matrix in self._matrices for part in PARTS]
-        return {name: self.get_buffer(name) for name in names}
+        return {name: self.get_buffer(name) for name in self._parts}
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the stored tensors; ``candidate_bytes(…, "exact", …)`` of the layer."""
+        """Bytes of the stored tensors: ``Form.size`` of the candidate in ``exact`` accounting."""
         return sum(tensor.nbytes for tensor in self.stored_tensors().values())
 
-    def matrix(self, name: str) -> QuantizedMatrix:
-        """One stored matrix (``weight``, ``a`` or ``b``) with its codes unpacked."""
-        _, columns, bits = self._matrices[name]
-        return QuantizedMatrix(
-            codes=unpack_rows(self.get_buffer(f"{name}_codes"), columns, bits),
-            scale=self.get_buffer(f"{name}_scale"),
-            zero_point=self.get_buffer(f"{name}_zero_point"),
-            bits=bits,
-        )
+    def matrix(self, name: str) -> StoredMatrix:
+        """One stored matrix with its codes unpacked."""
+        _, columns, codec = self._matrices[name]
+        return codec.unpack(self._tensors(name), columns)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        prefix = f"{name}_"
+        return {key.removeprefix(prefix): self.get_buffer(key) for key in self._parts if key.startswith(prefix)}
 
     def compressed_layer(self) -> CompressedLayer:
         """The stored matrices as a record: the inverse of ``from_layer``."""
@@ -158,7 +152,7 @@ class CompressedModule(nn.Module):
         return CompressedLayer(self.layer_name, self.candidate, matrices)
 
     def dense(self, name: str) -> Tensor:
-        """One matrix (``weight``, ``a`` or ``b``) dequantized, ``(rows, columns)`` in the compute dtype."""
+        """One stored matrix dequantized, ``(rows, columns)`` in the compute dtype."""
         if torch.compiler.is_compiling():  # a traced program holds the codes, and keeps no tensor of the tracer
             return self._dequantize(name)
         kept = self._kept.get(name)
@@ -180,7 +174,7 @@ class CompressedModule(nn.Module):
         It is for code that reads a layer's weight itself (``nn.MultiheadAttention``; models that cast their
         input to the weight's dtype). Forms with factors multiply A B at every access.
         """
-        return combine({name: self.dense(name) for name in self._matrices}).view(self.weight_shape)
+        return self.form.combine({name: self.dense(name) for name in self._matrices}).view(self.weight_shape)
 
     def extra_repr(self) -> str:
         fields = ("form", "bits", "rank", "bits_a", "bits_b")
@@ -233,10 +227,12 @@ class CompressedLinear(CompressedModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
-        if not self.candidate.has_product:
-            return F.linear(inputs, self.dense("weight"), self.bias)
-        product = F.linear(F.linear(inputs, self.dense("b")), self.dense("a"), self.bias)
-        return product if self.candidate.bits is None else product + F.linear(inputs, self.dense("weight"))
+
+        def multiply(name: str, value: Tensor, last: bool) -> Tensor:
+            return F.linear(value, self.dense(name), self.bias if last else None)
+
+        result: Tensor = self.form.apply(multiply, inputs)
+        return result
 
     def _sizes_repr(self) -> list[str]:
         return [f"in_features={self.in_features}", f"out_features={self.out_features}"]
@@ -257,14 +253,16 @@ class CompressedConv2d(CompressedModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(N, in_channels, H, W)``, or without N, to the output of the float layer's shape."""
-        if not self.candidate.has_product:
-            return self._convolve(inputs, self.dense("weight").view(self.weight_shape), self.bias)
-        kernels = self.dense("b").unflatten(1, self.weight_shape[1:])  # (rank, in_channels, kh, kw)
-        mixing = self.dense("a")[:, :, None, None]  # (out_channels, rank, 1, 1)
-        product = F.conv2d(self._convolve(inputs, kernels, None), mixing, self.bias)
-        if self.candidate.bits is None:
-            return product
-        return product + self._convolve(inputs, self.dense("weight").view(self.weight_shape), None)
+        first = {term[-1] for term in self.form.terms}  # the factors that meet the input
+
+        def multiply(name: str, value: Tensor, last: bool) -> Tensor:
+            bias = self.bias if last else None
+            if name in first:
+                return self._convolve(value, self.dense(name).unflatten(1, self.weight_shape[1:]), bias)
+            return F.conv2d(value, self.dense(name)[:, :, None, None], bias)
+
+        result: Tensor = self.form.apply(multiply, inputs)
+        return result
 
     def _convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -279,6 +277,31 @@ class CompressedConv2d(CompressedModule):
         return [*shown, f"groups={self.groups}"] if self.groups != 1 else shown
 
 
+class CompressedEmbedding(CompressedModule):
+    """``y = W[i]`` from packed codes; takes the place of an ``nn.Embedding``."""
+
+    kind = "embedding"
+    float_class = nn.Embedding
+
+    def _copy_geometry(self, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.Embedding)
+        self.num_embeddings, self.embedding_dim = self.weight_shape
+        self.padding_idx = layer.padding_idx
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Rows of the table, ``(…, embedding_dim)``."""
+        if torch.compiler.is_compiling():
+            return F.embedding(indices, self.weight)
+        (name,) = self.form.names
+        _, columns, codec = self._matrices[name]
+        found = codec.dequantize_rows(self._tensors(name), indices.reshape(-1), columns)
+        return found.to(self.compute_dtype).view(*indices.shape, self.embedding_dim)
+
+    def _sizes_repr(self) -> list[str]:
+        sizes = [f"num_embeddings={self.num_embeddings}", f"embedding_dim={self.embedding_dim}"]
+        return [*sizes, f"padding_idx={self.padding_idx}"]
+
+
 # -- putting them into a model ------------------------------------------------------------------------------
 
 
@@ -288,8 +311,6 @@ def compressed_class(layer: nn.Module, name: str) -> type[CompressedModule]:
     Raises:
         ModelError: none does.
     """
-    from mlorq.forms.embedding_tables import CompressedEmbedding  # which is built on this module
-
     for cls in (CompressedLinear, CompressedConv2d, CompressedEmbedding):
         if isinstance(layer, cls.float_class):
             return cls
@@ -414,7 +435,7 @@ def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidat
         getattr(cls, method, None) is not getattr(float_class, method, None) for method in ("forward", "_conv_forward")
     ):
         return f"{cls.__name__} has a forward of its own"
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1 and candidate.has_product:
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1 and FORMS[candidate.form].has_product:
         return f"a convolution with {layer.groups} groups has no low-rank form"
     return None
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,24 +19,15 @@ from torch import Tensor, nn
 from mlorq.activations.plan import ActivationPlan
 from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
-from mlorq.forms.base import CompressedLayer
 from mlorq.forms.embedding_tables import set_tables
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, move_batch
 from mlorq.models.layers import Layer
+from mlorq.rounding.base import Progress
+from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.paired_forward import token_weights
 from mlorq.rounding.reconstruction import first_tensor, weighted_square
 from mlorq.rounding.trainable import Rates, TrainableLayer, Trained, train
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """The fields mean what they mean in ``RoundingConfig``."""
-
-    tuning: int = 150
-    tuning_rate: float = 0.005
-    scale_rate: float = 1e-3
-    bias_rate: float = 1e-4
-    seed: int = 0
 
 
 def tune(
@@ -46,9 +36,10 @@ def tune(
     layers: Sequence[tuple[Layer, CompressedLayer]],
     batches: Sequence[Any],
     settings: TuningSettings,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
     *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
     importance: Sequence[Importance] | None = None,
     activations: ActivationPlan | None = None,
     tables: Mapping[str, CompressedLayer] | None = None,
@@ -61,6 +52,7 @@ def tune(
         layers: all compressed layers, as they are rounded.
         batches: calibration samples, a batch a step; every fifth is held out.
         settings: steps and rates.
+        seed: of the order of batches.
         device: where to run.
         progress: called with (steps done, steps).
         importance: weights of the tokens of the blocks' outputs, a mapping a batch; None: all weigh the same.
@@ -84,7 +76,7 @@ def tune(
     moved = [(move_batch(batch, device, model.dtype), own) for batch, own in zip(batches, weights, strict=True)]
     objective = _Objective(model, module, blocks)
     rates = Rates(settings.tuning_rate, settings.scale_rate, settings.bias_rate)
-    return train(trainable, moved, objective, objective.of_all, rates, settings.tuning, settings.seed, progress)
+    return train(trainable, moved, objective, objective.of_all, rates, settings.tuning, seed, progress)
 
 
 class _Objective:

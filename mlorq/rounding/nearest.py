@@ -1,27 +1,37 @@
-"""Nearest rounding: every value to its closest code."""
+"""Method ``nearest``: every value to its closest code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from mlorq.fitting.hessian_fit import LayerSearch
-from mlorq.forms.base import Candidate
-from mlorq.rounding.base import RoundingResult, RoundingSettings, output_error
-from mlorq.rounding.paired_forward import InputMoments
+from mlorq.registry import Settings
+from mlorq.rounding.base import METHODS, Parts, Progress, RoundingMethod, RoundingResult, RoundingTask
 
 
-def round_nearest(
-    name: str,
-    search: LayerSearch,
-    candidate: Candidate,
-    moments: InputMoments | None,
-    settings: RoundingSettings,
-    progress: Callable[[int, int], None] | None = None,
-    bias: Tensor | None = None,
-) -> RoundingResult:
-    """Round one layer to nearest; ``moments`` only serve to report the error."""
-    layer = search.realise(name, candidate)
-    error = None if moments is None else output_error(search.weight, layer.dense().to(search.weight.device), moments)
+class Nearest(RoundingMethod[Settings]):
+    """Nearest rounding with searched scales."""
+
+    name = "nearest"
+    title = "nearest rounding"
+    settings = layer_settings = Settings
+    needs_inputs = False
+    compared = True
+    compared_activations = {"method": "uniform"}  # noqa: RUF012
+
+    def round(self, task: RoundingTask, settings: Settings, progress: Progress | None = None) -> RoundingResult:
+        return round_to_nearest(task)
+
+    def start(self, task: RoundingTask) -> Parts:
+        return {name: (part.values, part.quantizer) for name, part in task.rounded().items()}
+
+
+def round_to_nearest(task: RoundingTask) -> RoundingResult:
+    """Round one layer to nearest; moments only serve to report the error."""
+    from mlorq.forms.stored_layer import CompressedLayer
+    from mlorq.rounding.output_error import output_error
+
+    layer = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded())
+    weight = task.fit.weight
+    error = None if task.moments is None else output_error(weight, layer.dense().to(weight.device), task.moments)
     return RoundingResult(layer, error, error)
+
+
+METHODS.register(Nearest())

@@ -21,7 +21,7 @@ from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import FOLDS
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
-from mlorq.forms.base import CompressedLayer
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.layers import Layer, input_tokens
 from mlorq.models.partial_forward import Segments, enters_cleanly

@@ -6,9 +6,9 @@ the model whose earlier blocks are compressed already, against the float block's
 2102.05426, without the sigmoid) or, with ``output``, the error of the model's output when the float rest of the model
 follows.
 
-``brecq`` and ``qdrop`` are the published methods beside it: soft rounding from nearest (``soft_rounding``) with
-scales and biases as they are, and entries of the block's output weighed by squared gradients, or activations that stay
-float at random.
+``reconstruct_softly`` is what published methods do: soft rounding from nearest (``soft_rounding``) with scales and
+biases as they are, and entries of the block's output weighted by squared gradients, or activations that stay float at
+random.
 
 Whatever is learned is kept only where it lowers the loss on samples that were not trained on.
 """
@@ -16,37 +16,21 @@ Whatever is learned is kept only where it lowers the loss on samples that were n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlorq.activations.plan import quantizers_of
-from mlorq.codecs.affine import RowQuantizer, ZeroPoint
-from mlorq.forms.base import CompressedLayer
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import Layer
+from mlorq.rounding.base import Parts, Progress
+from mlorq.rounding.block import ReconstructionSettings
+from mlorq.rounding.brecq import SoftSettings
 from mlorq.rounding.paired_forward import BlockCall, PairedForward
 from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, set_hard
 from mlorq.rounding.trainable import Rates, TrainableLayer, Trained, refresh_all, train
-
-Parts = Mapping[str, tuple[Tensor, RowQuantizer]]
-
-
-@dataclass(frozen=True)
-class ReconstructionSettings:
-    """The fields mean what they mean in ``RoundingConfig``."""
-
-    iterations: int = 300
-    code_rate: float = 0.01
-    scale_rate: float = 1e-3
-    bias_rate: float = 1e-4
-    loss: Literal["block", "output"] = "block"
-    method: Literal["block", "brecq", "qdrop"] = "block"
-    drop: float = 0.0
-    soft_rate: float = 0.02
-    soft_weight: float = 0.01
-    seed: int = 0
 
 
 def reconstruct(
@@ -54,71 +38,94 @@ def reconstruct(
     block: int,
     layers: Sequence[tuple[Layer, CompressedLayer]],
     settings: ReconstructionSettings,
-    progress: Callable[[int, int], None] | None = None,
-    parts: Mapping[str, Parts] | None = None,
-    zero_point: ZeroPoint = "codes",
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Trained:
-    """Optimise the layers of one block.
+    """Optimise codes, scales, factors and biases of the layers of one block, straight through their rounding.
 
     Args:
         paired: the float model and its copy in which all layers up to this block's are compressed.
         block: index of the block.
         layers: of the block, as they are rounded.
         settings: steps and rates.
+        seed: of the order of batches and all else that is drawn.
         progress: called with (steps done, steps).
-        parts: of ``brecq`` and ``qdrop``, by layer: the float matrices that it stores, and their quantizers.
-        zero_point: where their zero-points lie.
 
     Returns:
         The layers; the copy in ``paired`` is as it was: set what is returned.
     """
-    calls = paired.block_calls(
-        block,
-        outputs=settings.loss == "output",
-        fisher=settings.method == "brecq",
-        float_inputs=settings.drop > 0,
-        seed=settings.seed,
-    )
+    calls = paired.block_calls(block, outputs=settings.loss == "output", float_inputs=settings.drop > 0, seed=seed)
     objective = _Objective(paired, block)
-    if parts is None:
-        trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
-        rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate)
-        step: Callable[[BlockCall], Tensor] = objective
-    else:
-        soft = [SoftLayer(paired.compressed, layer, one, parts[layer.name], zero_point) for layer, one in layers]
-        regulariser = Regulariser(soft, settings.iterations, settings.soft_weight)
-        trainable, rates = list(soft), Rates(settings.soft_rate, 0.0, 0.0)
+    trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
+    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate)
+    step = _dropping(paired, block, objective, settings.drop, seed)
+    return train(trainable, calls, step, _held_out(trainable, objective), rates, settings.iterations, seed, progress)
 
-        def step(call: BlockCall) -> Tensor:
-            return objective(call) + regulariser()
 
-    def held_out(batches: Sequence[BlockCall]) -> float:
+def reconstruct_softly(
+    paired: PairedForward,
+    block: int,
+    layers: Sequence[tuple[Layer, CompressedLayer]],
+    settings: SoftSettings,
+    parts: Mapping[str, Parts],
+    *,
+    seed: int = 0,
+    fisher: bool = False,
+    drop: float = 0.0,
+    progress: Progress | None = None,
+) -> Trained:
+    """Learn the rounding of a block's codes by rectified sigmoids; scales and biases stay.
+
+    Args:
+        paired, block, layers, settings, seed, progress: as for ``reconstruct``.
+        parts: by layer: the float matrices that it stores, with their quantizers.
+        fisher: weight entries of the block's output by squared gradients of the model's output (BRECQ).
+        drop: share of activations that stay float in each step (QDrop).
+    """
+    calls = paired.block_calls(block, fisher=fisher, float_inputs=drop > 0, seed=seed)
+    objective = _Objective(paired, block)
+    soft = [SoftLayer(paired.compressed, layer, compressed, parts[layer.name]) for layer, compressed in layers]
+    regulariser = Regulariser(soft, settings.iterations, settings.soft_weight)
+
+    def regularised(call: BlockCall) -> Tensor:
+        return objective(call) + regulariser()
+
+    step = _dropping(paired, block, regularised, drop, seed)
+    rates = Rates(settings.soft_rate, 0.0, 0.0)
+    return train(soft, calls, step, _held_out(soft, objective), rates, settings.iterations, seed, progress)
+
+
+def _held_out(trainable: Sequence[TrainableLayer], objective: _Objective) -> Callable[[Sequence[BlockCall]], float]:
+    """The loss of held-out batches, with the codes that soft layers come to."""
+
+    def loss(batches: Sequence[BlockCall]) -> float:
         set_hard(trainable, True)
         refresh_all(trainable)
         found = objective.of_all(batches)
         set_hard(trainable, False)
         return found
 
-    if settings.drop:
-        step = _dropping(paired, block, step, settings)
-    return train(trainable, calls, step, held_out, rates, settings.iterations, settings.seed, progress)
+    return loss
 
 
 def _dropping(
-    paired: PairedForward, block: int, step: Callable[[BlockCall], Tensor], settings: ReconstructionSettings
+    paired: PairedForward, block: int, step: Callable[[BlockCall], Tensor], share: float, seed: int
 ) -> Callable[[BlockCall], Tensor]:
     """A step in which a share of the block's input comes from the float model, and of its activations stays float.
 
     QDrop, arXiv 2203.05740: what is learned then holds for more than one pattern of quantization errors.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    if not share:
+        return step
+    generator = torch.Generator().manual_seed(seed)
     quantizers = quantizers_of(paired.block(block))
 
     def mixed(call: BlockCall) -> Tensor:
         for quantizer in quantizers:
-            quantizer.drop, quantizer.generator = settings.drop, generator
+            quantizer.drop, quantizer.generator = share, generator
         try:
-            return step(_mixed_input(call, settings.drop, generator))
+            return step(_mixed_input(call, share, generator))
         finally:
             for quantizer in quantizers:
                 quantizer.drop, quantizer.generator = 0.0, None

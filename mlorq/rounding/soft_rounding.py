@@ -7,15 +7,16 @@ falling from 20 to 2 after a fifth of the steps, draws h to 0 or 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mlorq.codecs.affine import QuantizedMatrix, RowQuantizer, ZeroPoint, store_matrix
-from mlorq.forms.base import CompressedLayer
+from mlorq.codecs.affine import QuantizedMatrix, RowQuantizer
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import Layer
-from mlorq.rounding.lra import GAMMA, ZETA
+from mlorq.rounding.base import Parts
+from mlorq.rounding.rectified_sigmoid import GAMMA, ZETA
 from mlorq.rounding.trainable import TrainableLayer
 
 BETA_START, BETA_END, WARM_UP = 20.0, 2.0, 0.2
@@ -25,12 +26,11 @@ NEARLY = 1e-3  # fractions this near to 0 or 1 still have a finite α
 class SoftMatrix:
     """One matrix with learnable rounding; the same interface as the matrices of ``mlorq.rounding.trainable``."""
 
-    def __init__(self, values: Tensor, quantizer: RowQuantizer, zero_point: ZeroPoint) -> None:
+    def __init__(self, values: Tensor, quantizer: RowQuantizer) -> None:
         scale = quantizer.scale.unsqueeze(1)
         floor = (values / scale).floor()
         fraction = (values / scale - floor).clamp(NEARLY, 1 - NEARLY)
         self.quantizer = quantizer
-        self.zero_point: ZeroPoint = zero_point
         self.base = floor + quantizer.zero_point.unsqueeze(1)
         self.top = 2**quantizer.bits - 1
         self.latent = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
@@ -49,7 +49,7 @@ class SoftMatrix:
 
     def result(self) -> QuantizedMatrix:
         codes = (self.base + (self.latent.detach() >= 0)).clamp(0, self.top)
-        return store_matrix(codes, self.quantizer, self.zero_point)
+        return self.quantizer.store(codes)
 
 
 class SoftLayer(TrainableLayer):
@@ -58,7 +58,6 @@ class SoftLayer(TrainableLayer):
     Args:
         root, layer, compressed: as for ``TrainableLayer``.
         parts: the float matrices that the layer stores, and their quantizers.
-        zero_point: where zero-points lie.
     """
 
     def __init__(
@@ -66,11 +65,10 @@ class SoftLayer(TrainableLayer):
         root: nn.Module,
         layer: Layer,
         compressed: CompressedLayer,
-        parts: Mapping[str, tuple[Tensor, RowQuantizer]],
-        zero_point: ZeroPoint,
+        parts: Parts,
     ) -> None:
         super().__init__(root, layer, compressed)
-        self.soft = {name: SoftMatrix(values, quantizer, zero_point) for name, (values, quantizer) in parts.items()}
+        self.soft = {name: SoftMatrix(values, quantizer) for name, (values, quantizer) in parts.items()}
         self.matrices = dict(self.soft)
         self.bias = None
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.codecs.affine import SMALLEST_SCALE, QuantizedMatrix
-from mlorq.forms.base import CompressedLayer, combine
+from mlorq.codecs.base import StoredMatrix
+from mlorq.forms.base import FORMS
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import Layer
 
 HELD_OUT = 5  # one batch in so many is not trained on
@@ -37,11 +39,11 @@ class Matrix(Protocol):
     def values(self) -> Tensor:
         """Dequantized, differentiable."""
 
-    def result(self) -> QuantizedMatrix:
+    def result(self) -> StoredMatrix:
         """What it is stored as."""
 
 
-class _Matrix:
+class _Affine:
     """Codes trained straight through their rounding, and scales."""
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
@@ -69,6 +71,27 @@ class _Matrix:
         return replace(self.stored, codes=codes, scale=scale)
 
 
+class _Frozen:
+    """A matrix of a codec that has nothing to train here: its values stay."""
+
+    def __init__(self, matrix: StoredMatrix, device: torch.device) -> None:
+        self.stored = matrix
+        self.dense = matrix.dequantize().to(device)
+        self.latent = nn.Parameter(torch.zeros((), device=device))  # without effect, so that optimisers take it
+        self.growth = nn.Parameter(torch.zeros((), device=device))
+
+    def values(self) -> Tensor:
+        return self.dense
+
+    def result(self) -> StoredMatrix:
+        return self.stored
+
+
+def trainable_matrix(matrix: StoredMatrix, device: torch.device) -> Matrix:
+    """A stored matrix with what can be trained of it."""
+    return _Affine(matrix, device) if isinstance(matrix, QuantizedMatrix) else _Frozen(matrix, device)
+
+
 class TrainableLayer:
     """A layer whose weight and bias are computed from what is trained, while ``attached``.
 
@@ -82,11 +105,12 @@ class TrainableLayer:
         self.module = root.get_submodule(layer.name)
         self.modules = [self.module, *(root.get_submodule(name) for name in layer.aliases)]
         self.layer = compressed
+        self.form = FORMS[compressed.candidate.form]
         weight = self.module._parameters["weight"]
         assert weight is not None
         self.shape, self.dtype = weight.shape, weight.dtype
         self.matrices: dict[str, Matrix] = {
-            name: _Matrix(matrix, weight.device) for name, matrix in compressed.matrices.items()
+            name: trainable_matrix(matrix, weight.device) for name, matrix in compressed.matrices.items()
         }
         bias = self.module._parameters.get("bias")
         own = bias is not None and not layer.aliases
@@ -94,7 +118,7 @@ class TrainableLayer:
 
     def refresh(self) -> None:
         """Compute the weight anew; the graph reaches back to what is trained."""
-        dense = combine({name: matrix.values() for name, matrix in self.matrices.items()})
+        dense = self.form.combine({name: matrix.values() for name, matrix in self.matrices.items()})
         weight = dense.reshape(self.shape).to(self.dtype)
         for module in self.modules:
             module.weight = weight

@@ -1,4 +1,4 @@
-"""Iterations of ``mlorq.rounding.lra`` as Triton kernels, for CUDA.
+"""Iterations of ``mlorq.rounding.adaptive_rounding`` as Triton kernels, for CUDA.
 
 An iteration is some dozens of operations a matrix, each a kernel too small to be worth its launch. Here it is two a
 matrix beside the products of matrices: the dequantized values, and everything from their gradient to the next α
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlorq.rounding.lra import DECAYS, EPSILON, GAMMA, ZETA, radam_scalars
+from mlorq.rounding.rectified_sigmoid import DECAYS, EPSILON, GAMMA, ZETA, radam_scalars
 
 BLOCK = 1024  # entries a program
 LEAST, STRETCH = tl.constexpr(GAMMA), tl.constexpr(ZETA - GAMMA)

@@ -1,0 +1,67 @@
+"""What forms ask of a fit: codes of a layer's weight, factors of it, both together, and what each costs locally.
+
+A fit holds what all candidates of one layer share under one metric. ``HessianFit`` is the paper's: weighted SVD,
+nearest rounding, costs weighted by the label-free Hessian. ``CovarianceFit`` has closed forms under the covariances of
+the layer's inputs and output gradients. Forms are written against this protocol and know neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mlorq.codecs.base import ZeroPoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlorq.codecs.affine import Rounded
+
+Sum = tuple[int, int, int, int]  # bits of the codes; rank, bits of A, bits of B
+
+
+class LayerFit(Protocol):
+    """The matrices of one layer's candidates under one metric.
+
+    Attributes:
+        weight: W, ``(out_features, in_features)``.
+        percentiles: upper percentiles of the ranges that scale searches try.
+        zero_point: where zero-points may lie.
+        held_out: whether it was fitted to the first fold of the calibration data, so that costs are to be measured on
+            the other one.
+    """
+
+    weight: Tensor
+    percentiles: Sequence[float]
+    zero_point: ZeroPoint
+    held_out: bool
+
+    def codes(self, bits: int) -> Rounded:
+        """W as codes."""
+
+    def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
+        """``{"a": A, "b": B}`` with ``W ≈ A B``."""
+
+    def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
+        """``{"weight": Q, "a": A, "b": B}`` with ``W ≈ Q + A B``."""
+
+    def cost(self, dense: Tensor) -> float:
+        """Local cost of Ŵ ``(out_features, in_features)`` float32."""
+
+    def product_costs(self, widths: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
+        """Local costs of ``product`` at every rank, by Gram matrices.
+
+        Returns:
+            ``{(bits_a, bits_b): (full rank,) float64}``; entry ``r - 1`` belongs to rank r.
+        """
+
+    def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:
+        """Local costs of ``codes_and_product``, in the order asked for."""
+
+    def output_metric(self) -> Tensor:
+        """G, the second moment of the output's gradients or what stands for it, ``(out_features, out_features)``."""
+
+    def of(self, weight: Tensor) -> LayerFit:
+        """The fit of another weight of the same layer under the same metric."""

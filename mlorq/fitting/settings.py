@@ -1,0 +1,37 @@
+"""What decides the matrices of one given candidate: the configuration keys that fits read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from mlorq.codecs.base import ZeroPoint
+from mlorq.registry import Settings
+
+PERCENTILES = [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0]
+
+Split = Literal["U_SV", "US_V"]
+
+
+def _rising(value: list[float]) -> list[float]:
+    if not value or any(not 0.5 < p <= 1 for p in value):
+        raise ValueError("percentiles lie in (0.5, 1]")
+    return sorted(set(value))
+
+
+Percentiles = Annotated[list[float], AfterValidator(_rising)]
+
+
+class FitSettings(Settings):
+    """How a candidate's matrices are fitted."""
+
+    metric: Literal["hessian", "moments"] = Field(
+        "hessian",
+        description="of local costs and fits: hessian, the paper's; moments, input and output-gradient covariance",
+    )
+    factor_split: Split = Field("U_SV", description="which factor carries the singular values")
+    zero_point: ZeroPoint = Field(
+        "codes", description="codes: ranges contain 0 and zero-points fit the codes; int16: the paper's"
+    )
+    percentiles: Percentiles = Field(PERCENTILES, description="upper percentiles p of the ranges (1-p, p) tried")

@@ -1,0 +1,57 @@
+"""One layer's stored matrices: what rounding gives, artifacts keep, and checkpoints pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mlorq.codecs.affine import Rounded
+from mlorq.codecs.base import StoredMatrix
+from mlorq.forms.base import FORMS, Candidate
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """One layer's stored matrices.
+
+    Attributes:
+        layer: the layer's name in the model.
+        candidate: which form, bits and rank it has.
+        matrices: by the names of the form.
+        bias: ``(out_features,)`` float32 in place of the float layer's; None: that one stays.
+    """
+
+    layer: str
+    candidate: Candidate
+    matrices: dict[str, StoredMatrix]
+    bias: Tensor | None = None
+
+    @classmethod
+    def of_rounded(cls, layer: str, candidate: Candidate, parts: Mapping[str, Rounded]) -> CompressedLayer:
+        """The stored form of rounded matrices."""
+        return cls(layer, candidate, {name: part.store() for name, part in parts.items()})
+
+    def dense(self) -> Tensor:
+        """The layer's weight ``(out_features, in_features)`` float32 as the compressed layer computes with it."""
+        values = {name: matrix.dequantize() for name, matrix in self.matrices.items()}
+        return FORMS[self.candidate.form].combine(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Unpacked tensors by name (``weight.codes``, ``a.scale`` …, ``bias``): what a ``rounded`` artifact holds."""
+        found = {
+            f"{name}.{part}": tensor
+            for name, matrix in self.matrices.items()
+            for part, tensor in matrix.tensors().items()
+        }
+        return found if self.bias is None else found | {"bias": self.bias.detach().float().cpu()}
+
+    @classmethod
+    def from_tensors(cls, layer: str, candidate: Candidate, tensors: Mapping[str, Tensor]) -> CompressedLayer:
+        """The inverse of ``tensors``."""
+        matrices = {}
+        for name, codec in FORMS[candidate.form].codecs(candidate, "codes").items():
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            matrices[name] = codec.from_tensors(own)
+        return cls(layer, candidate, matrices, tensors.get("bias"))

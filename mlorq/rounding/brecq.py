@@ -1,0 +1,88 @@
+"""Method ``brecq``: soft rounding of blocks from nearest rounding (BRECQ, arXiv 2102.05426; METHOD 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from mlorq.registry import Settings
+from mlorq.rounding.base import (
+    METHODS,
+    BatchSettings,
+    BlockReconstruction,
+    InputSettings,
+    IterationSettings,
+    Parts,
+    Progress,
+    RoundingMethod,
+    RoundingResult,
+    RoundingTask,
+)
+from mlorq.rounding.nearest import round_to_nearest
+
+if TYPE_CHECKING:
+    from mlorq.forms.stored_layer import CompressedLayer
+    from mlorq.models.layers import Layer
+    from mlorq.rounding.paired_forward import PairedForward
+    from mlorq.rounding.trainable import Trained
+
+
+class SoftSettings(IterationSettings):
+    """Soft rounding of blocks."""
+
+    soft_rate: float = Field(0.02, gt=0, description="step size of adaptive rounding")
+    soft_weight: float = Field(0.01, ge=0, description="weight of the rounding regulariser")
+
+
+class SoftBlockSettings(InputSettings, BatchSettings, SoftSettings):
+    """All keys of the method."""
+
+
+class SoftReconstruction(BlockReconstruction[SoftSettings]):
+    """Soft rounding, entries of the block's output weighted by squared gradients of the model's output."""
+
+    settings = SoftSettings
+    needs_parts = True
+    fisher: ClassVar[bool] = True
+    drop: ClassVar[float] = 0.0
+
+    def reconstruct(
+        self,
+        paired: PairedForward,
+        block: int,
+        layers: Sequence[tuple[Layer, CompressedLayer]],
+        settings: SoftSettings,
+        *,
+        seed: int,
+        parts: Mapping[str, Parts] | None = None,
+        progress: Progress | None = None,
+    ) -> Trained:
+        from mlorq.rounding.reconstruction import reconstruct_softly
+
+        assert parts is not None
+        return reconstruct_softly(
+            paired, block, layers, settings, parts, seed=seed, fisher=self.fisher, drop=self.drop, progress=progress
+        )
+
+    def passes(self, settings: Any, blocks: int) -> float:
+        return float(settings.iterations / max(1, blocks))
+
+
+class Brecq(RoundingMethod[Settings]):
+    """BRECQ."""
+
+    name = "brecq"
+    title = "BRECQ (2102.05426)"
+    settings = SoftBlockSettings
+    layer_settings = Settings
+    needs_inputs = False
+    blocks = SoftReconstruction()
+    compared = True
+
+    def round(self, task: RoundingTask, settings: Settings, progress: Progress | None = None) -> RoundingResult:
+        return round_to_nearest(task)
+
+
+METHODS.register(Brecq())

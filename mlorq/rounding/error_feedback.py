@@ -1,0 +1,117 @@
+"""Rounding in closed form from the inputs of the partly compressed model (METHOD 7).
+
+Without feedback W is rounded under ``Σ̃ = E[x̃ x̃ᵀ]`` (GPTQ, arXiv 2210.17323). With feedback W first moves to where it
+makes up for the errors of the layers before: the best float weight for inputs x̃ and the float layer's outputs is
+
+    W* = W + W C (Σ̃ + λI)⁻¹,   C = E[(x - x̃) x̃ᵀ],
+
+a ridge on the change (ERQ's activation step, arXiv 2407.06794; GPTAQ, arXiv 2504.02692). λ is chosen on folds of the
+samples, none at all (no change) among the choices. Where a layer has a bias, moments are taken about the means, and the
+bias makes up for the mean error: ``b̂ = b + W E[x] - Ŵ E[x̃]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mlorq.calibration.covariance import shrink
+from mlorq.fitting.covariance_fit import CovarianceFit, Metric
+from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.rounding.base import RoundingResult, RoundingTask
+from mlorq.rounding.output_error import output_error
+from mlorq.rounding.paired_forward import InputMoments
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of Σ̃
+LIFTS = (0.0, 1e-6, 1e-5, 1e-4)  # of the diagonal about the means, times the mean diagonal about zero
+
+
+def round_without_feedback(task: RoundingTask) -> RoundingResult:
+    """Round one layer by GPTQ under the inputs of the compressed model; the task has moments."""
+    assert task.moments is not None
+    return _result(task, fit_under(task, task.fit.weight, task.moments), task.moments)
+
+
+def round_with_feedback(task: RoundingTask) -> RoundingResult:
+    """Round one layer with error feedback, and refit its bias; the task has moments."""
+    moments, bias = task.moments, task.bias
+    assert moments is not None
+    if bias is None or moments.mean is None or moments.drift_mean is None:
+        return _with_feedback(task, moments)
+    result = _about_the_means(task, moments)
+    w = task.fit.weight.double()
+    rounded = result.layer.dense().to(w.device).double()
+    shift = (w - rounded) @ moments.mean + w @ moments.drift_mean
+    return replace(result, layer=replace(result.layer, bias=(bias.double() + shift).float().cpu()))
+
+
+def _with_feedback(task: RoundingTask, used: InputMoments) -> RoundingResult:
+    target = corrected_weight(task.fit.weight, used)
+    return _result(task, fit_under(task, target, used), used)
+
+
+def _about_the_means(task: RoundingTask, moments: InputMoments) -> RoundingResult:
+    """With moments about the means, made definite where inputs hardly vary.
+
+    There the sums' own float32 error, relative to the moments about zero, is larger than the moments about the means.
+    """
+    centred = moments.centred()
+    level = float(moments.compressed.diagonal().mean())
+    for lift in LIFTS:
+        used = centred if lift == 0 else _lifted(centred, lift * level)
+        try:
+            return _with_feedback(task, used)
+        except torch.linalg.LinAlgError:  # not positive definite
+            continue
+    return _with_feedback(task, moments)
+
+
+def _lifted(moments: InputMoments, amount: float) -> InputMoments:
+    identity = torch.eye(len(moments.compressed), dtype=torch.float64, device=moments.compressed.device)
+    folds = tuple(_lifted(fold, amount) for fold in moments.folds)
+    return replace(moments, compressed=moments.compressed + amount * identity, folds=folds)
+
+
+def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
+    """``W* = W + W C (Σ̃ + λI)⁻¹`` with the λ whose fits on either fold serve the other one best, float64.
+
+    W itself where nothing does better, or where there are no folds to tell.
+
+    Args:
+        weight: W, ``(out_features, in_features)``.
+        moments: of the layer's inputs, with their folds.
+    """
+    w = weight.double()
+    level = float(moments.compressed.diagonal().mean())
+    if len(moments.folds) < 2 or level <= 0:
+        return w
+    first, second = moments.folds
+    best, least = 0.0, sum(output_error(w, w, fold) for fold in moments.folds)
+    for ridge in RIDGES:
+        error = output_error(w, _moved(w, first, ridge * level), second)
+        error += output_error(w, _moved(w, second, ridge * level), first)
+        if error < least:
+            best, least = ridge, error
+    return _moved(w, moments, best * level) if best else w
+
+
+def _moved(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor:
+    identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+    factor = torch.linalg.cholesky(moments.compressed + ridge * identity)
+    return weight + torch.cholesky_solve((weight @ moments.drift_cross).T, factor).T
+
+
+def fit_under(task: RoundingTask, target: Tensor, moments: InputMoments) -> CovarianceFit:
+    """Closed forms of a target weight under the inputs of the compressed model."""
+    metric = Metric(shrink(moments.compressed, moments.tokens), task.output_metric())
+    return CovarianceFit(target, metric, task.fit.percentiles, task.fit.zero_point)
+
+
+def _result(task: RoundingTask, fit: CovarianceFit, moments: InputMoments) -> RoundingResult:
+    layer = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded(fit))
+    weight = task.fit.weight
+    nearest = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded())
+    before = output_error(weight, nearest.dense().to(weight.device), moments)
+    return RoundingResult(layer, before, output_error(weight, layer.dense().to(weight.device), moments))
