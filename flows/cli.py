@@ -128,6 +128,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or fsspec URL")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
+    export = commands.add_parser("export", help="turn a checkpoint into a file that other software reads")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or fsspec URL")
+    export.add_argument("--to", metavar="TARGET", help="default: the target that the ending of --output means")
+    export.add_argument("--output", required=True, metavar="PATH", help="file or folder to write, or its fsspec URL")
+    export.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="an option of the target (the value is YAML); may be given several times",
+    )
+    export.add_argument("--json", action="store_true", help="print one JSON object")
+
     runs = commands.add_parser("runs", help="finished runs in a store")
     runs.add_argument("config", nargs="?", metavar="CONFIG", help="configuration that names the store")
     runs.add_argument("--store", metavar="URL", help="the store itself")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say
 from mlorq.artifacts.locations import resolve_location
 from mlorq.artifacts.transfer import hide_password
-from mlorq.errors import MlorqError, StoreError
+from mlorq.errors import ConfigError, MlorqError, StoreError
 
 if TYPE_CHECKING:
     from mlorq.artifacts.store import ArtifactRef, Store
@@ -99,6 +99,28 @@ def inspect(arguments: argparse.Namespace) -> Finish:
             print_json(info)
         else:
             print_checkpoint(info, console())
+        return 0
+
+    return finish
+
+
+def export(arguments: argparse.Namespace) -> Finish:
+    """Turn a checkpoint into files of another kind."""
+    import yaml
+
+    from mlorq.export_targets import export as write
+
+    try:
+        options = {key: yaml.safe_load(text) for key, text in arguments.option}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--option: {' '.join(str(error).split())}") from None
+    files = write(arguments.checkpoint, arguments.output, arguments.to, **options)
+
+    def finish() -> int:
+        if arguments.json:
+            print_json({"checkpoint": arguments.checkpoint, "files": files})
+        else:
+            print("\n".join(files))
         return 0
 
     return finish

@@ -13,13 +13,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompressionResult", "__version__", "compress", "load"]
+__all__ = ["CompressionResult", "__version__", "compress", "export", "load"]
 
 if TYPE_CHECKING:
     from mlorq.checkpoint.io import load
+    from mlorq.export_targets import export
     from steps.api import CompressionResult, compress
 
-_HOMES = {"compress": "steps.api", "CompressionResult": "steps.api", "load": "mlorq.checkpoint.io"}
+_HOMES = {
+    "compress": "steps.api",
+    "CompressionResult": "steps.api",
+    "export": "mlorq.export_targets",
+    "load": "mlorq.checkpoint.io",
+}
 
 
 def __getattr__(name: str) -> Any:

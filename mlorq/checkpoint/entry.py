@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlorq.codecs.affine import ZERO_POINT_DTYPES
 from mlorq.codecs.base import ZeroPoint
@@ -49,6 +50,19 @@ class LayerEntry:
             for name, (rows, columns, codec) in self._matrices().items()
             for part in codec.layout(rows, columns)
         ]
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight in the float layer's shape, in the dtype in which the layer computes.
+
+        Args:
+            tensors: the stored tensors by their names in the state dict.
+        """
+        form, values = FORMS[self.candidate.form], {}
+        for name, (_, columns, codec) in self._matrices().items():
+            prefix = f"{self.layer}.{name}_"
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            values[name] = codec.unpack(own, columns).dequantize().to(dtype_of(self.dtype))
+        return form.combine(values).reshape(self.shape)
 
     def to_json(self) -> dict[str, Any]:
         values = {**asdict(self), **asdict(self.candidate)}

@@ -39,6 +39,11 @@ def rest_by_kind(tensors: Mapping[str, TensorSize]) -> dict[str, int]:
     return found
 
 
+def is_activation_quantizer(name: str) -> bool:
+    """Whether a tensor belongs to a quantizer of activations."""
+    return any(word in name for word in QUANTIZERS)
+
+
 def _is_norm(name: str, size: TensorSize) -> bool:
     last = name.rpartition(".")[2]
     return last == "running_mean" or (last == "weight" and len(size.shape) == 1)
@@ -46,7 +51,7 @@ def _is_norm(name: str, size: TensorSize) -> bool:
 
 def _kind(name: str, size: TensorSize, norms: set[str]) -> str:
     path, _, last = name.rpartition(".")
-    if any(word in name for word in QUANTIZERS):
+    if is_activation_quantizer(name):
         return "activation_quantizers"
     if path in norms:
         return "norms"

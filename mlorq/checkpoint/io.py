@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.store import put_file
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
-from mlorq.checkpoint.float_sizes import TensorSize, rest_by_kind
+from mlorq.checkpoint.float_sizes import TensorSize, is_activation_quantizer, rest_by_kind
 from mlorq.checkpoint.format import CONFIG, FORMAT_VERSION, TENSORS, sizes_of, tensor_state
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms.modules import (
@@ -77,10 +77,7 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
         from mlorq.models import rebuild
 
         module = rebuild(config["architecture"])
-    try:
-        tensors = safetensors.torch.load(_read(location, TENSORS))
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
+    tensors = _read_tensors(location)
     try:
         for entry in entries:
             _install(module, entry)
@@ -90,6 +87,32 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
     except (CheckpointError, ModelError) as error:
         raise CheckpointError(f"checkpoint {location}: {error}") from error
     return module.to(device).eval()
+
+
+def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
+    """The state dict of the float architecture with dense weights, from the files alone: no module is built.
+
+    Returns:
+        The tensors by name, in the dtype in which each layer computes, and whether quantizers of activations were left
+        out.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged; it names the file, layer or tensor at fault.
+    """
+    config, entries = _read_config(location)
+    tensors = _read_tensors(location)
+    state: dict[str, Tensor] = {}
+    for entry in entries:
+        lacking = [name for name in entry.tensor_names(entry.layer) if name not in tensors]
+        if lacking:
+            raise CheckpointError(f"checkpoint {location}: {TENSORS} lacks tensor {lacking[0]!r}")
+        dense = entry.dense({name: tensors.pop(name) for name in entry.tensor_names(entry.layer)})
+        for path in (entry.layer, *entry.aliases):
+            state[f"{path}.weight"] = dense.clone()
+    rest = {name: tensors[stored] for name, stored in config["aliases"].items() if stored in tensors}
+    state |= tensors | {name: value.clone() for name, value in rest.items()}
+    found = {name: value for name, value in state.items() if not is_activation_quantizer(name)}
+    return found, len(found) < len(state) or bool(config.get("activations"))
 
 
 def inspect(location: Location) -> dict[str, Any]:
@@ -186,6 +209,14 @@ def _fill(
         if name in config["buffers"]:  # not stored, but cast with the model that was saved
             buffer.data = buffer.data.to(dtype_of(config["buffers"][name]))
     module.load_state_dict(given, strict=True)
+
+
+def _read_tensors(location: Location) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = safetensors.torch.load(_read(location, TENSORS))
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
+    return found
 
 
 def _read_config(location: Location) -> tuple[dict[str, Any], list[LayerEntry]]:

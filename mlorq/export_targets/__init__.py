@@ -1,0 +1,6 @@
+"""Export targets: files in which other software reads or runs a compressed model. One file each, in ``TARGETS``."""
+
+from mlorq.export_targets import dense as dense  # imported to be registered
+from mlorq.export_targets.base import TARGETS, ExportTarget, export
+
+__all__ = ["TARGETS", "ExportTarget", "export"]
