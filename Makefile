@@ -20,10 +20,11 @@ test-long: setup-dev ## only the tests marked long
 test test-long: export PREFECT_SERVER_ANALYTICS_ENABLED = false
 test test-long: export DO_NOT_TRACK = 1
 
-check: setup-dev ## lint, format check, types
+check: setup-dev ## lint, format check, types, arrows between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup-dev ## format the code and apply the linter's safe fixes
 	$(BIN)/ruff check --fix-only .

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mlorq.activations import ActivationPlan
 from mlorq.artifacts.hashing import digest_json
-from mlorq.artifacts.schemas import layers_from_table
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.calibration.covariance import moments_of_tensors
 from mlorq.calibration.token_importance import importance_of_tensors, leaders
@@ -38,7 +37,7 @@ from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models import load_model
 from mlorq.models.base import FloatModel, check_weights, fold_batches, split_batches
-from mlorq.models.layers import Layer, LayerList, weight_matrix
+from mlorq.models.layers import Layer, LayerList, layers_from_table, weight_matrix
 from mlorq.rounding.paired_forward import PairedForward
 
 

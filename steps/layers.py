@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mlorq.artifacts.schemas import layers_table
 from mlorq.artifacts.store import json_bytes, table_bytes
-from mlorq.models.layers import LayerList, find_layers
+from mlorq.models.layers import LayerList, find_layers, layers_table
 from steps.base import Progress, Step, StepSpec
 from steps.context import Workbench
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
-
-from mlorq.models.layers import Layer
 
 LAYERS = pa.schema(
     [
@@ -54,29 +50,6 @@ ALLOCATION = pa.schema(
         ("global_cost", pa.float64()),
     ]
 )
-
-
-def layers_table(layers: Iterable[Layer]) -> pa.Table:
-    """Layers as a table with the ``LAYERS`` schema."""
-    rows = []
-    for layer in layers:
-        row: dict[str, Any] = asdict(layer)
-        row["layer"] = row.pop("name")
-        row["params"] = layer.params
-        row["aliases"] = list(layer.aliases)
-        rows.append(row)
-    return pa.Table.from_pylist(rows, schema=LAYERS)
-
-
-def layers_from_table(table: pa.Table) -> list[Layer]:
-    """The inverse of ``layers_table``."""
-    layers = []
-    for row in table.to_pylist():
-        row["name"] = row.pop("layer")
-        row["aliases"] = tuple(row["aliases"])
-        del row["params"]
-        layers.append(Layer(**row))
-    return layers
 
 
 def matrix_table(values: Tensor, column: str, index: Mapping[str, Tensor], dtype: pa.DataType) -> pa.Table:

@@ -8,14 +8,16 @@ and shared inputs are observed and not guessed, so they hold for any module.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlorq.artifacts.schemas import LAYERS
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.blocks import detect_blocks
@@ -77,6 +79,29 @@ class LayerList:
 
     def __getitem__(self, name: str) -> Layer:
         return next(layer for layer in self.layers if layer.name == name)
+
+
+def layers_table(layers: Iterable[Layer]) -> pa.Table:
+    """Layers as a table with the ``LAYERS`` schema."""
+    rows = []
+    for layer in layers:
+        row: dict[str, Any] = asdict(layer)
+        row["layer"] = row.pop("name")
+        row["params"] = layer.params
+        row["aliases"] = list(layer.aliases)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=LAYERS)
+
+
+def layers_from_table(table: pa.Table) -> list[Layer]:
+    """The inverse of ``layers_table``."""
+    layers = []
+    for row in table.to_pylist():
+        row["name"] = row.pop("layer")
+        row["aliases"] = tuple(row["aliases"])
+        del row["params"]
+        layers.append(Layer(**row))
+    return layers
 
 
 def is_compressible(module: nn.Module) -> bool:
