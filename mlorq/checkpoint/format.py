@@ -30,7 +30,7 @@ from mlorq.checkpoint.entry import LayerEntry, dtype_name
 from mlorq.checkpoint.float_sizes import TensorSize
 from mlorq.codecs.base import FLOAT_BYTES, Accounting, Storage
 from mlorq.errors import CheckpointError
-from mlorq.forms.base import FORMS, Form, Shape, uniform_candidate
+from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import CompressedModule, compressed_class, get_layer, shared_names
 
 FORMAT_VERSION = 1
@@ -40,6 +40,7 @@ EMBEDDING = "embedding"  # kind of an entry that is a table and no layer of the 
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
 HASH_KEYS = ("model", "calibration", "configuration")
+MOST = 10**15  # as long as any number of bytes
 
 
 def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[str, bytes]:
@@ -105,47 +106,60 @@ def rest_upper_bound(
         # Only one and the same parameter stays shared when a module is moved.
         if state[name] is not state[stored] or not isinstance(state[name], nn.Parameter):
             rest[name] = state[name]
-
-    most = 10**15
+    entries = [_longest_entry(module, name, further) for name, (_, *further) in names.items()]
+    quantized = [_table_entry(module, name, bits) for name, bits in (tables or {}).items()]
+    unpaid = sum(entry.bytes for entry in quantized)
+    if accounting == "paper":
+        unpaid += sum(_unpaid(entry) for entry in entries)
+    entries += quantized
     shapes = {name: list(tensor.shape) for name, tensor in rest.items()}
-    entries, unpaid = [], 0
-    for name, (_, *further) in names.items():
-        layer = get_layer(module, name)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        shape = Shape(weight.shape[0], weight[0].numel())
-        forms = [form for form in FORMS if form.serves(shape)]
-        kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
-        described = [
-            LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, most, tuple(further))
-            for form in forms
-        ]
-        entry = max(described, key=_described_bytes)
-        entries.append(entry)
-        shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
-        if accounting == "paper":
-            unpaid += max(_unpaid(form, shape) for form in forms)
-    for name, bits in (tables or {}).items():
-        weight = get_layer(module, name).weight
-        assert isinstance(weight, Tensor)
-        candidate = uniform_candidate(bits)
-        size = FORMS[candidate.form].size(candidate, Shape(weight.shape[0], weight.shape[1]), Storage())
-        entry = LayerEntry(name, EMBEDDING, tuple(weight.shape), candidate, "codes", dtype_name(weight.dtype), size, ())
-        entries.append(entry)
-        shapes |= {tensor: [weight.numel(), weight.numel()] for tensor in entry.tensor_names(name)}
-        unpaid += size
-    # The longest dtype name, the largest offsets; 8 bytes of length and at most 7 blanks for alignment.
+    for entry in entries:
+        numbers = torch.Size(entry.shape).numel()
+        shapes |= {tensor: [numbers, numbers] for tensor in entry.tensor_names(entry.layer)}
+    header = _header_bound(shapes)
+    config = _config_bytes(
+        module, entries, aliases, dict.fromkeys(sizes_of(entries, 0, 0), MOST), _longest(description)
+    )
+    return sum(tensor.nbytes for tensor in rest.values()) + unpaid + header + len(config) + extra_bytes
+
+
+def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> LayerEntry:
+    """The longest description that a layer may get, whatever form it takes."""
+    layer = get_layer(module, name)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
+    shape = Shape(weight.shape[0], weight[0].numel())
+    entries = [
+        LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, MOST, tuple(further))
+        for form in FORMS
+        if form.serves(shape)
+    ]
+    return max(entries, key=_described_bytes)
+
+
+def _table_entry(module: nn.Module, name: str, bits: int) -> LayerEntry:
+    """The description of an embedding table."""
+    weight = get_layer(module, name).weight
+    assert isinstance(weight, Tensor)
+    candidate = uniform_candidate(bits)
+    size = FORMS[candidate.form].size(candidate, Shape(weight.shape[0], weight.shape[1]), Storage())
+    return LayerEntry(name, EMBEDDING, tuple(weight.shape), candidate, "codes", dtype_name(weight.dtype), size, ())
+
+
+def _header_bound(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Most bytes of the header of ``model.safetensors``: longest dtype, largest offsets, length and alignment."""
     tensors = {
-        name: {"dtype": "F8_E5M2FNUZ", "shape": shape, "data_offsets": [most, most]} for name, shape in shapes.items()
+        name: {"dtype": "F8_E5M2FNUZ", "shape": shape, "data_offsets": [MOST, MOST]} for name, shape in shapes.items()
     }
-    header = len(json.dumps(tensors, separators=(",", ":"), ensure_ascii=False).encode()) + 8 + 7
-    sizes = dict.fromkeys(sizes_of(entries, 0, 0), most)
-    budget = {"asked": "x" * 32, "budget_bytes": most, "accounting": "exact"}
-    budget |= description.get("budget") or {}
+    return len(json.dumps(tensors, separators=(",", ":"), ensure_ascii=False).encode()) + 8 + 7
+
+
+def _longest(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description with everything that is not known yet as long as it can be."""
+    budget = {"asked": "x" * 32, "budget_bytes": MOST, "accounting": "exact"} | (description.get("budget") or {})
     hashes = dict.fromkeys(HASH_KEYS, "x" * 64) | (description.get("hashes") or {})
-    known = {**description, "budget": budget, "hashes": hashes}
-    config = len(_config_bytes(module, entries, aliases, sizes, known))
-    return sum(tensor.nbytes for tensor in rest.values()) + unpaid + header + config + extra_bytes
+    return {**description, "budget": budget, "hashes": hashes}
 
 
 def _described_bytes(entry: LayerEntry) -> int:
@@ -153,12 +167,18 @@ def _described_bytes(entry: LayerEntry) -> int:
     return len(json.dumps(entry.to_json())) + sum(len(name) + 100 for name in entry.tensor_names(entry.layer))
 
 
-def _unpaid(form: Form[Any], shape: Shape) -> int:
-    """Most bytes of a layer in some form that ``paper`` does not count; ranks end at ``min(m, n)``."""
-    largest = form.largest(shape)
-    if largest.rank is not None:
-        largest = replace(largest, rank=min(shape.out_features, shape.in_features))
-    return sum(codec.unpaid(rows, columns) for rows, columns, codec in form.matrices(largest, shape).values())
+def _unpaid(entry: LayerEntry) -> int:
+    """Most bytes of a layer in any form that ``paper`` does not count; ranks end at ``min(m, n)``."""
+    shape = Shape(*entry.matrix_shape)
+    most = 0
+    for form in FORMS:
+        if form.serves(shape):
+            largest = form.largest(shape)
+            if largest.rank is not None:
+                largest = replace(largest, rank=min(entry.matrix_shape))
+            matrices = form.matrices(largest, shape).values()
+            most = max(most, sum(codec.unpaid(rows, columns) for rows, columns, codec in matrices))
+    return most
 
 
 def float_rest(

@@ -174,33 +174,14 @@ def _fill(
 ) -> None:
     """Load the tensors into a model with compressed layers; all must be there, and nothing else."""
     quantized = {name for entry in entries for name in entry.tensor_names(entry.layer)}
-    stored_as = dict(config["aliases"])
-    for entry in entries:
-        for path in entry.aliases:
-            stored_as |= dict(zip(entry.tensor_names(path), entry.tensor_names(entry.layer), strict=True))
-    given = dict(tensors) | {name: tensors[stored] for name, stored in stored_as.items() if stored in tensors}
+    given = _named_tensors(tensors, entries, config["aliases"])
     expected = tensor_state(module)
-    for problem, names in (
-        ("lacks tensors that the model has", set(expected) - set(given)),
-        ("has tensors that the model lacks", set(given) - set(expected)),
-    ):
-        if names:
-            shown = ", ".join(repr(name) for name in sorted(names)[:5]) + (", …" if len(names) > 5 else "")
-            raise CheckpointError(f"{TENSORS} {problem}: {shown}")
+    _require_names("lacks tensors that the model has", set(expected) - set(given))
+    _require_names("has tensors that the model lacks", set(given) - set(expected))
     held: dict[int, Tensor] = {}
     for name, target in expected.items():
         value = given[name]
-        first = held.setdefault(id(target), value)
-        floating = value.is_floating_point() and target.is_floating_point()
-        fault = None
-        if value.shape != target.shape:
-            fault = f"has shape {tuple(value.shape)}, the model's {tuple(target.shape)}"
-        elif value.dtype != target.dtype and (not floating or name in quantized):
-            fault = f"is {value.dtype}, the model's {target.dtype}"
-        elif name in quantized and floating and not (value.isfinite() & (value > 0)).all():
-            fault = "holds scales that are not positive and finite"
-        elif first is not value and not torch.equal(first, value):
-            fault = "is shared in the model but not in the checkpoint"
+        fault = _fault(value, target, held.setdefault(id(target), value), is_quantized=name in quantized)
         if fault:
             raise CheckpointError(f"tensor {name!r} {fault}")
         if value.dtype != target.dtype:
@@ -209,6 +190,37 @@ def _fill(
         if name in config["buffers"]:  # not stored, but cast with the model that was saved
             buffer.data = buffer.data.to(dtype_of(config["buffers"][name]))
     module.load_state_dict(given, strict=True)
+
+
+def _named_tensors(
+    tensors: Mapping[str, Tensor], entries: Sequence[LayerEntry], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Stored tensors by all names that they have in the model."""
+    stored_as = dict(aliases)
+    for entry in entries:
+        for path in entry.aliases:
+            stored_as |= dict(zip(entry.tensor_names(path), entry.tensor_names(entry.layer), strict=True))
+    return dict(tensors) | {name: tensors[stored] for name, stored in stored_as.items() if stored in tensors}
+
+
+def _require_names(problem: str, names: set[str]) -> None:
+    if names:
+        shown = ", ".join(repr(name) for name in sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+        raise CheckpointError(f"{TENSORS} {problem}: {shown}")
+
+
+def _fault(value: Tensor, target: Tensor, first: Tensor, *, is_quantized: bool) -> str | None:
+    """Why a stored tensor does not fit the model's; ``first`` is the first one stored for the same tensor there."""
+    floating = value.is_floating_point() and target.is_floating_point()
+    if value.shape != target.shape:
+        return f"has shape {tuple(value.shape)}, the model's {tuple(target.shape)}"
+    if value.dtype != target.dtype and (not floating or is_quantized):
+        return f"is {value.dtype}, the model's {target.dtype}"
+    if is_quantized and floating and not (value.isfinite() & (value > 0)).all():
+        return "holds scales that are not positive and finite"
+    if first is not value and not torch.equal(first, value):
+        return "is shared in the model but not in the checkpoint"
+    return None
 
 
 def _read_tensors(location: Location) -> dict[str, Tensor]:

@@ -96,24 +96,16 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
     results = sorted(results, key=lambda result: (result["bytes"], result["nmse"]))
     unit, scale = next(item for item in _UNITS if results[-1]["bytes"] >= item[1] or item[1] == 1)
     metric = next((result["metric"] for result in results if result["metric"]), None)
-    figure, axes = plt.subplots(
-        1, 1 if metric is None else 2, figsize=(6 if metric is None else 11.5, 4.2), squeeze=False
-    )
-    panels: list[tuple[Any, str, list[float]]] = []
+    nmse = [_number(result["nmse"]) for result in results]
+    panels = {"output NMSE": nmse}
     if metric is not None:
-        values = [_number((result["metric"] or {}).get("compressed")) for result in results]
-        panels.append((axes[0, 0], metric["name"], values))
-        if metric["float"] is not None:
-            label = f"float32 model: {metric['float']:.4g} at {results[0]['float_bytes'] / scale:,.3g} {unit}"
-            axes[0, 0].axhline(metric["float"], color="0.35", linestyle="--", linewidth=1, label=label)
-            axes[0, 0].legend(loc="best", fontsize=8)
-    panels.append((axes[0, -1], "output NMSE", [_number(result["nmse"]) for result in results]))
-    nmse = np.array([result["nmse"] for result in results])
-    front = np.flatnonzero(pareto_front(nmse, np.array([result["bytes"] for result in results])))
+        panels = {metric["name"]: [_number((result["metric"] or {}).get("compressed")) for result in results]} | panels
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 if metric is None else 11.5, 4.2), squeeze=False)
+    front = np.flatnonzero(pareto_front(np.array(nmse), np.array([result["bytes"] for result in results])))
     size = [result["bytes"] / scale for result in results]
-    for axis, name, values in panels:
+    colours = [MARKED if result["run"] == highlight else PLAIN for result in results]
+    for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
         axis.plot([size[i] for i in front], [values[i] for i in front], color="0.75", linewidth=1, zorder=1)
-        colours = [MARKED if result["run"] == highlight else PLAIN for result in results]
         axis.scatter(size, values, color=colours, s=28, zorder=2)
         for x, y, result in zip(size, values, results, strict=True):
             if np.isfinite(y):
@@ -121,7 +113,11 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
         axis.set_xlabel(f"{unit} of the compressible layers (float32: {results[0]['float_bytes'] / scale:,.3g} {unit})")
         axis.set_ylabel(name)
         axis.margins(x=0.12, y=0.12)
-    if all(value > 0 for value in panels[-1][2]):
+    if metric is not None and metric["float"] is not None:
+        label = f"float32 model: {metric['float']:.4g} at {results[0]['float_bytes'] / scale:,.3g} {unit}"
+        axes[0, 0].axhline(metric["float"], color="0.35", linestyle="--", linewidth=1, label=label)
+        axes[0, 0].legend(loc="best", fontsize=8)
+    if all(value > 0 for value in nmse):
         axes[0, -1].set_yscale("log")
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()

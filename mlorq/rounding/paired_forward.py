@@ -82,6 +82,36 @@ def _averaged(sums: dict[str, Tensor], tokens: float, folds: tuple[InputMoments,
     )
 
 
+class _FoldSums:
+    """Sums of one fold's products, float64."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        shapes = ((size, size),) * 3 + ((size,),) * 2
+        self.sums = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device)
+            for name, shape in zip(FIELDS, shapes, strict=True)
+        }
+        self.tokens = 0.0
+
+    def add(self, float_inputs: Tensor, own_inputs: Tensor, weights: Tensor | None) -> None:
+        """Add tokens ``(tokens, size)``, weighted ``(tokens, 1)``."""
+        y, drift = own_inputs, float_inputs - own_inputs
+        own, lost = (y, drift) if weights is None else (weights * y, weights * drift)
+        products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
+        for field, product in zip(FIELDS, products, strict=True):
+            self.sums[field] += product.double()
+        self.tokens += len(y) if weights is None else float(weights.double().sum())
+
+
+def _fold_part(values: Sequence[Tensor | None], mask: Tensor | None, start: int) -> list[Any]:
+    """The tokens of a fold's samples, flat, of several tensors ``(samples, tokens, …)``; None stays None."""
+    part = slice(start, None, FOLDS)
+    if mask is None:
+        return [None if value is None else value[part].flatten(0, 1) for value in values]
+    chosen = mask[part]
+    return [None if value is None else value[part][chosen] for value in values]
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """One batch at the entry of a block of the compressed model, and what is aimed at.
@@ -175,46 +205,24 @@ class PairedForward:
             return self._last[1]
         self._advance(layer.block)
         module = self.model.module.get_submodule(layer.name)
-        size = layer.in_features
-        shapes = ((size, size),) * 3 + ((size,),) * 2
         device = next(self.model.module.parameters()).device
-        folds = [
-            {
-                name: torch.zeros(shape, dtype=torch.float64, device=device)
-                for name, shape in zip(FIELDS, shapes, strict=True)
-            }
-            for _ in range(FOLDS)
-        ]
-        tokens = [0.0] * FOLDS
+        folds = [_FoldSums(layer.in_features, device) for _ in range(FOLDS)]
         first, several = 0, False
         name = self._leaders.get(layer.name, layer.name)
         for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
             samples = batch_samples(batch)
-            mask = self.model.token_mask(batch)
             float_tokens = self._tokens(module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples)
             own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
-            mask = counting(mask, own_tokens)
+            mask = counting(self.model.token_mask(batch), own_tokens)
             several = several or own_tokens.shape[1] > 1
             weights = importance.get(name)
             weights = None if weights is None else weights.to(device).unsqueeze(-1)
             for fold, sums in enumerate(folds):
-                part = slice((fold - first) % FOLDS, None, FOLDS)
-                chosen = None if mask is None else mask[part]
-                x, y, weight = (
-                    None if values is None else values[part].flatten(0, 1) if chosen is None else values[part][chosen]
-                    for values in (float_tokens, own_tokens, weights)
-                )
-                assert x is not None and y is not None  # noqa: PT018
-                drift = x - y
-                own, lost = (y, drift) if weight is None else (weight * y, weight * drift)
-                products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
-                for field, product in zip(FIELDS, products, strict=True):
-                    sums[field] += product.double()
-                tokens[fold] += len(y) if weight is None else float(weight.double().sum())
+                sums.add(*_fold_part((float_tokens, own_tokens, weights), mask, (fold - first) % FOLDS))
             first += samples
-        parts = tuple(_averaged(sums, count) for sums, count in zip(folds, tokens, strict=True) if count)
-        both = {name: sum((sums[name] for sums in folds[1:]), folds[0][name]) for name in FIELDS}
-        moments = replace(_averaged(both, sum(tokens), parts), has_tokens=several)
+        parts = tuple(_averaged(fold.sums, fold.tokens) for fold in folds if fold.tokens)
+        both = {name: sum((fold.sums[name] for fold in folds[1:]), folds[0].sums[name]) for name in FIELDS}
+        moments = replace(_averaged(both, sum(fold.tokens for fold in folds), parts), has_tokens=several)
         self._last = (layer.input_group, moments)
         return moments
 
