@@ -54,14 +54,17 @@ def composed(base: type[Section], items: Iterable[Named], replaced: Mapping[str,
     Args:
         base: its fixed part.
         items: the implementations whose keys it has, after its own.
-        replaced: other types of fixed keys, such as the choices of a name.
+        replaced: other types of fixed keys, such as the choices of a name. ``Annotated[…, Field(description=…)]``
+            describes a key that the fixed part leaves without a description.
 
     Raises:
         ValueError: two implementations, or one and the fixed part, define a key differently.
     """
     fields: dict[str, Any] = {}
     for name, annotation in (replaced or {}).items():
-        fields[name] = (annotation, base.model_fields[name])
+        info = base.model_fields[name]
+        limits = Annotated[(annotation, *info.metadata)] if info.metadata else annotation
+        fields[name] = (limits, _described(info, info.description))
     for name, (info, about) in keys_of(items, base).items():
         fields[name] = (limited(info), _described(info, about))
     made: type[Section] = create_model(base.__name__, __base__=base, __doc__=base.__doc__, **fields)
@@ -110,11 +113,13 @@ def default_of(info: FieldInfo) -> Any:
     return info.get_default(call_default_factory=True)
 
 
-def _described(info: FieldInfo, about: str) -> Any:
+def _described(info: FieldInfo, about: str | None) -> Any:
+    """A new field with the default of another; without ``about`` its annotation may describe it."""
+    description: dict[str, Any] = {} if about is None else {"description": about}
     if info.default_factory is not None:
         factory: Callable[[], Any] = info.default_factory  # type: ignore[assignment]
-        return Field(default_factory=factory, description=about)
-    return Field(info.default, description=about)
+        return Field(default_factory=factory, **description)
+    return Field(info.default, **description)
 
 
 def _require_same(key: str, info: FieldInfo, other: FieldInfo, name: str, owner: str) -> None:

@@ -7,21 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mlorq.activations.method import ACTIVATION_METHODS
+from mlorq.activations.settings import ActivationSettings
+from mlorq.config.compose import Choice, choices, composed
 from mlorq.config.presets import PERCENTILES
+from mlorq.field_types import Percentiles, distinct_bit_widths
 from mlorq.registry import Settings
 
 Sensitivity = Literal["measured", "auto", "closed_form", "local"]
 RoundingMethod = Literal["nearest", "gptq", "closed_form", "block", "lra", "erq", "brecq", "qdrop"]
 Accounting = Literal["exact", "paper"]
 Cost = Literal["nmse", "kl", "task"]
-
-
-def _bit_widths(value: list[int]) -> list[int]:
-    if any(not 2 <= bits <= 8 for bits in value):
-        raise ValueError("bit-widths are whole numbers from 2 to 8")
-    if len(set(value)) != len(value):
-        raise ValueError("bit-widths must differ")
-    return sorted(value)
 
 
 class ModelConfig(Settings):
@@ -155,12 +151,6 @@ class DataConfig(Settings):
         return self
 
 
-def _checked_percentiles(value: list[float]) -> list[float]:
-    if not value or any(not 0.5 < p <= 1 for p in value):
-        raise ValueError("percentiles lie in (0.5, 1]")
-    return sorted(set(value))
-
-
 class LayerConfig(Settings):
     """Candidates of single layers (a value of ``search.layers``); what is null is as in ``search``."""
 
@@ -177,7 +167,7 @@ class LayerConfig(Settings):
     @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
     @classmethod
     def _check_bits(cls, value: list[int] | None) -> list[int] | None:
-        return None if value is None else _bit_widths(value)
+        return None if value is None else distinct_bit_widths(value)
 
     @model_validator(mode="after")
     def _check(self) -> LayerConfig:
@@ -210,7 +200,7 @@ class SearchConfig(Settings):
     zero_point: Literal["codes", "int16"] = Field(
         "codes", description="codes: ranges contain 0 and zero-points fit the codes; int16: the paper's"
     )
-    percentiles: list[float] = Field(
+    percentiles: Percentiles = Field(
         PERCENTILES,
         description="upper percentiles p of the ranges (1-p, p) tried",
     )
@@ -256,9 +246,7 @@ class SearchConfig(Settings):
     @field_validator("bits", "factor_bits", "sum_bits", "sum_factor_bits")
     @classmethod
     def _check_bits(cls, value: list[int]) -> list[int]:
-        return _bit_widths(value)
-
-    _check_percentiles = field_validator("percentiles")(_checked_percentiles)
+        return distinct_bit_widths(value)
 
     @model_validator(mode="after")
     def _check(self) -> SearchConfig:
@@ -305,59 +293,11 @@ class RoundingConfig(Settings):
     )
 
 
-# Bit operations a sample: those of one width of weights and one of activations everywhere, or a number of them.
-_NUMBER = r"0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*"
-COMPUTE = re.compile(
-    rf"(?P<weights>{_NUMBER})\s*x\s*(?P<inputs>{_NUMBER})|(?P<number>{_NUMBER})\s*(?P<unit>[kmgt]?)(?:bops?)?"
-)
-NO_COMPUTE = 'is neither like "4x4" nor a number of bit operations ("20G")'
-
-
-class ActivationsConfig(Settings):
+class ActivationsConfig(ActivationSettings, Choice):
     """Quantized activations (docs/METHOD.md, 8)."""
 
-    bits: int = Field(4, ge=2, le=8, description="code width of layers' inputs and of the operands of products")
-    method: Literal["uniform", "repq", "adalog"] = Field(
-        "adalog",
-        description="uniform: one range a tensor; repq: ranges a channel folded into LayerNorms, log-sqrt2 after "
-        "softmax; adalog: as repq, with searched logarithms after softmax and GELU",
-    )
-    products: bool = Field(True, description="quantize the operands of attention's two matrix products too")
-    first_bits: int = Field(8, ge=2, le=8, description="code width of pixels, where a convolution comes first")
-    mixed: bool = Field(
-        False, description="give smaller tensors more bits: the most with size x bits within that of the largest"
-    )
-    choices: list[int] = Field(
-        [], description="code widths to choose each tensor's from, together with the layers' candidates; needs compute"
-    )
-    compute: str | None = Field(
-        None,
-        description='with choices: most bit operations a sample, as in "4x4" (those of 4-bit weights and activations) '
-        'or "20G"',
-    )
-    percentiles: list[float] = Field(
-        [0.999, 0.9999, 0.99999, 1.0], description="upper percentiles p of the ranges (1-p, p) tried"
-    )
-    samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
-
-    _check_percentiles = field_validator("percentiles")(_checked_percentiles)
-
-    @field_validator("choices")
-    @classmethod
-    def _check_choices(cls, value: list[int]) -> list[int]:
-        return _bit_widths(value)
-
-    @model_validator(mode="after")
-    def _check(self) -> ActivationsConfig:
-        if bool(self.choices) != (self.compute is not None):
-            raise ValueError("choices and compute belong together")
-        if self.compute is not None and not COMPUTE.fullmatch(self.compute.strip().lower()):
-            raise ValueError(f"compute: {self.compute!r} {NO_COMPUTE}")
-        if self.choices and self.bits not in self.choices:
-            raise ValueError(f"bits, at which LayerNorms are folded, must be one of choices {self.choices}")
-        if self.choices and self.mixed:
-            raise ValueError("mixed gives widths by a rule, choices by measured costs: set one of them")
-        return self
+    chooser = "method"
+    registry = ACTIVATION_METHODS
 
 
 class EmbeddingsConfig(Settings):
@@ -431,7 +371,7 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that rises whenever something is registered that sections are made from."""
-    return 0
+    return sum(registry.version for registry in (ACTIVATION_METHODS,))
 
 
 def model_section() -> type[ModelConfig]:
@@ -451,7 +391,9 @@ def rounding_section() -> type[RoundingConfig]:
 
 def activations_section() -> type[ActivationsConfig]:
     """``activations``."""
-    return ActivationsConfig
+    about = "; ".join(f"{method.name}: {method.about}" for method in ACTIVATION_METHODS)
+    named: Any = Annotated[choices(ACTIVATION_METHODS), Field(description=about)]
+    return composed(ActivationsConfig, ACTIVATION_METHODS, {"method": named})
 
 
 def search_section() -> type[SearchConfig]:
