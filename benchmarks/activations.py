@@ -12,7 +12,9 @@ import argparse
 import re
 from copy import deepcopy
 
-from mlorq.activations import ActivationPlan, ActivationSettings, calibrate
+from mlorq.activations.calibrate import calibrate
+from mlorq.activations.method import ACTIVATION_METHODS
+from mlorq.activations.plan import ActivationPlan
 from mlorq.activations.quantizers import ActivationQuantizer
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
@@ -20,8 +22,6 @@ from mlorq.costs.measured import spread_batches
 from mlorq.evaluation.outputs import model_outputs, output_nmse
 from mlorq.models.layers import find_layers
 from steps.context import Workbench
-
-METHODS = ("uniform", "repq", "adalog")
 
 
 def main() -> None:
@@ -42,20 +42,21 @@ def main() -> None:
         return output_nmse(model_outputs(model, module, batches), reference)  # type: ignore[arg-type]
 
     def quantized(method: str) -> tuple[ActivationPlan, object, dict[str, ActivationQuantizer]]:
-        settings = ActivationSettings(bits=arguments.bits, method=method)  # type: ignore[arg-type]
+        settings = ACTIVATION_METHODS[method].settings(bits=arguments.bits, method=method)
         plan = calibrate(model, layers, bench.batches(32), settings)
         module = deepcopy(model.module)
         plan.fold(module)
         return plan, module, plan.install(module)
 
     print("| method | output NMSE |\n|---|---|", flush=True)
-    for method in METHODS:
+    methods = ACTIVATION_METHODS.names()
+    for method in methods:
         plan, module, installed = quantized(method)
         print(f"| {method} | {cost(module):.4f} |", flush=True)
     kinds: dict[str, list[ActivationQuantizer]] = {}
     for site in plan.sites:
         kinds.setdefault(re.sub(r"\d+", "*", site.name, count=1), []).append(installed[site.name])
-    print(f"\n| {METHODS[-1]}, these alone | output NMSE |\n|---|---|", flush=True)
+    print(f"\n| {methods[-1]}, these alone | output NMSE |\n|---|---|", flush=True)
     for kind, own in kinds.items():
         for quantizer in installed.values():
             quantizer.enabled = quantizer in own

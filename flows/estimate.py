@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.calibration.token_importance import PASSES
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.sections import SearchConfig
@@ -100,8 +101,9 @@ class Estimate:
             return self._capture()
         if step == "activations" and self.bench.config.activations is not None:
             # Weighing tokens takes a forward and two backward passes.
-            passes = 8 if self.bench.config.activations.method == "adalog" else 4
-            return passes * self.speed.forward * self.bench.config.activations.samples
+            activations = self.bench.config.activations
+            passes = 8 if ACTIVATION_METHODS[activations.method].weighs_tokens else 4
+            return passes * self.speed.forward * activations.samples
         if step in ("baseline", "evaluate"):
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
         if step == "round":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlorq.activations import ActivationPlan
+from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.calibration.covariance import moments_of_tensors

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlorq.activations import ActivationPlan
-from mlorq.allocation.joint import Group, allocate_jointly, operations_of, parse_compute, weight_load
+from mlorq.activations.compute import parse_compute
+from mlorq.activations.plan import ActivationPlan
+from mlorq.allocation.joint import Group, allocate_jointly, operations_of, weight_load
 from mlorq.allocation.program import allocation_table, smallest_bytes
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
 from mlorq.costs.output_cost import OutputCost
@@ -145,7 +146,8 @@ def program_groups(
     plan: ActivationPlan, costs: Mapping[str, Mapping[str, float]], layers: list[Layer]
 ) -> tuple[list[Group], list[int]]:
     """The program's groups, and which of them each layer reads; pixels have one width and no choice."""
-    found, reading = [], {}
+    found: list[Group] = []
+    reading: dict[str, int] = {}
     for name, sites in plan.groups().items():
         widths = widths_of(sites)
         macs = float(sum(site.macs for site in sites))

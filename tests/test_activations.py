@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlorq
-from mlorq.activations import ActivationPlan, ActivationSettings, calibrate
+from mlorq.activations.calibrate import calibrate
 from mlorq.activations.folding import Fold, find_folds, fold_norm
-from mlorq.activations.plan import quantizers_of
+from mlorq.activations.method import ACTIVATION_METHODS
+from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.activations.products import ProductMode, ProductQuantizers, attach_products
 from mlorq.activations.quantizers import (
-    LOG_SQRT2,
     LogQuantizer,
     UniformQuantizer,
     build,
@@ -25,6 +25,8 @@ from mlorq.activations.quantizers import (
     fit_log,
     fit_uniform,
 )
+from mlorq.activations.repq import LOG_SQRT2
+from mlorq.activations.settings import ActivationSettings
 from mlorq.activations.survey import survey
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models import from_module
@@ -40,10 +42,13 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def found_in(module: nn.Module, batches: list, forward=None, **settings) -> tuple[FloatModel, list, ActivationPlan]:
+def found_in(
+    module: nn.Module, batches: list, forward=None, method="repq", **settings
+) -> tuple[FloatModel, list, ActivationPlan]:
     model = from_module(module, forward)
     layers = find_layers(model, batches[0]).layers
-    return model, layers, calibrate(model, layers, batches, ActivationSettings(**settings))
+    chosen = ACTIVATION_METHODS[method].settings(method=method, **settings)
+    return model, layers, calibrate(model, layers, batches, chosen)
 
 
 # -- quantizers -------------------------------------------------------------------------------------------------------

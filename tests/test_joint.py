@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mlorq.allocation.joint import Group, allocate_jointly, operations_of, parse_compute, weight_load
+from mlorq.activations.compute import checked_compute, parse_compute
+from mlorq.allocation.joint import Group, allocate_jointly, operations_of, weight_load
 from mlorq.allocation.program import Choices
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms.base import Candidate
@@ -84,10 +85,13 @@ def test_loads_count_what_is_multiplied():
     ("text", "expected"), [("4x8", 4 * 8 * 100 + 64 * 10), ("3.5x4", 1400 + 160), ("20G", 2e10), ("1.5 Tbops", 1.5e12)]
 )
 def test_compute_budgets(text, expected):
+    assert checked_compute(text) == text
     assert parse_compute(text, 100, 10) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text", ["four", "4by4", "-3G", "0"])
 def test_nonsense_is_no_compute_budget(text):
-    with pytest.raises(ConfigError, match="compute"):
+    with pytest.raises(ConfigError, match=rf"activations\.compute: '{text}' .*4x4.*20G"):
         parse_compute(text, 100, 10)
+    with pytest.raises(ValueError, match=text):
+        checked_compute(text)

@@ -1,7 +1,7 @@
 """LayerNorms that take over what differs between the channels of their outputs (RepQ-ViT, arXiv 2212.08254; METHOD 8).
 
-The outputs of a LayerNorm differ widely from channel to channel: one range for all of them wastes most codes. Ranges a
-channel (s, z) become one range for all, ``s̄ = mean(s)``, ``z̄ = mean(z)``, after the change of variables
+The outputs of a LayerNorm differ widely from channel to channel: one range for all of them wastes most codes. Ranges
+per channel (s, z) become one range for all, ``s̄ = mean(s)``, ``z̄ = mean(z)``, after the change of variables
 ``x = r ∘ (x' + b)`` with ``r = s / s̄``, ``b = z̄ s̄ - z s̄``, which is folded into what is before and after:
 
     γ' = γ / r,  β' = β / r - b;     W' = W diag(r),  bias' = bias + W' b.
@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uniform
 from mlorq.models.base import FloatModel, take_samples
 from mlorq.models.layers import Layer
 
@@ -35,6 +36,45 @@ class Fold:
 
     norm: str
     layers: tuple[str, ...]
+
+
+class FittedFold(NamedTuple):
+    """The change of variables of a fold, and the quantizer of what readers then see.
+
+    Attributes:
+        quantizer: of x', one range for all channels.
+        scale: r, ``(channels,)`` float32 on the CPU.
+        shift: b, same shape; zeros where a reader has no bias.
+    """
+
+    quantizer: UniformQuantizer
+    scale: Tensor
+    shift: Tensor
+
+    def folded(self, tokens: Tensor) -> Tensor:
+        """``x' = x / r - b`` of tokens ``(tokens, channels)``."""
+        return tokens / self.scale.to(tokens.device) - self.shift.to(tokens.device)
+
+
+def fit_fold(module: nn.Module, fold: Fold, tokens: Tensor, bits: int, percentiles: Sequence[float]) -> FittedFold:
+    """Ranges (s, z) per channel as one range for all channels, ``(s̄, z̄)``, with ``r = s / s̄`` and ``b = (z̄ - z) s̄``.
+
+    Without a bias to take it up there is no shift, and the range of ``x / r`` is found anew.
+
+    Args:
+        module: the model, for its readers' biases.
+        fold: which LayerNorm.
+        tokens: x, ``(tokens, channels)``.
+        bits: code width.
+        percentiles: upper percentiles p of the ranges (1-p, p) tried.
+    """
+    channels = fit_channels(tokens, bits, percentiles)
+    level, zero = channels.scale.mean(), channels.zero.mean()
+    scale = channels.scale / level
+    if has_bias(module, fold):
+        shift = (zero - channels.zero) * level
+        return FittedFold(UniformQuantizer(bits, level, zero), scale.cpu(), shift.cpu())
+    return FittedFold(fit_uniform(tokens / scale, bits, percentiles), scale.cpu(), torch.zeros_like(scale).cpu())
 
 
 def fold_norm(module: nn.Module, fold: Fold, scale: Tensor, shift: Tensor) -> None:
@@ -74,8 +114,8 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batches: Sequence[Any
     Args:
         model: the float model, on the batches' device.
         layers: the compressible layers.
-        batches: some samples; one batch a shape is looked at, ``SHAPES`` at most: what a model pads inside, windows of
-            an image to begin with, depends on it, and padding between a LayerNorm and its reader forbids a shift.
+        batches: some samples; one batch per shape is looked at, ``SHAPES`` at most: what a model pads inside, windows
+            of an image to begin with, depends on it, and padding between a LayerNorm and its reader forbids a shift.
         seed: of the changes that are tried.
     """
     by_shape = {_shape(batch): batch for batch in reversed(batches)}

@@ -22,11 +22,11 @@ class Site:
     Attributes:
         name: as in ``survey.Observed``.
         layers: that read it; empty for an operand of a product.
-        size: entries a sample.
+        size: entries per sample.
         quantizer: its description (``quantizers.build``).
         variants: descriptions at other code widths, where the width is yet to be chosen; their tensors are
             ``site.<name>@<width>.<buffer>``.
-        macs: of a product's left operand: multiply-accumulates of the product a sample.
+        macs: of a product's left operand: multiply-accumulates of the product per sample.
     """
 
     name: str

@@ -35,8 +35,8 @@ class Observed:
     Attributes:
         name: the layer, the first of those that read the tensor, or ``module#number_left`` of a product's operand.
         layers: that read it; empty for operands.
-        size: entries a sample.
-        macs: of a product's left operand: multiply-accumulates of the product a sample; 0 of others.
+        size: entries per sample.
+        macs: of a product's left operand: multiply-accumulates of the product per sample; 0 of others.
         values: ``(tokens, channels)`` of a linear layer's input, ``(numbers,)`` of others; random ones, float32.
         low, high: least and largest of all that was seen.
         sums_to_one: whether every last axis was non-negative with sum 1: probabilities.
@@ -91,7 +91,7 @@ def survey(
         layers: the compressible layers.
         batches: samples.
         products: look at products of activations too.
-        importance: weights of the tokens that linear layers read, a mapping a batch; None: all weigh the same.
+        importance: weights of the tokens that linear layers read, one mapping per batch; None: all weigh the same.
         seed: of the choice of what is kept.
         device: where the batches are moved to.
         progress: called with (batches done, batches).

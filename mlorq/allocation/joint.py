@@ -23,12 +23,9 @@ import numpy as np
 import pulp
 
 from mlorq.allocation.program import Choices, SolverName, SolverReport, require_bytes, solve_program
-from mlorq.config.sections import COMPUTE, NO_COMPUTE
-from mlorq.errors import BudgetError, ConfigError
+from mlorq.errors import BudgetError
 from mlorq.forms.base import FORMS, Candidate, Shape
 from mlorq.models.layers import Layer
-
-UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 @dataclass(frozen=True)
@@ -52,26 +49,6 @@ def weight_load(layer: Layer, candidate: Candidate) -> float:
     """Bit operations of a layer per sample and bit of its input (``Form.bit_operations``)."""
     shape = Shape(layer.out_features, layer.in_features, layer.groups)
     return FORMS[candidate.form].bit_operations(candidate, shape, layer.macs / layer.params)
-
-
-def parse_compute(text: str, macs: float, product_macs: float) -> float:
-    """Most bit operations a sample.
-
-    Args:
-        text: ``"4x4"``, those of 4-bit weights and 4-bit activations everywhere, or a number of them, ``"20G"``.
-        macs: multiply-accumulates of the layers.
-        product_macs: of the products of activations.
-
-    Raises:
-        ConfigError: it is neither; a configuration refuses it before (``config_sections.COMPUTE``).
-    """
-    found = COMPUTE.fullmatch(text.strip().lower())
-    if not found:
-        raise ConfigError(f"activations.compute: {text!r} {NO_COMPUTE}")
-    if found["weights"]:
-        weights, inputs = float(found["weights"]), float(found["inputs"])
-        return weights * inputs * macs + inputs**2 * product_macs
-    return float(found["number"]) * UNITS[found["unit"]]
 
 
 def allocate_jointly(

@@ -68,7 +68,8 @@ def composed(
     fields: dict[str, Any] = {}
     for name, annotation in (replaced or {}).items():
         info = base.model_fields[name]
-        fields[name] = (annotation, _described(info, (about or {}).get(name, info.description or "")))
+        limits = Annotated[(annotation, *info.metadata)] if info.metadata else annotation
+        fields[name] = (limits, _described(info, (about or {}).get(name, info.description)))
     for name, (info, meaning) in keys_of(items, base).items():
         fields[name] = (limited(info), _described(info, meaning))
     made: type[Section] = create_model(base.__name__, __base__=base, __doc__=base.__doc__, **fields)
@@ -117,11 +118,13 @@ def default_of(info: FieldInfo) -> Any:
     return info.get_default(call_default_factory=True)
 
 
-def _described(info: FieldInfo, about: str) -> Any:
+def _described(info: FieldInfo, about: str | None) -> Any:
+    """A new field with the default of another; without ``about`` its annotation may describe it."""
+    description: dict[str, Any] = {} if about is None else {"description": about}
     if info.default_factory is not None:
         factory: Callable[[], Any] = info.default_factory  # type: ignore[assignment]
-        return Field(default_factory=factory, description=about)
-    return Field(info.default, description=about)
+        return Field(default_factory=factory, **description)
+    return Field(info.default, **description)
 
 
 def _require_same(key: str, info: FieldInfo, other: FieldInfo, name: str, owner: str) -> None:

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
+from mlorq.activations.method import ACTIVATION_METHODS
+from mlorq.activations.settings import ActivationSettings
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part
-from mlorq.fitting.settings import FitSettings, Percentiles
-from mlorq.forms.base import FORMS
-from mlorq.forms.q import BitWidths
+from mlorq.fitting.settings import FitSettings
+from mlorq.forms import FORMS
 from mlorq.registry import Settings
 from mlorq.rounding import METHODS
 
@@ -255,52 +256,11 @@ class RoundingConfig(Choice):
     method: str = Field("lra", description="how codes are found")
 
 
-# Bit operations a sample: those of one width of weights and one of activations everywhere, or a number of them.
-_NUMBER = r"0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*"
-COMPUTE = re.compile(
-    rf"(?P<weights>{_NUMBER})\s*x\s*(?P<inputs>{_NUMBER})|(?P<number>{_NUMBER})\s*(?P<unit>[kmgt]?)(?:bops?)?"
-)
-NO_COMPUTE = 'is neither like "4x4" nor a number of bit operations ("20G")'
-
-
-class ActivationsConfig(Settings):
+class ActivationsConfig(ActivationSettings, Choice):
     """Quantized activations (docs/METHOD.md, 8)."""
 
-    bits: int = Field(4, ge=2, le=8, description="code width of layers' inputs and of the operands of products")
-    method: Literal["uniform", "repq", "adalog"] = Field(
-        "adalog",
-        description="uniform: one range a tensor; repq: ranges a channel folded into LayerNorms, log-sqrt2 after "
-        "softmax; adalog: as repq, with searched logarithms after softmax and GELU",
-    )
-    products: bool = Field(True, description="quantize the operands of attention's two matrix products too")
-    first_bits: int = Field(8, ge=2, le=8, description="code width of pixels, where a convolution comes first")
-    mixed: bool = Field(
-        False, description="give smaller tensors more bits: the most with size x bits within that of the largest"
-    )
-    choices: BitWidths = Field(
-        [], description="code widths to choose each tensor's from, together with the layers' candidates; needs compute"
-    )
-    compute: str | None = Field(
-        None,
-        description='with choices: most bit operations a sample, as in "4x4" (those of 4-bit weights and activations) '
-        'or "20G"',
-    )
-    percentiles: Percentiles = Field(
-        [0.999, 0.9999, 0.99999, 1.0], description="upper percentiles p of the ranges (1-p, p) tried"
-    )
-    samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
-
-    @model_validator(mode="after")
-    def _check(self) -> ActivationsConfig:
-        if bool(self.choices) != (self.compute is not None):
-            raise ValueError("choices and compute belong together")
-        if self.compute is not None and not COMPUTE.fullmatch(self.compute.strip().lower()):
-            raise ValueError(f"compute: {self.compute!r} {NO_COMPUTE}")
-        if self.choices and self.bits not in self.choices:
-            raise ValueError(f"bits, at which LayerNorms are folded, must be one of choices {self.choices}")
-        if self.choices and self.mixed:
-            raise ValueError("mixed gives widths by a rule, choices by measured costs: set one of them")
-        return self
+    chooser = "method"
+    registry = ACTIVATION_METHODS
 
 
 class EmbeddingsConfig(Settings):
@@ -374,7 +334,7 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that rises whenever something is registered that sections are made from."""
-    return FORMS.version + METHODS.version
+    return sum(registry.version for registry in (FORMS, METHODS, ACTIVATION_METHODS))
 
 
 def model_section() -> type[ModelConfig]:
@@ -395,7 +355,9 @@ def rounding_section() -> type[RoundingConfig]:
 
 def activations_section() -> type[ActivationsConfig]:
     """``activations``."""
-    return ActivationsConfig
+    about = "; ".join(f"{method.name}: {method.about}" for method in ACTIVATION_METHODS)
+    named: Any = Annotated[choices(ACTIVATION_METHODS), Field(description=about)]
+    return composed(ActivationsConfig, ACTIVATION_METHODS, {"method": named})
 
 
 def search_section() -> type[SearchConfig]:

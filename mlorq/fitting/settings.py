@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from mlorq.codecs.base import ZeroPoint
+from mlorq.field_types import Percentiles
 from mlorq.registry import Settings
 
 PERCENTILES = [0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.9995, 0.9999, 1.0]
 
 Split = Literal["U_SV", "US_V"]
-
-
-def _rising(value: list[float]) -> list[float]:
-    if not value or any(not 0.5 < p <= 1 for p in value):
-        raise ValueError("percentiles lie in (0.5, 1]")
-    return sorted(set(value))
-
-
-Percentiles = Annotated[list[float], AfterValidator(_rising)]
 
 
 class FitSettings(Settings):

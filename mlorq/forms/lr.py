@@ -10,8 +10,8 @@ from pydantic import Field
 
 from mlorq.codecs.affine import AffineCodec
 from mlorq.codecs.base import Codec, ZeroPoint
+from mlorq.field_types import BitWidths
 from mlorq.forms.base import FORMS, SVD_WORK, Candidate, Form, Shape
-from mlorq.forms.q import BitWidths
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:

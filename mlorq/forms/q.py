@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from mlorq.codecs.affine import AffineCodec
 from mlorq.codecs.base import Codec, ZeroPoint
+from mlorq.field_types import BitWidths
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
     from mlorq.codecs.affine import Rounded
     from mlorq.fitting.base import LayerFit
-
-
-def bit_widths(value: list[int]) -> list[int]:
-    """Different bit-widths from 2 to 8, rising.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if any(not 2 <= bits <= 8 for bits in value):
-        raise ValueError("bit-widths are whole numbers from 2 to 8")
-    if len(set(value)) != len(value):
-        raise ValueError("bit-widths must differ")
-    return sorted(value)
-
-
-BitWidths = Annotated[list[int], AfterValidator(bit_widths)]
 
 
 class QSettings(Settings):

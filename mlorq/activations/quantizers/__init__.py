@@ -1,0 +1,21 @@
+"""Quantizers of activations, and how their ranges are found on samples of what they will see (METHOD 8).
+
+One file per kind: the module, its description in checkpoints, and its fit. A further kind derives from
+``ActivationQuantizer`` and is registered in ``QUANTIZER_KINDS``; ``build`` makes quantizers of all kinds again.
+"""
+
+from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer, build
+from mlorq.activations.quantizers.log import LogQuantizer, fit_log
+from mlorq.activations.quantizers.uniform import UniformQuantizer, fit_channels, fit_ranges, fit_uniform
+
+__all__ = [
+    "QUANTIZER_KINDS",
+    "ActivationQuantizer",
+    "LogQuantizer",
+    "UniformQuantizer",
+    "build",
+    "fit_channels",
+    "fit_log",
+    "fit_ranges",
+    "fit_uniform",
+]

@@ -1,0 +1,99 @@
+"""What all activation quantizers have in common, and the registry of their kinds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.registry import Registry, Settings
+
+
+class ActivationQuantizer(nn.Module, ABC):
+    """A quantizer in a forward pass; gradients pass where a value is in range.
+
+    A kind is a subclass. Its numbers are buffers: checkpoints store them as tensors, and ``describe`` as JSON.
+
+    Attributes:
+        name: the kind, as descriptions have it.
+        bits: code width.
+        enabled: whether it does anything.
+        drop: share of the entries that stay as they are, chosen at random in every call (QDrop, arXiv 2203.05740);
+            only for training, and 0 otherwise.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[type[Settings]] = Settings  # methods choose kinds: configurations say nothing of them
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.enabled = True
+        self.drop = 0.0
+        self.generator: torch.Generator | None = None
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return int(2**self.bits - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x quantized, in its own dtype."""
+        if not self.enabled:
+            return x
+        wide = x.float()
+        inside, found = self.rounded(wide)
+        if torch.is_grad_enabled() and x.requires_grad:
+            found = inside + (found - inside).detach()
+        if self.drop:
+            chance = torch.rand(wide.shape, generator=self.generator).to(wide.device)
+            found = torch.where(chance < self.drop, wide, found)
+        return found.to(x.dtype)
+
+    @abstractmethod
+    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x held in range, and x quantized; both float32 of the shape of x."""
+
+    def squared_error(self, x: Tensor) -> float:
+        """``Σ (x̄ - x)²`` over all entries of x."""
+        return float((self.rounded(x)[1] - x).double().square().sum())
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A forward pre-hook that quantizes a module's first argument."""
+        return (self(args[0]), *args[1:])
+
+    def describe(self) -> dict[str, Any]:
+        """What ``build`` needs beside the tensors, as JSON: ``{"kind": …, "bits": …}`` and what the kind adds."""
+        return {"kind": self.name, "bits": self.bits}
+
+    @classmethod
+    @abstractmethod
+    def built(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> Self:
+        """The quantizer of a description.
+
+        Args:
+            description: what ``describe`` gave.
+            tensors: its buffers by name; None: blank ones of the same shapes.
+        """
+
+
+QUANTIZER_KINDS: Registry[type[ActivationQuantizer]] = Registry("activation quantizer")
+
+
+def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> ActivationQuantizer:
+    """A quantizer from its description.
+
+    Args:
+        description: what ``ActivationQuantizer.describe`` gave.
+        tensors: its buffers by name; without, it has blank ones that a state dict fills.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    kind = description["kind"]
+    if kind not in QUANTIZER_KINDS:
+        raise ValueError(f"unknown activation quantizer {kind!r}; {QUANTIZER_KINDS.hint(kind)}")
+    return QUANTIZER_KINDS[kind].built(description, tensors or None)
