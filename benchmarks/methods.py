@@ -71,7 +71,7 @@ def print_row(told: Sequence[Any]) -> None:
 def main() -> None:
     """Print a row a run, as Markdown, in the order in which they are done."""
     parser = arguments_of_a_run()
-    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5% or 25MB")
+    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5%% or 25MB")
     parser.add_argument("--activations", action="append", type=int, default=[], help="their code width")
     parser.add_argument("--methods", default=",".join(method.name for method in ALL))
     parser.add_argument("--jobs", type=int, default=1, help="rows computed at a time")
