@@ -14,8 +14,9 @@ import subprocess
 import sys
 from typing import Any
 
-from table import COLUMNS, Place, arguments_of_a_run, exact_budget, keep, line, row_of, uniform
+from table import COLUMNS, Place, arguments_of_a_run, keep, line, row_of, uniform
 
+from mlorq.config.budget import Budget, parse_budget
 from mlorq.errors import MlorqError
 
 # Overrides of the best preset, by what is left out or put in another's place (parts as numbered in docs/METHOD.md, 7).
@@ -61,11 +62,13 @@ def main() -> None:
     arguments = parser.parse_args()
     common = {"preset": "best"} | dict(item.split("=", 1) for item in arguments.set)
     place = Place(arguments.device, arguments.workers)
-    bits = int(arguments.budget.removesuffix("bit"))
+    bits = parse_budget(arguments.budget).whole_bits
+    if bits is None:
+        parser.error("--budget: whole bits are needed, as in 3bit")
     chosen = [name for name in arguments.only or [*UNIFORM, *PARTS] if name not in arguments.skip]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     smallest = row_of(arguments.config, *uniform(bits, "nearest", common), place)
-    exact = exact_budget(smallest["bytes"], smallest)
+    exact = Budget.of_layers(smallest["bytes"], arguments.budget)
     for samples in arguments.samples or [None]:
         sized = common if samples is None else common | {"data.calibration.samples": samples}
         suffix = "" if samples is None else f", {samples} samples"

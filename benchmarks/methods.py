@@ -20,8 +20,9 @@ from typing import Any
 
 from table import Place, arguments_of_a_run, keep, run
 
-from flows.comparison import ALL, METHODS, activation_width, chosen, plan, row
+from flows.comparison import ALL, METHODS, Planned, activation_width, chosen, plan, row
 from mlorq.artifacts.store import Store
+from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig, read_values
 from steps.context import Workbench
 
@@ -37,14 +38,22 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def row_of(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
+def row_of(planned: Planned, place: Place) -> dict[str, Any]:
     """A method's row, computed here."""
-    return row(METHODS[method], asked, config, run(config, budget, place))
+    return row(planned, run(planned.config, planned.budget, place))
 
 
-def row_apart(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
+def row_apart(planned: Planned, place: Place) -> dict[str, Any]:
     """The same, computed in a process of its own."""
-    told = [method, asked, budget, config.model_dump(mode="json"), config.folder, asdict(place)]
+    config = planned.config
+    told = [
+        planned.method.name,
+        planned.budget.to_json(),
+        planned.asked_bytes,
+        config.model_dump(mode="json"),
+        config.folder,
+        asdict(place),
+    ]
     command = [sys.executable, __file__, "-", "--row", json.dumps(told)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
     found: dict[str, Any] = json.loads(done.stdout)
@@ -53,14 +62,16 @@ def row_apart(method: str, asked: str, budget: str, config: RunConfig, place: Pl
 
 def print_row(told: Sequence[Any]) -> None:
     """What the other process does."""
-    method, asked, budget, values, folder, place = told
-    print(json.dumps(row_of(method, asked, budget, RunConfig.from_mapping(values, folder), Place(**place))))
+    method, budget, asked_bytes, values, folder, place = told
+    config = RunConfig.from_mapping(values, folder)
+    planned = Planned(METHODS[method], config, Budget.from_json(budget), asked_bytes)
+    print(json.dumps(row_of(planned, Place(**place))))
 
 
 def main() -> None:
     """Print a row a run, as Markdown, in the order in which they are done."""
     parser = arguments_of_a_run()
-    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5% or 25MB")
+    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5%% or 25MB")
     parser.add_argument("--activations", action="append", type=int, default=[], help="their code width")
     parser.add_argument("--methods", default=",".join(method.name for method in ALL))
     parser.add_argument("--jobs", type=int, default=1, help="rows computed at a time")
@@ -73,20 +84,20 @@ def main() -> None:
     values = read_values(arguments.config, dict(item.split("=", 1) for item in arguments.set))
     config = RunConfig.from_mapping(values, str(Path(arguments.config).resolve().parent))
     bench = Workbench(config, Store(config.resolve(config.store)), place.device)
-    groups: dict[Any, list[Any]] = {}
+    groups: dict[str, list[Planned]] = {}
     for width in arguments.activations or [None]:
         wanted = activation_width(values, width)
-        for method, own, asked, budget in plan(
-            bench, values, arguments.budget or config.budgets, chosen(arguments.methods.split(",")), wanted
-        ):
+        budgets = parse_budgets(arguments.budget or config.budget)
+        for planned in plan(bench, values, budgets, chosen(arguments.methods.split(",")), wanted):
             # What rounding does is no part of a search.
-            searched = json.dumps([own.search.model_dump(mode="json"), method.activations, wanted], sort_keys=True)
-            groups.setdefault(searched, []).append((method.name, asked, budget, own, place))
+            search = planned.config.search.model_dump(mode="json")
+            searched = json.dumps([search, planned.method.activations, wanted], sort_keys=True)
+            groups.setdefault(searched, []).append(planned)
 
-    def compute(rows: list[Any]) -> None:
-        for one in rows:
-            found = row_of(*one) if arguments.jobs == 1 else row_apart(*one)
-            keep(arguments.json, f"{one[0]}, {one[1]}", found)
+    def compute(rows: list[Planned]) -> None:
+        for planned in rows:
+            found = row_of(planned, place) if arguments.jobs == 1 else row_apart(planned, place)
+            keep(arguments.json, f"{planned.method.name}, {planned.budget}", found)
             sys.stdout.write(line(found) + "\n")  # in one piece: other threads print too
             sys.stdout.flush()
 

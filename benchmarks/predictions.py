@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from mlorq.artifacts.store import Store
+from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.costs.measured import LayerProbe
 from mlorq.fitting.hessian_fit import candidate_of
@@ -71,7 +72,7 @@ def main() -> None:
         rank = spearmanr(predicted, measured).statistic if len(pairs) > 2 else float("nan")
         shares = " | ".join(f"{(off <= np.log(1 + share)).mean():.2f}" for share in (0.2, 0.5))
         print(f"| {form} | {len(pairs)} | {rank:.3f} | {np.median(ratio):.2f} | {shares} |")
-    for result in run_allocations(bench, executor, search, arguments.budget or config.budgets):
+    for result in run_allocations(bench, executor, search, parse_budgets(arguments.budget or config.budget)):
         info = bench.store.read_json(result.allocation, "allocation.json")
         print(f"\n| allocation at {result.budget} | sum of its layers' costs | measured |\n|---|---|---|")
         for one in info.get("measured", []):

@@ -30,6 +30,7 @@ import torch
 
 from flows.pool import Pool
 from mlorq.artifacts.store import Store
+from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import PRESETS, RunConfig
 from steps.base import Outcome
 from steps.context import Workbench
@@ -65,7 +66,7 @@ class Place:
     workers: int = 1
 
 
-def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any]:
+def run(config: RunConfig, budget: Budget, place: Place = Place()) -> dict[str, Any]:
     """One run."""
     if place.device != "cpu":
         torch.cuda.init()
@@ -85,11 +86,11 @@ def run(config: RunConfig, budget: str, place: Place = Place()) -> dict[str, Any
     return found | {"peak": peak / 1e9 if computed else None}
 
 
-def row_of(path: str, budget: str, overrides: dict[str, Any], place: Place = Place()) -> dict[str, Any]:
+def row_of(path: str, budget: Budget, overrides: dict[str, Any], place: Place = Place()) -> dict[str, Any]:
     """``run`` with some keys of a configuration set."""
     if place.device != "cpu":
         return run(RunConfig.from_yaml(path, overrides), budget, place)
-    command = [sys.executable, __file__, path, "--row", json.dumps([budget, overrides, asdict(place)])]
+    command = [sys.executable, __file__, path, "--row", json.dumps([budget.to_json(), overrides, asdict(place)])]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -114,9 +115,9 @@ def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[Budget, dict[str, Any]]:
     """Budget and overrides of a uniform row: one candidate a layer, whose cost decides nothing."""
-    return f"{bits + 1}bit", common | {
+    return parse_budget(f"{bits + 1}bit"), common | {
         "preset": "quick" if method == "nearest" else "best",
         "search.bits": [bits],
         "search.forms": ["Q"],
@@ -124,11 +125,6 @@ def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[str, dict[s
         "search.rounds": 0,
         "rounding.method": method,
     }
-
-
-def exact_budget(size: int, result: dict[str, Any]) -> str:
-    """A number of bytes of the compressible layers as bits a weight."""
-    return f"{(8 * size + 1) / (result['float_bytes'] // 4):.12f}bit"  # rounded down to whole bytes again
 
 
 def keep(path: Path | None, name: str, result: dict[str, Any]) -> None:
@@ -172,14 +168,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.row:
         budget, overrides, place = json.loads(arguments.row)
-        print(json.dumps(run(RunConfig.from_yaml(arguments.config, overrides), budget, Place(**place))))
+        config = RunConfig.from_yaml(arguments.config, overrides)
+        print(json.dumps(run(config, Budget.from_json(budget), Place(**place))))
         return
     place = Place(arguments.device, arguments.workers)
     common = dict(item.split("=", 1) for item in arguments.set)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for budget in arguments.budget:
-        width = float(budget.removesuffix("bit"))
-        whole = [int(width)] if width == int(width) else [int(width), int(width) + 1]
+    for asked in parse_budgets(arguments.budget):
+        budget, below = asked.text, int(asked.value)
+        whole = [below] if asked.whole_bits is not None else [below, below + 1]
         sizes = []
         for bits in whole:
             for method in ("nearest", "gptq") if len(whole) == 1 else ("nearest",):
@@ -188,7 +185,7 @@ def main() -> None:
                     print(line(budget, f"{method}, uniform", result), flush=True)
                     keep(arguments.json, f"{budget}: {method}, uniform", result)
             sizes.append(result["bytes"])
-        exact = exact_budget(sum(sizes) // len(sizes), result)
+        exact = Budget.of_layers(sum(sizes) // len(sizes), budget)
         for name, overrides in methods(arguments.lra or [500], common).items():
             if name in arguments.only or (not arguments.only and name != PUBLISHED):
                 result = row_of(arguments.config, exact, overrides, place)

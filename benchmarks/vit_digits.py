@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from real.vit_digits_model import build, calibration_batches, evaluate, test_batches
 
-from mlorq.allocation.program import allocate, choices_from_tables
+from mlorq.allocation.choices import SearchSpace
+from mlorq.allocation.program import Program, solve
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.config.run import PRESETS
 from mlorq.costs.measured import LayerProbe, measured_sensitivity, spread_batches
@@ -74,12 +75,13 @@ def main() -> None:
         return costs
 
     costs = timed("sensitivity", sensitivity)
-    joined = [choices_from_tables(layer.name, tables[layer.name], costs[layer.name]) for layer in found.layers]
+    space = SearchSpace.from_tables((layer.name, tables[layer.name], costs[layer.name]) for layer in found.layers)
     print("| budget | nearest, NMSE | published | LRA, NMSE | published | accuracy | low-rank layers |")
     print("|---|---|---|---|---|---|---|")
     for bits in (3.0, 2.5):
-        picked, _ = timed("ilp", lambda bits=bits: allocate([c for c, _ in joined], int(bits * found.params / 8)))
-        chosen = [candidate_of(rows[index]) for (_, rows), index in zip(joined, picked, strict=True)]
+        program = Program(space.choices, int(bits * found.params / 8))
+        picked = timed("ilp", lambda program=program: solve(program)).picked
+        chosen = [candidate_of(row) for row in space.table(picked).to_pylist()]
         nmse, accuracy = {}, 0.0
         for method in ("nearest", "lra"):
             paired = PairedForward(model, found.blocks, calibration)

@@ -14,7 +14,7 @@ from mlorq.config.run import RunConfig, location_and_folder, read_values
 from mlorq.errors import ConfigError
 
 if TYPE_CHECKING:
-    pass
+    from mlorq.config.budget import Budget
 
 # -- init -------------------------------------------------------------------------------------------------------
 
@@ -94,14 +94,13 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
 
 def sweep(arguments: argparse.Namespace) -> Finish:
     """A ladder of budgets and its size-accuracy curve."""
-    from mlorq.config.budget import parse_budget
+    from mlorq.config.budget import parse_budgets
 
     config = read_arguments(arguments)
-    for budget in arguments.budget or []:
-        parse_budget(budget)
+    budgets = parse_budgets(arguments.budget) if arguments.budget else None
     if arguments.output is not None:
         check_output(arguments.output)
-    found = _flow(arguments, config, arguments.budget)
+    found = _flow(arguments, config, budgets)
     if arguments.output is not None:
         from flows.sweep import curve_files
 
@@ -133,9 +132,12 @@ def compare(arguments: argparse.Namespace) -> Finish:
         found["output"] = _written(table_files(found["rows"]), arguments.output)
 
     def show() -> None:
+        from flows.comparison import notes
         from flows.render import console, print_comparison
 
         print_comparison(found["rows"], console())
+        for note in notes(found["rows"]):
+            console().print(note, markup=False, soft_wrap=True)
 
     return _finish(arguments, found, show, found["files"])
 
@@ -173,14 +175,12 @@ def _names(arguments: argparse.Namespace) -> list[str] | None:
     return [name.strip() for name in arguments.methods.split(",") if name.strip()]
 
 
-def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
-    from mlorq.config.budget import parse_budget
+def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[Budget]:
+    from mlorq.config.budget import parse_budgets
 
-    budgets = list(arguments.budget or config.budgets)
+    budgets = parse_budgets(arguments.budget) if arguments.budget else config.budgets
     if not budgets:
         raise ConfigError("budget: none is given")
-    for budget in budgets:
-        parse_budget(budget)
     return budgets
 
 
@@ -192,7 +192,7 @@ def _command(arguments: argparse.Namespace) -> str:
     return " ".join(["mlorq compress", shlex.quote(str(arguments.config)), *changed])
 
 
-def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] | None) -> dict[str, Any]:
+def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget] | None) -> dict[str, Any]:
     """Run the command's flow on a configured Prefect server or an embedded one."""
     from flows.server import PrefectSession
 
@@ -209,29 +209,32 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[str] |
         from flows.compare import compare_flow
         from flows.compress import compress_flow
         from flows.rebudget import rebudget_flow
-        from flows.sweep import ladder, sweep_flow
+        from flows.sweep import ladder, left_out_note, sweep_flow
 
         if sweeping:
             budgets, left_out = ladder(bench, budgets)
             if left_out:
-                say(f"left out, smaller than the model can be made: {', '.join(left_out)}")
+                say(left_out_note(left_out))
         values = config.model_dump(mode="json")
         if arguments.command == "compare":
             # Without the preset's defaults: each method has its own.
             values = read_values(location_and_folder(arguments.config)[0], overrides_of(arguments))
             plan(bench, values, budgets or [], chosen(_names(arguments)), arguments.activations)
         session.ready()
-        with handing(Handed(bench, terminal_progress(), _command(arguments), session.expect, arguments.interrupted)):
+        budgets = budgets or []
+        shown = [budget.text for budget in budgets]
+        observer, record = terminal_progress(), session.expect
+        with handing(Handed(bench, budgets, observer, _command(arguments), record, arguments.interrupted)):
             if arguments.command == "compress":
-                return compress_flow(values, config.folder, budgets)
+                return compress_flow(values, config.folder, shown)
             if arguments.command == "compare":
-                return compare_flow(values, config.folder, budgets, _names(arguments), arguments.activations)
+                return compare_flow(values, config.folder, shown, _names(arguments), arguments.activations)
             if sweeping:
-                return sweep_flow(values, config.folder, budgets)
-            return rebudget_flow(values, config.folder, budgets, allocate_only)
+                return sweep_flow(values, config.folder, shown)
+            return rebudget_flow(values, config.folder, shown, allocate_only)
 
 
-def _allocate_only(arguments: argparse.Namespace, config: RunConfig, budgets: list[str]) -> dict[str, Any]:
+def _allocate_only(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget]) -> dict[str, Any]:
     from contextlib import closing
 
     from flows.progress import terminal_progress
@@ -279,7 +282,7 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
         result["output"] = target
 
 
-def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[str]) -> Finish:
+def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget]) -> Finish:
     from flows.dry_run import make_plan
     from flows.run import check_budgets, known_layers, open_bench
 

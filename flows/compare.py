@@ -22,6 +22,7 @@ from flows.run import handed, handing, prepare
 from flows.run_form import ConfigFile, RunForm, explicit_values
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
+from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import render_table
@@ -37,22 +38,23 @@ def compare_name() -> str:
 
 
 @flow(name="compare-method", flow_run_name="{method}", validate_parameters=False, persist_result=False)
-def method_flow(method: str, config: dict[str, Any], folder: str, budget: str) -> dict[str, Any]:
+def method_flow(method: str, config: dict[str, Any], folder: str, budget: dict[str, str]) -> dict[str, Any]:
     """One method's run; what is in the store is reused.
 
     Args:
         method: its name, for people.
         config: its whole configuration.
         folder: that relative paths start from.
-        budget: of the run.
+        budget: of the run (``Budget.to_json``).
 
     Returns:
         As ``compress_flow``.
     """
     started = time.perf_counter()
     given = handed()
-    bench = given.bench if given else prepare(RunConfig.from_mapping(config, folder), [budget])
-    return run_on(bench, [budget], started)
+    budgets = [Budget.from_json(budget)]
+    bench = given.bench if given else prepare(RunConfig.from_mapping(config, folder), budgets)
+    return run_on(bench, budgets, started)
 
 
 @flow(name="compare", flow_run_name=compare_name, validate_parameters=False, persist_result=False)
@@ -73,7 +75,7 @@ def compare_flow(
         activations: their code width; none: as the configuration says.
 
     Returns:
-        ``{"rows": [one a budget and method], "results": [as compress_flow], "files": {"table", "page", "rows"},
+        ``{"rows": [one per budget and method], "results": [as compress_flow], "files": {"table", "page", "rows"},
         "steps", "wall_seconds"}``.
     """
     started = time.perf_counter()
@@ -81,13 +83,12 @@ def compare_flow(
     wanted, width = chosen(methods), activation_width(values, activations)
     given = handed()
     base = given.bench if given else prepare(RunConfig.from_mapping(values, folder), [])
-    asked = budgets or base.config.budgets
-    plans = plan(base, values, asked, wanted, width)
+    asked = given.budgets if given else parse_budgets(budgets or base.config.budget)
     results, computed, reused = [], 0, 0
-    for method, own, asked_budget, budget in plans:
+    for planned in plan(base, values, asked, wanted, width):
         # Model and data are loaded once for all methods of this process.
         bench = Workbench(
-            own,
+            planned.config,
             base.store,
             base.device,
             model=base.float_model,
@@ -96,8 +97,10 @@ def compare_flow(
         )
         context = handing(replace(given, bench=bench, observer=terminal_progress())) if given else nullcontext()
         with context:
-            found = method_flow(method.name, own.model_dump(mode="json"), folder, budget)
-        results.append((method, asked_budget, own, found["results"][0]))
+            found = method_flow(
+                planned.method.name, planned.config.model_dump(mode="json"), folder, planned.budget.to_json()
+            )
+        results.append((planned, found["results"][0]))
         computed, reused = computed + found["steps"]["computed"], reused + found["steps"]["reused"]
     rows = [row(*result) for result in results]
     about = f"{rows[0]['model']}: methods compared"
@@ -106,7 +109,7 @@ def compare_flow(
     get_run_logger().info("%d methods, %d budgets, in %s", len(wanted), len(asked), took)
     return {
         "rows": rows,
-        "results": [result[3] for result in results],
+        "results": [result for _, result in results],
         "files": keep(base, rows),
         "steps": {"computed": computed, "reused": reused},
         "wall_seconds": round(time.perf_counter() - started, 3),

@@ -1,7 +1,10 @@
 """The methods that ``mlorq compare`` puts side by side: what each sets in a configuration.
 
 Every method is a run of its own on the same store, so that what two of them share is computed once. Uniform ones give
-every layer the same bit-width; mixed ones search, within the bytes of the uniform ones. What a configuration says of
+every layer the same bit-width; mixed ones search, within the bytes of the uniform ones. A budget of whole bits is the
+bit-width of the uniform methods' codes; their scales and zero-points come on top, so that all methods have more bytes
+than the budget alone would give (``asked_bytes`` and ``budget_bytes`` of a row). Any other budget is an upper bound:
+uniform methods have the largest bit-width within it. What a configuration says of
 ``search`` and ``rounding`` itself (samples, iterations, step sizes) holds for all of them, except for what makes the
 method.
 """
@@ -9,15 +12,15 @@ method.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flows.run import known_layers
+from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
-from mlorq.forms.base import FORMS, Shape, uniform_candidate, uniform_form
+from mlorq.forms import FORMS, Shape, uniform_candidate, uniform_form
 from mlorq.models.layers import Layer
 from mlorq.rounding import METHODS
 from steps.context import Workbench
@@ -120,18 +123,23 @@ def uniform_bytes(layers: Sequence[Layer], bits: int, config: RunConfig) -> int:
     )
 
 
-def width_for(budget: str, limit: int, layers: Sequence[Layer], config: RunConfig) -> int:
-    """The bit-width of uniform methods: a budget's own where it is a whole one, else the largest that fits.
+def width_for(budget: Budget, limit: int, layers: Sequence[Layer], config: RunConfig) -> int:
+    """The bit-width of uniform methods: a budget's own where it is an integer, else the largest that fits.
+
+    Args:
+        budget: as asked for.
+        limit: bytes that it allows for the compressible layers.
+        layers: all of them.
+        config: says how bytes are counted.
 
     Raises:
         BudgetError: none fits.
     """
-    whole = re.fullmatch(r"\s*([2-8])\s*bits?\s*", budget)
-    if whole:
-        return int(whole[1])
+    if budget.whole_bits is not None and budget.whole_bits in WIDTHS:
+        return budget.whole_bits
     fitting = [bits for bits in WIDTHS if uniform_bytes(layers, bits, config) <= limit]
     if not fitting:
-        raise BudgetError(f"budget {budget}: not even {WIDTHS[0]} bits for every layer fit in it")
+        raise BudgetError(f"budget {budget.text}: too small for {WIDTHS[0]} bits for every layer, the fewest possible")
     return fitting[-1]
 
 
@@ -158,40 +166,49 @@ def configured(method: Method, values: Mapping[str, Any], folder: str, bits: int
     return RunConfig.from_mapping({**values, **changed}, folder)
 
 
-def budget_for(method: Method, budget: str, size: int, params: int) -> str:
-    """The budget of a method's run, such that all take the same bytes.
+@dataclass(frozen=True)
+class Planned:
+    """One method's run.
 
-    Args:
+    Attributes:
         method: which.
-        budget: as asked for.
-        size: bytes of the uniform methods.
-        params: weights of all layers.
+        config: its whole configuration.
+        budget: of the run, under the label that the user wrote; all methods of a label have the very same bytes.
+        asked_bytes: for the compressible layers, by the user's words alone.
     """
-    if method.uniform or re.fullmatch(r"\s*[2-8]\s*bits?\s*", budget):
-        return f"{(8 * size + 1) / params:.12f}bit"  # rounded down to whole bytes again
-    return budget
+
+    method: Method
+    config: RunConfig
+    budget: Budget
+    asked_bytes: int
 
 
 def plan(
-    base: Workbench, values: Mapping[str, Any], budgets: Sequence[str], methods: Sequence[Method], width: int | None
-) -> list[tuple[Method, RunConfig, str, str]]:
-    """``(method, configuration, budget asked for, budget of the run)`` of every run, checked before any starts.
+    base: Workbench, values: Mapping[str, Any], budgets: Sequence[Budget], methods: Sequence[Method], width: int | None
+) -> list[Planned]:
+    """Every run, budget by budget, checked before any starts.
+
+    Args:
+        base: with model and data loaded.
+        values: what the user's configuration says, without any preset's defaults.
+        budgets: as asked for.
+        methods: which.
+        width: of activations' codes; None: they stay float.
 
     Raises:
         ConfigError: a value does not fit a method.
-        BudgetError: a budget is malformed, or no uniform width fits it.
+        BudgetError: no uniform width fits a budget.
     """
     config = base.config
     layers = known_layers(base).layers
-    params = sum(layer.params for layer in layers)
     found = []
     for budget in budgets:
         limit = compressible_budget(base, layers, budget)
         bits = width_for(budget, limit, layers, config)
-        size = uniform_bytes(layers, bits, config)
-        for method in methods:
-            own = configured(method, values, config.folder, bits, width)
-            found.append((method, own, budget, budget_for(method, budget, size, params)))
+        equal = Budget.of_layers(uniform_bytes(layers, bits, config), budget.text)
+        found += [
+            Planned(method, configured(method, values, config.folder, bits, width), equal, limit) for method in methods
+        ]
     return found
 
 
@@ -214,13 +231,14 @@ def forms_column() -> str:
     return " / ".join(form.name for form in FORMS)
 
 
-def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
+def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the table."""
+    method, config = planned.method, planned.config
     metric = result["metric"] or {}
     forms = [layer["form"] for layer in result["allocation"]]
     return {
         "model": result["model"],
-        "budget": budget,
+        "budget": planned.budget.text,
         "method": method.name,
         "title": method.title,
         "weights": "uniform" if method.uniform else "mixed",
@@ -230,9 +248,25 @@ def row(method: Method, budget: str, config: RunConfig, result: Mapping[str, Any
         "metric_float": metric.get("float"),
         "nmse": result["nmse"],
         "bytes": result["bytes"],
+        "budget_bytes": result["budget_bytes"],
+        "asked_bytes": planned.asked_bytes,
         "file_bytes": result["file_bytes"],
         forms_column(): " / ".join(str(forms.count(form.name)) for form in FORMS),
         "seconds": round(sum(result["seconds"].values()), 1),
         "run": result["run"],
         "checkpoint": result["checkpoint"],
     }
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For people: the bytes that all methods had at a budget, where the budget alone gives another number."""
+    found = []
+    for one in rows:
+        given, asked = one["budget_bytes"], one["asked_bytes"]
+        if given > asked:
+            why = f"codes of that width with their scales and zero-points; the codes alone are {asked:,} bytes"
+        else:
+            why = f"the largest uniform bit-width within {asked:,} bytes"
+        if given != asked:
+            found.append(f"{one['budget']}: all methods have {given:,} bytes for the compressible layers, {why}")
+    return list(dict.fromkeys(found))

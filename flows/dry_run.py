@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.estimate import Estimate, measure_speed, memory_bytes
-from mlorq.config.budget import parse_budget
+from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.run import SearchConfig
 from mlorq.errors import BudgetError
@@ -116,27 +116,29 @@ class Planner:
         self.counts[phase].seconds += self.estimate.seconds(phase, layer)
 
 
-def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[str]) -> dict[str, Any]:
+def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[Budget]) -> dict[str, Any]:
     """What ``mlorq compress --dry-run`` reports, as JSON.
 
     Args:
         bench: of the run.
         found: the model's layers (``flows.run.known_layers``).
-        budgets: as asked for.
+        budgets: to plan for.
     """
     rest = pack.rest_bytes_bound(bench, found.layers)
     sizes = {layer.name: smallest_layer_bytes(layer, bench.config.search) for layer in found.layers}
     smallest = sum(sizes.values())
     rows: list[dict[str, Any]] = []
+    reached = []
     for budget in budgets:
         try:
-            allowed = parse_budget(budget).compressible_bytes(found.params, rest)
+            allowed = budget.compressible_bytes(found.params, rest)
         except BudgetError:  # not even the rest of the model fits
             allowed = None
         feasible = allowed is not None and allowed >= smallest
-        rows.append({"budget": budget, "budget_bytes": allowed, "feasible": feasible})
+        reached += [budget] if feasible else []
+        rows.append({"budget": budget.text, "budget_bytes": allowed, "feasible": feasible})
     planner = Planner(bench, found, Estimate(bench, found, measure_speed(bench)))
-    _walk(planner, [row["budget"] for row in rows if row["feasible"]])
+    _walk(planner, reached)
     return {
         "model": model_name(bench),
         "device": bench.device,
@@ -190,7 +192,7 @@ def _embeddings(bench: Workbench) -> dict[str, Any] | None:
     return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
 
 
-def _walk(planner: Planner, budgets: Sequence[str]) -> None:
+def _walk(planner: Planner, budgets: Sequence[Budget]) -> None:
     bench = planner.bench
     planner.phase("baseline", 1)
     float_evaluation = planner.run(baseline.spec(bench)).ref

@@ -18,6 +18,7 @@ from flows.render import budgets_table, picture_markdown, result_line, result_ma
 from flows.run import handed, prepare, results_json
 from flows.run_form import read_config
 from mlorq.artifacts.transfer import hide_password
+from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import size_accuracy_picture
 from steps.context import Workbench, local_devices
@@ -41,7 +42,8 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
         config = read_config(parameters["config"], parameters.get("folder") or "")
     except MlorqError:
         return "of a wrong configuration"  # which the flow then says, so that the run counts as failed
-    budgets = parameters.get("budgets") or default or config.budgets
+    asked = [config.budget] if isinstance(config.budget, str) else config.budget
+    budgets = parameters.get("budgets") or default or asked
     # Of a factory package:function, the package says more.
     name = (config.model.factory or "").partition(":")[0] or short_name(config)
     return f"{name} {' '.join(budgets)}"
@@ -69,22 +71,23 @@ def carry_out(
     """
     started = time.perf_counter()
     run_config = read_config(config, folder)
-    budgets = list(budgets or run_config.budgets)
     given = handed()
-    bench = given.bench if given else prepare(run_config, budgets, allocate_only=allocate_only)
-    return run_on(bench, budgets, started, allocate_only=allocate_only, announce=announce)
+    parsed = given.budgets if given else parse_budgets(budgets or run_config.budget)
+    bench = given.bench if given else prepare(run_config, parsed, allocate_only=allocate_only)
+    return run_on(bench, parsed, started, allocate_only=allocate_only, announce=announce)
 
 
 def run_on(
-    bench: Workbench, budgets: list[str], started: float, *, allocate_only: bool = False, announce: bool = False
+    bench: Workbench, budgets: Sequence[Budget], started: float, *, allocate_only: bool = False, announce: bool = False
 ) -> dict[str, Any]:
     """``carry_out`` where model and data are loaded and checked."""
     config, log = bench.config, get_run_logger()
-    subject = f"{model_name(bench)} {' '.join(budgets)}"
+    texts = [budget.text for budget in budgets]
+    subject = f"{model_name(bench)} {' '.join(texts)}"
     log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_password(bench.store.url))
     given = handed()
     observers: list[Observer] = [PrefectProgress(subject)]
-    observers += [SearchWatch(config, model_name(bench), budgets)] if announce else []
+    observers += [SearchWatch(config, model_name(bench), texts)] if announce else []
     observers += [given.observer] if given else []
     observer = Observers(observers)
     only = (given.command if given else "the compress flow") if allocate_only else None

@@ -13,7 +13,7 @@ from typing import Any
 from flows.ledger import Ledger
 from flows.progress import Observer
 from mlorq.artifacts.transfer import hide_password
-from mlorq.config.budget import parse_budget
+from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, StoreError
@@ -32,6 +32,7 @@ class Handed:
 
     Attributes:
         bench: already checked, with model and data loaded.
+        budgets: parsed; the flow's parameter has their texts, for people.
         observer: of the terminal.
         command: that computes what is missing, for messages.
         record: called with the flow run's id and the number of its task runs.
@@ -39,6 +40,7 @@ class Handed:
     """
 
     bench: Workbench
+    budgets: Sequence[Budget]
     observer: Observer
     command: str
     record: Callable[[str, int], None]
@@ -84,19 +86,17 @@ def open_bench(config: RunConfig, *, to_estimate: bool = False) -> Workbench:
     return Workbench(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
 
 
-def prepare(config: RunConfig, budgets: Sequence[str], *, allocate_only: bool = False) -> Workbench:
+def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool = False) -> Workbench:
     """A workbench with model and data loaded and everything checked that can be before long work.
 
     Args:
         config: the run's configuration.
-        budgets: as asked for.
+        budgets: of the run; those that the model cannot be made small enough for are refused.
         allocate_only: whether nothing but integer programs is to be run: evaluation data is not needed then.
 
     Raises:
         MlorqError: of the kind that fits what is wrong.
     """
-    for budget in budgets:
-        parse_budget(budget)
     bench = open_bench(config)
     bench.model  # noqa: B018  (loads it)
     bench.calibration  # noqa: B018
@@ -116,7 +116,7 @@ def known_layers(bench: Workbench) -> LayerList:
     return found
 
 
-def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[str]) -> None:
+def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[Budget]) -> None:
     """Refuse budgets that not even the smallest candidates fit.
 
     Raises:
@@ -130,7 +130,7 @@ def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[str]) -
         if allowed < smallest:
             raise BudgetError(
                 f"budget {budget} leaves {allowed} bytes for the compressible layers: the smallest possible is "
-                f"{smallest} bytes ({8 * smallest / layers.params:.3g} bits a weight)"
+                f"{smallest} bytes ({8 * smallest / layers.params:.3g} bits per weight)"
             )
 
 

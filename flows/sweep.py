@@ -15,6 +15,7 @@ from flows.run import handed, known_layers, prepare
 from flows.run_form import ConfigFile, RunForm, read_config
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
+from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import BudgetError, MlorqError
 from mlorq.evaluation.report import render_sweep, size_accuracy_picture
 from steps.context import Workbench
@@ -46,15 +47,23 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
     run_config = read_config(config, folder)
     given = handed()
     # Budgets are checked below, all of them; a default one that cannot be reached is left out and no mistake.
-    bench = given.bench if given else prepare(run_config, [])
-    chosen, left_out = ladder(bench, budgets)
-    if left_out:
-        get_run_logger().warning("left out, smaller than the model can be made: %s", ", ".join(left_out))
+    if given is not None:
+        bench, chosen = given.bench, list(given.budgets)
+    else:
+        bench = prepare(run_config, [])
+        chosen, left_out = ladder(bench, None if budgets is None else parse_budgets(budgets))
+        if left_out:
+            get_run_logger().warning("%s", left_out_note(left_out))
     found = run_on(bench, chosen, started)
     return found | {"curve": keep_curve(bench, found["results"])}
 
 
-def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def left_out_note(budgets: Sequence[Budget]) -> str:
+    """What to tell people about budgets that were left out."""
+    return f"left out, smaller than the model can be made: {', '.join(budget.text for budget in budgets)}"
+
+
+def ladder(bench: Workbench, budgets: Sequence[Budget] | None) -> tuple[list[Budget], list[Budget]]:
     """The budgets of a sweep, and those of the default ladder that were left out because they cannot be reached.
 
     Args:
@@ -70,14 +79,14 @@ def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], 
         raise BudgetError("budgets: none is given")
     layers = known_layers(bench).layers
     smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers)
-    asked = list(dict.fromkeys(budgets or LADDER))
+    asked = list(dict.fromkeys(budgets or parse_budgets(LADDER)))
     reached = [budget for budget in asked if compressible_budget(bench, layers, budget) >= smallest]
     missed = [budget for budget in asked if budget not in reached]
     if missed and (budgets or not reached):
         bits = 8 * smallest / sum(layer.params for layer in layers)
         raise BudgetError(
-            f"budgets that are too small: {', '.join(missed)}; the smallest possible is {smallest} bytes for the "
-            f"compressible layers ({bits:.3g} bits a weight)"
+            f"budgets that are too small: {', '.join(map(str, missed))}; the smallest possible is {smallest} bytes for "
+            f"the compressible layers ({bits:.3g} bits per weight)"
         )
     return reached, missed
 

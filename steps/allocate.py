@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlorq.allocation.program import Choices, allocate, allocation_table, choices_from_tables, smallest_bytes
+from mlorq.allocation.choices import Choices, allocation_table, choices_from_tables, smallest_bytes
+from mlorq.allocation.program import Program, solve
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
 from steps.base import Progress, Step, StepSpec
 from steps.context import Workbench
 
-SOLVER = ("objective", "solver", "time_limit", "gap")
+SOLVER = ("solver", "time_limit", "gap")
+PROGRAM = ("objective", *SOLVER)
 
 
 def spec(
@@ -27,7 +29,7 @@ def spec(
         "layers": layers,
         "budget": budget,
         "budget_bytes": budget_bytes,
-        **{name: getattr(search, name) for name in SOLVER},
+        **{name: getattr(search, name) for name in PROGRAM},
     }
     return STEP.spec(params, layer_inputs(layers, candidates, sensitivity), device=False)
 
@@ -46,8 +48,9 @@ def layer_inputs(
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     params = spec.params
     choices, rows = joined(spec, bench)
-    picked, report = allocate(choices, params["budget_bytes"], **{name: params[name] for name in SOLVER})
-    table = allocation_table(choices, picked, rows)
+    program = Program(choices, params["budget_bytes"], objective=params["objective"])
+    solution = solve(program, **{name: params[name] for name in SOLVER})
+    table = allocation_table(choices, solution.picked, rows)
     info = {
         "budget": params["budget"],
         "budget_bytes": params["budget_bytes"],
@@ -55,7 +58,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": float(sum(table["global_cost"].to_pylist())),
         # Its time is in the manifest: an artifact of one key has one content.
-        "solver": {name: value for name, value in report.to_json().items() if name != "seconds"},
+        "solver": {name: value for name, value in solution.report.to_json().items() if name != "seconds"},
     }
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 

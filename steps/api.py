@@ -164,7 +164,7 @@ def compress(
     executor = InProcess(bench, _reporter(progress), outcomes.append)
     started = time.perf_counter()
     try:
-        (result,) = run_pipeline(bench, executor, [budget])
+        (result,) = run_pipeline(bench, executor, config.budgets)
         summary = result_json(bench, result)
         assert result.checkpoint is not None
         files = {name: opened.read_bytes(result.checkpoint, name) for name in ("model.safetensors", "config.json")}

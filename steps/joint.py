@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,20 @@ import torch
 
 from mlorq.activations.compute import parse_compute
 from mlorq.activations.plan import ActivationPlan
-from mlorq.allocation.joint import Group, allocate_jointly, operations_of, weight_load
-from mlorq.allocation.program import allocation_table, smallest_bytes
+from mlorq.allocation.choices import Group, WidthChoices, allocation_table, smallest_bytes
+from mlorq.allocation.program import Program, solve
+from mlorq.allocation.weight_load import weight_load
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
 from mlorq.costs.output_cost import OutputCost
 from mlorq.forms.base import Candidate
 from mlorq.models.base import move_batch
 from mlorq.models.layers import Layer
-from steps.allocate import joined, layer_inputs
+from steps.allocate import PROGRAM, SOLVER, joined, layer_inputs
 from steps.base import Progress, Step, StepSpec
 from steps.context import PLAN, PLAN_TENSORS, Workbench, read_plan
 from steps.sensitivity import cost_params
 
 COSTS = "costs.json"
-SOLVER = ("solver", "time_limit", "gap")
 
 
 def costs_spec(bench: Workbench) -> StepSpec:
@@ -93,7 +94,7 @@ def spec(
         "budget": budget,
         "budget_bytes": budget_bytes,
         "compute": activations.compute,
-        **{name: getattr(search, name) for name in SOLVER},
+        **{name: getattr(search, name) for name in PROGRAM},
     }
     # Not in the role ``activations``: this step works with no model.
     inputs: dict[str, ArtifactRef | str] = {"layers": layers, "plan": plan, "costs": costs}
@@ -108,30 +109,28 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     plan = read_plan(store, spec.artifact("plan"))
     costs = store.read_json(spec.artifact("costs"), COSTS)
     groups, group_of = program_groups(plan, costs, layers)
-    loads = [np.array([weight_load(layer, Candidate.of_row(row)) for row in rows[layer.name]]) for layer in layers]
+    choices = [
+        replace(choice, load=np.array([weight_load(layer, Candidate.of_row(row)) for row in rows[layer.name]]))
+        for choice, layer in zip(choices, layers, strict=True)
+    ]
     product_macs = float(sum(site.macs for site in plan.sites))
     compute = parse_compute(params["compute"], float(sum(layer.macs for layer in layers)), product_macs)
-    picked, widths, report = allocate_jointly(
-        choices,
-        loads,
-        groups,
-        group_of,
-        params["budget_bytes"],
-        compute,
-        **{name: params[name] for name in SOLVER},
+    program = Program(
+        choices, params["budget_bytes"], WidthChoices(groups, group_of, compute), objective=params["objective"]
     )
-    decided = {group.name: int(group.widths[place]) for group, place in zip(groups, widths, strict=True)}
-    table = allocation_table(choices, picked, rows)
+    solution = solve(program, **{name: params[name] for name in SOLVER})
+    decided = {group.name: int(group.widths[place]) for group, place in zip(groups, solution.widths, strict=True)}
+    table = allocation_table(choices, solution.picked, rows)
     info = {
         "budget": params["budget"],
         "budget_bytes": params["budget_bytes"],
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
-        "predicted_cost": report.objective,
+        "predicted_cost": program.cost_of(solution.picked, solution.widths),
         "compute": compute,
-        "bit_operations": operations_of(loads, groups, group_of, picked, widths),
+        "bit_operations": program.operations_of(solution.picked, solution.widths),
         "activation_bits": decided,
-        "solver": {name: value for name, value in report.to_json().items() if name != "seconds"},
+        "solver": {name: value for name, value in solution.report.to_json().items() if name != "seconds"},
     }
     chosen = plan.at(decided)
     return {
@@ -164,4 +163,4 @@ def program_groups(
 
 
 COSTS_STEP = Step("width_costs", 1, run_costs)
-STEP = Step("joint", 1, run)
+STEP = Step("joint", 2, run)

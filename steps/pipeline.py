@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mlorq.artifacts.store import ArtifactRef
-from mlorq.config.budget import parse_budget
+from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
 from mlorq.forms.base import Candidate
 from mlorq.models.layers import Layer
@@ -83,7 +83,7 @@ class Compressed:
     ``program`` is the integer program's own solution where ``allocation`` is one that was found from it.
     """
 
-    budget: str
+    budget: Budget
     allocation: ArtifactRef
     program: ArtifactRef | None = None
     checkpoint: ArtifactRef | None = None
@@ -128,17 +128,17 @@ def run_search(bench: Workbench, executor: Executor) -> Search:
     return search
 
 
-def compressible_budget(bench: Workbench, search_layers: Sequence[Layer], budget: str) -> int:
+def compressible_budget(bench: Workbench, search_layers: Sequence[Layer], budget: Budget) -> int:
     """Most bytes that the compressible layers may take under a budget.
 
     Raises:
-        BudgetError: the text is no budget, or not even the float rest of the model fits.
+        BudgetError: not even the float rest of the model fits.
     """
     params = sum(layer.params for layer in search_layers)
-    return parse_budget(budget).compressible_bytes(params, pack.rest_bytes_bound(bench, search_layers))
+    return budget.compressible_bytes(params, pack.rest_bytes_bound(bench, search_layers))
 
 
-def allocation_spec(bench: Workbench, search: Search, budget: str) -> StepSpec:
+def allocation_spec(bench: Workbench, search: Search, budget: Budget) -> StepSpec:
     """The ``allocate`` step of one budget; ``joint`` where activations' code widths are chosen with it."""
     limit = compressible_budget(bench, search.layers, budget)
     names = [layer.name for layer in search.layers]
@@ -146,7 +146,7 @@ def allocation_spec(bench: Workbench, search: Search, budget: str) -> StepSpec:
         assert search.activations is not None
         return joint.spec(
             bench,
-            budget,
+            budget.text,
             limit,
             search.layers_ref,
             names,
@@ -155,10 +155,12 @@ def allocation_spec(bench: Workbench, search: Search, budget: str) -> StepSpec:
             search.activations,
             search.widths,
         )
-    return allocate.spec(bench, budget, limit, names, search.candidates, search.sensitivity)
+    return allocate.spec(bench, budget.text, limit, names, search.candidates, search.sensitivity)
 
 
-def run_allocations(bench: Workbench, executor: Executor, search: Search, budgets: Sequence[str]) -> list[Compressed]:
+def run_allocations(
+    bench: Workbench, executor: Executor, search: Search, budgets: Sequence[Budget]
+) -> list[Compressed]:
     """The integer program of every budget; where asked, whole allocations are measured and improved afterwards."""
     if search.activations is not None:
         bench.use_activations(search.activations)  # and not what another budget has decided
@@ -269,26 +271,24 @@ def run_budget(
         **{f"reconstruct/{name}": ref for name, ref in rounded.blocks.items()},
         **({"tune": rounded.tuned} if rounded.tuned else {}),
     }
-    result.summary = executor.run(summary.spec(bench, artifacts, result.budget)).ref
+    result.summary = executor.run(summary.spec(bench, artifacts, result.budget.text)).ref
     return result
 
 
 def run_pipeline(
-    bench: Workbench, executor: Executor, budgets: Sequence[str], *, allocate_only: bool = False
+    bench: Workbench, executor: Executor, budgets: Sequence[Budget], *, allocate_only: bool = False
 ) -> list[Compressed]:
     """A whole run: one search, then every budget.
 
     Args:
         bench: the main worker's.
         executor: carries steps out.
-        budgets: as in a configuration.
+        budgets: of the run.
         allocate_only: stop after the integer programs.
 
     Raises:
-        BudgetError: a budget is malformed or impossible; found before the search where the float rest alone decides.
+        BudgetError: a budget is impossible.
     """
-    for budget in budgets:
-        parse_budget(budget)
     search = run_search(bench, executor)
     results = run_allocations(bench, executor, search, budgets)
     if allocate_only:
@@ -307,4 +307,6 @@ def result_json(bench: Workbench, result: Compressed) -> dict[str, Any]:
     info = bench.store.read_json(result.allocation, "allocation.json")
     rows = bench.store.read_table(result.allocation, "allocation.parquet").to_pylist()
     unknown = {"embedding_bytes": None, "embeddings": None, "rest": None}
-    return summary.allocation_json(bench, result.allocation, info, rows) | unknown
+    found = summary.allocation_json(bench, result.allocation, info, rows) | unknown
+    found["solver"]["seconds"] = summary.made_in(bench.store, result.program or result.allocation)
+    return found

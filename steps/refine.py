@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mlorq.allocation.program import Choices, allocate, allocation_table, smallest_bytes
+from mlorq.allocation.choices import Choices, allocation_table, smallest_bytes
+from mlorq.allocation.program import Program
+from mlorq.allocation.program import solve as solve_program
 from mlorq.allocation.refinement import POWERS, WholeModel, refine
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
 from mlorq.costs.measured import dense_of
@@ -112,7 +114,8 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         return part.contributions(layers, set_all(part, picked), lambda _: advance())
 
     def solve(costs: Sequence[Choices]) -> list[int]:
-        return allocate(costs, params["budget_bytes"], **{name: params[name] for name in SOLVER})[0]
+        program = Program(costs, params["budget_bytes"], objective=params["objective"])
+        return solve_program(program, **{name: params[name] for name in SOLVER}).picked
 
     measured = refine(choices, ordered, params["budget_bytes"], start, solve, measure, contributions, params["rounds"])
     progress(total, total)

@@ -150,7 +150,8 @@ def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
     for made in artifacts.values():
         seconds[made.step] += made_in(store, made)
     result["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
-    result["solver"]["seconds"] = seconds["allocate"]
+    # Of the step that solved the program: where an allocation was refined, of the one that it was found from.
+    result["solver"]["seconds"] = made_in(store, artifacts.get("program", artifacts["allocation"]))
     result["checkpoint"] = store.uri(artifacts["checkpoint"])
     return {"embedding_bytes": 0, "embeddings": None} | result
 

@@ -487,6 +487,7 @@ def test_widths_are_chosen_with_the_weights_under_a_compute_budget(tmp_path, see
         )
     assert found["4x8"].metrics["nmse"] < found["4x4"].metrics["nmse"]
     for compute, result in found.items():
+        assert result.metrics["solver"]["seconds"] > 0
         (summary,) = [
             json.loads(path.read_text())
             for path in (tmp_path / "store").glob("joint/*/allocation.json")

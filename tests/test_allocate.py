@@ -1,13 +1,19 @@
-"""The integer program against exhaustive search."""
+"""The integer program against exhaustive search, and its two budgets."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from mlorq.allocation.program import Choices, allocate, smallest_bytes
+from mlorq.allocation.choices import Choices, SearchSpace, smallest_bytes
+from mlorq.allocation.program import Objective, Program, _repaired, _Terms, solve
+from mlorq.artifacts.schemas import ALLOCATION
+from mlorq.costs.pareto import pareto_front
 from mlorq.errors import BudgetError
 
 
@@ -23,13 +29,21 @@ def random_choices(layers: int, candidates: int, seed: int, magnitude: float = 1
     ]
 
 
-def exhaustive(choices: list[Choices], budget: int, objective: str) -> float:
-    best = np.inf
-    for picked in itertools.product(*(range(len(layer.cost)) for layer in choices)):
-        if sum(layer.size[i] for layer, i in zip(choices, picked, strict=True)) <= budget:
-            costs = np.array([layer.cost[i] for layer, i in zip(choices, picked, strict=True)])
-            best = min(best, costs.sum() if objective == "nsr" else -(1 / costs).sum())
-    return best
+def every_pick(choices: list[Choices]) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(len(layer.cost)) for layer in choices))
+
+
+def worth(program: Program, picked: tuple[int, ...] | list[int]) -> float:
+    """What the program minimises."""
+    costs = np.array([layer.cost[row] for layer, row in zip(program.choices, picked, strict=True)])
+    return float(costs.sum() if program.objective == "nsr" else -(1 / costs).sum())
+
+
+def exhaustive(program: Program) -> float:
+    choices = list(program.choices)
+    return min(
+        worth(program, picked) for picked in every_pick(choices) if program.bytes_of(picked) <= program.budget_bytes
+    )
 
 
 @pytest.mark.parametrize("solver", ["highs", "cbc"])
@@ -40,12 +54,12 @@ def test_optimum_of_exhaustive_search(solver, objective, magnitude, tightness, s
     choices = random_choices(5, 6, seed, magnitude)
     smallest = smallest_bytes(choices)
     largest = sum(int(layer.size.max()) for layer in choices)
-    budget = int(smallest + tightness * (largest - smallest))
-    picked, report = allocate(choices, budget, objective=objective, solver=solver, gap=0.0)
-    assert sum(layer.size[i] for layer, i in zip(choices, picked, strict=True)) <= budget
-    costs = np.array([layer.cost[i] for layer, i in zip(choices, picked, strict=True)])
-    found = costs.sum() if objective == "nsr" else -(1 / costs).sum()
-    assert found == pytest.approx(exhaustive(choices, budget, objective), rel=1e-6)
+    program = Program(choices, int(smallest + tightness * (largest - smallest)), objective=objective)
+    solution = solve(program, solver=solver, gap=0.0)
+    assert program.bytes_of(solution.picked) <= program.budget_bytes
+    assert solution.widths == []
+    found, report = worth(program, solution.picked), solution.report
+    assert found == pytest.approx(exhaustive(program), rel=1e-6)
     assert report.objective == pytest.approx(abs(found), rel=1e-6)
     assert report.name == solver
     assert report.status == "optimal"
@@ -57,20 +71,41 @@ def test_optimum_of_exhaustive_search(solver, objective, magnitude, tightness, s
         assert report.gap is None
 
 
+@pytest.mark.parametrize("objective", ["nsr", "sqnr"])
+def test_many_random_instances(objective: Objective, seed: int) -> None:
+    """Few layers, ties among costs and sizes, layers with one candidate, budgets down to the smallest possible."""
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        choices = [
+            Choices(
+                f"layer{index}",
+                rng.integers(1, 8, count) * 10.0 ** float(rng.uniform(-6, 0)),
+                rng.integers(1, 9, count).astype(np.int64),
+            )
+            for index, count in enumerate(rng.integers(1, 6, int(rng.integers(1, 5))))
+        ]
+        smallest, largest = smallest_bytes(choices), sum(int(layer.size.max()) for layer in choices)
+        program = Program(choices, int(rng.integers(smallest, largest + 1)), objective=objective)
+        solution = solve(program, gap=0.0)
+        assert program.bytes_of(solution.picked) <= program.budget_bytes
+        assert worth(program, solution.picked) == pytest.approx(exhaustive(program), rel=1e-6)
+        with pytest.raises(BudgetError, match=f"the smallest possible is {smallest} bytes"):
+            solve(replace(program, budget_bytes=smallest - 1))
+
+
 def test_impossible_budget_names_the_smallest(seed):
     choices = random_choices(3, 4, seed)
     smallest = smallest_bytes(choices)
-    picked, _ = allocate(choices, smallest)
-    assert sum(layer.size[i] for layer, i in zip(choices, picked, strict=True)) == smallest
+    program = Program(choices, smallest)
+    assert program.bytes_of(solve(program).picked) == smallest
     with pytest.raises(BudgetError, match=str(smallest)):
-        allocate(choices, smallest - 1)
+        solve(Program(choices, smallest - 1))
 
 
 def test_layer_without_influence_takes_the_smallest_candidate():
     free = Choices("pooler", np.zeros(4), np.array([70, 40, 90, 60]))
     costly = Choices("other", np.array([1.0, 0.1]), np.array([10, 20]))
-    picked, _ = allocate([free, costly], 10_000)
-    assert picked == [1, 1]
+    assert solve(Program([free, costly], 10_000)).picked == [1, 1]
 
 
 def test_large_program_is_solved_close_to_its_bound(seed):
@@ -80,6 +115,92 @@ def test_large_program_is_solved_close_to_its_bound(seed):
         size = np.sort(rng.integers(1000, 100_000, 300))[::-1].astype(np.int64)
         choices.append(Choices(f"l{index}", np.sort(rng.uniform(1e-6, 1e-2, 300)), size))
     budget = int(0.4 * sum(int(layer.size.max()) for layer in choices))
-    _, report = allocate(choices, budget, gap=1e-4)
+    report = solve(Program(choices, budget), gap=1e-4).report
     assert report.gap is not None
     assert report.gap <= 1.1e-4
+
+
+@pytest.mark.parametrize("solver", ["highs", "cbc"])
+def test_nothing_that_the_solver_library_will_drop_is_used(solver, seed, recwarn):
+    solve(Program(random_choices(3, 4, seed), 10**6), solver=solver)
+    assert not [one for one in recwarn.list if issubclass(one.category, DeprecationWarning)]
+
+
+def test_repair_takes_the_cheapest_step_until_the_budget_holds(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        choices = random_choices(4, 5, int(rng.integers(10**6)))
+        program = Program(choices, int(smallest_bytes(choices) * 1.3))
+        terms = _Terms(program)
+        start = [int(size.argmax()) for size in terms.size]  # the most expensive in bytes
+        places, _ = _repaired(program, terms, start, [])
+        assert sum(int(size[place]) for size, place in zip(terms.size, places, strict=True)) <= program.budget_bytes
+        assert _repaired(program, terms, places, []) == (places, [])  # nothing is left to do
+    # Two bytes over: of the steps that save at least one, the one that costs least comes first.
+    choices = [
+        Choices("a", np.array([0.0, 0.5]), np.array([10, 9])),
+        Choices("b", np.array([0.0, 0.1]), np.array([10, 8])),
+    ]
+    program = Program(choices, 18)
+    assert _repaired(program, _Terms(program), [0, 0], []) == ([0, 1], [])
+
+
+# -- what does not depend on the budget -----------------------------------------------------------------------------
+
+
+def test_front_in_three_measures_by_hand(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        count = int(rng.integers(1, 40))
+        cost, size, load = (rng.integers(0, 6, count).astype(float) for _ in range(3))
+        points = np.stack([cost, size, load])
+        for index in range(count):
+            no_worse = (points <= points[:, [index]]).all(0)
+            better = no_worse & (points < points[:, [index]]).any(0)
+            twin = no_worse & ~better & (np.arange(count) < index)
+            assert pareto_front(cost, size.astype(np.int64), load)[index] == (not (better | twin).any())
+        flat = pareto_front(cost, size.astype(np.int64), np.full(count, 3.0))
+        assert flat.tolist() == pareto_front(cost, size.astype(np.int64)).tolist()
+
+
+def tables(layers: int, candidates: int, seed: int) -> list[tuple[str, pa.Table, pa.Table]]:
+    found = []
+    for choices in random_choices(layers, candidates, seed):
+        names = [f"Q{index}" for index in range(candidates)]
+        rows = [
+            {"candidate_id": name, "form": "Q", "bits": 4, "bits_a": None, "bits_b": None, "rank": None, "bytes": size}
+            for name, size in zip(names, choices.size.tolist(), strict=True)
+        ]
+        order = np.random.default_rng(seed).permutation(candidates)  # costs come in an order of their own
+        costs = pa.table({"candidate_id": [names[index] for index in order], "global_cost": choices.cost[order]})
+        found.append((choices.layer, pa.Table.from_pylist(rows), costs))
+    return found
+
+
+def test_a_space_is_read_once_and_solved_at_many_budgets(seed):
+    made = tables(6, 40, seed)
+    space = SearchSpace.from_tables(made)
+    smallest, largest = (sum(int(limit(layer.size)) for layer in space.choices) for limit in (np.min, np.max))
+    kept = [layer.useful for layer in space.choices]
+    for budget in np.linspace(smallest, largest, 20).astype(int).tolist():
+        picked = solve(Program(space.choices, budget)).picked
+        again = SearchSpace.from_tables(made)
+        assert solve(Program(again.choices, budget)).picked == picked
+        table = space.table(picked)
+        assert table.schema == ALLOCATION
+        assert sum(table["bytes"].to_pylist()) == Program(space.choices, budget).bytes_of(picked) <= budget
+        for row, (name, candidates, costs) in zip(table.to_pylist(), made, strict=True):
+            assert row["layer"] == name
+            (size,) = [one["bytes"] for one in candidates.to_pylist() if one["candidate_id"] == row["candidate_id"]]
+            (cost,) = [one["global_cost"] for one in costs.to_pylist() if one["candidate_id"] == row["candidate_id"]]
+            assert (row["bytes"], row["global_cost"]) == (size, cost)
+    assert all(layer.useful is own for layer, own in zip(space.choices, kept, strict=True)), "dominance is found once"
+
+
+def test_some_of_a_layers_candidates():
+    layer = Choices("l", np.array([3.0, 2.0, 1.0]), np.array([1, 2, 3]), np.array([4.0, 5.0, 6.0]))
+    part = layer.only([2, 0])
+    assert (part.cost.tolist(), part.size.tolist()) == ([1.0, 3.0], [3, 1])
+    assert part.load is not None
+    assert part.load.tolist() == [6.0, 4.0]
+    assert Choices("l", layer.cost, layer.size).only([1]).load is None

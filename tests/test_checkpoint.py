@@ -21,9 +21,10 @@ from mlorq.checkpoint import io as checkpoint
 from mlorq.checkpoint.format import CONFIG, TENSORS, checkpoint_files, rest_upper_bound
 from mlorq.checkpoint.io import inspect, load, save
 from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
+from mlorq.config.budget import parse_budget
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms.base import Candidate, CompressedLayer
-from mlorq.forms.memory import candidate_bytes, parse_budget, stored_matrices
+from mlorq.forms.memory import candidate_bytes, stored_matrices
 from mlorq.forms.modules import CompressedLinear, CompressedModule, replace_layers
 
 torch.set_num_threads(1)

@@ -12,8 +12,9 @@ import pytest
 
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
-from flows.comparison import METHODS, chosen, configured, width_for
+from flows.comparison import METHODS, chosen, configured, notes, plan, uniform_bytes, width_for
 from flows.run import known_layers, open_bench
+from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from tests.test_cli import fails, write_project
@@ -52,8 +53,13 @@ def test_every_method_has_its_row_at_the_same_size(compared: Compared) -> None:
     assert list(rows) == NAMES
     uniform = {row["bytes"] for row in rows.values() if row["weights"] == "uniform"}
     assert len(uniform) == 1
-    for row in rows.values():
+    assert {row["budget_bytes"] for row in rows.values()} == uniform, "the very same bytes for all"
+    assert {row["budget"] for row in rows.values()} == {"4bit"}
+    for row, result in zip(rows.values(), compared.result["results"], strict=True):
         assert row["bytes"] <= min(uniform)
+        assert row["asked_bytes"] < row["budget_bytes"], "layers as small as these have many scales"
+        assert (result["budget"], result["budget_bytes"]) == ("4bit", row["budget_bytes"])
+        assert "4bit" in row["run"]
         assert row["activations"] == 6
         assert row["metric_name"] == "mean"
         assert 0 < row["nmse"] < 0.5
@@ -81,6 +87,9 @@ def test_another_method_computes_only_its_own(compared: Compared, capsys: pytest
     assert main([*argv, "--methods", "nearest,repq,erq"]) == 0
     shown = capsys.readouterr()
     assert "ERQ (2407.06794)" in shown.out
+    given = compared.result["rows"][0]
+    assert f"4bit: all methods have {given['budget_bytes']:,} bytes" in shown.out
+    assert f"the codes alone are {given['asked_bytes']:,} bytes" in shown.out
     assert main([*argv, "--methods", "gptq,best", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"]["computed"] == 0
     assert main([*argv, "--methods", "erq", "--json", "--set", "activations.percentiles=[0.99, 1.0]"]) == 0
@@ -109,8 +118,10 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_budgets_and_settings_of_methods(tmp_path: Path) -> None:
     config = RunConfig.from_yaml(write_project(tmp_path, **SETTINGS))
     layers = known_layers(open_bench(config)).layers
-    assert width_for("3bit", 0, layers, config) == 3
-    assert width_for("25%", 10**9, layers, config) == 8
+    assert width_for(parse_budget("3bit"), 0, layers, config) == 3
+    assert width_for(parse_budget("3.0 bits"), 0, layers, config) == 3
+    assert width_for(parse_budget("25%"), 10**9, layers, config) == 8
+    assert width_for(parse_budget("16bit"), uniform_bytes(layers, 5, config), layers, config) == 5
     values = {"model": {"family": "custom", "factory": "tiny_project:build"}, **SETTINGS}
     values["data"] = config.data.model_dump()
     for method in chosen(NAMES):
@@ -121,3 +132,39 @@ def test_budgets_and_settings_of_methods(tmp_path: Path) -> None:
         assert own.activations.bits == 4
         assert own.activations.method == ("uniform" if method.name == "nearest" else own.activations.method)
     assert configured(METHODS["mlorq+erq+lra"], values, config.folder, 3, None).rounding.start == "erq"
+
+
+@pytest.mark.parametrize("text", ["3bit", "4 bits", "5.5bit", "20%", "100kB"])
+def test_all_methods_have_the_very_same_bytes(tmp_path: Path, text: str) -> None:
+    config = RunConfig.from_yaml(write_project(tmp_path, **SETTINGS))
+    bench = open_bench(config)
+    layers = known_layers(bench).layers
+    values = {"model": {"family": "custom", "factory": "tiny_project:build"}, **SETTINGS}
+    values["data"] = config.data.model_dump()
+    planned = plan(bench, values, parse_budgets(text), chosen(NAMES), None)
+    assert [one.method.name for one in planned] == NAMES
+    budgets = {one.budget for one in planned}
+    (bits,) = {tuple(one.config.search.bits) for one in planned if one.method.uniform}
+    assert budgets == {Budget.of_layers(uniform_bytes(layers, bits[0], config), text)}
+    (asked,) = {one.asked_bytes for one in planned}
+    whole = parse_budget(text).whole_bits
+    if whole is not None:
+        assert bits == (whole,)
+        assert asked == sum(layer.params for layer in layers) * whole // 8
+        return
+    assert uniform_bytes(layers, bits[0], config) <= asked
+    assert bits == (8,) or uniform_bytes(layers, bits[0] + 1, config) > asked
+
+
+def test_notes_say_what_the_bytes_are() -> None:
+    rows = [
+        {"budget": "3bit", "budget_bytes": 16_726, "asked_bytes": 13_992},
+        {"budget": "3bit", "budget_bytes": 16_726, "asked_bytes": 13_992},
+        {"budget": "20%", "budget_bytes": 900, "asked_bytes": 1_000},
+        {"budget": "10%", "budget_bytes": 500, "asked_bytes": 500},
+    ]
+    first, second = notes(rows)
+    assert first.startswith("3bit: all methods have 16,726 bytes")
+    assert "the codes alone are 13,992 bytes" in first
+    assert second.startswith("20%: all methods have 900 bytes")
+    assert "within 1,000 bytes" in second

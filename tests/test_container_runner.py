@@ -25,6 +25,7 @@ from flows.run import open_bench
 from flows.runners import InProcessRunner, Runner, make_runner
 from flows.runners import container_setup as setup
 from flows.runners.container import LABELS, ContainerRunner, cache_folder, remove_left_overs
+from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError, TransientError
 from steps import pipeline
@@ -411,12 +412,12 @@ def test_a_run_in_containers_makes_the_same_artifacts(tmp_path: Path, settings: 
     changes = {"search": {"points": 2, "include": ["blocks.1.*"]}, "rounding": {"iterations": 5}}
     ours, theirs = project(tmp_path / "a", **changes), project(tmp_path / "b", **changes, engine=settings)
     inside = Recorder(InProcessRunner(open_bench(ours)))
-    run_pipeline(open_bench(ours), inside, ["4bit"])
+    run_pipeline(open_bench(ours), inside, parse_budgets("4bit"))
     runner = make_runner(theirs, "cpu", lambda: open_bench(theirs))
     assert isinstance(runner, ContainerRunner)
     assert runner.place == f"cpu in a container of {settings['docker']['image']}"
     containers = Recorder(runner)
-    run_pipeline(open_bench(theirs), containers, ["4bit"])
+    run_pipeline(open_bench(theirs), containers, parse_budgets("4bit"))
     assert [spec.key for spec in containers.specs] == [spec.key for spec in inside.specs]
     assert containers.reused == 0
     made = files(tmp_path / "b" / "store")
@@ -580,13 +581,13 @@ def test_steps_in_containers_work_on_an_object_store(tmp_path: Path, settings: d
     changes = {"search": {"points": 2, "include": ["blocks.1.*"]}, "rounding": {"method": "nearest"}}
     local = project(tmp_path / "a", **changes)
     inside = Recorder(InProcessRunner(open_bench(local)))
-    run_pipeline(open_bench(local), inside, ["4bit"])
+    run_pipeline(open_bench(local), inside, parse_budgets("4bit"))
     with s3_server() as server:
         engine = settings | {"docker": settings["docker"] | {"network": "host"}, "cache": str(tmp_path / "cache")}
         remote = project(tmp_path / "b", **changes, engine=engine, store=server.new_bucket())
         bench = open_bench(remote)
         containers = Recorder(make_runner(remote, "cpu", lambda: bench))
-        run_pipeline(bench, containers, ["4bit"])
+        run_pipeline(bench, containers, parse_budgets("4bit"))
         assert [spec.key for spec in containers.specs] == [spec.key for spec in inside.specs]
         assert containers.reused == 0
         for spec in inside.specs:

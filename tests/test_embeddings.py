@@ -15,6 +15,7 @@ import mlorq
 from mlorq.artifacts.store import Store
 from mlorq.checkpoint.format import checkpoint_files, rest_upper_bound
 from mlorq.checkpoint.io import inspect, load, save
+from mlorq.config.budget import parse_budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms.embedding_tables import CompressedEmbedding, find_tables, quantize_table, replace_tables, set_tables
@@ -143,7 +144,7 @@ def run(folder: Path, budget: str = "5bit", **changes: Any) -> tuple[dict[str, A
     bench = Workbench(config, Store(config.resolve(config.store)))
     done: list[tuple[str, bool]] = []
     executor = InProcess(bench, record=lambda outcome: done.append((outcome.ref.step, outcome.reused)))
-    (result,) = run_pipeline(bench, executor, [budget])
+    (result,) = run_pipeline(bench, executor, [parse_budget(budget)])
     return result_json(bench, result), done, bench
 
 

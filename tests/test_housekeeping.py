@@ -13,6 +13,7 @@ import pytest
 from flows.cli import main
 from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, temporaries, verify
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
+from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
 from steps.context import Workbench
@@ -141,7 +142,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     path = write_project(tmp_path_factory.mktemp("runs"), rounding={"method": "nearest"})
     config = RunConfig.from_yaml(path)
     bench = Workbench(config, Store(config.resolve(config.store)))
-    results = run_pipeline(bench, InProcess(bench), ["3bit", "4bit"])
+    results = run_pipeline(bench, InProcess(bench), parse_budgets(["3bit", "4bit"]))
     return path, [result_json(bench, result) for result in results]
 
 
@@ -167,7 +168,7 @@ def test_store_commands(two_runs: tuple[Path, list[dict[str, Any]]], capsys: pyt
     config = RunConfig.from_yaml(path)
     bench = Workbench(config, Store(config.resolve(config.store)))
     outcomes: list[Any] = []
-    (again,) = run_pipeline(bench, InProcess(bench, record=outcomes.append), ["4bit"])
+    (again,) = run_pipeline(bench, InProcess(bench, record=outcomes.append), parse_budgets("4bit"))
     assert all(outcome.reused for outcome in outcomes)
     assert result_json(bench, again) == four
 

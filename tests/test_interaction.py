@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlorq.allocation.program import Choices, allocate
+from mlorq.allocation.choices import Choices
+from mlorq.allocation.program import Program
+from mlorq.allocation.program import solve as solve_program
 from mlorq.allocation.refinement import TIE, Measured, WholeModel, largest_uniform, preferred, refine
 from mlorq.evaluation.outputs import output_nmse
 from mlorq.models.layers import find_layers
@@ -74,7 +76,7 @@ def refined(seed: int, rounds: int):
         return [float(values[index]) for values, index in zip(true, picked, strict=True)]
 
     def solve(costs):
-        return allocate(costs, limit, gap=0.0)[0]
+        return solve_program(Program(costs, limit), gap=0.0).picked
 
     start = solve(choices)
     found = refine(choices, rows, limit, start, solve, measure, contributions, rounds)
@@ -159,7 +161,7 @@ def test_programs_without_low_rank_and_with_large_costs_shunned_are_measured_too
         return sum(float(layer.cost[index]) for layer, index in zip(choices, picked, strict=True)) + (picked[0] == 3)
 
     def solve(costs):
-        return allocate(costs, 900, gap=0.0)[0]
+        return solve_program(Program(costs, 900), gap=0.0).picked
 
     start = solve(choices)
     assert start[0] == 3

@@ -1,10 +1,9 @@
-"""Accounting against tensors that are really packed, budgets against hand-computed bytes."""
+"""Accounting against tensors that are really packed."""
 
 from __future__ import annotations
 
 import math
 import random
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,14 +11,11 @@ import torch
 
 from mlorq.codecs.affine import ZeroPoint
 from mlorq.codecs.packing import pack_rows
-from mlorq.errors import BudgetError
 from mlorq.forms.base import Candidate
 from mlorq.forms.memory import (
-    Budget,
     candidate_bytes,
     low_rank_bytes,
     matrix_bytes,
-    parse_budget,
     stored_matrices,
 )
 
@@ -93,63 +89,3 @@ def test_stored_matrices_and_incomplete_candidates() -> None:
     ):
         with pytest.raises(ValueError, match="incomplete"):
             candidate_bytes(bad, 6, 9, "exact", "codes")
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "value"),
-    [
-        ("3bit", "bits", Fraction(3)),
-        ("2.5 bits", "bits", Fraction(5, 2)),
-        (" 2.3 bit ", "bits", Fraction(23, 10)),
-        ("12.5%", "percent", Fraction(25, 2)),
-        ("10 %", "percent", Fraction(10)),
-        ("25MB", "bytes", Fraction(25 * 10**6)),
-        ("25MiB", "bytes", Fraction(25 * 2**20)),
-        ("1.5GB", "bytes", Fraction(3 * 10**9, 2)),
-        ("800kB", "bytes", Fraction(800_000)),
-        (".5KiB", "bytes", Fraction(512)),
-        ("25mb", "bytes", Fraction(25 * 10**6)),
-        ("123456B", "bytes", Fraction(123456)),
-    ],
-)
-def test_budgets_are_read(text: str, kind: str, value: Fraction) -> None:
-    assert parse_budget(text) == Budget(kind, value, text.strip())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "3", "bit", "three bits", "3bit3", "3 4 bit", "1e3MB", "12.5%%", "25Mb", "3b", "25TB", "٣bit",
-     "nan%", "3,5bit", "inf bits", "3bit\n25MB", "33bit", "100.5%", "0.5B"],
-)  # fmt: skip
-def test_nonsense_is_an_error_that_names_it(text: str) -> None:
-    with pytest.raises(BudgetError) as error:
-        parse_budget(text)
-    assert repr(text) in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["0bit", "-3bit", "0%", "-12.5%", "0.0MB", "-25MB"])
-def test_nothing_and_less_is_an_error(text: str) -> None:
-    with pytest.raises(BudgetError, match="more than zero"):
-        parse_budget(text)
-
-
-def test_budget_that_is_no_text_is_an_error() -> None:
-    with pytest.raises(BudgetError, match="3"):
-        parse_budget(3)  # type: ignore[arg-type]
-
-
-def test_bytes_of_the_compressible_layers() -> None:
-    assert parse_budget("3bit").compressible_bytes(1001, 10**9) == 3 * 1001 // 8
-    assert parse_budget("2.5bit").compressible_bytes(1001, 0) == 312
-    assert parse_budget("12.5%").compressible_bytes(1001, 10**9) == 500
-    assert parse_budget("25MB").compressible_bytes(1, 24_000_001) == 999_999
-    assert parse_budget("1.0005kB").compressible_bytes(1, 0) == 1000
-    # Exact where float arithmetic gives 2299 and 56.
-    assert parse_budget("2.3bit").compressible_bytes(8000, 0) == 2300
-    assert parse_budget("0.57%").compressible_bytes(2500, 0) == 57
-
-
-def test_a_size_below_the_rest_names_the_smallest() -> None:
-    assert parse_budget("1kB").compressible_bytes(10, 1000) == 0
-    with pytest.raises(BudgetError, match=r"1kB.*1001 bytes"):
-        parse_budget("1kB").compressible_bytes(10, 1001)

@@ -15,6 +15,7 @@ import mlorq
 import steps.pipeline as pipeline
 from mlorq.allocation.refinement import TIE
 from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, DataError, ModelError, StoreError
 from steps import REGISTRY
@@ -75,7 +76,7 @@ def run(folder: Path, budgets: list[str] | None = None, **overrides) -> tuple[li
     config = RunConfig.from_yaml(folder / "run.yaml", {k.replace("__", "."): v for k, v in overrides.items()})
     bench = Workbench(config, Store(config.resolve(config.store)))
     outcomes: list[Outcome] = []
-    results = run_pipeline(bench, InProcess(bench, record=outcomes.append), budgets or config.budgets)
+    results = run_pipeline(bench, InProcess(bench, record=outcomes.append), parse_budgets(budgets or config.budget))
     done = [(outcome.ref.step, outcome.reused) for outcome in outcomes]
     return [result_json(bench, result) for result in results], done
 

@@ -15,6 +15,7 @@ from flows.events import REBUDGET_REQUESTED, SEARCH_FINISHED, SearchWatch
 from flows.run import prepare
 from flows.sweep import CURVE, LADDER, PAGE, POINTS, keep_curve, ladder, sweep_flow
 from mlorq.artifacts.store import Store
+from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, StoreError
 from steps.base import Outcome, StepSpec
@@ -100,8 +101,8 @@ def test_impossible_budgets_are_named_before_any_work(
 def test_default_budgets(tmp_path: Path) -> None:
     bench = prepare(RunConfig.from_yaml(write_project(tmp_path, search={"bits": [2], "factor_bits": []})), [])
     # Layers as small as these have a bit and more of scales a weight.
-    assert ladder(bench, None) == (["4bit", "6bit"], ["2bit", "2.5bit", "3bit"])
-    assert ladder(bench, ["6bit", "4bit", "6bit"]) == (["6bit", "4bit"], [])
+    assert ladder(bench, None) == (parse_budgets(["4bit", "6bit"]), parse_budgets(["2bit", "2.5bit", "3bit"]))
+    assert ladder(bench, parse_budgets(["6bit", "4bit", "6bit"])) == (parse_budgets(["6bit", "4bit"]), [])
     with pytest.raises(BudgetError, match="none is given"):
         ladder(bench, [])
     bench = prepare(RunConfig.from_yaml(write_project(tmp_path, search={"bits": [8], "factor_bits": []})), [])

@@ -1,48 +1,89 @@
-"""Inter-layer search: one integer program under the memory budget (METHOD 5; MLoRQ, arXiv 2507.09616).
+"""Inter-layer search: one integer program under a memory budget (METHOD 5; MLoRQ, arXiv 2507.09616).
 
-Exactly one candidate a layer, least summed cost, memory within the budget:
+Exactly one candidate per layer, least summed cost, memory within the budget:
 
     min Σ_ℓc x_ℓc cost_ℓc   subject to   Σ_c x_ℓc = 1 for every layer ℓ,   Σ_ℓc x_ℓc bytes_ℓc ≤ budget,   x binary.
 
 With objective ``nsr`` the cost is the NMSE; with ``sqnr`` the summed signal-to-noise ratio 1/NMSE is maximised. The two
-are not equivalent. Candidates that another one of the same layer beats in cost and memory cannot be part of a best
-solution and are left out, which shrinks the program without changing its optimum.
+are not equivalent.
+
+Where code widths of activations are chosen too (METHOD 8), every group g of activations gets one width a, and the
+program has further rows: one width per group, linking variables z, and a compute budget,
+
+    min Σ_ℓc x_ℓc cost_ℓc + Σ_ga y_ga cost_ga
+    Σ_a y_ga = 1,   Σ_a z_ℓca = x_ℓc,   Σ_c z_ℓca = y_ga  (g: what layer ℓ reads),
+    Σ_ℓca z_ℓca load_ℓc a + Σ_ga y_ga ops_ga ≤ compute.
+
+A bit operation is a product of one bit of a weight with one of an activation: a multiply-accumulate of a b-bit weight
+and an a-bit input counts ``a b`` of them, so that a layer's load per bit of its input is its multiply-accumulates times
+the bits of its weights, ``load_ℓc``. Where x and y are integers, z is their product.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pulp
-import pyarrow as pa
+from numpy.typing import NDArray
 
-from mlorq.artifacts.schemas import ALLOCATION
-from mlorq.costs.pareto import pareto_front
+from mlorq.allocation.choices import Choices, WidthChoices, require_bytes
 from mlorq.errors import BudgetError
 
 Objective = Literal["nsr", "sqnr"]
 SolverName = Literal["highs", "cbc"]
+Floats = NDArray[np.float64]
 
 SMALLEST_NMSE = 1e-12  # below float32 noise: keeps 1/NMSE finite
+COMPUTE_TOLERANCE = 1e-9  # relative; bit operations are sums of floats, bytes are exact
 
 
 @dataclass(frozen=True)
-class Choices:
-    """The candidates of one layer that the program may choose from.
+class Program:
+    """What is to be solved.
 
     Attributes:
-        layer: name.
-        cost: ``(candidates,)`` global cost (NMSE).
-        size: ``(candidates,)`` bytes, int64.
+        choices: the layers and their candidates; they need loads where widths are chosen.
+        budget_bytes: most bytes of all layers together.
+        widths: code widths of activations and the compute budget; None: activations are given.
+        objective: ``nsr`` or ``sqnr``.
     """
 
-    layer: str
-    cost: np.ndarray
-    size: np.ndarray
+    choices: Sequence[Choices]
+    budget_bytes: int
+    widths: WidthChoices | None = None
+    objective: Objective = "nsr"
+
+    def bytes_of(self, picked: Sequence[int]) -> int:
+        """Bytes of an allocation."""
+        return sum(int(layer.size[row]) for layer, row in zip(self.choices, picked, strict=True))
+
+    def cost_of(self, picked: Sequence[int], widths: Sequence[int] = ()) -> float:
+        """Summed cost of an allocation: of its layers and, where widths are chosen, of its groups."""
+        layers = float(sum(layer.cost[row] for layer, row in zip(self.choices, picked, strict=True)))
+        groups = () if self.widths is None else self.widths.groups
+        return layers + float(sum(group.cost[place] for group, place in zip(groups, widths, strict=True)))
+
+    def operations_of(self, picked: Sequence[int], widths: Sequence[int]) -> float:
+        """Bit operations per sample of an allocation; 0 where no widths are chosen."""
+        if self.widths is None:
+            return 0.0
+        groups = self.widths.groups
+        products = sum(float(group.operations[place]) for group, place in zip(groups, widths, strict=True))
+        return products + sum(
+            float(_load(layer)[row]) * float(groups[group].widths[widths[group]])
+            for layer, row, group in zip(self.choices, picked, self.widths.group_of, strict=True)
+        )
+
+    def least_operations(self) -> float:
+        """Bit operations per sample of the allocation that needs the fewest."""
+        if self.widths is None:
+            return 0.0
+        narrowest = [int(group.widths.argmin()) for group in self.widths.groups]
+        return self.operations_of([int(_load(layer).argmin()) for layer in self.choices], narrowest)
 
 
 @dataclass(frozen=True)
@@ -55,7 +96,7 @@ class SolverReport:
         objective: summed cost of the solution (``sqnr``: summed 1/NMSE).
         bound: best bound proved on it; null where the solver gives none.
         gap: relative distance of objective and bound; null with the bound.
-        seconds: of solving.
+        seconds: of building and solving.
     """
 
     name: str
@@ -66,38 +107,176 @@ class SolverReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
+        """As an allocation's artifact has it."""
         return asdict(self)
 
 
-def smallest_bytes(choices: Sequence[Choices]) -> int:
-    """Bytes of the smallest configuration there is."""
-    return int(sum(int(layer.size.min()) for layer in choices))
+@dataclass(frozen=True)
+class Solution:
+    """An allocation.
 
-
-def require_bytes(choices: Sequence[Choices], budget_bytes: int) -> None:
-    """Refuse a budget that the smallest configuration exceeds.
-
-    Raises:
-        BudgetError: names the smallest possible one.
+    Attributes:
+        picked: index of each layer's candidate.
+        widths: index of each group's width; empty where none are chosen.
+        report: how it was found.
     """
-    smallest = smallest_bytes(choices)
-    if budget_bytes < smallest:
-        raise BudgetError(
-            f"budget of {budget_bytes} bytes for the compressible layers is too small: "
-            f"the smallest possible is {smallest} bytes"
-        )
+
+    picked: list[int]
+    widths: list[int]
+    report: SolverReport
 
 
-def solve_program(
-    problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: float
-) -> tuple[str | None, float | None]:
-    """Solve a program on one thread, so that the same program has the same solution.
+def solve(program: Program, *, solver: SolverName = "highs", time_limit: float = 120.0, gap: float = 1e-4) -> Solution:
+    """Choose a candidate for every layer and, where asked, a width for every group of activations.
 
     Args:
-        problem: to minimise.
+        program: what to solve.
         solver: ``highs`` or ``cbc``.
         time_limit: seconds.
         gap: relative gap at which the solver may stop.
+
+    Raises:
+        BudgetError: nothing fits; the smallest possible budget is named where one budget alone is at fault.
+    """
+    require_bytes(program.choices, program.budget_bytes)
+    least = program.least_operations()
+    if program.widths is not None and program.widths.compute < least:
+        raise BudgetError(
+            f"activations.compute: {program.widths.compute:.4g} bit operations per sample are too few: "
+            f"the least possible is {least:.4g}"
+        )
+    started = time.perf_counter()
+    terms = _Terms(program)
+    problem, x, y = _build(program, terms)
+    status, bound = _run(problem, solver, time_limit, gap)
+    if status is None:
+        raise BudgetError(_nothing_found(program, solver, time_limit, pulp.LpStatus[problem.status]))
+    places, widths = _repaired(program, terms, [_highest(own) for own in x], [_highest(own) for own in y])
+    achieved = float(sum(value[place] for value, place in zip(terms.value, places, strict=True)))
+    achieved += float(sum(value[place] for value, place in zip(terms.group_value, widths, strict=True)))
+    bound = None if bound is None else bound / terms.scale
+    relative = None if bound is None else abs(achieved - bound) / max(abs(achieved), 1e-300)
+    if program.objective == "sqnr":
+        achieved, bound = -achieved, None if bound is None else -bound
+    report = SolverReport(solver, status, achieved, bound, relative, time.perf_counter() - started)
+    picked = [int(layer.useful[place]) for layer, place in zip(program.choices, places, strict=True)]
+    return Solution(picked, widths, report)
+
+
+class _Terms:
+    """A program's numbers: of useful candidates alone, and in the direction to minimise.
+
+    Attributes:
+        value: ``(useful,)`` per layer, the objective's terms.
+        size: ``(useful,)`` per layer, bytes.
+        load: ``(useful,)`` per layer, bit operations per bit of its input; zeros where no widths are chosen.
+        group_value: ``(choices,)`` per group, the objective's terms.
+        scale: factor of the objective in the solver.
+    """
+
+    def __init__(self, program: Program) -> None:
+        choices, groups = program.choices, () if program.widths is None else program.widths.groups
+        self.value = [_value(layer.cost[layer.useful], program.objective) for layer in choices]
+        self.size = [layer.size[layer.useful] for layer in choices]
+        self.load = [
+            np.zeros(len(layer.useful)) if program.widths is None else _load(layer)[layer.useful] for layer in choices
+        ]
+        self.group_value = [_value(group.cost, program.objective) for group in groups]
+        # Solvers compare objectives with absolute tolerances near 1e-6, which summed NMSEs can be below: scale so that
+        # a simple feasible solution is worth about a thousand.
+        self.scale = 1e3 / max(self._simple_value(program.budget_bytes), 1e-300)
+
+    def _simple_value(self, budget: int) -> float:
+        """Magnitude of the objective where every layer keeps its share of the budget; of groups, the median."""
+        largest = sum(int(size.max()) for size in self.size)
+        share = min(1.0, budget / largest)
+        total = 0.0
+        for value, size in zip(self.value, self.size, strict=True):
+            fitting = value[size <= max(size.min(), share * size.max())]
+            total += float(np.abs(fitting[fitting.argmin()]))
+        return total + sum(float(np.median(np.abs(value))) for value in self.group_value)
+
+
+def _value(cost: Floats, objective: Objective) -> Floats:
+    return cost if objective == "nsr" else -1.0 / np.maximum(cost, SMALLEST_NMSE)
+
+
+def _load(layer: Choices) -> Floats:
+    if layer.load is None:
+        raise ValueError(f"layer {layer.layer}: code widths can only be chosen where every candidate has its load")
+    return layer.load
+
+
+def _build(
+    program: Program, terms: _Terms
+) -> tuple[pulp.LpProblem, list[list[pulp.LpVariable]], list[list[pulp.LpVariable]]]:
+    """The program, with its variables x by layer and useful candidate, and y by group and width.
+
+    Solvers see variables in the order of their names and rows in the order in which they are added; between equally
+    good solutions the order decides.
+    """
+    widths = program.widths
+    groups = () if widths is None else widths.groups
+    problem = pulp.LpProblem("allocation", pulp.LpMinimize)
+    x = [
+        [problem.add_variable(f"x_{layer}_{place}", cat=pulp.LpBinary) for place in range(len(value))]
+        for layer, value in enumerate(terms.value)
+    ]
+    y = [
+        [problem.add_variable(f"y_{group}_{width}", cat=pulp.LpBinary) for width in own.widths.tolist()]
+        for group, own in enumerate(groups)
+    ]
+    problem += pulp.LpAffineExpression(
+        (variable, float(cost * terms.scale))
+        for variables, value in zip([*x, *y], [*terms.value, *terms.group_value], strict=True)
+        for variable, cost in zip(variables, value, strict=True)
+    )
+    for variables in (*x, *y):
+        problem += pulp.LpAffineExpression((variable, 1) for variable in variables) == 1
+    # Memory, and below compute, relative to the budget, for the same reason as the objective's scale.
+    problem += (
+        pulp.LpAffineExpression(
+            (variable, float(size) / program.budget_bytes)
+            for variables, sizes in zip(x, terms.size, strict=True)
+            for variable, size in zip(variables, sizes, strict=True)
+        )
+        <= 1
+    )
+    if widths is not None:
+        _add_compute(problem, widths, terms, x, y)
+    return problem, x, y
+
+
+def _add_compute(
+    problem: pulp.LpProblem,
+    widths: WidthChoices,
+    terms: _Terms,
+    x: list[list[pulp.LpVariable]],
+    y: list[list[pulp.LpVariable]],
+) -> None:
+    """The linking variables, ``z_ℓca = x_ℓc y_ga``, and the compute budget."""
+    operations = [
+        (variable, float(value) / widths.compute)
+        for group, own in zip(widths.groups, y, strict=True)
+        for variable, value in zip(own, group.operations, strict=True)
+    ]
+    for layer, (own, load) in enumerate(zip(x, terms.load, strict=True)):
+        offered, switches = widths.groups[widths.group_of[layer]].widths.tolist(), y[widths.group_of[layer]]
+        z = [
+            [problem.add_variable(f"z_{layer}_{place}_{width}", 0, 1) for width in offered] for place in range(len(own))
+        ]
+        for variable, parts, per_bit in zip(own, z, load, strict=True):
+            problem += pulp.LpAffineExpression((part, 1) for part in parts) == variable
+            operations += [
+                (part, float(per_bit) * width / widths.compute) for part, width in zip(parts, offered, strict=True)
+            ]
+        for place, switch in enumerate(switches):
+            problem += pulp.LpAffineExpression((parts[place], 1) for parts in z) == switch
+    problem += pulp.LpAffineExpression(operations) <= 1
+
+
+def _run(problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: float) -> tuple[str | None, float | None]:
+    """Solve on one thread, so that the same program has the same solution.
 
     Returns:
         ``optimal`` or ``feasible``, None where nothing was found; and the best bound, None where there is none.
@@ -105,156 +284,87 @@ def solve_program(
     if solver == "highs":
         problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
     else:
-        problem.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
+        bundled = pulp.PULP_CBC_CMD.pulp_cbc_path  # the CBC that comes with PuLP, not whatever is installed
+        problem.solve(pulp.COIN_CMD(path=bundled, msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
     known = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "feasible"}
     status = known.get(problem.sol_status)
     bound = float(problem.solverModel.getInfo().mip_dual_bound) if status and solver == "highs" else None
     return status, bound if bound is not None and np.isfinite(bound) else None
 
 
-def allocate(
-    choices: Sequence[Choices],
-    budget_bytes: int,
-    *,
-    objective: Objective = "nsr",
-    solver: SolverName = "highs",
-    time_limit: float = 120.0,
-    gap: float = 1e-4,
-) -> tuple[list[int], SolverReport]:
-    """Choose one candidate a layer.
+def _nothing_found(program: Program, solver: SolverName, time_limit: float, status: str) -> str:
+    if program.widths is None:
+        return f"{solver} found no allocation within {time_limit} s (status {status}); raise search.time_limit"
+    return (
+        f"no allocation within {program.budget_bytes} bytes and {program.widths.compute:.4g} bit operations per sample "
+        f"was found ({solver}: {status}); allow more of either, or raise search.time_limit"
+    )
+
+
+def _highest(variables: Sequence[pulp.LpVariable]) -> int:
+    """Index of the variable that the solver has set."""
+    return int(np.argmax([variable.value() or 0.0 for variable in variables]))
+
+
+def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[int]) -> tuple[list[int], list[int]]:
+    """Undo a solver's tolerance: while a budget is exceeded, take the cheapest step that lowers the excess.
+
+    A step changes one layer's candidate or one group's width. It must not exceed the other budget, or not more than it
+    is exceeded already.
 
     Args:
-        choices: the layers and their candidates.
-        budget_bytes: most bytes of all layers together.
-        objective: ``nsr`` or ``sqnr``.
-        solver: ``highs`` or ``cbc``.
-        time_limit: seconds.
-        gap: relative gap at which the solver may stop.
-
-    Returns:
-        The index of the chosen candidate of every layer, and the solver's report.
+        program: that was solved.
+        terms: its numbers.
+        places: of each layer's candidate among its useful ones.
+        widths: index of each group's width.
 
     Raises:
-        BudgetError: nothing fits; the smallest feasible budget is named.
+        BudgetError: no such step is left.
     """
-    require_bytes(choices, budget_bytes)
-    started = time.perf_counter()
-    kept = [np.flatnonzero(pareto_front(layer.cost, layer.size)) for layer in choices]
-    values = [_value(layer.cost[rows], objective) for layer, rows in zip(choices, kept, strict=True)]
-    sizes = [layer.size[rows] for layer, rows in zip(choices, kept, strict=True)]
-    picked, status, bound = _solve(values, sizes, budget_bytes, solver, time_limit, gap)
-    achieved = float(sum(value[index] for value, index in zip(values, picked, strict=True)))
-    relative = None if bound is None else abs(achieved - bound) / max(abs(achieved), 1e-300)
-    if objective == "sqnr":
-        achieved, bound = -achieved, None if bound is None else -bound
-    report = SolverReport(solver, status, achieved, bound, relative, time.perf_counter() - started)
-    return [int(rows[index]) for rows, index in zip(kept, picked, strict=True)], report
+    places, widths, layers = list(places), list(widths), len(places)
+    chosen = program.widths or WidthChoices((), [0] * layers, 0.0)
+    groups, group_of, most = chosen.groups, chosen.group_of, chosen.compute * (1 + COMPUTE_TOLERANCE)
+    while True:
+        bits = [float(group.widths[place]) for group, place in zip(groups, widths, strict=True)] or [0.0]
+        reading = [0.0] * len(bits)  # bit operations per bit of each group, of the layers that read it
+        for load, place, read in zip(terms.load, places, group_of, strict=True):
+            reading[read] += float(load[place])
+        size = sum(int(own[place]) for own, place in zip(terms.size, places, strict=True))
+        operations = sum(float(group.operations[place]) for group, place in zip(groups, widths, strict=True))
+        operations += sum(own * width for own, width in zip(reading, bits, strict=True))
+        over_memory = size > program.budget_bytes
+        if not over_memory and operations <= most:
+            return places, widths
+        steps: list[tuple[float, int, int]] = []  # rise of the objective, layer or group, place
+        for index, (value, sizes, load) in enumerate(zip(terms.value, terms.size, terms.load, strict=True)):
+            place = places[index]
+            more_bytes, more_operations = sizes - sizes[place], (load - load[place]) * bits[group_of[index]]
+            if over_memory:
+                allowed = (more_bytes < 0) & (operations + more_operations <= max(most, operations))
+            else:
+                allowed = (more_operations < 0) & (size + more_bytes <= program.budget_bytes)
+            steps += _cheapest(value, place, allowed, index)
+        for index, group in enumerate(() if over_memory else groups):
+            place = widths[index]
+            more_operations = group.operations - group.operations[place]
+            more_operations = more_operations + reading[index] * (group.widths - group.widths[place])
+            steps += _cheapest(terms.group_value[index], place, more_operations < 0, layers + index)
+        if not steps:
+            raise BudgetError(
+                "the solver's allocation exceeds a budget by its tolerance, and no smaller step is left: "
+                "allow slightly more"
+            )
+        _, index, place = min(steps)
+        if index < layers:
+            places[index] = place
+        else:
+            widths[index - layers] = place
 
 
-def _value(cost: np.ndarray, objective: Objective) -> np.ndarray:
-    return cost if objective == "nsr" else -1.0 / np.maximum(cost, SMALLEST_NMSE)
-
-
-def _solve(
-    values: list[np.ndarray],
-    sizes: list[np.ndarray],
-    budget: int,
-    solver: SolverName,
-    time_limit: float,
-    gap: float,
-) -> tuple[list[int], str, float | None]:
-    """Build and solve the program; returns picks, status and the bound in the units of ``values``."""
-    # Solvers compare objectives with absolute tolerances near 1e-6, which summed NMSEs can be below: scale so that a
-    # simple feasible solution is worth about a thousand.
-    scale = 1e3 / max(_simple_value(values, sizes, budget), 1e-300)
-    problem = pulp.LpProblem("allocation", pulp.LpMinimize)
-    x = [
-        [pulp.LpVariable(f"x_{layer}_{index}", cat=pulp.LpBinary) for index in range(len(value))]
-        for layer, value in enumerate(values)
-    ]
-    problem += pulp.LpAffineExpression(
-        (variable, float(cost * scale))
-        for variables, value in zip(x, values, strict=True)
-        for variable, cost in zip(variables, value, strict=True)
-    )
-    for variables in x:
-        problem += pulp.LpAffineExpression((variable, 1) for variable in variables) == 1
-    # Memory relative to the budget, for the same reason as above.
-    problem += (
-        pulp.LpAffineExpression(
-            (variable, float(size) / budget)
-            for variables, layer_sizes in zip(x, sizes, strict=True)
-            for variable, size in zip(variables, layer_sizes, strict=True)
-        )
-        <= 1
-    )
-    status, bound = solve_program(problem, solver, time_limit, gap)
-    if status is None:
-        raise BudgetError(
-            f"{solver} found no allocation within {time_limit} s (status {pulp.LpStatus[problem.status]}); "
-            "raise search.time_limit"
-        )
-    picked = [int(np.argmax([variable.value() or 0.0 for variable in variables])) for variables in x]
-    picked = _repair(picked, values, sizes, budget)
-    return picked, status, None if bound is None else bound / scale
-
-
-def _simple_value(values: list[np.ndarray], sizes: list[np.ndarray], budget: int) -> float:
-    """Magnitude of the objective where every layer keeps its share of the budget."""
-    largest = sum(int(size.max()) for size in sizes)
-    share = min(1.0, budget / largest)
-    total = 0.0
-    for value, size in zip(values, sizes, strict=True):
-        fitting = value[size <= max(size.min(), share * size.max())]
-        total += float(np.abs(fitting[fitting.argmin()]))
-    return total
-
-
-def _repair(picked: list[int], values: list[np.ndarray], sizes: list[np.ndarray], budget: int) -> list[int]:
-    """Undo a solver's tolerance: while bytes exceed the budget, take the cheapest step to a smaller candidate."""
-    picked = list(picked)
-    while sum(int(size[index]) for size, index in zip(sizes, picked, strict=True)) > budget:
-        best: tuple[float, int, int] | None = None
-        for layer, index in enumerate(picked):
-            smaller = np.flatnonzero(sizes[layer] < sizes[layer][index])
-            if len(smaller):
-                rise = values[layer][smaller] - values[layer][index]
-                step = (float(rise.min()), layer, int(smaller[rise.argmin()]))
-                best = step if best is None or step < best else best
-        assert best is not None, "the smallest configuration fits: checked before solving"
-        picked[best[1]] = best[2]
-    return picked
-
-
-def allocation_table(
-    choices: Sequence[Choices], picked: Sequence[int], rows: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> pa.Table:
-    """The chosen candidates as a table (``tables.ALLOCATION``).
-
-    Args:
-        choices: as given to ``allocate``.
-        picked: as returned by ``allocate``.
-        rows: for every layer, its candidates' rows in the order of ``choices``.
-    """
-    table = []
-    for layer, index in zip(choices, picked, strict=True):
-        row = rows[layer.layer][index]
-        table.append(
-            {
-                "layer": layer.layer,
-                "global_cost": float(layer.cost[index]),
-                **{name: row[name] for name in ("candidate_id", "form", "bits", "bits_a", "bits_b", "rank", "bytes")},
-            }
-        )
-    return pa.Table.from_pylist(table, schema=ALLOCATION)
-
-
-def choices_from_tables(
-    layer: str, candidates: pa.Table, sensitivity: pa.Table
-) -> tuple[Choices, list[dict[str, Any]]]:
-    """Join a layer's candidates with their global costs."""
-    by_id = {row["candidate_id"]: row for row in candidates.to_pylist()}
-    rows = [by_id[name] for name in sensitivity["candidate_id"].to_pylist()]
-    cost = sensitivity["global_cost"].to_numpy()
-    size = np.array([row["bytes"] for row in rows], dtype=np.int64)
-    return Choices(layer, cost, size), rows
+def _cheapest(value: Floats, place: int, allowed: NDArray[np.bool_], index: int) -> list[tuple[float, int, int]]:
+    """The step to the cheapest allowed choice, as (rise, index, choice); nothing where none is allowed."""
+    kept = np.flatnonzero(allowed)
+    if not len(kept):
+        return []
+    rise = value[kept] - value[place]
+    return [(float(rise.min()), index, int(kept[rise.argmin()]))]

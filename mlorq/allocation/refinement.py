@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mlorq.activations.plan import ActivationPlan
-from mlorq.allocation.program import Choices
+from mlorq.allocation.choices import Choices
 from mlorq.costs.output_cost import CostName, OutputCost
 from mlorq.forms.base import FORMS, uniform_form
 from mlorq.models.base import FloatModel, move_batch
@@ -253,9 +253,7 @@ def _codes_alone(
     kept = [[index for index, row in enumerate(layer) if not FORMS[row["form"]].has_product] for layer in rows]
     if sum(int(layer.size[part].min()) for layer, part in zip(choices, kept, strict=True)) > limit:
         return list(solve(choices))
-    part = [
-        replace(layer, cost=layer.cost[own], size=layer.size[own]) for layer, own in zip(choices, kept, strict=True)
-    ]
+    part = [layer.only(own) for layer, own in zip(choices, kept, strict=True)]
     return [own[index] for own, index in zip(kept, solve(part), strict=True)]
 
 

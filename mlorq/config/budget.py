@@ -1,21 +1,25 @@
-"""What a budget allows, in bytes (METHOD 2).
+"""Memory budgets: what a user asked for, and the bytes that it allows (METHOD 2).
 
 A budget is written as average bits per weight (``3bit``), as a share of the float32 size of the compressible layers
 (``12.5%``), or as the size of the whole checkpoint (``25MB``, ``25MiB``). Each becomes the bytes that the compressible
 layers may take, in exact rational arithmetic, always rounded down.
+
+Texts are parsed once, where they come in: on the command line, in a configuration, in a flow's parameters. From there
+on a ``Budget`` travels.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import BudgetError
 
-BudgetKind = Literal["bits", "percent", "bytes"]
+BudgetKind = Literal["bits", "percent", "bytes", "layers"]
 
 UNITS = {
     "B": 1,
@@ -28,23 +32,41 @@ UNITS = {
 }  # fmt: skip
 
 _BUDGET = re.compile(r"\s*(?P<sign>[+-]?)(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]+|%)\s*", re.ASCII)
-_EXPECTED = "expected bits a weight (3bit), a share (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
+_EXPECTED = "expected bits per weight (3bit), a share (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A memory budget as it was asked for.
+    """A memory budget.
 
     Attributes:
-        kind: ``bits`` and ``percent`` bound the compressible layers, ``bytes`` the whole checkpoint.
-        value: average bits a weight; percent of the float32 size; bytes. A ``Fraction``, so that no budget is
-            off by a byte because of binary floating point.
-        text: the words of the user.
+        kind: ``bits``, ``percent`` and ``layers`` bound the compressible layers, ``bytes`` the whole checkpoint.
+        value: average bits per weight; percent of the float32 size; bytes. A ``Fraction``, so that binary floating
+            point puts no budget off by a byte.
+        text: the words of the user, for people: results and artifacts show it.
     """
 
     kind: BudgetKind
     value: Fraction
     text: str
+
+    @classmethod
+    def of_layers(cls, size: int, text: str) -> Budget:
+        """An exact number of bytes of the compressible layers, shown under another label.
+
+        Args:
+            size: bytes.
+            text: for people.
+        """
+        return cls("layers", Fraction(size), text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def whole_bits(self) -> int | None:
+        """Bits per weight where they are an integer; else, and for budgets of other kinds, None."""
+        return int(self.value) if self.kind == "bits" and self.value.denominator == 1 else None
 
     def compressible_bytes(self, compressible_params: int, rest_bytes: int) -> int:
         """Bytes that the compressible layers' weights may take together.
@@ -52,11 +74,13 @@ class Budget:
         Args:
             compressible_params: weights of the compressible layers (shared weights once, biases not at all).
             rest_bytes: bytes of everything else in the checkpoint, file headers included
-                (``mlorq.checkpoint.format.rest_upper_bound``); only sizes of the whole checkpoint look at it.
+                (``mlorq.checkpoint.format.rest_upper_bound``); only sizes of the whole checkpoint depend on it.
 
         Raises:
             BudgetError: the rest alone is larger than the budget.
         """
+        if self.kind == "layers":
+            return int(self.value)
         if self.kind == "bits":
             return int(self.value * compressible_params // 8)
         if self.kind == "percent":
@@ -69,12 +93,32 @@ class Budget:
             )
         return allowed
 
+    def to_json(self) -> dict[str, str]:
+        """JSON form, read back by ``from_json``; the value is a ratio of integers, so that it stays exact."""
+        return {"kind": self.kind, "value": str(self.value), "text": self.text}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, str]) -> Budget:
+        """The inverse of ``to_json``.
+
+        Raises:
+            BudgetError: the object is malformed.
+        """
+        try:
+            kind, number, text = value["kind"], Fraction(value["value"]), value["text"]
+        except (TypeError, KeyError, ValueError, ZeroDivisionError):
+            raise BudgetError(f"budget {value!r}: expected an object with kind, value and text") from None
+        for known in get_args(BudgetKind):
+            if kind == known:
+                return cls(known, number, text)
+        raise BudgetError(f"budget {value!r}: unknown kind {kind!r}; known: {', '.join(get_args(BudgetKind))}")
+
 
 def parse_budget(text: str) -> Budget:
     """Read a budget: ``3bit``, ``2.5 bits``, ``12.5%``, ``25MB`` (10⁶), ``25MiB`` (2²⁰), ``800kB``, ``9B``.
 
     Raises:
-        BudgetError: it is none of these, not positive, or more than the float32 model.
+        BudgetError: the text is none of these, not positive, or more than the float32 model.
     """
     match = _BUDGET.fullmatch(text) if isinstance(text, str) else None
     if match is None:
@@ -97,3 +141,12 @@ def parse_budget(text: str) -> Budget:
     if size < 1:
         raise BudgetError(f"budget {text!r}: less than one byte")
     return Budget("bytes", size, asked)
+
+
+def parse_budgets(texts: str | Iterable[str]) -> list[Budget]:
+    """Read one budget or several.
+
+    Raises:
+        BudgetError: names the first that cannot be read.
+    """
+    return [parse_budget(text) for text in ([texts] if isinstance(texts, str) else texts)]

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, create_model
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location
 from mlorq.artifacts.transfer import hide_password
+from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.presets import DEFAULT_PRESET, PRESETS, Preset
 from mlorq.config.sections import (
     ActivationsConfig,
@@ -94,9 +95,13 @@ class RunConfig(Settings):
     folder: str = Field("", exclude=True, description="folder that relative paths start from")
 
     @property
-    def budgets(self) -> list[str]:
-        """The budgets asked for, as a list."""
-        return [self.budget] if isinstance(self.budget, str) else list(self.budget)
+    def budgets(self) -> list[Budget]:
+        """The budgets asked for.
+
+        Raises:
+            BudgetError: one of them is malformed.
+        """
+        return parse_budgets(self.budget)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], folder: str = "") -> RunConfig:

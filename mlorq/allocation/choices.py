@@ -1,0 +1,163 @@
+"""What the integer program chooses from: candidates of layers, and code widths of groups of activations.
+
+Neither depends on a budget: they are built once and solved at as many budgets as wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mlorq.artifacts.schemas import ALLOCATION
+from mlorq.costs.pareto import pareto_front
+from mlorq.errors import BudgetError
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The candidates of one layer.
+
+    Attributes:
+        layer: name.
+        cost: ``(candidates,)`` global cost (NMSE).
+        size: ``(candidates,)`` bytes, int64.
+        load: ``(candidates,)`` bit operations per sample and bit of the layer's input (``weight_load``); None where no
+            code widths are chosen.
+    """
+
+    layer: str
+    cost: NDArray[np.float64]
+    size: NDArray[np.int64]
+    load: NDArray[np.float64] | None = None
+
+    @cached_property
+    def useful(self) -> NDArray[np.int64]:
+        """Indices, rising, of the candidates that are non-dominated in (cost, bytes, load).
+
+        A dominated candidate cannot be needed for a best solution. Found once, whatever the number of budgets.
+        """
+        return np.flatnonzero(pareto_front(self.cost, self.size, self.load))
+
+    def only(self, kept: Sequence[int] | NDArray[np.int64]) -> Choices:
+        """The same layer with some of its candidates."""
+        return Choices(
+            self.layer, self.cost[kept], self.size[kept], load=None if self.load is None else self.load[kept]
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Activations that share a code width: the input of layers that read one tensor, or the operands of one product.
+
+    Attributes:
+        name: of the tensor, or of the product.
+        widths: ``(choices,)`` code widths.
+        cost: ``(choices,)`` cost of the output with these activations alone quantized.
+        operations: ``(choices,)`` bit operations per sample of the product itself; zeros for inputs of layers.
+    """
+
+    name: str
+    widths: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    operations: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WidthChoices:
+    """The code widths to choose, and the compute budget that they have to keep.
+
+    Attributes:
+        groups: the activations.
+        group_of: index of the group that each layer reads, in the order of the layers.
+        compute: most bit operations per sample.
+    """
+
+    groups: Sequence[Group]
+    group_of: Sequence[int]
+    compute: float
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All layers' candidates, read from their tables once and solved at many budgets.
+
+    Attributes:
+        choices: one per layer.
+        rows: ``{layer: the candidates' rows}``, in the order of ``choices``.
+    """
+
+    choices: tuple[Choices, ...]
+    rows: Mapping[str, Rows]
+
+    @classmethod
+    def from_tables(cls, tables: Iterable[tuple[str, pa.Table, pa.Table]]) -> SearchSpace:
+        """Join candidates with their costs.
+
+        Args:
+            tables: layer, ``candidates`` table, ``sensitivity`` table, in the order of the layers.
+        """
+        joined = [choices_from_tables(*one) for one in tables]
+        return cls(tuple(choices for choices, _ in joined), {choices.layer: rows for choices, rows in joined})
+
+    def table(self, picked: Sequence[int]) -> pa.Table:
+        """The chosen candidates as a table (``schemas.ALLOCATION``)."""
+        return allocation_table(self.choices, picked, self.rows)
+
+
+def smallest_bytes(choices: Sequence[Choices]) -> int:
+    """Bytes of the smallest configuration: the sum of the layers' smallest candidates."""
+    return int(sum(int(layer.size.min()) for layer in choices))
+
+
+def require_bytes(choices: Sequence[Choices], budget_bytes: int) -> None:
+    """Refuse a budget below the smallest configuration.
+
+    Raises:
+        BudgetError: names the smallest possible size.
+    """
+    smallest = smallest_bytes(choices)
+    if budget_bytes < smallest:
+        raise BudgetError(
+            f"budget of {budget_bytes} bytes for the compressible layers is too small: "
+            f"the smallest possible is {smallest} bytes"
+        )
+
+
+def choices_from_tables(
+    layer: str, candidates: pa.Table, sensitivity: pa.Table
+) -> tuple[Choices, list[dict[str, Any]]]:
+    """Join a layer's candidates with their global costs; gives the choices and the rows, in the same order."""
+    by_id = {row["candidate_id"]: row for row in candidates.to_pylist()}
+    rows = [by_id[name] for name in sensitivity["candidate_id"].to_pylist()]
+    cost = sensitivity["global_cost"].to_numpy()
+    size = np.array([row["bytes"] for row in rows], dtype=np.int64)
+    return Choices(layer, cost, size), rows
+
+
+def allocation_table(choices: Sequence[Choices], picked: Sequence[int], rows: Mapping[str, Rows]) -> pa.Table:
+    """The chosen candidates as a table (``schemas.ALLOCATION``).
+
+    Args:
+        choices: the layers and their candidates.
+        picked: index of each layer's candidate.
+        rows: for every layer, its candidates' rows in the order of ``choices``.
+    """
+    table = []
+    for layer, index in zip(choices, picked, strict=True):
+        row = rows[layer.layer][index]
+        table.append(
+            {
+                "layer": layer.layer,
+                "global_cost": float(layer.cost[index]),
+                **{name: row[name] for name in ("candidate_id", "form", "bits", "bits_a", "bits_b", "rank", "bytes")},
+            }
+        )
+    return pa.Table.from_pylist(table, schema=ALLOCATION)

@@ -1,0 +1,12 @@
+"""Bit operations of a layer's weights, by candidate."""
+
+from __future__ import annotations
+
+from mlorq.forms.base import FORMS, Candidate, Shape
+from mlorq.models.layers import Layer
+
+
+def weight_load(layer: Layer, candidate: Candidate) -> float:
+    """Bit operations of a layer per sample and bit of its input (``Form.bit_operations``)."""
+    shape = Shape(layer.out_features, layer.in_features, layer.groups)
+    return FORMS[candidate.form].bit_operations(candidate, shape, layer.macs / layer.params)
