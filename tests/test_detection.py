@@ -23,7 +23,8 @@ from mlorq.calibration.collect import capture
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import save
-from mlorq.config.run import ModelConfig, RunConfig, SourceConfig
+from mlorq.config.run import ModelConfig, RunConfig
+from mlorq.config.sections import source_section
 from mlorq.data import load_dataset
 from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
@@ -79,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def dataset(folder: Path, role: str = "evaluation", model: ModelConfig | None = None, seed: int = 0, **values):
-    source = SourceConfig(
+    source = source_section()(
         source="coco", **{"root": "images", "annotations": "instances.json", "batch_size": 2, **values}
     )
     return load_dataset(source, role, None, model or config(), str(folder), seed)
