@@ -541,7 +541,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     assert "gone.json do not exist" in refusal(DataError, dataset, folder, annotations="gone.json")
     assert "gone does not exist" in refusal(DataError, dataset, folder, root="gone/")
     (tmp_path / "no.json").write_text("{")
-    assert "no.json are no JSON" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
+    assert "no.json are not JSON" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
     (tmp_path / "no.json").write_text('{"images": []}')
     assert "'annotations'" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
     assert "absent.png does not exist" in changed(images=lambda rows: rows[2].update(file_name="absent.png"))

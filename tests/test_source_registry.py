@@ -88,8 +88,8 @@ def test_a_source_from_outside_loads_through_a_configuration(numbers, tmp_path):
     assert [batch.tolist() for batch in data.batches] == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[9, 10, 11, 12]]]
     assert RunConfig.from_mapping(made.model_dump(mode="json", exclude={"folder"}), made.folder) == made
     (tmp_path / "n.txt").write_text("1 2 3")
+    made = config(tmp_path)
     with pytest.raises(DataError, match="has 1 samples"):
-        made = config(tmp_path)
         load_dataset(made.data.calibration, "calibration", float_model(TokenNet()), made.model, made.folder, 0)
 
 
@@ -134,12 +134,11 @@ def test_all_sources_name_their_locations_and_packages():
     given = {"root": "images", "labels": "l.tsv", "annotations": "a.json", "path": "shards/*.parquet", "list": "r.txt"}
     named = {}
     for source in SOURCES:
-        own = source.settings.model_validate({key: given[key] for key in given if key in source.settings.model_fields})
+        known = {key: location for key, location in given.items() if key in source.settings.model_fields}
+        own = source.settings.model_validate(known)
         assert isinstance(own, SourceSettings)
         named[source.name] = {location for location in source.locations(own) if location}
-        assert {given[key] for key in given if key in source.settings.model_fields and key != "path"} <= named[
-            source.name
-        ]
+        assert {location for key, location in known.items() if key != "path"} <= named[source.name]
         assert not set(source.needed) - set(source.settings.model_fields)
     assert named["image_parquet"] == named["glue"] == {"shards", "r.txt"}
     assert {source.name: source.package.extra for source in SOURCES if source.package} == {

@@ -178,7 +178,7 @@ def read_annotations(location: str) -> dict[str, Any]:
     """
     fs, path = url_to_fs(location)
     try:
-        truth = json.loads(fs.cat_file(path))
+        truth: dict[str, Any] = json.loads(fs.cat_file(path))
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"annotations {location} do not exist") from None
     except (UnicodeDecodeError, ValueError) as error:

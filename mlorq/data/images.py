@@ -158,11 +158,11 @@ class ImageBatches(Sequence[Tensor]):
 
 def decoder(described: dict[str, Any]) -> tuple[Callable[[Any], Any], str]:
     """timm's evaluation transform up to the pixels as bytes, and the mode that its images have."""
-    import timm.data
+    from timm.data.transforms_factory import create_transform
 
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     known = {name: described[name] for name in names if name in described}
-    transform = timm.data.create_transform(**known, is_training=False, normalize=False)
+    transform = create_transform(**known, is_training=False, normalize=False)
     return transform, "L" if described["input_size"][0] == 1 else "RGB"
 
 
