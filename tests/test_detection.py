@@ -23,7 +23,8 @@ from mlorq.calibration.collect import capture
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import save
-from mlorq.config.run import ModelConfig, RunConfig, SourceConfig
+from mlorq.config.run import ModelConfig, RunConfig
+from mlorq.config.sections import source_section
 from mlorq.data import load_dataset
 from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
@@ -79,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def dataset(folder: Path, role: str = "evaluation", model: ModelConfig | None = None, seed: int = 0, **values):
-    source = SourceConfig(
+    source = source_section()(
         source="coco", **{"root": "images", "annotations": "instances.json", "batch_size": 2, **values}
     )
     return load_dataset(source, role, None, model or config(), str(folder), seed)
@@ -540,7 +541,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     assert "gone.json do not exist" in refusal(DataError, dataset, folder, annotations="gone.json")
     assert "gone does not exist" in refusal(DataError, dataset, folder, root="gone/")
     (tmp_path / "no.json").write_text("{")
-    assert "no.json are no JSON" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
+    assert "no.json are not JSON" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
     (tmp_path / "no.json").write_text('{"images": []}')
     assert "'annotations'" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
     assert "absent.png does not exist" in changed(images=lambda rows: rows[2].update(file_name="absent.png"))

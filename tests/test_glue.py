@@ -13,8 +13,10 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
+from pydantic import ValidationError
 
-from mlorq.config.run import ModelConfig, SourceConfig
+from mlorq.config.run import ModelConfig
+from mlorq.config.sections import source_section
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.glue import TASKS
 from mlorq.errors import DataError
@@ -68,7 +70,7 @@ def model_config(name: str) -> ModelConfig:
 
 def load(place: Path, task: str, role: str = "evaluation", name: str = "", seed: int = 0, **values) -> Dataset:
     name = name or {0: "one", 2: "two", 3: "three"}[len(TASKS[task].classes)]
-    source = SourceConfig(**{"source": "glue", "task": task, "path": "glue", "batch_size": 3, **values})
+    source = source_section()(**{"source": "glue", "task": task, "path": "glue", "batch_size": 3, **values})
     config = model_config(name)
     return load_dataset(source, role, load_model(config, str(place)), config, str(place), seed)
 
@@ -246,12 +248,14 @@ def test_copies_at_fault_are_named(place, tmp_path):
     pq.write_table(bad, tmp_path / "bad.parquet")
     message = refusal(place, "cola", path=str(tmp_path / "bad.parquet"))
     assert "row 3" in message
-    assert "label 2 is no class of the model, which has 2" in message
+    assert "label 2 is out of range: the model has 2 classes" in message
     assert "one output" in refusal(place, "stsb", name="two")
     assert "one output" in refusal(place, "sst2", name="one")
-    assert "text" in refusal(place, "sst2", text=["sentence"])
+    for own in ({"text": ["sentence"]}, {"label": "label"}):
+        with pytest.raises(ValidationError, match=f"{next(iter(own))} is not for source glue: task 'sst2'"):
+            load(place, "sst2", **own)
     (tmp_path / "noise.parquet").write_bytes(b"noise")
-    assert "noise.parquet is no Parquet" in refusal(place, "sst2", path=str(tmp_path / "noise.parquet"))
+    assert "noise.parquet is not a Parquet" in refusal(place, "sst2", path=str(tmp_path / "noise.parquet"))
 
 
 def test_a_run_reports_the_tasks_metric_first_and_the_others_too(place):

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from mlorq.config.run import ModelConfig, RunConfig, SourceConfig
+from mlorq.config.run import ModelConfig, RunConfig
+from mlorq.config.sections import source_section
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.images import ImageBatches
 from mlorq.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ SPLITS = {"train": (6, 5), "validation": (4,), "test": (2,)}  # rows of each sha
 
 
 def load(place: Path | str, role: str = "calibration", seed: int = 0, **values) -> Dataset:
-    source = SourceConfig(**{"source": "image_parquet", "path": "hub", **values})
+    source = source_section()(**{"source": "image_parquet", "path": "hub", **values})
     return load_dataset(source, role, ANY_MODEL, VIT_CONFIG, str(place), seed)
 
 
@@ -163,8 +164,7 @@ def test_columns_of_other_names_kinds_and_no_labels(place):
     [
         ({}, {"image": "img"}, ["'img'", "image, label"]),
         ({}, {"label": "class"}, ["'class'", "image, label"]),
-        ({}, {"label": 1}, ["name of a column"]),
-        ({"label": ["a", "b"]}, {}, ["'label'", "string", "no class numbers"]),
+        ({"label": ["a", "b"]}, {}, ["'label'", "string", "instead of class numbers"]),
         ({"label": [1, None]}, {}, ["row 2", "no label"]),
         ({"image": ["a.png", "b.png"]}, {}, ["'image'", "string"]),
         ({"image": [{"path": "a.png"}] * 2}, {}, ["'image'", "'bytes'"]),
@@ -177,7 +177,7 @@ def test_shards_at_fault_are_named(place, change, values, named):
         table = table.set_column(table.column_names.index(name), name, pa.array(column))
     pq.write_table(table, place / "bad.parquet")
     message = refusal(place, path="bad.parquet", **values)
-    assert all(part in message for part in ["bad.parquet" if "name of" not in named[0] else "", *named]), message
+    assert all(part in message for part in ["bad.parquet", *named]), message
 
 
 def test_places_at_fault_are_named(place):
@@ -189,7 +189,7 @@ def test_places_at_fault_are_named(place):
     assert "'dev'" in message
     assert "test, train, validation" in message
     (place / "noise.parquet").write_bytes(b"PAR1 no")
-    assert "noise.parquet is no Parquet file" in refusal(place, path="noise.parquet")
+    assert "noise.parquet is not a Parquet file" in refusal(place, path="noise.parquet")
     broken = pa.table({"image": [{"bytes": b"no picture", "path": None}] * 2, "label": [0, 1]})
     pq.write_table(broken, place / "broken.parquet")
     data = load(place, path="broken.parquet")
@@ -268,8 +268,12 @@ def test_lists_in_configurations():
         return str(caught.value)
 
     assert "samples and list" in refused(source="image_folder", root="images", list="a.txt", samples=3)
-    assert "list" in refused(source="custom", factory="a:b", list="a.txt")
+    readers = "image_folder, image_parquet, table, glue"
+    for values_of in ({"source": "custom", "factory": "a:b"}, {"source": "coco", "root": "a", "annotations": "b"}):
+        wanted = f"list is for source {readers}, not for source {values_of['source']}"
+        assert wanted in refused(**values_of, list="a.txt")
     assert "image_parquet needs path" in refused(source="image_parquet")
+    assert "label 1: columns of images have names" in refused(source="image_parquet", path="data", label=1)
     assert "glue needs task" in refused(source="glue")
     assert "'sst3'" in refused(source="glue", task="sst3")
 
@@ -343,7 +347,7 @@ def test_normalisation_is_timms_bit_for_bit(place):
         described = preprocessing(config)
         names = ("input_size", "interpolation", "mean", "std", "crop_pct")
         transform = timm.data.create_transform(**{name: described[name] for name in names}, is_training=False)
-        source = SourceConfig(source="image_folder", root="images")
+        source = source_section()(source="image_folder", root="images")
         data = load_dataset(source, "calibration", ANY_MODEL, config, str(place), 0)
         mode = "L" if described["input_size"][0] == 1 else "RGB"
         wanted = [transform(Image.open(file).convert(mode)) for file in sorted((place / "images").iterdir())]

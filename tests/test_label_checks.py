@@ -73,9 +73,9 @@ def texts(name: str, **values) -> dict:
 VIT = {"family": "timm", "name": zoo.VIT, "arguments": zoo.VIT_ARGUMENTS, "checkpoint": "vit.safetensors"}
 TWO = {"family": "transformers", "name": "two", "task": "text-classification"}
 ONE = {"family": "transformers", "name": "one", "task": "text-classification"}
-KINDS = [(VIT, images, ["bad.tsv, row 6", "label 7", "which has 7"])]
-KINDS += [(VIT, shards, ["bad.parquet, row 5, column 'label'", "label 7", "which has 7"])]
-KINDS += [(TWO, texts, ["bad.csv, row 6, column 1", "label 2", "which has 2"])]
+KINDS = [(VIT, images, ["bad.tsv, row 6", "label 7", "the model has 7 classes"])]
+KINDS += [(VIT, shards, ["bad.parquet, row 5, column 'label'", "label 7", "the model has 7 classes"])]
+KINDS += [(TWO, texts, ["bad.csv, row 6, column 1", "label 2", "the model has 2 classes"])]
 
 
 @pytest.mark.parametrize(("model", "source", "named"), KINDS)

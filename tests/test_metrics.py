@@ -85,9 +85,9 @@ def test_top_k_accuracy_by_hand():
 def test_every_metric_of_a_configuration_exists():
     from typing import get_args
 
-    from mlorq.config.run import SourceConfig
+    from mlorq.config.sections import source_section
 
-    named = get_args(get_args(SourceConfig.model_fields["metric"].annotation)[0])
+    named = get_args(get_args(source_section().model_fields["metric"].annotation)[0])
     detection = {"box_ap", "mask_ap"}  # of pycocotools
     assert set(named) - detection == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)

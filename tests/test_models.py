@@ -11,7 +11,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import mlorq
-from mlorq.config.run import ModelConfig, SourceConfig
+from mlorq.config.run import ModelConfig
+from mlorq.config.sections import source_section
 from mlorq.data import load_dataset
 from mlorq.errors import DataError
 from mlorq.models import from_module, load_model, rebuild
@@ -122,6 +123,6 @@ def test_modules_of_one_name_in_two_folders(tmp_path):
 )
 def test_settings_that_image_folders_cannot_follow(tmp_path, values, named):
     config = ModelConfig(family="timm", name="vit_tiny_patch16_224", pretrained=True)
-    source = SourceConfig(source="image_folder", root=str(tmp_path), **values)
+    source = source_section()(source="image_folder", root=str(tmp_path), **values)
     with pytest.raises(DataError, match=named):
         load_dataset(source, "evaluation", from_module(_vit()), config, "", 0)

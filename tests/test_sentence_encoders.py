@@ -227,11 +227,11 @@ def test_damaged_weights_of_a_dense_layer_are_one_line(plain, tmp_path, weights)
 
 
 def test_a_source_reads_the_tokenizer_of_a_transformer_in_a_subfolder(plain, tmp_path):
-    from mlorq.config.run import SourceConfig
+    from mlorq.config.sections import source_section
 
     lay_out(plain, tmp_path / "e", ["Transformer", "Pooling"], {"pooling_mode": "cls"}, "0_Transformer")
     (tmp_path / "a.csv").write_text("".join(f"{text}\n" for text in zoo.SENTENCES))
-    source = SourceConfig(source="table", path="a.csv", text=[0])
+    source = source_section()(source="table", path="a.csv", text=[0])
     model = load_model(config(tmp_path / "e"))
     data = load_dataset(source, "calibration", model, config(tmp_path / "e"), str(tmp_path), 0)
     assert model.outputs(model.module, data.batches[0]).shape == (8, 32)

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from flows.runners.child import child_environment
 from mlorq.artifacts.locations import absolute_folder, is_remote
 from mlorq.config.run import RunConfig
+from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError, StoreError
 from mlorq.models.transformers import locate
 
@@ -197,15 +198,8 @@ def _locations(config: RunConfig) -> list[str]:
     model = config.model
     named = [model.checkpoint, model.name if model.family == "transformers" else None]
     for source in (config.data.calibration, config.data.evaluation):
-        named += [source.root, source.labels, source.annotations, source.list, _before_glob(source.path)]
+        named += SOURCES[source.source].locations(source.own)
     return [config.resolve(location) for location in named if location]
-
-
-def _before_glob(location: str | None) -> str | None:
-    """The folder that a glob starts from; other locations as they are."""
-    if location is None or not re.search(r"[*?\[]", location):
-        return location
-    return re.split(r"[*?\[]", location, maxsplit=1)[0].rpartition("/")[0] or "."
 
 
 def _hub_folder(config: RunConfig) -> str | None:
@@ -216,7 +210,7 @@ def _hub_folder(config: RunConfig) -> str | None:
     else:
         needed = model.family == "timm" and model.pretrained and not model.checkpoint
     sources = (config.data.calibration, config.data.evaluation)
-    needed = needed or any(source.source == "glue" and source.path is None for source in sources)
+    needed = needed or any(SOURCES[source.source].from_hub(source.own) for source in sources)
     return os.path.abspath(constants.HF_HOME) if needed else None
 
 

@@ -11,6 +11,7 @@ from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.activations.settings import ActivationSettings
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part
+from mlorq.data.source import SOURCES, Role
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms import FORMS
 from mlorq.registry import Settings
@@ -67,75 +68,17 @@ class ModelConfig(Settings):
         return self
 
 
-Columns = list[int | str]  # named here: in the class below, ``list`` is one of its keys
-GlueTask = Literal["sst2", "mrpc", "cola", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+class SourceConfig(Choice):
+    """One data source."""
 
+    chooser = "source"
+    registry = SOURCES
 
-class SourceConfig(Settings):
-    """One data source: images in a folder, in Parquet or of COCO, a table of texts, a GLUE task, or user code."""
+    source: str = Field(description="kind of source")
 
-    source: Literal["image_folder", "image_parquet", "coco", "table", "glue", "custom"] = Field(
-        description="kind of source"
-    )
-    root: str | None = Field(None, description="image_folder, coco: folder of images, local path or fsspec URL")
-    annotations: str | None = Field(None, description="coco: instances JSON, local path or fsspec URL")
-    labels: str | None = Field(None, description="image_folder: TSV or CSV with file, label[, split]")
-    split: str | None = Field(
-        None,
-        description="image_folder: value of the split column to use; image_parquet: shards of that name; glue: the "
-        "split, by default train for calibration and validation for evaluation",
-    )
-    path: str | None = Field(
-        None,
-        description="table: CSV, TSV or Parquet file; image_parquet: file, folder of shards or glob; glue: local copy "
-        "(file, or folder as on the hub), by default the hub's",
-    )
-    text: Columns | None = Field(None, description="table: text columns, by name (header) or number (none)")
-    image: str = Field("image", description="image_parquet: column of encoded images")
-    label: int | str | None = Field(
-        None, description="table: label column; needed for a metric. image_parquet: 'label' where there is one"
-    )
-    task: GlueTask | None = Field(None, description="glue: the task; decides on text columns and metrics")
-    factory: str | None = Field(
-        None,
-        description="custom: package:function; calibration returns batches, "
-        "evaluation is called with the model and returns a dict of metrics",
-    )
-    batches: str | None = Field(
-        None,
-        description="custom, evaluation: package:function that returns held-out batches, on which the output NMSE is "
-        "measured; without, it is on the calibration data",
-    )
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "box_ap", "mask_ap"] | None = Field(
-        None, description="evaluation metric; the task's usual one by default"
-    )
-    samples: int | None = Field(None, ge=1, description="use a seeded random choice of this many samples")
-    list: str | None = Field(
-        None, description="text file that names the samples to use, one a line: a file's name, or a row number from 1"
-    )
-    batch_size: int = Field(32, ge=1, description="samples a forward pass")
-    max_length: int = Field(128, ge=8, description="texts: longest token sequence, longer ones are cut")
-
-    @model_validator(mode="after")
-    def _check(self) -> SourceConfig:
-        needed = {
-            "image_folder": ("root",),
-            "image_parquet": ("path",),
-            "coco": ("root", "annotations"),
-            "table": ("path", "text"),
-            "glue": ("task",),
-            "custom": ("factory",),
-        }[self.source]
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"source {self.source} needs {name}")
-        if self.list is not None and self.samples is not None:
-            raise ValueError("samples and list both choose samples: give one of them")
-        if self.list is not None and self.source == "custom":
-            raise ValueError("list is not available for source custom")
-        if self.batches is not None and self.source != "custom":
-            raise ValueError("batches is for source custom: other sources have batches of their own")
-        return self
+    def check(self) -> None:
+        """Refuse missing keys, and keys that the source must not ignore."""
+        SOURCES[self.source].check(self)
 
 
 class DataConfig(Settings):
@@ -146,8 +89,15 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if self.calibration.batches is not None:
-            raise ValueError("calibration.batches: the batches of calibration are what its factory returns")
+        parts: tuple[tuple[Role, SourceConfig], ...] = (
+            ("calibration", self.calibration),
+            ("evaluation", self.evaluation),
+        )
+        for role, section in parts:
+            try:
+                SOURCES[section.source].check_role(section.own, role)
+            except ValueError as error:
+                raise ValueError(f"{role}.{error}") from None
         return self
 
 
@@ -334,7 +284,7 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that rises whenever something is registered that sections are made from."""
-    return sum(registry.version for registry in (FORMS, METHODS, ACTIVATION_METHODS))
+    return sum(registry.version for registry in (SOURCES, FORMS, METHODS, ACTIVATION_METHODS))
 
 
 def model_section() -> type[ModelConfig]:
@@ -344,7 +294,7 @@ def model_section() -> type[ModelConfig]:
 
 def source_section() -> type[SourceConfig]:
     """``data.calibration`` and ``data.evaluation``."""
-    return SourceConfig
+    return composed(SourceConfig, SOURCES, {"source": choices(SOURCES)})
 
 
 def rounding_section() -> type[RoundingConfig]:

@@ -1,45 +1,32 @@
-"""Data sources: one file each, one line in the registry."""
+"""Calibration and evaluation data: one file per source, each a record in the registry ``SOURCES``.
+
+``source`` says what a source is and has the keys that several share; ``base`` has what one gives, a ``Dataset``.
+``images`` makes batches of images for classifiers, ``coco_images`` for detectors, ``texts`` of texts, and ``memory``
+takes batches as they are. ``choose`` picks samples, ``model_inputs`` asks the model's family for preprocessing and
+tokenizers, and ``metrics`` and ``average_precision`` compare outputs with labels.
+
+The files of the sources are read for every command and import torch only when they load.
+"""
 
 from __future__ import annotations
 
-from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data import coco, custom, glue, image_folder, image_parquet, table
-from mlorq.data.base import Dataset
-from mlorq.data.memory import Role, check_size, from_batches
-from mlorq.models.base import FloatModel
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Dataset", "from_batches", "load_dataset"]
+# Registered in the order in which a configuration lists them.
+from mlorq.data import image_folder, image_parquet, coco, table, glue, custom  # noqa: F401  # isort: skip
+from mlorq.data.source import SOURCES, DataSource, SourceSettings, load_dataset
 
-SOURCES = {
-    "image_folder": image_folder.load,
-    "image_parquet": image_parquet.load,
-    "coco": coco.load,
-    "table": table.load,
-    "glue": glue.load,
-    "custom": custom.load,
-}
+if TYPE_CHECKING:
+    from mlorq.data.base import Dataset
+    from mlorq.data.memory import from_batches
+
+__all__ = ["SOURCES", "DataSource", "Dataset", "SourceSettings", "from_batches", "load_dataset"]
+
+_HOMES = {"Dataset": "mlorq.data.base", "from_batches": "mlorq.data.memory"}
 
 
-def load_dataset(
-    source: SourceConfig, role: Role, model: FloatModel, model_config: ModelConfig, folder: str, seed: int
-) -> Dataset:
-    """Load the data that a configuration names, in the form that the model takes.
-
-    Args:
-        source: the ``calibration`` or ``evaluation`` section.
-        role: which of the two; evaluation data has a metric.
-        model: the float model.
-        model_config: its configuration (preprocessing, tokenizer, task).
-        folder: where relative paths start.
-        seed: of the choice of ``samples``.
-
-    Raises:
-        DataError: the data is missing, malformed or too small, or evaluation data has labels that the model cannot
-            give. Labels of calibration data, which few costs look at, are for the caller to check.
-    """
-    found = SOURCES[source.source](source, role, model_config, folder, seed)
-    if role == "calibration":
-        check_size(found.samples, role)
-    else:
-        found.check_labels(model)
-    return found
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:  # on first use: both import torch
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mlorq.data' has no attribute {name!r}")

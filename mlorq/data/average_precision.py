@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,22 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mlorq.data.packages import PYCOCOTOOLS
 from mlorq.errors import DataError
 from mlorq.models.detector import Detections
 
 KINDS = {"box": "bbox", "mask": "segm"}
 # The first six numbers of pycocotools' summary: over IoU 0.5 … 0.95, at 0.5, at 0.75, and by the objects' size.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-
-
-def check_installed() -> None:
-    """Refuse to go on without pycocotools.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    if importlib.util.find_spec("pycocotools") is None:
-        raise DataError("source coco needs pycocotools for its metric: pip install 'mlorq[detection]'")
 
 
 def result_rows(image: int, found: Detections, categories: Mapping[int, int]) -> list[dict[str, Any]]:
@@ -64,7 +54,7 @@ def average_precisions(
     Raises:
         DataError: pycocotools is not installed, or refuses an annotation.
     """
-    check_installed()
+    PYCOCOTOOLS.require("average precision")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

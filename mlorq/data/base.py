@@ -35,7 +35,7 @@ class LabelCheck:
         """Compare the labels with a model's number of outputs.
 
         Raises:
-            DataError: names the first label that is no class of the model; or the model is no regressor, or is one.
+            DataError: names the first label that is out of range; or values meet a classifier, or classes a regressor.
         """
         if not self.classes:
             if outputs != 1:
@@ -46,7 +46,9 @@ class LabelCheck:
         wrong = np.flatnonzero((self.values < 0) | (self.values >= outputs))
         if len(wrong):
             label = int(self.values[wrong[0]])
-            raise DataError(f"{self.where(int(wrong[0]))}: label {label} is no class of the model, which has {outputs}")
+            raise DataError(
+                f"{self.where(int(wrong[0]))}: label {label} is out of range: the model has {outputs} classes"
+            )
 
 
 def classes_of(model: FloatModel) -> int | None:
@@ -70,7 +72,7 @@ class Dataset:
         metric: maps f(x) of all samples, ``(samples, outputs)``, to ``{name: value}``; None without labels.
         evaluate: called with the model instead of ``metric``: user code, whose results are reported as they are, or a
             metric that needs more than f(x), such as a detector's average precision.
-        labels: of calibration data, ``(samples,)`` a batch: class numbers (int64) or a regressor's values (float);
+        labels: of calibration data, ``(samples,)`` per batch: class numbers (int64) or a regressor's values (float);
             None where there are none.
         label_check: compares the labels with the model; None where there are none, or they stand for no output.
     """

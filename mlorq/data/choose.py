@@ -1,7 +1,7 @@
 """Which samples of a source are used: a seeded choice of some, or an explicit list, and where Parquet shards are.
 
-A list is a text file with one sample a line, by its name or by its row number. Row numbers are those that errors name:
-they count from 1 and, in a CSV or TSV file, the header is row 1.
+A list is a text file with one sample per line, by its name or by its row number. Row numbers are those that errors
+name: they count from 1 and, in a CSV or TSV file, the header is row 1.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from fsspec.core import url_to_fs
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.config.run import SourceConfig
+from mlorq.data.source import ListSettings
 from mlorq.errors import DataError
+
+READERS = 8  # threads that wait for a file system
 
 
 def seeded_choice(count: int, samples: int | None, seed: int, origin: str, what: str = "") -> Sequence[int]:
@@ -36,19 +37,21 @@ def seeded_choice(count: int, samples: int | None, seed: int, origin: str, what:
         return range(count)
     if samples > count:
         raise DataError(f"{origin}: {samples} samples are asked for, there are {count}{what}")
+    import numpy as np
+
     picked: list[int] = np.sort(np.random.default_rng(seed).choice(count, samples, replace=False)).tolist()
     return picked
 
 
-def listed_samples(source: SourceConfig, folder: str) -> tuple[str, list[str]] | None:
-    """Where a source's list is, and its lines; None without one.
+def listed_samples(settings: ListSettings, folder: str) -> tuple[str, list[str]] | None:
+    """Where a source's list is, and its lines; None without a list.
 
     Raises:
-        DataError: the file is missing, no text or empty, or names a sample twice.
+        DataError: the file is missing, not text, or empty, or names a sample twice.
     """
-    if source.list is None:
+    if settings.list is None:
         return None
-    location = resolve_location(source.list, folder)
+    location = resolve_location(settings.list, folder)
     fs, path = url_to_fs(location)
     try:
         lines = fs.cat_file(path).decode("utf-8-sig").splitlines()
@@ -124,3 +127,10 @@ def _splits_of(name: str) -> list[str]:
     """What a shard's split may be called: by its file name, then by the folders that it is in."""
     *folders, file = name.split("/")
     return [re.sub(r"(-\d+-of-\d+.*)?\.parquet$", "", file), *folders]
+
+
+def before_glob(location: str | None) -> str | None:
+    """The folder that a glob starts from; other locations as they are."""
+    if location is None or not re.search(r"[*?\[]", location):
+        return location
+    return re.split(r"[*?\[]", location, maxsplit=1)[0].rpartition("/")[0] or "."

@@ -1,247 +1,53 @@
-"""Images with COCO instance annotations, for detectors: batches for f(x), and average precision of real detection.
-
-A batch holds images that are resized one by one and padded to one size; images are ordered by their shape, so that
-little of a batch is padding. Calibration looks at no label. Evaluation runs the whole detector, non-maximum suppression
-and all, over every image; the output NMSE is measured on at most ``NMSE_SAMPLES`` of them, for f(x) of thousands of
-images would be gigabytes.
-"""
+"""Images with COCO instance annotations, for detectors."""
 
 from __future__ import annotations
 
-import io
-import json
-import posixpath
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from fsspec.core import url_to_fs
-from torch import nn
+from pydantic import Field
 
-from mlorq.artifacts.hashing import digest_bytes, digest_json
-from mlorq.artifacts.locations import resolve_location
-from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.average_precision import average_precisions, check_installed, result_rows
-from mlorq.data.base import Dataset
-from mlorq.errors import DataError
-from mlorq.models import detection, transformers, transformers_detection
-from mlorq.models.base import move_batch
-from mlorq.models.detector import Detector
+from mlorq.data import model_inputs
+from mlorq.data.packages import PYCOCOTOOLS
+from mlorq.data.source import (
+    SOURCES,
+    BatchSettings,
+    DataSource,
+    MetricSettings,
+    ModelSettings,
+    Role,
+    RootSettings,
+    SamplesSettings,
+)
 
-READERS = 8
-NMSE_SAMPLES = 128
-METRICS = ("box_ap", "mask_ap")
+if TYPE_CHECKING:
+    from mlorq.data.base import Dataset
 
 
-@dataclass(frozen=True)
-class _Image:
-    id: int
-    path: str  # relative to the root
-    height: int
-    width: int
-    data: bytes = field(default=b"", repr=False)
+class CocoSettings(BatchSettings, SamplesSettings, MetricSettings, RootSettings):
+    """Keys of images with COCO annotations."""
+
+    annotations: str | None = Field(None, description="instances JSON, local path or fsspec URL")
 
 
-def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
-    """Images as batches of the model's detector; for evaluation with box and mask AP.
+class CocoSource(DataSource[CocoSettings]):
+    """Images with COCO annotations; pycocotools computes their metric."""
 
-    Raises:
-        DataError: the annotations or an image are missing or malformed, or their categories are not the model's.
-    """
-    assert source.root is not None
-    assert source.annotations is not None
-    detector = _detector(model_config, folder)
-    metric = source.metric or METRICS[detector.masks]
-    if metric not in METRICS or (metric == "mask_ap" and not detector.masks):
-        wanted = " or ".join(METRICS[: 1 + detector.masks])
-        raise DataError(f"metric {metric!r} does not fit the model's detections; choose {wanted}")
-    location = resolve_location(source.annotations, folder)
-    truth = read_annotations(location)
-    images = _choose([_image(row, location) for row in truth["images"]], source.samples, seed, location)
-    root = resolve_location(source.root, folder)
-    fs, path = url_to_fs(root)
-    if not fs.isdir(path):
-        raise DataError(f"image folder {root} does not exist")
-    with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(lambda image: _read(fs, posixpath.join(path, image.path)), images))
-    images = [
-        _Image(image.id, image.path, image.height, image.width, data)
-        for image, data in zip(images, contents, strict=True)
-    ]
-    described: dict[str, Any] = {
-        "images": [[posixpath.basename(image.path), digest_bytes(image.data)] for image in images],
-        "preprocessing": detector.described,
-        "task": model_config.task,
-        "batch_size": source.batch_size,
-    }
-    batches = _LazyBatches(images, detector, source.batch_size, keep=role == "calibration")
-    if role == "calibration":
-        return Dataset(batches, len(images), digest_json(described))
-    check_installed()
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    categories = detector.categories(names)
-    chosen = {image.id for image in images}
-    described["truth"] = digest_json(
-        {
-            "images": [image.id for image in images],
-            "annotations": [row for row in truth["annotations"] if row["image_id"] in chosen],
-            "categories": sorted((label, category) for label, category in categories.items()),
-        }
-    )
-    described["metric"] = metric
-    spread = batches.spread(min(len(batches), max(1, NMSE_SAMPLES // source.batch_size)))
-    evaluate = _Evaluation(batches, detector, truth, categories)
-    return Dataset(spread, spread.samples, digest_json(described), metric, evaluate=evaluate)
+    name = "coco"
+    settings = CocoSettings
+    needed = ("root", "annotations")
+    package = PYCOCOTOOLS
+
+    def locations(self, settings: CocoSettings) -> Sequence[str | None]:
+        """The images and the annotations."""
+        return settings.root, settings.annotations
+
+    def load(self, settings: CocoSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
+        """Images as batches of the model's detector; for evaluation with box and mask AP."""
+        from mlorq.data.coco_images import coco_dataset
+
+        detector = model_inputs.detector(model, folder, self.name)
+        return coco_dataset(settings, detector, role, model, folder, seed)
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """Runs a module over all images and compares what it finds with the annotations."""
-
-    batches: _LazyBatches
-    detector: Detector
-    truth: Mapping[str, Any]
-    categories: Mapping[int, int]
-
-    def __call__(self, module: nn.Module) -> dict[str, float]:
-        floating = next(value for value in module.parameters() if value.is_floating_point())
-        rows: list[dict[str, Any]] = []
-        for index, batch in enumerate(self.batches):
-            images = self.batches.images_of(index)
-            with torch.no_grad():
-                moved = move_batch(batch, floating.device, floating.dtype)
-                found = self.detector.detect(module, moved, [(image.height, image.width) for image in images])
-            for image, detections in zip(images, found, strict=True):
-                rows += result_rows(image.id, detections, self.categories)
-        chosen = [image.id for image in self.batches.images]
-        return average_precisions(self.truth, rows, chosen, masks=self.detector.masks)
-
-
-class _LazyBatches(Sequence[Any]):
-    """Decoded and preprocessed when they are asked for; kept where ``keep`` is set, for data that is run many times."""
-
-    def __init__(self, images: Sequence[_Image], detector: Detector, size: int, *, keep: bool = False) -> None:
-        # By shape, then by id: landscapes first.
-        self.images = sorted(images, key=lambda image: (image.height / image.width, image.id))
-        self._detector, self._size, self._keep = detector, size, keep
-        self._kept: dict[int, Any] = {}
-
-    @property
-    def samples(self) -> int:
-        """Images in all batches."""
-        return len(self.images)
-
-    def spread(self, batches: int) -> _LazyBatches:
-        """Some of the batches, spread evenly."""
-        picked = [int((index + 0.5) * len(self) / batches) for index in range(batches)]
-        return _LazyBatches([image for index in picked for image in self.images_of(index)], self._detector, self._size)
-
-    def images_of(self, index: int) -> Sequence[_Image]:
-        """The images of one batch."""
-        return self.images[index * self._size : (index + 1) * self._size]
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self._size)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(index)
-        if place in self._kept:
-            return self._kept[place]
-        batch = self._detector.prepare([_decode(image) for image in self.images_of(place)])
-        if self._keep:
-            self._kept[place] = batch
-        return batch
-
-
-def read_annotations(location: str) -> dict[str, Any]:
-    """COCO's instances file, checked as far as images and categories are concerned.
-
-    Raises:
-        DataError: the file is missing, no JSON, lacks a part, or names an image or category that it does not list.
-    """
-    fs, path = url_to_fs(location)
-    try:
-        truth = json.loads(fs.cat_file(path))
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"annotations {location} do not exist") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"annotations {location} are no JSON: {error}") from error
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(truth, dict) or not isinstance(truth.get(part), list):
-            raise DataError(f"annotations {location} have no list {part!r}")
-    try:
-        images = {row["id"] for row in truth["images"]}
-        categories = {row["id"]: row["name"] for row in truth["categories"]}
-        for row in truth["annotations"]:
-            if row["category_id"] not in categories:
-                raise DataError(
-                    f"annotations {location}: annotation {row['id']} has category {row['category_id']}, which is not "
-                    "among the categories"
-                )
-            if row["image_id"] not in images:
-                raise DataError(
-                    f"annotations {location}: annotation {row['id']} is of image {row['image_id']}, which is not listed"
-                )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"annotations {location}: an entry has no {error}") from error
-    return truth
-
-
-def _detector(config: ModelConfig, folder: str) -> Detector:
-    if config.family == "detection":
-        return detection.detector(config)
-    if config.family == "transformers" and config.task in transformers_detection.TASKS:
-        return transformers_detection.detector(config, transformers.locate(config, folder))
-    raise DataError(
-        "source coco is for models of family detection, and of family transformers with task object-detection or "
-        "instance-segmentation; use source custom for others"
-    )
-
-
-def _image(row: Mapping[str, Any], location: str) -> _Image:
-    try:
-        return _Image(int(row["id"]), str(row["file_name"]), int(row["height"]), int(row["width"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"annotations {location}: image {row.get('id')} has no proper {error}") from error
-
-
-def _choose(images: list[_Image], samples: int | None, seed: int, location: str) -> list[_Image]:
-    """All images, or a seeded choice, by id."""
-    images = sorted(images, key=lambda image: image.id)
-    if not images:
-        raise DataError(f"annotations {location} list no images")
-    if samples is None:
-        return images
-    if samples > len(images):
-        raise DataError(f"annotations {location}: {samples} samples are asked for, there are {len(images)} images")
-    picked = np.sort(np.random.default_rng(seed).choice(len(images), samples, replace=False))
-    return [images[index] for index in picked]
-
-
-def _read(fs: Any, path: str) -> bytes:
-    try:
-        data: bytes = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"image {path} does not exist") from None
-    return data
-
-
-def _decode(image: _Image) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image.data)) as opened:
-            found = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image {image.path} cannot be decoded: {error}") from error
-    if found.size != (image.width, image.height):
-        width, height = found.size
-        raise DataError(f"image {image.path} is {width} × {height}, the annotations say {image.width} × {image.height}")
-    return found
+SOURCES.register(CocoSource())

@@ -5,52 +5,92 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from mlorq.artifacts.hashing import digest_json
-from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset
-from mlorq.data.memory import from_batches
+from mlorq.data.source import SOURCES, DataSource, MetricSettings, ModelSettings, RefusedElsewhere, Role
 from mlorq.errors import DataError
-from mlorq.models.custom import describe_error, import_function, importable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mlorq.data.base import Dataset
 
 
-def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
-    """Calibration: call the function, it returns batches. Evaluation: keep it, it is called with the model.
+class CustomSettings(MetricSettings):
+    """Keys of data from the user's own code."""
 
-    An evaluation function's key is its name and source text: code that it calls in turn is not seen. Batches beside it
-    are those that the output NMSE is measured on.
-    """
-    assert source.factory is not None
-    if role == "calibration":
-        return from_batches(_batches("factory", source.factory, folder))
-    function = import_function(source.factory, folder, DataError)
+    factory: str | None = Field(
+        None,
+        description="package:function; for calibration it returns batches, for evaluation it is called with the model "
+        "and returns a dict of metrics",
+    )
+    batches: Annotated[str | None, RefusedElsewhere()] = Field(
+        None,
+        description="for evaluation: package:function that returns held-out batches, on which the output NMSE is "
+        "measured; without it, on the calibration data",
+    )
 
-    def evaluate(module: nn.Module) -> dict[str, float]:
-        with importable(folder), torch.no_grad():
-            found = function(module)
-        values = found if isinstance(found, Mapping) else {source.metric or "metric": found}
+
+class CustomSource(DataSource[CustomSettings]):
+    """Batches, or an evaluation, of the user's own functions."""
+
+    name = "custom"
+    settings = CustomSettings
+    needed = ("factory",)
+
+    def check_role(self, settings: CustomSettings, role: Role) -> None:
+        """Refuse a second function of batches for calibration."""
+        if role == "calibration" and settings.batches is not None:
+            raise ValueError("batches: the batches of calibration are what its factory returns")
+
+    def load(self, settings: CustomSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
+        """Calibration: call the function for its batches. Evaluation: keep it, to be called with the model.
+
+        The key of an evaluation function is its name and source text; code that it calls is not part of it. The
+        optional batches are those that the output NMSE is measured on.
+        """
+        import torch
+
+        from mlorq.artifacts.hashing import digest_json
+        from mlorq.data.base import Dataset
+        from mlorq.data.memory import from_batches
+        from mlorq.models.custom import describe_error, import_function, importable
+
+        factory = settings.factory
+        assert factory is not None
+        if role == "calibration":
+            return from_batches(_batches("factory", factory, folder))
+        function = import_function(factory, folder, DataError)
+
+        def evaluate(module: nn.Module) -> dict[str, float]:
+            with importable(folder), torch.no_grad():
+                found = function(module)
+            values = found if isinstance(found, Mapping) else {settings.metric or "metric": found}
+            try:
+                return {str(name): float(value) for name, value in values.items()}
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"factory {factory!r} returned no numbers: {describe_error(error)}") from error
+
         try:
-            return {str(name): float(value) for name, value in values.items()}
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"factory {source.factory!r} returned no numbers: {describe_error(error)}") from error
-
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        text = ""
-    key = digest_json([source.factory, text])
-    if source.batches is None:
-        return Dataset([], 0, key, source.metric, evaluate=evaluate)
-    held_out = from_batches(_batches("batches", source.batches, folder), "evaluation")
-    return replace(held_out, key=digest_json([key, held_out.key]), metric_name=source.metric, evaluate=evaluate)
+            text = inspect.getsource(function)
+        except (OSError, TypeError):
+            text = ""
+        key = digest_json([factory, text])
+        if settings.batches is None:
+            return Dataset([], 0, key, settings.metric, evaluate=evaluate)
+        held_out = from_batches(_batches("batches", settings.batches, folder), "evaluation")
+        key = digest_json([key, held_out.key])
+        return replace(held_out, key=key, metric_name=settings.metric, evaluate=evaluate)
 
 
 def _batches(key: str, named: str, folder: str) -> list[Any]:
     """What the function named by a key of the configuration returns."""
+    from torch import Tensor
+
+    from mlorq.models.custom import describe_error, import_function, importable
+
     function = import_function(named, folder, DataError)
     try:
         with importable(folder):
@@ -59,4 +99,7 @@ def _batches(key: str, named: str, folder: str) -> list[Any]:
                 return list(found)
     except Exception as error:
         raise DataError(f"{key} {named!r} failed: {describe_error(error)}") from error
-    raise DataError(f"{key} {named!r} returned {type(found).__name__}, no sequence of batches")
+    raise DataError(f"{key} {named!r} returned {type(found).__name__}, not a sequence of batches")
+
+
+SOURCES.register(CustomSource())

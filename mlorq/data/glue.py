@@ -13,24 +13,28 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from pydantic import Field
 
 from mlorq.artifacts.locations import is_remote, resolve_location
-from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset
-from mlorq.data.choose import parquet_files
+from mlorq.data import model_inputs
+from mlorq.data.choose import before_glob, parquet_files
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION
-from mlorq.data.table import read_columns
-from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
+from mlorq.data.packages import OptionalPackage
+from mlorq.data.source import SOURCES, DataSource, ModelSettings, PathSettings, Role, SplitSettings, TextSettings
 from mlorq.errors import DataError
-from mlorq.models.transformers import class_names
+from mlorq.registry import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from mlorq.data.base import Dataset
 
 HUB = "nyu-mll/glue"
+DATASETS = OptionalPackage("datasets", "hub")
 LABEL = "label"
 HIDDEN = -1  # the label of test splits
 
@@ -71,60 +75,104 @@ TASKS = {
 }
 
 
-def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
-    """The texts of a task's split, its labels and its metrics."""
-    if model_config.family != "transformers":
-        raise DataError("source glue is for models of family transformers; use source custom for others")
-    assert source.task is not None
-    for key in ("text", "label"):
-        if getattr(source, key) is not None:
-            raise DataError(f"{key} is not for source glue: task {source.task!r} knows its own columns")
-    task = TASKS[source.task]
-    pairs = model_config.task == "sentence-similarity"
-    metrics = _metrics(source, task)
-    if pairs and role == "evaluation" and task.classes:
-        raise DataError(f"GLUE task {source.task!r} has classes, which a sentence encoder does not tell; choose stsb")
-    splits = [(source.split, "")] if source.split else [("train", "")] if role == "calibration" else task.validation
-    location = None if source.path is None else resolve_location(source.path, folder)
-    if location is not None and source.split is None and url_to_fs(location)[0].isfile(url_to_fs(location)[1]):
-        splits = [(splits[0][0], "")]  # one file is one split
-    read = [_read(source.task, split, location) for split, _ in splits]
-    sizes = [len(columns[LABEL]) for columns in read]
-    starts = np.cumsum([0, *sizes])
-
-    def where(column: str, index: int) -> str:
-        part = int(np.searchsorted(starts, index, side="right")) - 1
-        row = index - int(starts[part]) + 1
-        return f"GLUE task {source.task}, split {splits[part][0]}, row {row}, column {column!r}"
-
-    columns = {name: [value for part in read for value in part[name]] for name in (*task.text, LABEL)}
-    rows = Rows(
-        f"GLUE task {source.task}, split {' and '.join(split for split, _ in splits)}",
-        [checked_texts(columns[name], partial(where, name)) for name in task.text],
-        None if pairs and role == "calibration" else _labels(columns[LABEL], partial(where, LABEL), role, task),
-        partial(where, LABEL),
-        range(1, len(columns[LABEL]) + 1),
-        tuple((suffix, range(int(a), int(b))) for (_, suffix), a, b in zip(splits, starts, starts[1:], strict=False))
-        if len(splits) > 1
-        else (),
-        None if pairs else _to_model(task, model_config, folder),
-    )
-    return text_dataset(rows, source, role, model_config, folder, seed, metrics)
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 
-def _metrics(source: SourceConfig, task: Task) -> list[str]:
+class GlueSettings(TextSettings, SplitSettings, PathSettings):
+    """Keys of a task of GLUE."""
+
+    task: TaskName | None = Field(None, description="the task; decides on text columns and metrics")
+
+
+class GlueSource(DataSource[GlueSettings]):
+    """A task of GLUE, from the hub or a local copy."""
+
+    name = "glue"
+    settings = GlueSettings
+    needed = ("task",)
+    package = DATASETS
+
+    def check(self, section: Settings) -> None:
+        """Refuse columns: a task has its own."""
+        super().check(section)
+        for key in ("text", "label"):
+            if getattr(section, key, None) is not None:
+                task = getattr(section, "task", None)
+                raise ValueError(f"{key} is not for source glue: task {task!r} knows its own columns")
+
+    def locations(self, settings: GlueSettings) -> Sequence[str | None]:
+        """The local copy and the list of samples."""
+        return before_glob(settings.path), settings.list
+
+    def from_hub(self, settings: GlueSettings) -> bool:
+        """Unless there is a local copy."""
+        return settings.path is None
+
+    def load(self, settings: GlueSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
+        """The texts of a task's split, its labels and its metrics."""
+        import numpy as np
+
+        from mlorq.data.texts import Rows, checked_texts, text_dataset
+
+        model_inputs.require_text_model(model, self.name)
+        assert settings.task is not None
+        task = TASKS[settings.task]
+        pairs = model_inputs.embeds_texts(model)
+        metrics = _metrics(settings, task)
+        if pairs and role == "evaluation" and task.classes:
+            raise DataError(
+                f"GLUE task {settings.task!r} has classes, which a sentence encoder does not tell; choose stsb"
+            )
+        splits: Sequence[tuple[str, str]] = [("train", "")] if role == "calibration" else task.validation
+        if settings.split:
+            splits = [(settings.split, "")]
+        location = None if settings.path is None else resolve_location(settings.path, folder)
+        if location is not None and settings.split is None and url_to_fs(location)[0].isfile(url_to_fs(location)[1]):
+            splits = [(splits[0][0], "")]  # one file is one split
+        read = [_read(settings.task, split, location) for split, _ in splits]
+        sizes = [len(columns[LABEL]) for columns in read]
+        starts = np.cumsum([0, *sizes])
+
+        def where(column: str, index: int) -> str:
+            part = int(np.searchsorted(starts, index, side="right")) - 1
+            row = index - int(starts[part]) + 1
+            return f"GLUE task {settings.task}, split {splits[part][0]}, row {row}, column {column!r}"
+
+        bounds = zip(splits, starts, starts[1:], strict=False)
+        parts = tuple((suffix, range(int(start), int(end))) for (_, suffix), start, end in bounds)
+        columns = {name: [value for part in read for value in part[name]] for name in (*task.text, LABEL)}
+        rows = Rows(
+            f"GLUE task {settings.task}, split {' and '.join(split for split, _ in splits)}",
+            [checked_texts(columns[name], partial(where, name)) for name in task.text],
+            None if pairs and role == "calibration" else _labels(columns[LABEL], partial(where, LABEL), role, task),
+            partial(where, LABEL),
+            range(1, len(columns[LABEL]) + 1),
+            parts if len(splits) > 1 else (),
+            None if pairs else _to_model(task, model, folder),
+        )
+        return text_dataset(rows, settings, role, model, folder, seed, metrics)
+
+
+def _metrics(settings: GlueSettings, task: Task) -> list[str]:
     """The task's metrics; one that the configuration names comes first."""
-    if source.metric is None:
+    if settings.metric is None:
         return list(task.metrics)
     fitting = CLASSIFICATION if task.classes else CORRELATION
-    if source.metric not in fitting or (len(task.classes) > 2 and source.metric != "accuracy"):
+    if settings.metric not in fitting or (len(task.classes) > 2 and settings.metric != "accuracy"):
         known = "accuracy" if len(task.classes) > 2 else " or ".join(fitting)
-        raise DataError(f"metric {source.metric!r} does not fit GLUE task {source.task!r}; choose {known}")
-    return [source.metric, *(name for name in task.metrics if name != source.metric)]
+        raise DataError(f"metric {settings.metric!r} does not fit GLUE task {settings.task!r}; choose {known}")
+    return [settings.metric, *(name for name in task.metrics if name != settings.metric)]
 
 
-def _labels(values: Sequence[Any], where: Any, role: str, task: Task) -> np.ndarray | None:
+def _labels(values: Sequence[Any], where: Any, role: Role, task: Task) -> np.ndarray | None:
     """The labels; calibration data may be of a split that keeps them secret, and is without labels then."""
+    import numpy as np
+
+    from mlorq.data.texts import checked_labels
+
     labels = checked_labels(values, where, classes=bool(task.classes))
     hidden = np.flatnonzero(labels == HIDDEN)
     if len(hidden) and role == "evaluation":
@@ -132,9 +180,9 @@ def _labels(values: Sequence[Any], where: Any, role: str, task: Task) -> np.ndar
     return None if len(hidden) else labels
 
 
-def _to_model(task: Task, model_config: ModelConfig, folder: str) -> tuple[int, ...] | None:
+def _to_model(task: Task, model: ModelSettings, folder: str) -> tuple[int, ...] | None:
     """The model's class of each class of the task, where its configuration names them in another order."""
-    names = [name.lower().replace("-", "_") for name in class_names(model_config, folder)] if task.classes else []
+    names = [name.lower().replace("-", "_") for name in model_inputs.class_names(model, folder)] if task.classes else []
     if sorted(names) != sorted(task.classes) or names == list(task.classes):
         return None
     return tuple(names.index(name) for name in task.classes)
@@ -146,6 +194,10 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
     Raises:
         DataError: it is not there, or a column is missing.
     """
+    import pyarrow.parquet as pq
+
+    from mlorq.data.columns import read_columns
+
     wanted = (*TASKS[name].text, LABEL)
     if location is None:
         return _of_table(_from_hub(name, split), wanted, f"GLUE task {name!r} of {HUB}")
@@ -163,7 +215,7 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
             with fs.open(file, "rb") as opened:
                 parts.append(_of_table(pq.read_table(opened), wanted, f"table {file}"))
         except (OSError, ValueError) as error:
-            raise DataError(f"table {file} is no Parquet file: {error}") from error
+            raise DataError(f"table {file} is not a Parquet file: {error}") from error
     return {key: [value for part in parts for value in part[key]] for key in wanted}
 
 
@@ -176,17 +228,9 @@ def _of_table(table: pa.Table, wanted: Sequence[str], origin: str) -> dict[str, 
     return {key: table[key].to_pylist() for key in wanted}
 
 
-def _library(instead: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"source glue needs the package datasets (pip install 'mlorq[hub]'), or {instead}") from None
-    return datasets
-
-
 def _from_hub(name: str, split: str) -> pa.Table:
     instead = "give path: a Parquet file or a folder of them"
-    datasets = _library(instead)
+    datasets = DATASETS.require("source glue", instead)
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -204,7 +248,7 @@ def _from_disk(location: str, path: str, split: str) -> pa.Table:
     """A split of what ``save_to_disk`` wrote: one data set, or several by split."""
     if is_remote(location):
         raise DataError(f"data set {location} was saved by datasets: copy it here, or give Parquet files")
-    datasets = _library("give path: Parquet files")
+    datasets = DATASETS.require("source glue", "give path: Parquet files")
     try:
         found = datasets.load_from_disk(path)
     except Exception as error:  # whatever a damaged file makes of itself
@@ -214,3 +258,6 @@ def _from_disk(location: str, path: str, split: str) -> pa.Table:
             raise DataError(f"data set {location} has no split {split!r}; it has {', '.join(found)}")
         found = found[split]
     return found.data.table
+
+
+SOURCES.register(GlueSource())

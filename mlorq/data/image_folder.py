@@ -5,20 +5,76 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
+from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset
-from mlorq.data.choose import indices_of, listed_samples, seeded_choice
-from mlorq.data.images import READERS, Image, check_source, image_dataset
+from mlorq.data.choose import READERS, indices_of, listed_samples, seeded_choice
+from mlorq.data.source import SOURCES, DataSource, ImageSettings, ModelSettings, Role, RootSettings, SplitSettings
 from mlorq.errors import DataError
 
+if TYPE_CHECKING:
+    from mlorq.data.base import Dataset
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+class ImageFolderSettings(ImageSettings, SplitSettings, RootSettings):
+    """Keys of a folder of images."""
+
+    labels: str | None = Field(None, description="TSV or CSV with file, label[, split]")
+
+
+class ImageFolderSource(DataSource[ImageFolderSettings]):
+    """Images of a folder."""
+
+    name = "image_folder"
+    settings = ImageFolderSettings
+    needed = ("root",)
+
+    def locations(self, settings: ImageFolderSettings) -> Sequence[str | None]:
+        """The folder, the table of labels and the list of samples."""
+        return settings.root, settings.labels, settings.list
+
+    def load(self, settings: ImageFolderSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
+        """The images of a folder, all of them or those that were chosen; no other file is read."""
+        from mlorq.data.images import Image, check_images, image_dataset
+
+        check_images(settings, model, self.name)
+        assert settings.root is not None
+        root = resolve_location(settings.root, folder)
+        fs, path = url_to_fs(root)
+        if not fs.isdir(path):
+            raise DataError(f"image folder {root} does not exist")
+        if settings.split and not settings.labels:
+            raise DataError(
+                f"split {settings.split!r} of image folder {root} needs labels: a table with a split column"
+            )
+        images = _listed(settings, folder) if settings.labels else _found(fs, path)
+        of_split = f" of split {settings.split!r}" if settings.split else ""
+        if not images:
+            raise DataError(f"image folder {root} has no images{of_split}")
+        chosen = listed_samples(settings, folder)
+        if chosen is None:
+            picked = seeded_choice(len(images), settings.samples, seed, f"image folder {root}")
+        else:
+            places = {image.path: index for index, image in enumerate(images)}
+            picked = indices_of(chosen, places, f"image folder {root}{of_split}")
+        images = [images[index] for index in picked]
+        with ThreadPoolExecutor(READERS) as pool:
+            contents = list(pool.map(lambda image: _read(fs, posixpath.join(path, image.path)), images))
+        pairs = zip(images, contents, strict=True)
+        return image_dataset(
+            [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs],
+            settings,
+            role,
+            model,
+        )
 
 
 @dataclass(frozen=True)
@@ -28,42 +84,10 @@ class _Named:
     where: str = ""  # of the label, for errors
 
 
-def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
-    """The images of a folder, all of them or those that were chosen; no other file is read."""
-    check_source(source, model_config)
-    assert source.root is not None
-    root = resolve_location(source.root, folder)
-    fs, path = url_to_fs(root)
-    if not fs.isdir(path):
-        raise DataError(f"image folder {root} does not exist")
-    if source.split and not source.labels:
-        raise DataError(f"split {source.split!r} of image folder {root} needs labels: a table with a split column")
-    images = _listed(source, folder) if source.labels else _found(fs, path)
-    of_split = f" of split {source.split!r}" if source.split else ""
-    if not images:
-        raise DataError(f"image folder {root} has no images{of_split}")
-    chosen = listed_samples(source, folder)
-    if chosen is None:
-        picked = seeded_choice(len(images), source.samples, seed, f"image folder {root}")
-    else:
-        places = {image.path: index for index, image in enumerate(images)}
-        picked = indices_of(chosen, places, f"image folder {root}{of_split}")
-    images = [images[index] for index in picked]
-    with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(lambda image: _read(fs, posixpath.join(path, image.path)), images))
-    pairs = zip(images, contents, strict=True)
-    return image_dataset(
-        [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs],
-        source,
-        role,
-        model_config,
-    )
-
-
-def _listed(source: SourceConfig, folder: str) -> list[_Named]:
+def _listed(settings: ImageFolderSettings, folder: str) -> list[_Named]:
     """Images named by a table with columns file, label and perhaps split."""
-    assert source.labels is not None
-    location = resolve_location(source.labels, folder)
+    assert settings.labels is not None
+    location = resolve_location(settings.labels, folder)
     fs, path = url_to_fs(location)
     try:
         text = fs.cat_file(path).decode("utf-8-sig")
@@ -72,23 +96,23 @@ def _listed(source: SourceConfig, folder: str) -> list[_Named]:
     except UnicodeDecodeError as error:
         raise DataError(f"label table {location} cannot be read: {error}") from error
     rows = list(csv.DictReader(io.StringIO(text), delimiter="," if path.endswith(".csv") else "\t"))
-    wanted = ("file", "label", *(("split",) if source.split else ()))
+    wanted = ("file", "label", *(("split",) if settings.split else ()))
     for column in wanted:
         if not rows or column not in rows[0]:
             raise DataError(f"label table {location} has no column {column!r}")
     numbered = list(enumerate(rows, 2))
-    if source.split:
-        numbered = [(number, row) for number, row in numbered if row["split"] == source.split]
+    if settings.split:
+        numbered = [(number, row) for number, row in numbered if row["split"] == settings.split]
         if not numbered:
             splits = ", ".join(sorted({str(row["split"]) for row in rows}))
-            raise DataError(f"label table {location} has no split {source.split!r}; it has {splits}")
+            raise DataError(f"label table {location} has no split {settings.split!r}; it has {splits}")
     images = []
     for number, row in numbered:
         try:
             images.append(_Named(row["file"], int(row["label"]), f"label table {location}, row {number}"))
         except (TypeError, ValueError):
             raise DataError(
-                f"label table {location}, row {number}: label {row['label']!r} is no class number"
+                f"label table {location}, row {number}: label {row['label']!r} is not a class number"
             ) from None
     return images
 
@@ -110,3 +134,6 @@ def _read(fs: Any, path: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"image {path} does not exist") from None
     return data
+
+
+SOURCES.register(ImageFolderSource())

@@ -1,9 +1,8 @@
 """Encoded images as batches for a timm model, decoded once, when they are first wanted; image sources end here.
 
 A batch is decoded by worker threads (decoders and resampling run outside Python's lock) and the one after it is begun
-at once, so that it is ready when the model asks for it. What is kept are the cropped pixels, a byte a value; scaling
-and normalisation are done anew at every use, which costs little of a forward pass and saves three quarters of the
-memory.
+at once, so that it is ready when the model asks for it. The cropped pixels are kept, one byte per value; scaling and
+normalisation are repeated at every use, which costs little of a forward pass and saves three quarters of the memory.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
-from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.metrics import top_k_accuracy
+from mlorq.data.model_inputs import preprocessing, require_image_classifier
+from mlorq.data.source import ImageSettings, ModelSettings, Role
 from mlorq.errors import DataError
-from mlorq.models.timm import preprocessing
-
-READERS = 8  # threads that wait for a file system
 
 
 @dataclass(frozen=True)
@@ -49,34 +46,33 @@ class Image:
     identity: str | None = None
 
 
-def check_source(source: SourceConfig, model_config: ModelConfig) -> None:
+def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> None:
     """Refuse models and metrics that images are not for.
 
     Raises:
         DataError: names what does not fit.
     """
-    if model_config.family != "timm":
-        raise DataError(f"source {source.source} is for models of family timm; use source custom for others")
-    if source.metric not in (None, "accuracy"):
-        raise DataError(f"metric {source.metric!r} does not fit image labels; choose accuracy")
+    require_image_classifier(model, source)
+    if settings.metric not in (None, "accuracy"):
+        raise DataError(f"metric {settings.metric!r} does not fit image labels; choose accuracy")
 
 
-def image_dataset(images: Sequence[Image], source: SourceConfig, role: str, model_config: ModelConfig) -> Dataset:
+def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, model: ModelSettings) -> Dataset:
     """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed as timm does for the model.
 
     Args:
         images: those that were chosen, in their order.
-        source: says how many at a time.
+        settings: with the batch size.
         role: calibration or evaluation; the latter has metrics.
-        model_config: of family timm.
+        model: an image classifier of timm.
     """
-    described = preprocessing(model_config)
+    described = preprocessing(model)
     named = [
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
         for image in images
     ]
-    key = digest_json({"images": named, "preprocessing": described, "batch_size": source.batch_size})
-    batches = ImageBatches(images, described, source.batch_size)
+    key = digest_json({"images": named, "preprocessing": described, "batch_size": settings.batch_size})
+    batches = ImageBatches(images, described, settings.batch_size)
     labels = [image.label for image in images if image.label is not None]
     if len(labels) < len(images):
         return Dataset(batches, len(images), key)
@@ -84,7 +80,7 @@ def image_dataset(images: Sequence[Image], source: SourceConfig, role: str, mode
     check = LabelCheck(values, lambda index: images[index].where)
     if role == "evaluation":
         return Dataset(batches, len(images), key, "accuracy", _Accuracy(values), label_check=check)
-    known = list(torch.from_numpy(values).split(source.batch_size))
+    known = list(torch.split(torch.from_numpy(values), settings.batch_size))
     return Dataset(batches, len(images), key, labels=known, label_check=check)
 
 
@@ -94,8 +90,8 @@ class ImageBatches(Sequence[Tensor]):
     Args:
         images: all of them.
         described: timm's preprocessing.
-        size: images a batch.
-        workers: threads that decode; default: one a core.
+        size: images per batch.
+        workers: threads that decode; default: one per core.
     """
 
     def __init__(
@@ -162,11 +158,11 @@ class ImageBatches(Sequence[Tensor]):
 
 def decoder(described: dict[str, Any]) -> tuple[Callable[[Any], Any], str]:
     """timm's evaluation transform up to the pixels as bytes, and the mode that its images have."""
-    import timm.data
+    from timm.data.transforms_factory import create_transform
 
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     known = {name: described[name] for name in names if name in described}
-    transform = timm.data.create_transform(**known, is_training=False, normalize=False)
+    transform = create_transform(**known, is_training=False, normalize=False)
     return transform, "L" if described["input_size"][0] == 1 else "RGB"
 
 
@@ -194,5 +190,5 @@ class _Accuracy:
         logits = outputs.numpy()
         bad = self.labels[(self.labels < 0) | (self.labels >= logits.shape[1])]
         if len(bad):
-            raise DataError(f"image label {bad[0]} is no class of the model, which has {logits.shape[1]}")
+            raise DataError(f"image label {bad[0]} is out of range: the model has {logits.shape[1]} classes")
         return {"accuracy": top_k_accuracy(logits, self.labels, 1), "top5": top_k_accuracy(logits, self.labels, 5)}

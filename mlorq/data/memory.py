@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_batch, digest_json
 from mlorq.data.base import Dataset
+from mlorq.data.source import Role
 from mlorq.errors import DataError
 from mlorq.models.base import batch_samples
 
-Role = Literal["calibration", "evaluation"]
 FEWEST_SAMPLES = 2
 
 
@@ -25,7 +25,7 @@ def from_batches(batches: Iterable[Any], role: Role = "calibration") -> Dataset:
         role: what messages call them.
 
     Raises:
-        DataError: there are none, they hold no tensors, or values that are not finite.
+        DataError: there are none, they do not hold tensors, or values that are not finite.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise DataError("batches must be a sequence of batches, each a tensor, a tuple or a mapping of tensors")

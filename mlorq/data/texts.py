@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_batch, digest_json
-from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.choose import indices_of, listed_samples, row_names, seeded_choice
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
+from mlorq.data.model_inputs import embeds_texts, tokenizer
+from mlorq.data.source import ListSettings, ModelSettings, Role, TextSettings
 from mlorq.errors import DataError
-from mlorq.models.transformers import tokenizer
 
 Text = tuple[str, ...]  # one text, or a pair that is read together
 
@@ -31,7 +31,7 @@ class Rows:
 
     Attributes:
         origin: what they are from, for errors: ``table dev.tsv``, ``GLUE task mrpc``.
-        texts: a list a text column.
+        texts: one list per text column.
         labels: ``(rows,)`` numbers; None where there are none.
         where: names a row's label in errors.
         numbers: the rows' numbers in a list of samples.
@@ -47,13 +47,13 @@ class Rows:
     parts: tuple[tuple[str, range], ...] = ()
     to_model: tuple[int, ...] | None = None
 
-    def listed(self, source: SourceConfig, folder: str) -> Rows:
+    def listed(self, settings: ListSettings, folder: str) -> Rows:
         """The rows that a source's list names; all of them without one.
 
         Raises:
             DataError: a row is not there.
         """
-        found = listed_samples(source, folder)
+        found = listed_samples(settings, folder)
         if found is None:
             return self
         if self.parts:
@@ -78,15 +78,15 @@ class Rows:
 
 
 def text_dataset(
-    rows: Rows, source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int, metrics: list[str]
+    rows: Rows, settings: TextSettings, role: Role, model: ModelSettings, folder: str, seed: int, metrics: list[str]
 ) -> Dataset:
     """Rows of texts as a data set.
 
     Args:
         rows: of texts; the source's list is taken into account here.
-        source: says how many samples, how long and how many at a time.
+        settings: how many samples, how long they are, and the batch size.
         role: calibration or evaluation; the latter has metrics.
-        model_config: of family transformers.
+        model: a text model.
         folder: where relative paths start.
         seed: of the choice of samples.
         metrics: their names, the one that stands for the task first.
@@ -94,8 +94,8 @@ def text_dataset(
     Raises:
         DataError: there are too few rows, or a metric does not fit.
     """
-    rows = rows.listed(source, folder)
-    pairs = model_config.task == "sentence-similarity"
+    rows = rows.listed(settings, folder)
+    pairs = embeds_texts(model)
     samples: list[Text]
     if pairs:
         samples = [(text,) for column in rows.texts for text in column]
@@ -103,11 +103,13 @@ def text_dataset(
         samples = list(zip(*rows.texts, strict=True))
     chosen = list(dict.fromkeys(samples))
     if role == "calibration":
-        picked = seeded_choice(len(chosen), source.samples, seed, rows.origin, " different ones")
+        picked = seeded_choice(len(chosen), settings.samples, seed, rows.origin, " different ones")
         chosen = [chosen[index] for index in picked]
-    elif source.samples is not None:
-        raise DataError(f"data.evaluation.samples is not available for source {source.source}")
-    batches, order = _tokenize(tokenizer(model_config, folder), chosen, source)
+    elif settings.samples is not None:
+        raise DataError(
+            f"data.evaluation.samples is not available for {rows.origin}: a metric is taken of all rows, or of a list"
+        )
+    batches, order = _tokenize(tokenizer(model, folder), chosen, settings)
     classes = metrics[0] in CLASSIFICATION
     labels, metric, known, check = rows.model_labels, None, None, None
     if labels is not None and role == "calibration":
@@ -116,7 +118,7 @@ def text_dataset(
             row_of = {sample: row for row, sample in enumerate(samples)}
             own = [row_of[text] for text in order]
             values = torch.tensor(labels[own])
-            known = list((values.long() if classes else values.float()).split(source.batch_size))
+            known = list(torch.split(values.long() if classes else values.float(), settings.batch_size))
             check = LabelCheck(labels[own], lambda index: rows.where(own[index]), classes)
     elif rows.labels is not None and labels is not None:
         if pairs and len(rows.texts) != 2:
@@ -227,19 +229,19 @@ def checked_labels(values: Sequence[Any], where: Callable[[int], str], *, classe
         except (TypeError, ValueError):
             labels[index] = np.nan
         if not np.isfinite(labels[index]) or (classes and labels[index] % 1):
-            raise DataError(f"{where(index)}: label {value!r} is no {'class number' if classes else 'number'}")
+            raise DataError(f"{where(index)}: label {value!r} is not a {'class number' if classes else 'number'}")
     return labels
 
 
-def _tokenize(tokens: Any, texts: list[Text], source: SourceConfig) -> tuple[list[dict[str, Tensor]], list[Text]]:
+def _tokenize(tokens: Any, texts: list[Text], settings: TextSettings) -> tuple[list[dict[str, Tensor]], list[Text]]:
     """Batches in the order of length, and the texts in that order."""
     columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = tokens(*columns, truncation=True, max_length=min(source.max_length, tokens.model_max_length))
+    encoded = tokens(*columns, truncation=True, max_length=min(settings.max_length, tokens.model_max_length))
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(texts)), key=lambda index: (lengths[index], index))
     batches = []
-    for start in range(0, len(order), source.batch_size):
-        part = order[start : start + source.batch_size]
+    for start in range(0, len(order), settings.batch_size):
+        part = order[start : start + settings.batch_size]
         rows = {name: [values[index] for index in part] for name, values in encoded.items()}
         batches.append(dict(tokens.pad(rows, padding=True, return_tensors="pt")))
     return batches, [texts[index] for index in order]

@@ -1,0 +1,73 @@
+"""Columns of CSV, TSV and Parquet tables, with the numbers that their rows have in the file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from mlorq.errors import DataError
+
+
+def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | str, list[Any]], Sequence[int]]:
+    """Columns of a table, by number where it has no header, else by name, and the number of each row in the file.
+
+    Raises:
+        DataError: the file is missing or empty, or has no such column.
+    """
+    fs, path = url_to_fs(location)
+    try:
+        data = fs.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"table {location} does not exist") from None
+    if path.endswith(".parquet"):
+        try:
+            table = pq.read_table(io.BytesIO(data))
+        except (OSError, ValueError) as error:
+            raise DataError(f"table {location} is not a Parquet file: {error}") from error
+        known = {name: table[name].to_pylist() for name in table.column_names}
+        known |= {index: table.column(index).to_pylist() for index in range(table.num_columns)}
+        for name in names:
+            if name not in known:
+                raise DataError(f"table {location} has no column {name!r}; it has {', '.join(table.column_names)}")
+        found = {name: known[name] for name in names}
+        numbers: Sequence[int] = range(1, table.num_rows + 1)
+    else:
+        found, numbers = _delimited(location, data, path.endswith(".tsv"), names)
+    if not numbers:
+        raise DataError(f"table {location} is empty")
+    return found, numbers
+
+
+def _delimited(
+    location: str, data: bytes, tabs: bool, names: Sequence[int | str]
+) -> tuple[dict[int | str, list[Any]], list[int]]:
+    # Quotes are text in tab-separated files (GLUE's), and delimiters of fields in comma-separated ones.
+    quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    try:
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig")), delimiter="\t" if tabs else ",", quoting=quoting)
+        rows = [(number, row) for number, row in enumerate(reader, 1) if row]  # blank lines hold nothing
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"table {location} cannot be read: {error}") from error
+    if not rows:
+        raise DataError(f"table {location} is empty")
+    by_name = any(isinstance(name, str) for name in names)
+    titles = rows[0][1]
+    header = {name: index for index, name in enumerate(titles)} if by_name else {}
+    rows = rows[1 if by_name else 0 :]
+    found: dict[int | str, list[Any]] = {}
+    for name in names:
+        column = header.get(name) if isinstance(name, str) else name
+        if column is None or column < 0:
+            raise DataError(f"table {location} has no column {name!r}; it has {', '.join(titles)}")
+        values = []
+        for number, row in rows:
+            if column >= len(row):
+                raise DataError(f"table {location}, row {number}: there is no column {name!r}, only {len(row)} columns")
+            values.append(row[column])
+        found[name] = values
+    return found, [number for number, _ in rows]

@@ -1,0 +1,44 @@
+"""Packages that mlorq runs without, and what to say where one is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from mlorq.errors import DataError
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """A package that only some data needs.
+
+    Attributes:
+        module: its name.
+        extra: the extra of mlorq that installs it.
+    """
+
+    module: str
+    extra: str
+
+    def require(self, needed_by: str, instead: str = "") -> Any:
+        """The imported module.
+
+        Args:
+            needed_by: what needs it, for the error.
+            instead: what else the user can do.
+
+        Raises:
+            DataError: it cannot be imported.
+        """
+        try:
+            if importlib.util.find_spec(self.module) is not None:
+                return importlib.import_module(self.module)
+        except ImportError:
+            pass
+        otherwise = f", or {instead}" if instead else ""
+        raise DataError(f"{needed_by} needs the package {self.module} (pip install 'mlorq[{self.extra}]'){otherwise}")
+
+
+PYCOCOTOOLS = OptionalPackage("pycocotools", "detection")

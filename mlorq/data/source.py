@@ -1,0 +1,245 @@
+"""What a data source is, the registry of them, and the keys that several of them share.
+
+A source is one file: a settings class with its configuration keys, and a record that loads a data set from them:
+
+    class LinesSettings(BatchSettings, SamplesSettings, PathSettings): ...
+
+    class Lines(DataSource[LinesSettings]):
+        name = "lines"
+        settings = LinesSettings
+        needed = ("path",)
+
+        def load(self, settings, role, model, folder, seed): ...
+
+    SOURCES.register(Lines())
+
+Pydantic lists the keys of the last base class first; so does ``mlorq init``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import Field
+
+from mlorq.data.metrics import METRICS
+from mlorq.data.packages import OptionalPackage
+from mlorq.registry import Registry, Settings
+
+if TYPE_CHECKING:
+    from mlorq.data.base import Dataset
+    from mlorq.models.base import FloatModel
+
+    MetricName = str
+else:
+    MetricName = Literal[METRICS]
+
+Role = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class RefusedElsewhere:
+    """Marks a key that sources without it refuse; they ignore the other keys of other sources."""
+
+
+class SourceSettings(Settings):
+    """The keys of a data source."""
+
+
+class RootSettings(SourceSettings):
+    """Sources with a folder of images."""
+
+    root: str | None = Field(None, description="folder of images, local path or fsspec URL")
+
+
+class PathSettings(SourceSettings):
+    """Sources of tables and shards."""
+
+    path: str | None = Field(
+        None,
+        description="CSV, TSV or Parquet file; Parquet shards: file, folder or glob; a task: local copy (file, or "
+        "folder as on the hub), by default the hub's",
+    )
+
+
+class SplitSettings(SourceSettings):
+    """Sources that hold several splits."""
+
+    split: str | None = Field(
+        None,
+        description="value of the split column, name of the shards, or a task's split (default: train for calibration, "
+        "validation for evaluation)",
+    )
+
+
+class LabelSettings(SourceSettings):
+    """Sources with a column of labels."""
+
+    label: int | str | None = Field(
+        None,
+        description="label column, by name, or by number in a table without a header; a metric of texts needs it, "
+        "images have 'label' by default",
+    )
+
+
+class MetricSettings(SourceSettings):
+    """Sources whose evaluation data has a metric."""
+
+    metric: MetricName | None = Field(None, description="evaluation metric; the task's usual one by default")
+
+
+class SamplesSettings(SourceSettings):
+    """Sources that can be sampled."""
+
+    samples: int | None = Field(None, ge=1, description="use a seeded random choice of this many samples")
+
+
+class ListSettings(SamplesSettings):
+    """Sources whose samples have names or row numbers."""
+
+    list: Annotated[str | None, RefusedElsewhere()] = Field(
+        None, description="text file that names the samples to use, one per line: a file's name, or a row number from 1"
+    )
+
+    def check(self) -> None:
+        """Refuse two choices of samples."""
+        super().check()
+        if self.list is not None and self.samples is not None:
+            raise ValueError("samples and list both choose samples: give one of them")
+
+
+class BatchSettings(SourceSettings):
+    """Sources that build the batches."""
+
+    batch_size: int = Field(32, ge=1, description="samples per forward pass")
+
+
+class TextSettings(BatchSettings, ListSettings, MetricSettings):
+    """Sources of texts, which are tokenized."""
+
+    max_length: int = Field(128, ge=8, description="longest token sequence; longer ones are cut")
+
+
+class ImageSettings(BatchSettings, ListSettings, MetricSettings):
+    """Sources of images for classifiers."""
+
+
+class ModelSettings(Protocol):
+    """What sources read of the ``model`` section."""
+
+    @property
+    def family(self) -> str:
+        """Name of the model family."""
+
+    @property
+    def name(self) -> str | None:
+        """The model's name in its family."""
+
+    @property
+    def task(self) -> str | None:
+        """What the model's output is."""
+
+
+class SourceSection(Protocol):
+    """The ``calibration`` or ``evaluation`` section."""
+
+    @property
+    def source(self) -> str:
+        """Name of the data source."""
+
+    @property
+    def own(self) -> Settings:
+        """The settings of that source."""
+
+
+Own = TypeVar("Own", bound=SourceSettings)
+
+
+class DataSource(ABC, Generic[Own]):
+    """One kind of data source.
+
+    Attributes:
+        name: as a configuration writes it.
+        settings: its keys.
+        needed: those that must be given.
+        package: an optional package that it needs for some of its settings.
+    """
+
+    name: str
+    settings: type[Own]
+    needed: ClassVar[tuple[str, ...]] = ()
+    package: ClassVar[OptionalPackage | None] = None
+
+    @abstractmethod
+    def load(self, settings: Own, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
+        """Load the data.
+
+        Args:
+            settings: of this source.
+            role: calibration or evaluation; the latter has a metric.
+            model: the model section: the family and task decide what a batch is.
+            folder: where relative paths start.
+            seed: of the choice of ``samples``.
+
+        Raises:
+            DataError: the data is missing, malformed, or does not fit the model.
+        """
+
+    def locations(self, settings: Own) -> Sequence[str | None]:
+        """Files and folders that the settings name, local or URLs, as they are written."""
+        return ()
+
+    def from_hub(self, settings: Own) -> bool:
+        """Whether the data is fetched from the Hugging Face hub."""
+        return False
+
+    def check_role(self, settings: Own, role: Role) -> None:
+        """Raise ValueError, which starts with the key, where values do not fit what the data is for."""
+
+    def check(self, section: Settings) -> None:
+        """Check a flat section, which has the keys of all sources.
+
+        Raises:
+            ValueError: a needed key is missing, or a key is set that this source refuses.
+        """
+        for key in self.needed:
+            if getattr(section, key) is None:
+                raise ValueError(f"source {self.name} needs {key}")
+        for key, info in type(section).model_fields.items():
+            refused = key not in self.settings.model_fields and RefusedElsewhere() in info.metadata
+            if refused and getattr(section, key) != info.default:
+                readers = [source.name for source in SOURCES if key in source.settings.model_fields]
+                raise ValueError(f"{key} is for source {', '.join(readers)}, not for source {self.name}")
+
+
+SOURCES: Registry[DataSource[Any]] = Registry("data source")
+
+
+def load_dataset(
+    section: SourceSection, role: Role, model: FloatModel, model_settings: ModelSettings, folder: str, seed: int
+) -> Dataset:
+    """Load the data that a configuration names, in the form that the model takes.
+
+    Args:
+        section: the ``calibration`` or ``evaluation`` section.
+        role: which of the two; evaluation data has a metric.
+        model: the float model.
+        model_settings: the ``model`` section (preprocessing, tokenizer, task).
+        folder: where relative paths start.
+        seed: of the choice of ``samples``.
+
+    Raises:
+        DataError: the data is missing, malformed or too small, or the model cannot give the labels of evaluation data.
+            Labels of calibration data, which few costs read, are for the caller to check.
+    """
+    from mlorq.data.memory import check_size
+
+    found = SOURCES[section.source].load(section.own, role, model_settings, folder, seed)
+    if role == "calibration":
+        check_size(found.samples, role)
+    else:
+        found.check_labels(model)
+    return found
