@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from mlorq.config.run import DataConfig, ModelConfig, SourceConfig
+from mlorq.config.run import DataConfig, SourceConfig
+from mlorq.config.sections import model_section
 from mlorq.data import Dataset, from_batches, load_dataset
 from mlorq.errors import DataError
 from mlorq.evaluation.outputs import model_outputs
@@ -24,6 +25,8 @@ from mlorq.models import load_model
 from mlorq.models.base import FloatModel
 from tests import zoo
 from tests.nets import TokenNet, float_model, images
+
+ModelConfig = model_section()
 
 ANY_MODEL = float_model(TokenNet())
 

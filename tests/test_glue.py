@@ -14,13 +14,16 @@ import scipy.stats
 import sklearn.metrics
 import torch
 
-from mlorq.config.run import ModelConfig, SourceConfig
+from mlorq.config.run import SourceConfig
+from mlorq.config.sections import model_section
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.glue import TASKS
 from mlorq.errors import DataError
 from mlorq.evaluation.outputs import model_outputs
 from mlorq.models import load_model
 from tests import zoo
+
+ModelConfig = model_section()
 
 LEFT = zoo.SENTENCES
 RIGHT = zoo.SENTENCES[3:] + zoo.SENTENCES[:3]

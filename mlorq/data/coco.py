@@ -25,11 +25,11 @@ from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.artifacts.locations import resolve_location
 from mlorq.config.run import ModelConfig, SourceConfig
 from mlorq.data.average_precision import average_precisions, check_installed, result_rows
-from mlorq.data.base import Dataset
+from mlorq.data.base import Dataset, required
 from mlorq.errors import DataError
-from mlorq.models import detection, transformers, transformers_detection
 from mlorq.models.base import move_batch
 from mlorq.models.detector import Detector
+from mlorq.models.family import FAMILIES
 
 READERS = 8
 NMSE_SAMPLES = 128
@@ -53,7 +53,7 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
     """
     assert source.root is not None
     assert source.annotations is not None
-    detector = _detector(model_config, folder)
+    detector = required(FAMILIES[model_config.family].detector(model_config.own, folder), source.source, "objects")
     metric = source.metric or METRICS[detector.masks]
     if metric not in METRICS or (metric == "mask_ap" and not detector.masks):
         wanted = " or ".join(METRICS[: 1 + detector.masks])
@@ -74,7 +74,7 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
     described: dict[str, Any] = {
         "images": [[posixpath.basename(image.path), digest_bytes(image.data)] for image in images],
         "preprocessing": detector.described,
-        "task": model_config.task,
+        "task": getattr(model_config.own, "task", None),
         "batch_size": source.batch_size,
     }
     batches = _LazyBatches(images, detector, source.batch_size, keep=role == "calibration")
@@ -192,17 +192,6 @@ def read_annotations(location: str) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise DataError(f"annotations {location}: an entry has no {error}") from error
     return truth
-
-
-def _detector(config: ModelConfig, folder: str) -> Detector:
-    if config.family == "detection":
-        return detection.detector(config)
-    if config.family == "transformers" and config.task in transformers_detection.TASKS:
-        return transformers_detection.detector(config, transformers.locate(config, folder))
-    raise DataError(
-        "source coco is for models of family detection, and of family transformers with task object-detection or "
-        "instance-segmentation; use source custom for others"
-    )
 
 
 def _image(row: Mapping[str, Any], location: str) -> _Image:

@@ -22,13 +22,13 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset
+from mlorq.data.base import Dataset, required
 from mlorq.data.choose import parquet_files
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION
 from mlorq.data.table import read_columns
 from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 from mlorq.errors import DataError
-from mlorq.models.transformers import class_names
+from mlorq.models.family import FAMILIES, TextInputs
 
 HUB = "nyu-mll/glue"
 LABEL = "label"
@@ -73,14 +73,13 @@ TASKS = {
 
 def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
     """The texts of a task's split, its labels and its metrics."""
-    if model_config.family != "transformers":
-        raise DataError("source glue is for models of family transformers; use source custom for others")
+    inputs = required(FAMILIES[model_config.family].text_inputs(model_config.own, folder), source.source, "texts")
     assert source.task is not None
     for key in ("text", "label"):
         if getattr(source, key) is not None:
             raise DataError(f"{key} is not for source glue: task {source.task!r} knows its own columns")
     task = TASKS[source.task]
-    pairs = model_config.task == "sentence-similarity"
+    pairs = inputs.pairs
     metrics = _metrics(source, task)
     if pairs and role == "evaluation" and task.classes:
         raise DataError(f"GLUE task {source.task!r} has classes, which a sentence encoder does not tell; choose stsb")
@@ -107,7 +106,7 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
         tuple((suffix, range(int(a), int(b))) for (_, suffix), a, b in zip(splits, starts, starts[1:], strict=False))
         if len(splits) > 1
         else (),
-        None if pairs else _to_model(task, model_config, folder),
+        None if pairs else _to_model(task, inputs),
     )
     return text_dataset(rows, source, role, model_config, folder, seed, metrics)
 
@@ -132,9 +131,9 @@ def _labels(values: Sequence[Any], where: Any, role: str, task: Task) -> np.ndar
     return None if len(hidden) else labels
 
 
-def _to_model(task: Task, model_config: ModelConfig, folder: str) -> tuple[int, ...] | None:
+def _to_model(task: Task, inputs: TextInputs) -> tuple[int, ...] | None:
     """The model's class of each class of the task, where its configuration names them in another order."""
-    names = [name.lower().replace("-", "_") for name in class_names(model_config, folder)] if task.classes else []
+    names = [name.lower().replace("-", "_") for name in inputs.class_names()] if task.classes else []
     if sorted(names) != sorted(task.classes) or names == list(task.classes):
         return None
     return tuple(names.index(name) for name in task.classes)

@@ -1,4 +1,4 @@
-"""Encoded images as batches for a timm model, decoded once, when they are first wanted; image sources end here.
+"""Encoded images as batches, decoded once, when they are first wanted; image sources end here.
 
 A batch is decoded by worker threads (decoders and resampling run outside Python's lock) and the one after it is begun
 at once, so that it is ready when the model asks for it. What is kept are the cropped pixels, a byte a value; scaling
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset, LabelCheck
+from mlorq.data.base import Dataset, LabelCheck, required
 from mlorq.data.metrics import top_k_accuracy
 from mlorq.errors import DataError
-from mlorq.models.timm import preprocessing
+from mlorq.models.family import FAMILIES
 
 READERS = 8  # threads that wait for a file system
 
@@ -55,22 +55,21 @@ def check_source(source: SourceConfig, model_config: ModelConfig) -> None:
     Raises:
         DataError: names what does not fit.
     """
-    if model_config.family != "timm":
-        raise DataError(f"source {source.source} is for models of family timm; use source custom for others")
+    required(FAMILIES[model_config.family].image_inputs(model_config.own), source.source, "images")
     if source.metric not in (None, "accuracy"):
         raise DataError(f"metric {source.metric!r} does not fit image labels; choose accuracy")
 
 
 def image_dataset(images: Sequence[Image], source: SourceConfig, role: str, model_config: ModelConfig) -> Dataset:
-    """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed as timm does for the model.
+    """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed for the model.
 
     Args:
         images: those that were chosen, in their order.
         source: says how many at a time.
         role: calibration or evaluation; the latter has metrics.
-        model_config: of family timm.
+        model_config: of a family that takes images.
     """
-    described = preprocessing(model_config)
+    described = required(FAMILIES[model_config.family].image_inputs(model_config.own), source.source, "images")
     named = [
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
         for image in images

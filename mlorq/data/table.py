@@ -13,21 +13,20 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset
+from mlorq.data.base import Dataset, required
 from mlorq.data.metrics import CLASSIFICATION
 from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 from mlorq.errors import DataError
-from mlorq.models.transformers import class_names
+from mlorq.models.family import FAMILIES, TextInputs
 
 
 def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str, seed: int) -> Dataset:
     """The texts of a table's columns, and its labels."""
-    if model_config.family != "transformers":
-        raise DataError("source table is for models of family transformers; use source custom for others")
+    inputs = required(FAMILIES[model_config.family].text_inputs(model_config.own, folder), source.source, "texts")
     assert source.path is not None
     assert source.text is not None
     location = resolve_location(source.path, folder)
-    pairs = model_config.task == "sentence-similarity"
+    pairs = inputs.pairs
     if not source.text:
         raise DataError("text of source table names no column")
     if not pairs and len(source.text) > 2:
@@ -38,7 +37,7 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
         return f"table {location}, row {numbers[index]}, column {column!r}"
 
     texts = [checked_texts(columns[name], partial(where, name)) for name in source.text]
-    name = source.metric or _usual_metric(source, model_config, folder)
+    name = source.metric or _usual_metric(source, inputs)
     labels = None
     if source.label is not None and (role == "evaluation" or not pairs):
         labels = checked_labels(columns[source.label], partial(where, source.label), classes=name in CLASSIFICATION)
@@ -46,12 +45,12 @@ def load(source: SourceConfig, role: str, model_config: ModelConfig, folder: str
     return text_dataset(rows, source, role, model_config, folder, seed, [name])
 
 
-def _usual_metric(source: SourceConfig, model_config: ModelConfig, folder: str) -> str:
-    if model_config.task == "sentence-similarity":
+def _usual_metric(source: SourceConfig, inputs: TextInputs) -> str:
+    if inputs.pairs:
         return "spearman"
     if source.label is None:
         return "accuracy"
-    return "pearson" if len(class_names(model_config, folder)) == 1 else "accuracy"
+    return "pearson" if len(inputs.class_names()) == 1 else "accuracy"
 
 
 def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | str, list[Any]], Sequence[int]]:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_batch, digest_json
 from mlorq.config.run import ModelConfig, SourceConfig
-from mlorq.data.base import Dataset, LabelCheck
+from mlorq.data.base import Dataset, LabelCheck, required
 from mlorq.data.choose import indices_of, listed_samples, row_names, seeded_choice
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
 from mlorq.errors import DataError
-from mlorq.models.transformers import tokenizer
+from mlorq.models.family import FAMILIES
 
 Text = tuple[str, ...]  # one text, or a pair that is read together
 
@@ -86,7 +86,7 @@ def text_dataset(
         rows: of texts; the source's list is taken into account here.
         source: says how many samples, how long and how many at a time.
         role: calibration or evaluation; the latter has metrics.
-        model_config: of family transformers.
+        model_config: of a family that takes texts.
         folder: where relative paths start.
         seed: of the choice of samples.
         metrics: their names, the one that stands for the task first.
@@ -95,7 +95,8 @@ def text_dataset(
         DataError: there are too few rows, or a metric does not fit.
     """
     rows = rows.listed(source, folder)
-    pairs = model_config.task == "sentence-similarity"
+    inputs = required(FAMILIES[model_config.family].text_inputs(model_config.own, folder), source.source, "texts")
+    pairs = inputs.pairs
     samples: list[Text]
     if pairs:
         samples = [(text,) for column in rows.texts for text in column]
@@ -107,7 +108,7 @@ def text_dataset(
         chosen = [chosen[index] for index in picked]
     elif source.samples is not None:
         raise DataError(f"data.evaluation.samples is not available for source {source.source}")
-    batches, order = _tokenize(tokenizer(model_config, folder), chosen, source)
+    batches, order = _tokenize(inputs.tokenizer(), chosen, source)
     classes = metrics[0] in CLASSIFICATION
     labels, metric, known, check = rows.model_labels, None, None, None
     if labels is not None and role == "calibration":
