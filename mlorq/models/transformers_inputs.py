@@ -87,7 +87,7 @@ def _module_class(architecture: Mapping[str, Any]) -> Any:
             raise CheckpointError(f"this version of transformers has no model class {name!r}")
         return found
     kind = type(AutoConfig.for_model(architecture["config"]["model_type"]))
-    found = auto_class(architecture["task"])._model_mapping.get(kind)
+    found = auto_class(architecture["task"])._model_mapping.get(kind, None)
     if found is None:
         raise CheckpointError(f"this version of transformers has no {architecture['task']} model of {kind.__name__}")
     return found[0] if isinstance(found, (tuple, list)) else found
