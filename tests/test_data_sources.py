@@ -69,7 +69,7 @@ def pixel_values(path: Path) -> torch.Tensor:
 # timm resizes by 1 / crop_pct before it crops; these tests want to know every pixel.
 @pytest.fixture
 def uncropped(monkeypatch):
-    import mlorq.data.images as module
+    import mlorq.models.timm as module
 
     real = module.preprocessing
     monkeypatch.setattr(module, "preprocessing", lambda config: {**real(config), "crop_pct": 1.0})

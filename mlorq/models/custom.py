@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 NAME = "custom"
+IN_MEMORY = {"family": NAME, "factory": "given:in_memory"}  # the ``model`` section where a module is passed in
 
 
 class CustomSettings(Settings):
@@ -121,7 +122,7 @@ def import_function(location: str, folder: str, error_type: type[ModelError] | t
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise error_type(f"factory {location!r}: there is no module {module_name!r}") from error
         raise error_type(f"factory {location!r}: importing it failed: {describe_error(error)}") from error
-    function = getattr(module, attribute, None)
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(function):
         raise error_type(f"factory {location!r}: {module_name} has no function {attribute!r}")
     return function

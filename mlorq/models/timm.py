@@ -153,7 +153,8 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
     from timm.models import get_pretrained_cfg
 
     assert settings.name is not None  # see check
-    known = get_pretrained_cfg(settings.name)
+    known: Any = get_pretrained_cfg(settings.name)
+    library: Any = timm.data
     cfg = known.to_dict() if known else {}
     wanted = dict(settings.arguments)
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
@@ -164,9 +165,9 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
     wanted["input_size"] = (channels, height, width)
     if channels != len(cfg.get("mean") or (0, 0, 0)):
         for name in ("mean", "std"):
-            values = cfg.get(name) or getattr(timm.data, f"IMAGENET_DEFAULT_{name.upper()}")
+            values = cfg.get(name) or getattr(library, f"IMAGENET_DEFAULT_{name.upper()}")
             wanted.setdefault(name, [sum(values) / len(values)] * channels)
-    found = timm.data.resolve_data_config(wanted, pretrained_cfg=cfg)
+    found = library.resolve_data_config(wanted, pretrained_cfg=cfg)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
