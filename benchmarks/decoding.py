@@ -19,13 +19,10 @@ from pathlib import Path
 import torch
 from PIL import Image as Pillow
 
-from mlorq.config.run import ModelConfig
 from mlorq.data.images import Image, ImageBatches, decode, decoder
-from mlorq.models.timm import preprocessing
+from mlorq.models.timm import TimmSettings, preprocessing
 
-MODEL = ModelConfig(
-    family="timm", name="vit_tiny_patch16_224", pretrained=True
-)  # its preprocessing; nothing is fetched
+MODEL = TimmSettings(name="vit_tiny_patch16_224")  # its preprocessing; nothing is fetched
 BATCH = 32
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from flows.terminal import interruptible, quiet_stdout
 from mlorq import __version__
 from mlorq.errors import MlorqError
+from mlorq.models.family import FAMILIES
 
 # Torch is not imported yet. Its threads shall sleep while they wait for work, where they would spin: what else runs on
 # the machine (the server that records the run, to begin with) then costs its share of time and not several times that.
@@ -33,14 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as exit_:  # argparse has printed its message, or the help that was asked for
         return int(exit_.code or 0)
+    except MlorqError as error:  # a plugin that cannot be imported
+        return _mistake(error)
     interrupted = None
     try:
         with interruptible() as interrupted:
             arguments.interrupted = interrupted
             return _dispatch(arguments)
     except MlorqError as error:
-        print(f"mlorq: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _mistake(error)
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:  # the reader of our output (a pager, `head`) has enough
@@ -51,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if interrupted is not None and interrupted.is_set():
             return _interrupted()
         raise
+
+
+def _mistake(error: MlorqError) -> int:
+    print(f"mlorq: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def _interrupted() -> int:
@@ -83,9 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("path", nargs="?", metavar="PATH", help="file to write; default: print it")
     init.add_argument(
         "--model",
-        default="timm",
         metavar="FAMILY[:NAME]",
-        help="timm:NAME, transformers:PATH or custom:MODULE:FUNCTION",
+        help=", ".join(f"{family.name}:{family.example().named}" for family in FAMILIES) + "; default: the first",
     )
 
     compress = commands.add_parser("compress", help="the full flow: search, allocation, rounding, evaluation")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.command_tools import Finish, check_output, overrides_of, print_json, read_arguments, say
 from mlorq.config.run import RunConfig, location_and_folder, read_values
 from mlorq.errors import ConfigError
+from mlorq.models.family import FAMILIES
 
 if TYPE_CHECKING:
     from mlorq.config.budget import Budget
@@ -65,7 +66,7 @@ def compress(arguments: argparse.Namespace) -> Finish:
         if arguments.json:
             print_json(results[0] if len(results) == 1 else found)
         else:
-            _print_results(results, found["wall_seconds"], custom=config.model.family == "custom")
+            _print_results(results, found["wall_seconds"], config=config)
         return 0
 
     return finish
@@ -86,7 +87,7 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
         if arguments.json:
             print_json(found)
         else:
-            _print_results(found["results"], found["wall_seconds"], custom=config.model.family == "custom")
+            _print_results(found["results"], found["wall_seconds"], config=config)
         return 0
 
     return finish
@@ -249,16 +250,16 @@ def _allocate_only(arguments: argparse.Namespace, config: RunConfig, budgets: li
     return results_json(bench, executor.ledger, results, started)
 
 
-def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, custom: bool) -> None:
+def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, config: RunConfig) -> None:
     from flows.progress import format_seconds
     from flows.render import console, print_result
 
     out = console()
+    instance = "" if FAMILIES[config.model.family].rebuilds else ", model=instance"
     for result in results:
         load = None
         if result["checkpoint"]:
             location = str(result.get("output") or result["checkpoint"]).removeprefix("file://")
-            instance = ", model=instance" if custom else ""
             load = f'model = mlorq.load("{location}"{instance})'
         print_result(result, out, load=load)
         out.print()

@@ -25,7 +25,6 @@ from steps.base import Outcome, StepSpec, find
 from steps.context import Workbench
 from steps.pipeline import run_allocations, run_budget, run_search
 from steps.reconstruct import members
-from steps.summary import model_name
 
 SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
 BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
@@ -140,7 +139,7 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[Budget]) -> 
     planner = Planner(bench, found, Estimate(bench, found, measure_speed(bench)))
     _walk(planner, reached)
     return {
-        "model": model_name(bench),
+        "model": bench.config.model.display_name,
         "device": bench.device,
         "layers": [
             {

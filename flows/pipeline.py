@@ -23,7 +23,6 @@ from mlorq.errors import MlorqError
 from mlorq.evaluation.report import size_accuracy_picture
 from steps.context import Workbench, local_devices
 from steps.pipeline import Compressed, run_pipeline
-from steps.summary import model_name, short_name
 
 
 def run_name() -> str:
@@ -44,9 +43,7 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
         return "of a wrong configuration"  # which the flow then says, so that the run counts as failed
     asked = [config.budget] if isinstance(config.budget, str) else config.budget
     budgets = parameters.get("budgets") or default or asked
-    # Of a factory package:function, the package says more.
-    name = (config.model.factory or "").partition(":")[0] or short_name(config)
-    return f"{name} {' '.join(budgets)}"
+    return f"{config.model.display_name} {' '.join(budgets)}"
 
 
 def carry_out(
@@ -83,11 +80,11 @@ def run_on(
     """``carry_out`` where model and data are loaded and checked."""
     config, log = bench.config, get_run_logger()
     texts = [budget.text for budget in budgets]
-    subject = f"{model_name(bench)} {' '.join(texts)}"
+    subject = f"{bench.config.model.display_name} {' '.join(texts)}"
     log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_password(bench.store.url))
     given = handed()
     observers: list[Observer] = [PrefectProgress(subject)]
-    observers += [SearchWatch(config, model_name(bench), texts)] if announce else []
+    observers += [SearchWatch(config, bench.config.model.display_name, texts)] if announce else []
     observers += [given.observer] if given else []
     observer = Observers(observers)
     only = (given.command if given else "the compress flow") if allocate_only else None
@@ -106,7 +103,7 @@ def run_on(
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
-        show_curve(found["results"], f"{model_name(bench)}: size and accuracy")
+        show_curve(found["results"], f"{bench.config.model.display_name}: size and accuracy")
     steps = found["steps"]
     took = format_seconds(found["wall_seconds"])
     log.info("%d steps computed, %d reused, in %s", steps["computed"], steps["reused"], took)

@@ -58,7 +58,7 @@ def _measure(checkpoint: str, bench: Workbench) -> dict[str, Any]:
     from steps.base import execute
 
     model = bench.model
-    module = load(checkpoint, model=model.module if model.family == "custom" else None, device=bench.device)
+    module = load(checkpoint, model=None if model.rebuilds else model.module, device=bench.device)
     observer = terminal_progress()
     spec = baseline.spec(bench)
     observer.phase("baseline", 1)

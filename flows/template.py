@@ -14,55 +14,28 @@ from pydantic.fields import FieldInfo
 from mlorq.config.run import DEFAULT_PRESET, PRESETS, EmbeddingsConfig, EngineConfig, RunConfig
 from mlorq.config.sections import activations_section, model_section, rounding_section, search_section, source_section
 from mlorq.errors import ConfigError
+from mlorq.models.family import FAMILIES
 
 COMMENT_COLUMN = 44
 
-_VISION = {
-    "calibration": {
-        "source": "image_folder", "root": "images/", "labels": "labels.tsv", "split": "calibration", "samples": 256,
-    },
-    "evaluation": {"source": "image_folder", "root": "images/", "labels": "labels.tsv", "split": "evaluation"},
-}  # fmt: skip
-_TEXT = {
-    "calibration": {"source": "table", "path": "train.tsv", "text": ["sentence"], "samples": 256},
-    "evaluation": {"source": "table", "path": "dev.tsv", "text": ["sentence"], "label": "label"},
-}
-_COCO = {
-    "calibration": {
-        "source": "coco", "root": "train2017/", "annotations": "instances_train2017.json",
-        "samples": 64, "batch_size": 2,
-    },
-    "evaluation": {"source": "coco", "root": "val2017/", "annotations": "instances_val2017.json", "batch_size": 2},
-}  # fmt: skip
-_CUSTOM = {
-    "calibration": {"source": "custom", "factory": "my_package:calibration_batches"},
-    "evaluation": {"source": "custom", "factory": "my_package:evaluate"},
-}
-# What is live in the file; all other keys stand commented out with their defaults.
-EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "timm": ({"family": "timm", "name": "vit_tiny_patch16_224", "pretrained": True}, _VISION),
-    "transformers": ({"family": "transformers", "name": "my_model/", "task": "text-classification"}, _TEXT),
-    "detection": ({"family": "detection", "name": "mask_rcnn_swin_tiny", "checkpoint": "weights.pth"}, _COCO),
-    "custom": ({"family": "custom", "factory": "my_package:build"}, _CUSTOM),
-}
 
-
-def template(model: str = "timm") -> str:
+def template(model: str | None = None) -> str:
     """A configuration file with every key, its meaning and its default.
 
     Args:
-        model: ``FAMILY`` or ``FAMILY:NAME``: ``timm:deit_small_patch16_224``, ``transformers:./my_model``,
-            ``custom:my_package:build``.
+        model: ``FAMILY`` or ``FAMILY:NAME``, as in ``timm:deit_small_patch16_224``; default: the first family.
 
     Raises:
         ConfigError: there is no such family.
     """
-    family, _, name = model.partition(":")
-    if family not in EXAMPLES:
-        raise ConfigError(f"--model {model!r}: the family is one of {', '.join(EXAMPLES)}, as in timm:NAME")
-    model_values, data = EXAMPLES[family]
-    if name:
-        model_values = model_values | {"factory" if family == "custom" else "name": name}
+    known = FAMILIES.names()
+    family, _, name = (known[0] if model is None else model).partition(":")
+    if family not in known:
+        raise ConfigError(f"--model {model!r}: the family is one of {', '.join(known)}, as in {known[0]}:NAME")
+    example = FAMILIES[family].example()
+    # What is live in the file; all other keys stand commented out with their defaults.
+    model_values = {"family": family, **example.model} | ({example.name_key: name} if name else {})
+    data = example.data
     preset = PRESETS[DEFAULT_PRESET]
     lines = [
         "# A run of mlorq. Relative paths start from this file's folder. `mlorq compress FILE --dry-run` says what",

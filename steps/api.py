@@ -114,6 +114,7 @@ def compress(
     from mlorq.data import from_batches
     from mlorq.data.base import Dataset
     from mlorq.models import from_module
+    from mlorq.models.custom import IN_MEMORY
     from steps.base import Outcome
     from steps.context import Workbench, devices, open_store, reachable_checkpoint
     from steps.inprocess import InProcess
@@ -129,7 +130,7 @@ def compress(
     in_memory = {"source": "custom", "factory": "given:in_memory"}
     config = RunConfig.from_mapping(
         {
-            "model": {"family": "custom", "factory": "given:in_memory"},
+            "model": IN_MEMORY,
             "data": {"calibration": in_memory, "evaluation": in_memory},
             "budget": budget,
             "preset": preset,

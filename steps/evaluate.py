@@ -21,7 +21,7 @@ def spec(bench: Workbench, checkpoint: ArtifactRef, float_evaluation: ArtifactRe
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
     model = bench.float_model
     # Loaded into a copy of the float model's structure only where the architecture alone cannot rebuild it.
-    instance = model.module if model.family == "custom" else None
+    instance = None if model.rebuilds else model.module
     with reachable_checkpoint(bench.store, spec.artifact("checkpoint")) as location:
         module = load(location, model=instance, device=bench.device)
     outputs = model_outputs(model, module, nmse_data(bench).batches, device=bench.device, progress=progress)

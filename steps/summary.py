@@ -10,7 +10,6 @@ from collections import defaultdict
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
-from mlorq.config.run import RunConfig
 from mlorq.evaluation.report import front_picture, render_report
 from steps.base import Progress, Step, StepSpec
 from steps.context import Workbench
@@ -18,23 +17,7 @@ from steps.context import Workbench
 
 def spec(bench: Workbench, artifacts: dict[str, ArtifactRef], budget: str) -> StepSpec:
     """Depends on every artifact of the run."""
-    return STEP.spec({"model": model_name(bench), "budget": budget}, dict(artifacts), device=False)
-
-
-def model_name(bench: Workbench) -> str:
-    """A short name of the model for people and file names."""
-    return (
-        short_name(bench.config)
-        if bench.config.model.family != "custom"
-        else ((bench.config.model.factory or type(bench.model.module).__name__).split(":")[0].split(".")[-1])
-    )
-
-
-def short_name(config: RunConfig) -> str:
-    """The last part of a configured model's name that says something."""
-    name = (config.model.name or config.model.factory or "model").rstrip("/")
-    parts = [part for part in name.replace(":", "/").split("/") if part not in ("model", ".", "..")]
-    return parts[-1] if parts else name
+    return STEP.spec({"model": bench.config.model.display_name, "budget": budget}, dict(artifacts), device=False)
 
 
 def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
@@ -81,7 +64,7 @@ def allocation_json(
     bench: Workbench, allocation: ArtifactRef, info: dict[str, Any], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The result object as far as the allocation alone decides it; the rest is null."""
-    name = model_name(bench)
+    name = bench.config.model.display_name
     return {
         "run": f"{name}-{info['budget']}-{allocation.key[:8]}",
         "model": name,

@@ -13,8 +13,9 @@ import yaml
 from flows.cli import main
 from flows.dry_run import smallest_layer_bytes
 from flows.run import known_layers, open_bench
-from flows.template import EXAMPLES, template
+from flows.template import template
 from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig, SearchConfig
+from mlorq.models import FAMILIES
 
 FACTORY = """
 import torch
@@ -248,7 +249,7 @@ def test_a_dry_run_estimates_on_the_device_that_steps_will_have(
 # -- init -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", sorted(EXAMPLES))
+@pytest.mark.parametrize("family", FAMILIES.names())
 def test_template_is_a_valid_configuration(family: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(template(family))

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from mlorq.config.run import DataConfig, ModelConfig, SourceConfig
-from mlorq.config.sections import source_section
+from mlorq.config.run import DataConfig, SourceConfig
+from mlorq.config.sections import model_section, source_section
 from mlorq.data import Dataset, from_batches, load_dataset
 from mlorq.errors import DataError
 from mlorq.evaluation.outputs import model_outputs
@@ -25,6 +25,8 @@ from mlorq.models import load_model
 from mlorq.models.base import FloatModel
 from tests import zoo
 from tests.nets import TokenNet, float_model, images
+
+ModelConfig = model_section()
 
 ANY_MODEL = float_model(TokenNet())
 
@@ -67,7 +69,7 @@ def pixel_values(path: Path) -> torch.Tensor:
 # timm resizes by 1 / crop_pct before it crops; these tests want to know every pixel.
 @pytest.fixture
 def uncropped(monkeypatch):
-    import mlorq.data.images as module
+    import mlorq.models.timm as module
 
     real = module.preprocessing
     monkeypatch.setattr(module, "preprocessing", lambda config: {**real(config), "crop_pct": 1.0})

@@ -23,14 +23,14 @@ from mlorq.calibration.collect import capture
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import save
-from mlorq.config.run import ModelConfig, RunConfig
-from mlorq.config.sections import source_section
+from mlorq.config.run import RunConfig
+from mlorq.config.sections import model_section, source_section
 from mlorq.data import load_dataset
 from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import CompressedLinear, replace_layers
-from mlorq.models import detection, detection_keys, load_model, rebuild
+from mlorq.models import detection_keys, load_model, mask_rcnn, rebuild
 from mlorq.models.base import move_batch
 from mlorq.models.detection_parts import AlignedRegions, ExactAnchors, PadFirstBlock
 from mlorq.models.layers import find_layers, input_tokens
@@ -38,6 +38,8 @@ from mlorq.models.partial_forward import Segments, enters_cleanly
 from mlorq.models.transformers_detection import match_names
 from tests import detectors, zoo
 from tests.test_compressed import random_compressed
+
+ModelConfig = model_section()
 
 DEPTHS = tuple(detectors.ARGUMENTS["depths"])
 # Few candidates and few probes: these runs show that all goes together, not how well.
@@ -92,7 +94,7 @@ def dataset(folder: Path, role: str = "evaluation", model: ModelConfig | None = 
 @pytest.mark.parametrize("layout", ["mmdetection", "swin"])
 @pytest.mark.parametrize(("name", "keys", "blocks"), [(detectors.NAME, 231, 12), ("mask_rcnn_swin_small", 399, 24)])
 def test_every_published_key_has_a_place_or_a_reason(layout, name, keys, blocks):
-    depths = tuple(detection.BACKBONES[name]["depths"])
+    depths = tuple(mask_rcnn.BACKBONES[name]["depths"])
     published = detectors.published_keys(layout, depths)
     assert len(set(published)) == len(published) == keys
     assert detection_keys.layout_of(published) == layout
@@ -226,7 +228,7 @@ def test_windows_are_padded_and_then_shifted(size, shift):
 
 def test_all_blocks_of_a_detector_pad_first_and_windows_keep_their_size():
     module = detectors.mask_rcnn()
-    names = detection.block_names(module)
+    names = mask_rcnn.block_names(module)
     assert len(names) == sum(DEPTHS)
     assert not any(type(child) is SwinTransformerBlock for child in module.modules())
     blocks = [module.get_submodule(name) for name in names]
@@ -272,21 +274,21 @@ def test_outputs_have_one_width_and_samples_do_not_touch_each_other():
     module = detectors.mask_rcnn(1).double()  # batches of other sizes are added up in another order
     both = move_batch(batch(), "cpu", torch.float64)
     with torch.no_grad():
-        found = detection.label_free_outputs(module, both)
+        found = mask_rcnn.label_free_outputs(module, both)
         alone = [
-            detection.label_free_outputs(module, {name: value[i : i + 1] for name, value in both.items()})
+            mask_rcnn.label_free_outputs(module, {name: value[i : i + 1] for name, value in both.items()})
             for i in range(2)
         ]
-        other = detection.label_free_outputs(module, move_batch(batch(3, size=(32, 96)), "cpu", torch.float64))
-    points, regions = detection.POINTS**2, sum(number**2 for _, number in detection.REGIONS)
-    width = points * 5 * 3 * 5 + regions * (4 + 3 * 4 + 3 * detection.MASK_POINTS**2)
+        other = mask_rcnn.label_free_outputs(module, move_batch(batch(3, size=(32, 96)), "cpu", torch.float64))
+    points, regions = mask_rcnn.POINTS**2, sum(number**2 for _, number in mask_rcnn.REGIONS)
+    width = points * 5 * 3 * 5 + regions * (4 + 3 * 4 + 3 * mask_rcnn.MASK_POINTS**2)
     assert found.shape == (2, width)
     assert other.shape == (3, width)
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
 def test_the_grid_of_regions_reaches_every_level_of_the_pyramid():
-    boxes = detection.regions((800, 1333))
+    boxes = mask_rcnn.regions((800, 1333))
     assert boxes.shape == (93, 4)
     assert boxes[0].tolist() == [0, 0, 1333, 800]
     assert boxes[4].tolist() == [666.5, 400, 1333, 800]
@@ -299,7 +301,7 @@ def test_the_grid_of_regions_reaches_every_level_of_the_pyramid():
 
 def test_outputs_depend_on_every_weight():
     module = detectors.mask_rcnn(1).requires_grad_(True)
-    detection.label_free_outputs(module, batch()).square().sum().backward()
+    mask_rcnn.label_free_outputs(module, batch()).square().sum().backward()
     for name, value in module.named_parameters():
         assert value.grad is not None, name
         assert value.grad.abs().max() > 0, name
@@ -345,7 +347,7 @@ def test_statistics_of_heads_are_taken_by_sample(folder):
         torch.testing.assert_close(inputs(layer, both, 2), apart, atol=1e-4, rtol=1e-3)
     assert inputs(chosen[0], both, 2).shape == (2, 93, 8 * 49)
     # Squared by sample, before the mean: the exact value of one batch of two is that of two batches of one.
-    head = replace(model, forward=lambda module, one: detection.label_free_outputs(module, one)[:, ::997])
+    head = replace(model, forward=lambda module, one: mask_rcnn.label_free_outputs(module, one)[:, ::997])
     together, separate = (
         label_free_hessian(head, chosen[:2], batches, mode="exact", device="cpu") for batches in ([both], single)
     )
@@ -360,7 +362,7 @@ def test_statistics_of_heads_are_taken_by_sample(folder):
 def test_prepared_batches_give_what_torchvisions_own_call_gives(folder):
     model = load_model(config(), str(folder))
     images = [Image.open(folder / "images" / f"{index}.png").convert("RGB") for index in (0, 1)]
-    detector = detection.detector(config())
+    detector = mask_rcnn.detector(config().name, config().arguments)
     prepared = detector.prepare(images)
     assert prepared["pixel_values"].shape[-2:] == (96, 96)  # sides 48 and 72, to multiples of 32
     assert prepared["image_sizes"].tolist() == [[72, 48], [48, 72]]
@@ -379,16 +381,16 @@ def test_prepared_batches_give_what_torchvisions_own_call_gives(folder):
 def test_detectors_in_half_precision_and_images_without_detections():
     module = detectors.mask_rcnn(1).requires_grad_(False)
     both = batch()
-    wanted = detection.label_free_outputs(module, both)
+    wanted = mask_rcnn.label_free_outputs(module, both)
     half = copy.deepcopy(module).to(torch.bfloat16)
     moved = move_batch(both, "cpu", torch.bfloat16)
-    found = detection.label_free_outputs(half, moved)
+    found = mask_rcnn.label_free_outputs(half, moved)
     assert found.dtype == torch.float32
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
-    (first, _) = detection.detect(half, moved, [(60, 60), (60, 60)])
+    (first, _) = mask_rcnn.detect(half, moved, [(60, 60), (60, 60)])
     assert first.boxes.dtype == torch.float32
     module.roi_heads.score_thresh = 1.0
-    for row in detection.detect(module, both, [(60, 60), (50, 40)]):
+    for row in mask_rcnn.detect(module, both, [(60, 60), (50, 40)]):
         assert row.boxes.shape == (0, 4)
         assert row.masks.shape[0] == 0
         assert result_rows(1, row, {1: 2}) == []
@@ -447,7 +449,7 @@ def test_the_truth_found_by_a_model_has_precision_one(folder):
                 mask[y : y + h, x : x + w] = True
             boxes[:, 2:] += boxes[:, :2]
             numbers = torch.tensor([labels[row["category_id"]] for row in own])
-            rows.append(detection.Detections(boxes, torch.ones(len(own)), numbers, masks))
+            rows.append(mask_rcnn.Detections(boxes, torch.ones(len(own)), numbers, masks))
         return rows
 
     images = iter(data.evaluate.batches.images)
@@ -527,7 +529,7 @@ def test_real_images_are_prepared_and_measured(shared_data, folder):
     module = detectors.mask_rcnn(0, num_classes=81)
     metrics = data.evaluate(module)
     assert 0 <= metrics["mask_ap"] < 0.2
-    assert detection.label_free_outputs(module, data.batches[0]).shape[0] == 2
+    assert mask_rcnn.label_free_outputs(module, data.batches[0]).shape[0] == 2
 
 
 def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):

@@ -15,14 +15,15 @@ import sklearn.metrics
 import torch
 from pydantic import ValidationError
 
-from mlorq.config.run import ModelConfig
-from mlorq.config.sections import source_section
+from mlorq.config.sections import model_section, source_section
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.glue import TASKS
 from mlorq.errors import DataError
 from mlorq.evaluation.outputs import model_outputs
 from mlorq.models import load_model
 from tests import zoo
+
+ModelConfig = model_section()
 
 LEFT = zoo.SENTENCES
 RIGHT = zoo.SENTENCES[3:] + zoo.SENTENCES[:3]

@@ -12,13 +12,15 @@ import pytest
 import torch
 import yaml
 
-from mlorq.config.run import ModelConfig, RunConfig
-from mlorq.config.sections import source_section
+from mlorq.config.run import RunConfig
+from mlorq.config.sections import model_section, source_section
 from mlorq.data import Dataset, load_dataset
 from mlorq.data.images import ImageBatches
 from mlorq.errors import ConfigError, DataError
 from tests import zoo
 from tests.nets import TokenNet, float_model
+
+ModelConfig = model_section()
 
 ANY_MODEL = float_model(TokenNet())
 VIT_CONFIG = ModelConfig(family="timm", name=zoo.VIT, arguments=zoo.VIT_ARGUMENTS, checkpoint="unused")

@@ -17,15 +17,19 @@ import mlorq
 import mlorq.models.timm as timm_family
 from mlorq.calibration.collect import capture
 from mlorq.calibration.label_free_hessian import label_free_hessian
-from mlorq.config.run import ModelConfig, RunConfig
+from mlorq.config.run import RunConfig
+from mlorq.config.sections import model_section
 from mlorq.data import load_dataset
 from mlorq.errors import CheckpointError, DataError, MlorqError, ModelError
 from mlorq.evaluation.outputs import model_outputs
 from mlorq.models import FAMILIES, from_module, known_models, load_model, rebuild
+from mlorq.models.base import attention_mask
 from mlorq.models.layers import find_layers
-from mlorq.models.transformers import attention_mask, locate
+from mlorq.models.transformers import locate
 from tests import zoo
 from tests.nets import TokenNet, images
+
+ModelConfig = model_section()
 
 
 def vit_config(checkpoint: str = "vit.safetensors", **values) -> ModelConfig:
@@ -598,7 +602,7 @@ def test_modules_in_memory():
 
 def test_known_models_are_complete_rows_of_known_families():
     rows = known_models()
-    assert {"timm", "transformers", "custom"} <= {row["family"] for row in rows} <= set(FAMILIES)
+    assert {"timm", "transformers", "custom"} <= {row["family"] for row in rows} <= set(FAMILIES.names())
     assert all(set(row) == {"family", "model", "task", "tested", "measured", "command"} for row in rows)
     assert all(row[name] for row in rows for name in ("model", "task", "tested", "command"))
     assert yaml.safe_load(yaml.safe_dump(rows)) == rows

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import mlorq
-from mlorq.config.run import ModelConfig
-from mlorq.config.sections import source_section
+from mlorq.config.sections import model_section, source_section
 from mlorq.data import load_dataset
 from mlorq.errors import DataError
 from mlorq.models import from_module, load_model, rebuild
-from mlorq.models.timm import preprocessing
+from mlorq.models.timm import TimmSettings, preprocessing
+
+ModelConfig = model_section()
 
 SMALL = {"img_size": 32, "num_classes": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -101,7 +102,7 @@ def test_a_sentence_encoder_stored_without_its_pooler_loads(tmp_path):
     [({"img_size": [64, 32]}, [3, 64, 32]), ({"img_size": 64}, [3, 64, 64]), ({"in_chans": 1}, [1, 224, 224])],
 )
 def test_preprocessing_follows_the_arguments(arguments, size):
-    found = preprocessing(ModelConfig(family="timm", name="vit_tiny_patch16_224", pretrained=True, arguments=arguments))
+    found = preprocessing(TimmSettings(name="vit_tiny_patch16_224", arguments=arguments))
     assert found["input_size"] == size
     assert list(found["mean"]) == [0.5] * size[0]
 

@@ -11,10 +11,12 @@ from mlorq.calibration.collect import capture
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.calibration.token_importance import token_importance
-from mlorq.config.run import ModelConfig
+from mlorq.config.sections import model_section
 from mlorq.models import FloatModel, load_model
 from mlorq.models.layers import find_layers
 from tests import zoo
+
+ModelConfig = model_section()
 
 KINDS = [
     ("bert", "sentence-similarity", {}),

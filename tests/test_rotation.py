@@ -8,10 +8,13 @@ import timm
 import torch
 
 import mlorq
-from mlorq.config.run import ModelConfig, RunConfig
+from mlorq.config.run import RunConfig
+from mlorq.config.sections import model_section
 from mlorq.errors import ConfigError, ModelError
 from mlorq.models import load_model
 from mlorq.models.residual_rotation import rotate_residual_stream, rotation_matrix
+
+ModelConfig = model_section()
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 

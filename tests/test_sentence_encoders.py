@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 
 import mlorq
-from mlorq.config.run import ModelConfig
+from mlorq.config.sections import model_section
 from mlorq.data import load_dataset
 from mlorq.errors import ModelError
 from mlorq.models import FloatModel, load_model, rebuild
 from mlorq.models.transformers import tokenizer
 from tests import zoo
+
+ModelConfig = model_section()
 
 OLD = "sentence_transformers.models."
 POOLING_KEYS = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}

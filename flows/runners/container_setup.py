@@ -18,7 +18,7 @@ from mlorq.artifacts.locations import absolute_folder, is_remote
 from mlorq.config.run import RunConfig
 from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError, StoreError
-from mlorq.models.transformers import locate
+from mlorq.models.family import FAMILIES
 
 HOME = "/tmp"  # inside: any user can write there
 FSSPEC_FOLDER = "/run/fsspec"
@@ -196,7 +196,7 @@ def local_path(location: str) -> str | None:
 def _locations(config: RunConfig) -> list[str]:
     """All paths and URIs that a configuration names, but the store; absolute."""
     model = config.model
-    named = [model.checkpoint, model.name if model.family == "transformers" else None]
+    named: list[str | None] = [*FAMILIES[model.family].locations(model.own)]
     for source in (config.data.calibration, config.data.evaluation):
         named += SOURCES[source.source].locations(source.own)
     return [config.resolve(location) for location in named if location]
@@ -205,10 +205,7 @@ def _locations(config: RunConfig) -> list[str]:
 def _hub_folder(config: RunConfig) -> str | None:
     """The hub's folder on this machine where the model comes from the hub: it is fetched once, not by every step."""
     model = config.model
-    if model.family == "transformers":
-        needed = not os.path.isabs(locate(model, config.folder))
-    else:
-        needed = model.family == "timm" and model.pretrained and not model.checkpoint
+    needed = FAMILIES[model.family].uses_hub(model.own, config.folder)
     sources = (config.data.calibration, config.data.evaluation)
     needed = needed or any(SOURCES[source.source].from_hub(source.own) for source in sources)
     return os.path.abspath(constants.HF_HOME) if needed else None

@@ -71,12 +71,13 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
     config, entries = _read_config(location)
     if model is not None:
         module = deepcopy(model)
-    elif config["architecture"].get("family") == "custom":
-        raise CheckpointError(f"checkpoint {location} is of a custom model: pass model=instance")
     else:
         from mlorq.models import rebuild
 
-        module = rebuild(config["architecture"])
+        try:
+            module = rebuild(config["architecture"])
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {location}: {error}") from error
     tensors = _read_tensors(location)
     try:
         for entry in entries:

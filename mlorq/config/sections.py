@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -14,32 +15,21 @@ from mlorq.config.compose import Choice, choices, composed, keys_of, limited, pa
 from mlorq.data.source import SOURCES, Role
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms import FORMS
-from mlorq.registry import Settings
+from mlorq.models.family import FAMILIES
+from mlorq.registry import Registry, Settings
 from mlorq.rounding import METHODS
 
 Sensitivity = Literal["measured", "auto", "closed_form", "local"]
 Cost = Literal["nmse", "kl", "task"]
 
 
-class ModelConfig(Settings):
+class ModelConfig(Choice):
     """The float model: its family, its name there, and where its weights come from."""
 
-    family: Literal["timm", "transformers", "detection", "custom"] = Field(description="which library builds the model")
-    name: str | None = Field(None, description="timm model name; transformers folder, package folder or hub name")
-    checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
-    pretrained: bool = Field(False, description="fetch the weights from the family's hub")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
-    task: (
-        Literal[
-            "image-classification",
-            "text-classification",
-            "sentence-similarity",
-            "object-detection",
-            "instance-segmentation",
-        ]
-        | None
-    ) = Field(None, description="what the model's output is; timm: image-classification")
-    factory: str | None = Field(None, description="family custom: package:function that returns an nn.Module")
+    chooser: ClassVar[str] = "family"
+    registry: ClassVar[Registry[Any]] = FAMILIES
+
+    family: str = Field(description="which library builds the model")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype the model runs in")
     rotation: int | None = Field(
         None,
@@ -47,25 +37,19 @@ class ModelConfig(Settings):
         description="seed of a random rotation of the residual stream, folded into the weights (pre-norm ViT, DeiT)",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.family == "custom":
-            if not self.factory:
-                raise ValueError("family custom needs factory: package:function")
-        elif not self.name:
-            raise ValueError(f"family {self.family} needs a name")
-        if self.family == "transformers" and self.task in (None, "image-classification"):
+    @property
+    def display_name(self) -> str:
+        """A short name of the model for people and file names."""
+        return FAMILIES[self.family].display_name(self.own)
+
+    def check(self) -> None:
+        """Raise ValueError where a rotation is asked for that the family does not allow."""
+        if self.rotation is not None and not FAMILIES[self.family].rotates:
+            allowed = ", ".join(family.name for family in FAMILIES if family.rotates)
             raise ValueError(
-                "family transformers needs task: text-classification, sentence-similarity, object-detection or "
-                "instance-segmentation"
+                f"rotation is for pre-norm vision transformers (families {allowed}); family {self.family} has none: "
+                "leave rotation out"
             )
-        if self.family == "detection" and (self.pretrained or not self.checkpoint):
-            raise ValueError("family detection needs checkpoint: URI of its weights; it fetches none")
-        if self.rotation is not None and self.family in ("transformers", "detection"):
-            raise ValueError("rotation is for pre-norm vision transformers of timm")
-        if self.family == "timm" and not self.pretrained and not self.checkpoint:
-            raise ValueError("weights are missing: give checkpoint: URI, or pretrained: true to fetch them")
-        return self
 
 
 class SourceConfig(Choice):
@@ -284,12 +268,17 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that rises whenever something is registered that sections are made from."""
-    return sum(registry.version for registry in (SOURCES, FORMS, METHODS, ACTIVATION_METHODS))
+    return sum(registry.version for registry in (FAMILIES, SOURCES, FORMS, METHODS, ACTIVATION_METHODS))
 
 
 def model_section() -> type[ModelConfig]:
     """``model``."""
-    return ModelConfig
+    return _model_section(FAMILIES.version)
+
+
+@cache
+def _model_section(_: int) -> type[ModelConfig]:
+    return composed(ModelConfig, FAMILIES, {"family": choices(FAMILIES)})
 
 
 def source_section() -> type[SourceConfig]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from mlorq.errors import DataError
 from mlorq.models.base import FloatModel
+from mlorq.models.family import FAMILIES, InputKind, takers
 
 Batch = Any
+Found = TypeVar("Found")
 OutputMetric = Callable[[Tensor], dict[str, float]]
 ModelMetric = Callable[[nn.Module], dict[str, float]]
 
@@ -53,11 +55,18 @@ class LabelCheck:
 
 def classes_of(model: FloatModel) -> int | None:
     """How many classes a model tells apart (one: a regressor), as its library has it; None where that is not known."""
-    if model.family == "timm":
-        return getattr(model.module, "num_classes", None) or None
-    if model.family == "transformers" and model.architecture.get("task") == "text-classification":
-        return int(model.module.config.num_labels)  # type: ignore[union-attr, arg-type]
-    return None
+    return FAMILIES[model.family].classes(model)
+
+
+def required(found: Found | None, source: str, kind: InputKind) -> Found:
+    """What a model's family says of a kind of inputs.
+
+    Raises:
+        DataError: the model does not take them; the families that do are named.
+    """
+    if found is None:
+        raise DataError(f"source {source} is for models of {takers(kind)}; use source custom for others")
+    return found
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def coco_dataset(
     described: dict[str, Any] = {
         "images": [[posixpath.basename(image.path), digest_bytes(image.data)] for image in images],
         "preprocessing": detector.described,
-        "task": model.task,
+        "task": getattr(model.own, "task", None),
         "batch_size": settings.batch_size,
     }
     batches = _LazyBatches(images, detector, settings.batch_size, keep=role == "calibration")

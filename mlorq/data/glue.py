@@ -19,12 +19,13 @@ from fsspec.core import url_to_fs
 from pydantic import Field
 
 from mlorq.artifacts.locations import is_remote, resolve_location
-from mlorq.data import model_inputs
 from mlorq.data.choose import before_glob, parquet_files
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION
+from mlorq.data.model_inputs import text_inputs
 from mlorq.data.packages import OptionalPackage
 from mlorq.data.source import SOURCES, DataSource, ModelSettings, PathSettings, Role, SplitSettings, TextSettings
 from mlorq.errors import DataError
+from mlorq.models.family import TextInputs
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ class GlueSource(DataSource[GlueSettings]):
 
         from mlorq.data.texts import Rows, checked_texts, text_dataset
 
-        model_inputs.require_text_model(model, self.name)
+        inputs = text_inputs(model, folder, self.name)
         assert settings.task is not None
         task = TASKS[settings.task]
-        pairs = model_inputs.embeds_texts(model)
+        pairs = inputs.pairs
         metrics = _metrics(settings, task)
         if pairs and role == "evaluation" and task.classes:
             raise DataError(
@@ -151,9 +152,9 @@ class GlueSource(DataSource[GlueSettings]):
             partial(where, LABEL),
             range(1, len(columns[LABEL]) + 1),
             parts if len(splits) > 1 else (),
-            None if pairs else _to_model(task, model, folder),
+            None if pairs else _to_model(task, inputs),
         )
-        return text_dataset(rows, settings, role, model, folder, seed, metrics)
+        return text_dataset(rows, settings, role, inputs, folder, seed, metrics)
 
 
 def _metrics(settings: GlueSettings, task: Task) -> list[str]:
@@ -180,9 +181,9 @@ def _labels(values: Sequence[Any], where: Any, role: Role, task: Task) -> np.nda
     return None if len(hidden) else labels
 
 
-def _to_model(task: Task, model: ModelSettings, folder: str) -> tuple[int, ...] | None:
+def _to_model(task: Task, inputs: TextInputs) -> tuple[int, ...] | None:
     """The model's class of each class of the task, where its configuration names them in another order."""
-    names = [name.lower().replace("-", "_") for name in model_inputs.class_names(model, folder)] if task.classes else []
+    names = [name.lower().replace("-", "_") for name in inputs.class_names()] if task.classes else []
     if sorted(names) != sorted(task.classes) or names == list(task.classes):
         return None
     return tuple(names.index(name) for name in task.classes)

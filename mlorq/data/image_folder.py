@@ -45,7 +45,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
         """The images of a folder, all of them or those that were chosen; no other file is read."""
         from mlorq.data.images import Image, check_images, image_dataset
 
-        check_images(settings, model, self.name)
+        described = check_images(settings, model, self.name)
         assert settings.root is not None
         root = resolve_location(settings.root, folder)
         fs, path = url_to_fs(root)
@@ -73,7 +73,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs],
             settings,
             role,
-            model,
+            described,
         )
 
 

@@ -51,8 +51,8 @@ class ImageParquetSource(DataSource[ImageParquetSettings]):
         from mlorq.data.images import check_images, image_dataset
         from mlorq.data.parquet_images import read_images
 
-        check_images(settings, model, self.name)
-        return image_dataset(read_images(settings, role, folder, seed), settings, role, model)
+        described = check_images(settings, model, self.name)
+        return image_dataset(read_images(settings, role, folder, seed), settings, role, described)
 
 
 SOURCES.register(ImageParquetSource())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.metrics import top_k_accuracy
-from mlorq.data.model_inputs import preprocessing, require_image_classifier
+from mlorq.data.model_inputs import image_inputs
 from mlorq.data.source import ImageSettings, ModelSettings, Role
 from mlorq.errors import DataError
 
@@ -46,27 +46,29 @@ class Image:
     identity: str | None = None
 
 
-def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> None:
-    """Refuse models and metrics that images are not for.
+def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> dict[str, Any]:
+    """The model's preprocessing; models and metrics that images do not fit are refused.
 
     Raises:
         DataError: names what does not fit.
     """
-    require_image_classifier(model, source)
+    described = image_inputs(model, source)
     if settings.metric not in (None, "accuracy"):
         raise DataError(f"metric {settings.metric!r} does not fit image labels; choose accuracy")
+    return described
 
 
-def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, model: ModelSettings) -> Dataset:
-    """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed as timm does for the model.
+def image_dataset(
+    images: Sequence[Image], settings: ImageSettings, role: Role, described: Mapping[str, Any]
+) -> Dataset:
+    """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed for the model.
 
     Args:
         images: those that were chosen, in their order.
         settings: with the batch size.
         role: calibration or evaluation; the latter has metrics.
-        model: an image classifier of timm.
+        described: the model's preprocessing.
     """
-    described = preprocessing(model)
     named = [
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
         for image in images

@@ -135,12 +135,8 @@ class ModelSettings(Protocol):
         """Name of the model family."""
 
     @property
-    def name(self) -> str | None:
-        """The model's name in its family."""
-
-    @property
-    def task(self) -> str | None:
-        """What the model's output is."""
+    def own(self) -> Settings:
+        """The family's own settings."""
 
 
 class SourceSection(Protocol):

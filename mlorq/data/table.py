@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.data import model_inputs
 from mlorq.data.metrics import CLASSIFICATION
+from mlorq.data.model_inputs import text_inputs
 from mlorq.data.source import SOURCES, DataSource, LabelSettings, ModelSettings, PathSettings, Role, TextSettings
 from mlorq.errors import DataError
+from mlorq.models.family import TextInputs
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -48,11 +49,11 @@ class TableSource(DataSource[TableSettings]):
         from mlorq.data.columns import read_columns
         from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 
-        model_inputs.require_text_model(model, self.name)
+        inputs = text_inputs(model, folder, self.name)
         assert settings.path is not None
         assert settings.text is not None
         location = resolve_location(settings.path, folder)
-        pairs = model_inputs.embeds_texts(model)
+        pairs = inputs.pairs
         if not pairs and len(settings.text) > 2:
             raise DataError("a classifier reads one text column or two")
         wanted = [*settings.text, *([] if settings.label is None else [settings.label])]
@@ -62,21 +63,21 @@ class TableSource(DataSource[TableSettings]):
             return f"table {location}, row {numbers[index]}, column {column!r}"
 
         texts = [checked_texts(columns[name], partial(where, name)) for name in settings.text]
-        metric = settings.metric or _usual_metric(settings, model, folder)
+        metric = settings.metric or _usual_metric(settings, inputs)
         labels = None
         if settings.label is not None and (role == "evaluation" or not pairs):
             values, classes = columns[settings.label], metric in CLASSIFICATION
             labels = checked_labels(values, partial(where, settings.label), classes=classes)
         rows = Rows(f"table {location}", texts, labels, partial(where, settings.label or ""), numbers)
-        return text_dataset(rows, settings, role, model, folder, seed, [metric])
+        return text_dataset(rows, settings, role, inputs, folder, seed, [metric])
 
 
-def _usual_metric(settings: TableSettings, model: ModelSettings, folder: str) -> str:
-    if model_inputs.embeds_texts(model):
+def _usual_metric(settings: TableSettings, inputs: TextInputs) -> str:
+    if inputs.pairs:
         return "spearman"
     if settings.label is None:
         return "accuracy"
-    return "pearson" if len(model_inputs.class_names(model, folder)) == 1 else "accuracy"
+    return "pearson" if len(inputs.class_names()) == 1 else "accuracy"
 
 
 SOURCES.register(TableSource())

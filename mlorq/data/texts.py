@@ -18,9 +18,9 @@ from mlorq.artifacts.hashing import digest_batch, digest_json
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.choose import indices_of, listed_samples, row_names, seeded_choice
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
-from mlorq.data.model_inputs import embeds_texts, tokenizer
-from mlorq.data.source import ListSettings, ModelSettings, Role, TextSettings
+from mlorq.data.source import ListSettings, Role, TextSettings
 from mlorq.errors import DataError
+from mlorq.models.family import TextInputs
 
 Text = tuple[str, ...]  # one text, or a pair that is read together
 
@@ -78,7 +78,7 @@ class Rows:
 
 
 def text_dataset(
-    rows: Rows, settings: TextSettings, role: Role, model: ModelSettings, folder: str, seed: int, metrics: list[str]
+    rows: Rows, settings: TextSettings, role: Role, inputs: TextInputs, folder: str, seed: int, metrics: list[str]
 ) -> Dataset:
     """Rows of texts as a data set.
 
@@ -86,7 +86,7 @@ def text_dataset(
         rows: of texts; the source's list is taken into account here.
         settings: how many samples, how long they are, and the batch size.
         role: calibration or evaluation; the latter has metrics.
-        model: a text model.
+        inputs: how the model reads texts.
         folder: where relative paths start.
         seed: of the choice of samples.
         metrics: their names, the one that stands for the task first.
@@ -95,7 +95,7 @@ def text_dataset(
         DataError: there are too few rows, or a metric does not fit.
     """
     rows = rows.listed(settings, folder)
-    pairs = embeds_texts(model)
+    pairs = inputs.pairs
     samples: list[Text]
     if pairs:
         samples = [(text,) for column in rows.texts for text in column]
@@ -109,7 +109,7 @@ def text_dataset(
         raise DataError(
             f"data.evaluation.samples is not available for {rows.origin}: a metric is taken of all rows, or of a list"
         )
-    batches, order = _tokenize(tokenizer(model, folder), chosen, settings)
+    batches, order = _tokenize(inputs.tokenizer(), chosen, settings)
     classes = metrics[0] in CLASSIFICATION
     labels, metric, known, check = rows.model_labels, None, None, None
     if labels is not None and role == "calibration":

@@ -1,53 +1,40 @@
-"""Model families: one file each, one line in the registry."""
+"""Float models: one file per family, and what the search needs to know of any model.
+
+A family (``family.py``) is a record in the registry ``FAMILIES``: its keys of the ``model`` section, how it loads a
+model and rebuilds one from a description, and which inputs its models take. ``timm.py``, ``transformers.py``,
+``detection.py`` and ``custom.py`` are the families; their neighbours hold the numerics they import when called.
+``layers``, ``blocks``, ``partial_forward`` and ``prefetch`` work with the modules of all families.
+
+Importing this package does not import torch: the functions below are loaded on first use.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from mlorq.config.run import ModelConfig
-from mlorq.errors import CheckpointError
 from mlorq.models import custom, detection, timm, transformers
-from mlorq.models.base import FloatModel
-from mlorq.models.custom import from_module
+from mlorq.models.family import FAMILIES, ModelFamily
 from mlorq.models.known import known_models
-from mlorq.models.residual_rotation import rotate_residual_stream
 
-__all__ = ["FloatModel", "from_module", "known_models", "load_model", "rebuild"]
+__all__ = ["FAMILIES", "FloatModel", "ModelFamily", "from_module", "known_models", "load_model", "rebuild"]
 
-FAMILIES = {"timm": timm, "transformers": transformers, "detection": detection, "custom": custom}
+if TYPE_CHECKING:
+    from mlorq.models.base import FloatModel
+    from mlorq.models.loading import from_module, load_model, rebuild
 
+for _family in (timm.Timm(), transformers.Transformers(), detection.Detection(), custom.Custom()):
+    FAMILIES.register(_family)
 
-def load_model(config: ModelConfig, folder: str = "") -> FloatModel:
-    """Load the float model that a configuration names.
-
-    Args:
-        config: the ``model`` section.
-        folder: where relative paths start.
-
-    Raises:
-        ModelError: the model, its weights or its code cannot be loaded.
-    """
-    model: FloatModel = FAMILIES[config.family].load(config, folder)
-    if config.rotation is None:
-        return model
-    rotate_residual_stream(model.module, config.rotation)
-    return replace(model, key="")  # of the weights as they are now
+_HOMES = {
+    "FloatModel": "mlorq.models.base",
+    "from_module": "mlorq.models.loading",
+    "load_model": "mlorq.models.loading",
+    "rebuild": "mlorq.models.loading",
+}
 
 
-def rebuild(architecture: dict[str, Any]) -> nn.Module:
-    """A module of a described architecture, with weights yet to be loaded; needs no network.
-
-    Raises:
-        CheckpointError: the family cannot rebuild modules from a description.
-    """
-    family = architecture.get("family")
-    if family == "timm":
-        return timm.rebuild(architecture)
-    if family == "transformers":
-        return transformers.rebuild(architecture)
-    if family == "detection":
-        return detection.rebuild(architecture)
-    raise CheckpointError(f"a model of family {family!r} cannot rebuild itself: pass model=instance")
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mlorq.models' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
+from mlorq.models.family import FAMILIES
 
 Batch = Any  # a tensor, a tuple or list of tensors, or a mapping of tensors: what the model takes
 Forward = Callable[[nn.Module, Batch], Tensor]
@@ -146,9 +147,9 @@ class FloatModel:
 
     Attributes:
         module: in eval mode, without gradients.
-        family: ``timm``, ``transformers``, ``detection`` or ``custom``.
+        family: name in ``mlorq.models.FAMILIES``.
         architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights;
-            ``{"family": "custom", "class": …}`` where that is not possible.
+            its family and class where that is not possible.
         forward: ``forward(module, batch)`` gives f(x): logits ``(samples, classes)``, the L2-normalised
             embedding ``(samples, width)`` of a sentence encoder, or what a detector's heads say at fixed places.
         token_mask: ``token_mask(batch)`` gives ``(samples, tokens)`` bool, True where a token counts; None
@@ -172,6 +173,11 @@ class FloatModel:
         self.module.eval().requires_grad_(False)
         if not self.key:
             self.key = digest_model(self.module, self.architecture)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether its architecture alone gives the module; else a checkpoint is loaded into an instance."""
+        return FAMILIES[self.family].rebuilds
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
         """f(x) of this model, or of a compressed copy of it, as ``(samples, outputs)`` float32."""

@@ -7,64 +7,100 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from pydantic import Field
 
 from mlorq.artifacts.locations import is_remote
-from mlorq.config.run import ModelConfig
 from mlorq.errors import DataError, ModelError
-from mlorq.models import timm, transformers
-from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
-from mlorq.models.transformers_detection import mark_samples
+from mlorq.models.family import Example, ModelFamily
+from mlorq.registry import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mlorq.models.base import FloatModel
 
 
-def load(config: ModelConfig, folder: str = "") -> FloatModel:
-    """Call the factory: it returns an ``nn.Module``, or ``(module, forward)``.
+NAME = "custom"
+IN_MEMORY = {"family": NAME, "factory": "given:in_memory"}  # the ``model`` section where a module is passed in
 
-    Raises:
-        ModelError: the factory cannot be imported, fails, or returns something else.
-    """
-    assert config.factory is not None
-    build = import_function(config.factory, folder, ModelError)
-    try:
-        with importable(folder):
-            built = build(**config.arguments)
-    except Exception as error:
-        raise ModelError(f"model.factory {config.factory} failed: {describe_error(error)}") from error
-    module, forward = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-    if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"model.factory {config.factory} returned {type(module).__name__}, not an nn.Module or (module, forward)"
+
+class CustomSettings(Settings):
+    """The user's own code."""
+
+    factory: str | None = Field(None, description="package:function that returns an nn.Module, or (module, forward)")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
+
+    def check(self) -> None:
+        """Raise ValueError without a factory."""
+        self.require_factory()
+
+    def require_factory(self) -> str:
+        """The factory.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.factory:
+            raise ValueError(f"family {NAME} needs factory: package:function")
+        return self.factory
+
+
+class Custom(ModelFamily[CustomSettings]):
+    """Any module; its checkpoints load into an instance of it."""
+
+    name = NAME
+    settings = CustomSettings
+    rotates = True
+
+    def load(self, settings: CustomSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
+        """Call the factory: it returns an ``nn.Module``, or ``(module, forward)``.
+
+        Raises:
+            ModelError: the factory cannot be imported, fails, or returns something else.
+        """
+        import torch
+        from torch import nn
+
+        from mlorq.models.loading import from_module
+
+        factory = settings.require_factory()
+        build = import_function(factory, folder, ModelError)
+        try:
+            with importable(folder):
+                built = build(**settings.arguments)
+        except Exception as error:
+            raise ModelError(f"model.factory {factory} failed: {describe_error(error)}") from error
+        module, forward = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+        if not isinstance(module, nn.Module):
+            raise ModelError(
+                f"model.factory {factory} returned {type(module).__name__}, not an nn.Module or (module, forward)"
+            )
+        return from_module(module.to(getattr(torch, dtype)), forward)
+
+    def display_name(self, settings: CustomSettings) -> str:
+        """The last part of the factory's module."""
+        return (settings.factory or "model").partition(":")[0].rpartition(".")[2]
+
+    def example(self) -> Example:
+        """Functions of the user's package."""
+
+        def function(name: str) -> dict[str, Any]:
+            return {"source": "custom", "factory": f"my_package:{name}"}
+
+        return Example(
+            {"factory": "my_package:build"},
+            {"calibration": function("calibration_batches"), "evaluation": function("evaluate")},
+            named="MODULE:FUNCTION",
+            name_key="factory",
         )
-    return from_module(module.to(getattr(torch, config.dtype)), forward)
 
 
-def from_module(module: nn.Module, forward: Forward | None = None) -> FloatModel:
-    """A module in memory as a float model; parameters stay where and what they are.
-
-    Args:
-        module: any ``nn.Module``.
-        forward: ``forward(module, batch)`` gives the output tensor, samples first; default: call the module.
-    """
-    floating = [value for value in module.parameters() if value.is_floating_point()]
-    if not floating:
-        raise ModelError("the model has no floating parameters")
-    mark_samples(module)
+def own_architecture(module: nn.Module) -> dict[str, Any]:
+    """What is said of a module that no library knows: its class, and what it prints; it cannot be rebuilt."""
     kind = type(module)
-    # Instances of the libraries' own models are described as such, so that their checkpoints load by themselves.
-    architecture = timm.describe(module) or transformers.describe(module)
-    if architecture is None:
-        architecture = {"family": "custom", "class": f"{kind.__module__}.{kind.__qualname__}", "repr": str(module)}
-    return FloatModel(
-        module,
-        architecture["family"],
-        architecture,
-        forward or call_module,
-        attention_mask,
-        dtype=floating[0].dtype,
-    )
+    return {"family": NAME, "class": f"{kind.__module__}.{kind.__qualname__}", "repr": str(module)}
 
 
 def import_function(location: str, folder: str, error_type: type[ModelError] | type[DataError]) -> Callable[..., Any]:
@@ -86,7 +122,7 @@ def import_function(location: str, folder: str, error_type: type[ModelError] | t
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise error_type(f"factory {location!r}: there is no module {module_name!r}") from error
         raise error_type(f"factory {location!r}: importing it failed: {describe_error(error)}") from error
-    function = getattr(module, attribute, None)
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(function):
         raise error_type(f"factory {location!r}: {module_name} has no function {attribute!r}")
     return function

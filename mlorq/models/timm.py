@@ -7,35 +7,121 @@ import difflib
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import fsspec
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.config.run import ModelConfig
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, same_construction
+from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
 
-NESTED = ("state_dict", "model", "model_ema")  # where training scripts put the weights
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mlorq.models.base import FloatModel
+
+NAME = "timm"
+_IMAGES = {"source": "image_folder", "root": "images/", "labels": "labels.tsv"}
 
 
-def load(config: ModelConfig, folder: str = "") -> FloatModel:
-    """Build a timm model and load its weights.
+class TimmSettings(LibrarySettings):
+    """A model of timm and where its weights come from."""
 
-    Raises:
-        ModelError: the name is unknown, or the weights are missing or do not fit.
-    """
-    assert config.name is not None
-    module = _create(config.name, config.arguments, pretrained=config.pretrained and not config.checkpoint)
-    if config.checkpoint:
-        load_weights(module, resolve_location(config.checkpoint, folder))
-    dtype = getattr(torch, config.dtype)
-    architecture = {"family": "timm", "name": config.name, "arguments": dict(config.arguments)}
-    return FloatModel(module.to(dtype), "timm", architecture, blocks=block_names(module), dtype=dtype)
+    checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
+    pretrained: bool = Field(False, description="fetch the weights from the family's hub")
+
+    def check(self) -> None:
+        """Raise ValueError where the name or the weights are missing."""
+        self.require_name(NAME)
+        if not self.pretrained and not self.checkpoint:
+            raise ValueError("weights are missing: give checkpoint: URI, or pretrained: true to fetch them")
+
+    @property
+    def fetched(self) -> bool:
+        """Whether the weights come from the hub: a checkpoint wins over ``pretrained``."""
+        return self.pretrained and not self.checkpoint
+
+
+class Timm(ModelFamily[TimmSettings]):
+    """ViT, DeiT, Swin, and whatever else timm builds of linear layers and convolutions."""
+
+    name = NAME
+    settings = TimmSettings
+    rebuilds = True
+    rotates = True
+    inputs: ClassVar[Mapping[InputKind, str]] = {"images": ""}
+
+    def load(self, settings: TimmSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
+        """Build a timm model and load its weights.
+
+        Raises:
+            ModelError: the name is unknown, or the weights are missing or do not fit.
+        """
+        import torch
+
+        from mlorq.models.base import FloatModel
+        from mlorq.models.state_dict import load_weights
+
+        name = settings.require_name(NAME)
+        module = create(name, settings.arguments, pretrained=settings.fetched)
+        if settings.checkpoint:
+            load_weights(module, resolve_location(settings.checkpoint, folder))
+        as_dtype = getattr(torch, dtype)
+        architecture = {"family": NAME, "name": name, "arguments": dict(settings.arguments)}
+        return FloatModel(module.to(as_dtype), NAME, architecture, blocks=block_names(module), dtype=as_dtype)
+
+    def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
+        """The module of an architecture, without its weights.
+
+        Raises:
+            ModelError: this version of timm does not know it.
+        """
+        return create(architecture["name"], architecture["arguments"])
+
+    def describe(self, module: nn.Module) -> dict[str, Any] | None:
+        """See ``describe`` below."""
+        return describe(module)
+
+    def classes(self, model: FloatModel) -> int | None:
+        """``num_classes`` of the module."""
+        return getattr(model.module, "num_classes", None) or None
+
+    def example(self) -> Example:
+        """A ViT with the hub's weights."""
+        return Example(
+            {"name": "vit_tiny_patch16_224", "pretrained": True},
+            {
+                "calibration": _IMAGES | {"split": "calibration", "samples": 256},
+                "evaluation": _IMAGES | {"split": "evaluation"},
+            },
+        )
+
+    def image_inputs(self, settings: TimmSettings) -> dict[str, Any]:
+        """timm's own preprocessing of the model."""
+        return preprocessing(settings)
+
+    def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """timm's own preprocessing of the model."""
+        return {"kind": "image", **preprocessing(_settings_of(architecture))}
+
+    def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Tensor:
+        """Normalised pixels, ``(samples, channels, height, width)``."""
+        import torch
+
+        size = preprocessing(_settings_of(architecture))["input_size"]
+        return torch.randn(samples, *size, generator=torch.Generator().manual_seed(0))
+
+    def locations(self, settings: TimmSettings) -> list[str]:
+        """The checkpoint."""
+        return [settings.checkpoint] if settings.checkpoint else []
+
+    def uses_hub(self, settings: TimmSettings, folder: str = "") -> bool:
+        """Whether the pretrained weights are fetched."""
+        return settings.fetched
+
+
+def _settings_of(architecture: Mapping[str, Any]) -> TimmSettings:
+    return TimmSettings(name=architecture["name"], arguments=dict(architecture["arguments"]))
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
@@ -44,33 +130,33 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     name = known.get("architecture") if isinstance(known, Mapping) else None
     if not isinstance(name, str):
         return None
+    import torch
+
+    from mlorq.models.base import same_construction
+
     # What a recent timm notes on the instance is only a proposal: the comparison below decides.
     noted = getattr(module, "_model_args", None)
     arguments = dict(noted) if isinstance(noted, Mapping) else {"num_classes": getattr(module, "num_classes", 1000)}
-    architecture = {"family": "timm", "name": name, "arguments": arguments}
+    architecture = {"family": NAME, "name": name, "arguments": arguments}
     try:
         architecture = json.loads(json.dumps(architecture))
         with torch.random.fork_rng(devices=[]):
-            twin = rebuild(architecture)
+            twin = create(architecture["name"], architecture["arguments"])
     except (ModelError, TypeError, ValueError):
         return None
     return architecture if same_construction(module, twin) else None
 
 
-def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module of an architecture, without its weights."""
-    return _create(architecture["name"], architecture["arguments"], pretrained=False)
-
-
-def preprocessing(config: ModelConfig) -> dict[str, Any]:
+def preprocessing(settings: TimmSettings) -> dict[str, Any]:
     """timm's own preprocessing of a model: input size, interpolation, mean, std, crop."""
     import timm.data
     from timm.models import get_pretrained_cfg
 
-    assert config.name is not None
-    known = get_pretrained_cfg(config.name)
+    assert settings.name is not None  # see check
+    known: Any = get_pretrained_cfg(settings.name)
+    library: Any = timm.data
     cfg = known.to_dict() if known else {}
-    wanted = dict(config.arguments)
+    wanted = dict(settings.arguments)
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
     channels = wanted.pop("in_chans", None) or channels
     size = wanted.pop("img_size", None) or (height, width)
@@ -79,80 +165,30 @@ def preprocessing(config: ModelConfig) -> dict[str, Any]:
     wanted["input_size"] = (channels, height, width)
     if channels != len(cfg.get("mean") or (0, 0, 0)):
         for name in ("mean", "std"):
-            values = cfg.get(name) or getattr(timm.data, f"IMAGENET_DEFAULT_{name.upper()}")
+            values = cfg.get(name) or getattr(library, f"IMAGENET_DEFAULT_{name.upper()}")
             wanted.setdefault(name, [sum(values) / len(values)] * channels)
-    found = timm.data.resolve_data_config(wanted, pretrained_cfg=cfg)
+    found = library.resolve_data_config(wanted, pretrained_cfg=cfg)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def block_names(module: nn.Module) -> list[str]:
     """Blocks of ViT and DeiT (``blocks.i``); other models' chains are found by watching a forward pass."""
+    from torch import nn
+
     blocks = getattr(module, "blocks", None)
     if isinstance(blocks, nn.Sequential):
         return [f"blocks.{name}" for name, _ in blocks.named_children()]
     return []
 
 
-def load_weights(module: nn.Module, uri: str) -> None:
-    """Load a safetensors or PyTorch state dict strictly.
+def create(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """A model of timm.
 
     Raises:
-        ModelError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
+        ModelError: the name or an argument is unknown, or the pretrained weights cannot be fetched.
     """
-    fill_weights(module, read_state_dict(uri), uri)
-
-
-def fill_weights(module: nn.Module, state: Mapping[str, Tensor], uri: str) -> None:
-    """Put named tensors into a module, strictly; ``uri`` is what errors call them.
-
-    Raises:
-        ModelError: a tensor is missing, unexpected or of another shape.
-    """
-    wanted = module.state_dict()
-    for name, tensor in wanted.items():
-        if name not in state:
-            raise ModelError(f"checkpoint {uri} has no tensor {name!r}")
-        if state[name].shape != tensor.shape:
-            raise ModelError(
-                f"checkpoint {uri}: tensor {name!r} has shape {tuple(state[name].shape)}, "
-                f"the model wants {tuple(tensor.shape)}"
-            )
-    for name in state:
-        if name not in wanted:
-            raise ModelError(f"checkpoint {uri} has a tensor {name!r} that the model does not know")
-    module.load_state_dict(state)
-
-
-def read_state_dict(uri: str) -> dict[str, Tensor]:
-    """Named tensors of a file at any fsspec URI; training wrappers (nesting, ``module.``) are taken off.
-
-    Raises:
-        ModelError: the file is missing, damaged, or holds no tensors.
-    """
-    content: Any
-    try:
-        with fsspec.open(uri, "rb") as file:
-            if uri.endswith(".safetensors"):
-                content = safetensors.torch.load(file.read())
-            else:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"checkpoint {uri} does not exist") from None
-    except (OSError, ValueError, ImportError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        raise ModelError(f"checkpoint {uri} cannot be read: {_one_line(error)}") from error
-    except Exception as error:  # torch reports a refused pickle by a type of its own
-        raise ModelError(f"checkpoint {uri} is no plain state dict: {_one_line(error)}") from error
-    for key in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"checkpoint {uri} holds no state dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def _create(name: str, arguments: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
     import timm
+    from torch import nn
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)

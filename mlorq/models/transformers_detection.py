@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.config.run import ModelConfig
 from mlorq.errors import DataError, ModelError
 from mlorq.models.base import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
+from mlorq.models.transformers import TransformersSettings
 
-TASKS = ("object-detection", "instance-segmentation")
 POINTS = 12  # of the lattice at which masks are looked at, a side
 DETECTIONS = 100  # an image
 # What an image processor's description says of its origin and not of its function.
@@ -56,11 +55,11 @@ def mark_samples(module: nn.Module) -> None:
                 setattr(layer, "samples_axis", 1)  # noqa: B010 - no attribute that a type knows of
 
 
-def detector(config: ModelConfig, location: str) -> Detector:
+def detector(settings: TransformersSettings, location: str) -> Detector:
     """How images become batches and a model's outputs detections.
 
     Args:
-        config: the ``model`` section.
+        settings: of the model.
         location: folder or hub name of the model.
 
     Raises:
@@ -73,7 +72,7 @@ def detector(config: ModelConfig, location: str) -> Detector:
         named = AutoConfig.from_pretrained(location).id2label
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {config.name!r}: its image processor cannot be loaded: {text}") from error
+        raise ModelError(f"model {settings.name!r}: its image processor cannot be loaded: {text}") from error
 
     def prepare(images: Sequence[Any]) -> Batch:
         found = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
@@ -91,7 +90,7 @@ def detector(config: ModelConfig, location: str) -> Detector:
 
     described = json.loads(processor.to_json_string())
     described = {name: value for name, value in described.items() if name not in NOT_PREPROCESSING}
-    masks = config.task == "instance-segmentation"
+    masks = settings.task == "instance-segmentation"
     return Detector(
         prepare,
         masks_of if masks else boxes,
@@ -135,7 +134,7 @@ def match_names(labels: Mapping[int, str], categories: Mapping[int, str]) -> dic
     by_name = {name: label for label, name in sorted(labels.items(), reverse=True)}
     for category, name in categories.items():
         if name not in by_name:
-            raise DataError(f"category {category} of the annotations, {name!r}, is no class of the model")
+            raise DataError(f"category {category} of the annotations, {name!r}, is not a class of the model")
     return {by_name[name]: category for category, name in categories.items()}
 
 

@@ -1,0 +1,319 @@
+"""Mask R-CNN with a Swin backbone: timm's Swin, torchvision's pyramid, proposals and heads, published weights.
+
+What is compressed is the whole detector. Its f(x) for the label-free loss is one tensor of a fixed width a sample,
+differentiable in every weight (``label_free_outputs``):
+
+- proposal head: logits and box shifts of every anchor, at a lattice of positions of every level of the pyramid;
+- box head: class logits and box shifts, of a fixed pyramid of regions over the image (the whole, its quarters, …);
+- mask head: mask logits of all classes at a few positions, of the same regions.
+
+Regions are fixed, not proposed: proposals of a compressed model are others than the float model's, in another order and
+number, and non-maximum suppression has no gradient. A fixed grid asks every head about the same place in both models,
+reaches every level of the pyramid, and holds mostly background, as an image does.
+The regions of a sample are consecutive rows of the heads' input, so that statistics can tell samples apart.
+
+Images of a batch are resized one by one and padded to one size (right and bottom, after normalising, to a multiple of
+32), as in training. Padding is visible to the backbone, as it was there; f(x) itself looks at no padded position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlorq.errors import DataError, ModelError
+from mlorq.models.base import Batch, FloatModel
+from mlorq.models.detection import NAME
+from mlorq.models.detection_keys import converted
+from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side, spread_points
+from mlorq.models.state_dict import fill_weights, read_state_dict
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "mask_rcnn_swin_tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
+    "mask_rcnn_swin_small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
+}
+TIMM_NAME = "swin_tiny_patch4_window7_224"  # whose class builds them all; the arguments tell them apart
+
+# What ``model.arguments`` may change, with the published models' values.
+ARGUMENTS: dict[str, Any] = {
+    "embed_dim": 96,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [3, 6, 12, 24],
+    "window_size": 7,
+    "fpn_channels": 256,
+    "box_channels": 1024,
+    "mask_channels": 256,
+    "num_classes": 81,  # with background
+    "min_size": 800,  # of an image's short side
+    "max_size": 1333,  # of its long side
+    "proposals": 1000,
+    "score_threshold": 0.05,
+    "detections": 100,  # an image
+}
+MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
+PADDED_TO = 32
+
+POINTS = 12  # of the lattice at which the proposal head is looked at, a side and level
+# Of the regions: by how much their sides are smaller than the image's, and how many there are a side. In images of
+# published size (800 × 1333) they come from the pyramid's levels 5, 5, 4, 3 and 2.
+REGIONS = ((1, 1), (2, 2), (4, 4), (8, 6), (16, 6))
+MASK_POINTS = 2  # positions in a mask, a side; the mask head's four convolutions see around them
+MASK_THRESHOLD = 0.5
+
+
+def load(name: str, arguments: Mapping[str, Any], checkpoint: str, dtype: str) -> FloatModel:
+    """Build a detector and load a checkpoint of any of the layouts of ``detection_keys``.
+
+    Args:
+        name: of ``BACKBONES``.
+        arguments: of ``ARGUMENTS``, instead of the published ones.
+        checkpoint: path or URI of the weights.
+        dtype: name of the dtype that it runs in.
+
+    Raises:
+        ModelError: the name or an argument is unknown, or the weights are missing or do not fit.
+    """
+    architecture = {"family": NAME, "name": name, "arguments": dict(arguments)}
+    module = rebuild(architecture)
+    fill_weights(module, converted(read_state_dict(checkpoint), module.state_dict(), checkpoint), checkpoint)
+    as_dtype = getattr(torch, dtype)
+    return FloatModel(
+        module.to(as_dtype), NAME, architecture, label_free_outputs, blocks=block_names(module), dtype=as_dtype
+    )
+
+
+def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
+    """The module of an architecture, without its weights.
+
+    Called on a list of images ``(3, height, width)`` with values in [0, 1], it returns what torchvision's Mask R-CNN
+    does: boxes, labels, scores and masks in the images' own pixels.
+
+    Raises:
+        ModelError: the name or an argument is unknown.
+    """
+    values = settings(architecture["name"], architecture["arguments"])
+    try:
+        return _build(values)
+    except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(f"detector {architecture['name']!r} cannot be built with its arguments: {text}") from error
+
+
+def settings(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a model: the published ones, and in their place those given.
+
+    Raises:
+        ModelError: the name or an argument is unknown.
+    """
+    if name not in BACKBONES:
+        raise ModelError(f"there is no detector {name!r}; there are {', '.join(BACKBONES)}")
+    for key in arguments:
+        if key not in ARGUMENTS:
+            raise ModelError(f"detector {name!r} has no argument {key!r}; it has {', '.join(ARGUMENTS)}")
+    return {**ARGUMENTS, **BACKBONES[name], **arguments}
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """All Swin blocks of all stages, in execution order.
+
+    No chain that could be entered in its middle, since patches are merged between stages and the pyramid reads every
+    stage; but each has an output of its own to be reconstructed.
+    """
+    from mlorq.models.detection_parts import PadFirstBlock
+
+    return [name for name, child in module.named_modules() if isinstance(child, PadFirstBlock)]
+
+
+def label_free_outputs(module: nn.Module, batch: Batch) -> Tensor:
+    """f(x), ``(samples, outputs)`` float32; see the module's docstring.
+
+    Args:
+        module: a Mask R-CNN of torchvision's.
+        batch: ``pixel_values`` ``(samples, 3, height, width)`` and ``image_sizes`` ``(samples, 2)``, before padding.
+    """
+    model: Any = module
+    pixels, sizes = batch["pixel_values"], _sizes(batch)
+    features = model.backbone(pixels)
+    kinds = []
+    for maps in model.rpn.head(list(features.values())):
+        kinds.append(torch.stack([at_points(map_, _cells(sizes, pixels, map_), POINTS) for map_ in maps], dim=1))
+    boxes = [regions(size).to(pixels.device) for size in sizes]
+    heads = model.roi_heads
+    logits, shifts = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
+    masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+    rows, columns = (spread_points(size, MASK_POINTS) for size in masks.shape[-2:])
+    # Background has no box and no mask.
+    per_region = [logits, shifts[:, 4:], masks[:, 1:, rows][..., columns]]
+    return side_by_side([*kinds, *(kind.reshape(len(sizes), -1) for kind in per_region)])
+
+
+def regions(size: Size) -> Tensor:
+    """The regions of f(x), ``(93, 4)``: the whole image, its quarters, …, and ever smaller ones spread over it."""
+    height, width = size
+    found = []
+    for smaller, number in REGIONS:
+        starts = [(index + 0.5) / number - 0.5 / smaller for index in range(number)]
+        for top in starts:
+            for left in starts:
+                edges = (left, top, left + 1 / smaller, top + 1 / smaller)
+                found.append([edge * side for edge, side in zip(edges, (width, height) * 2, strict=True)])
+    return torch.tensor(found)
+
+
+def detector(name: str, arguments: Mapping[str, Any]) -> Detector:
+    """How images become batches and a module's outputs detections: torchvision's own inference.
+
+    Args:
+        name: of ``BACKBONES``.
+        arguments: of ``ARGUMENTS``, instead of the published ones.
+
+    Raises:
+        ModelError: the name or an argument is unknown.
+    """
+    values = settings(name, arguments)
+    transform = _transform(values)
+
+    def prepare(images: Sequence[Any]) -> Batch:
+        arrays = [np.array(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
+        found, _ = transform([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
+        return {"pixel_values": found.tensors, "image_sizes": torch.tensor(found.image_sizes)}
+
+    def categories(names: Mapping[int, str]) -> dict[int, int]:
+        wanted = values["num_classes"] - 1
+        if len(names) != wanted:
+            raise DataError(f"the annotations have {len(names)} categories, the model {wanted} classes")
+        return {label: category for label, category in enumerate(sorted(names), 1)}
+
+    described = preprocessing(name, arguments)
+    described |= {"points": POINTS, "regions": REGIONS, "mask_points": MASK_POINTS}
+    return Detector(prepare, detect, categories, described, masks=True)
+
+
+def preprocessing(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that images are resized to, their normalisation, and the multiple that a batch is padded to."""
+    values = settings(name, arguments)
+    sizes = {"min_size": values["min_size"], "max_size": values["max_size"]}
+    return sizes | {"mean": MEAN, "std": STD, "padded_to": PADDED_TO}
+
+
+def random_images(name: str, arguments: Mapping[str, Any], samples: int) -> Batch:
+    """Normalised pixels of square images from a fixed seed, in a batch as ``Detector.prepare`` gives it."""
+    side = -(-int(settings(name, arguments)["min_size"]) // PADDED_TO) * PADDED_TO
+    pixels = torch.randn(samples, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]] * samples)}
+
+
+def detect(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
+    """Run the whole detector on a batch that is already resized and padded.
+
+    Step by step what torchvision's own ``forward`` does, but with boxes and scores in float32 whatever the model runs
+    in: a box of 1000 pixels has no place in bfloat16, and suppression does not exist there.
+    """
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.roi_heads import maskrcnn_inference
+    from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+    model: Any = module
+    sizes = _sizes(batch)
+    features = model.backbone(batch["pixel_values"])
+    maps = list(features.values())
+    objectness, deltas = model.rpn.head(maps)
+    anchors = model.rpn.anchor_generator(ImageList(batch["pixel_values"], sizes), maps)
+    counts = [level[0].numel() for level in objectness]
+    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+    proposals = model.rpn.box_coder.decode(deltas.float(), anchors).reshape(len(sizes), -1, 4)
+    boxes, _ = model.rpn.filter_proposals(proposals, objectness.float(), sizes, counts)
+    heads = model.roi_heads
+    logits, shifts = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
+    boxes, scores, labels = heads.postprocess_detections(logits.float(), shifts.float(), boxes, sizes)
+    masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+    named = zip(boxes, scores, labels, maskrcnn_inference(masks.float(), labels), strict=True)
+    found = [dict(zip(("boxes", "scores", "labels", "masks"), row, strict=True)) for row in named]
+    return [
+        Detections(row["boxes"], row["scores"], row["labels"], row["masks"][:, 0] > MASK_THRESHOLD)
+        for row in model.transform.postprocess(found, sizes, list(originals))
+    ]
+
+
+def _sizes(batch: Batch) -> list[Size]:
+    return [(height, width) for height, width in batch["image_sizes"].tolist()]
+
+
+def _cells(sizes: Sequence[Size], pixels: Tensor, map_: Tensor) -> list[Size]:
+    """How many cells of a map show a part of each image, at least one a side."""
+    return [
+        (-(-height * map_.shape[-2] // pixels.shape[-2]), -(-width * map_.shape[-1] // pixels.shape[-1]))
+        for height, width in sizes
+    ]
+
+
+def _transform(values: Mapping[str, Any]) -> Any:
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    return GeneralizedRCNNTransform(values["min_size"], values["max_size"], MEAN, STD, PADDED_TO).eval()
+
+
+def _build(values: Mapping[str, Any]) -> nn.Module:
+    import timm
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.models.detection.rpn import RPNHead
+
+    from mlorq.models.detection_parts import (
+        ANCHOR_RATIOS,
+        AlignedRegions,
+        ExactAnchors,
+        SwinPyramid,
+        pad_before_shifting,
+    )
+
+    levels = len(values["depths"])
+    with contextlib.redirect_stdout(sys.stderr):
+        body = timm.create_model(
+            TIMM_NAME,
+            pretrained=False,
+            features_only=True,
+            out_indices=tuple(range(levels)),
+            embed_dim=values["embed_dim"],
+            depths=tuple(values["depths"]),
+            num_heads=tuple(values["num_heads"]),
+            window_size=values["window_size"],
+            # Any image size, and windows that never shrink to a small map.
+            strict_img_size=False,
+            always_partition=True,
+            drop_path_rate=0.0,
+        )
+    pad_before_shifting(body)
+    width = values["fpn_channels"]
+    backbone = SwinPyramid(body, [values["embed_dim"] * 2**level for level in range(levels)], width)
+    strides = [4 * 2**level for level in range(levels + 1)]
+    names = [str(level) for level in range(levels)]
+    module = MaskRCNN(
+        backbone,
+        min_size=values["min_size"],
+        max_size=values["max_size"],
+        image_mean=MEAN,
+        image_std=STD,
+        size_divisible=PADDED_TO,
+        rpn_anchor_generator=ExactAnchors(strides),
+        rpn_head=RPNHead(width, len(ANCHOR_RATIOS)),
+        rpn_pre_nms_top_n_test=values["proposals"],
+        rpn_post_nms_top_n_test=values["proposals"],
+        box_roi_pool=AlignedRegions(names, strides[:-1], 7),
+        box_head=TwoMLPHead(width * 7**2, values["box_channels"]),
+        box_predictor=FastRCNNPredictor(values["box_channels"], values["num_classes"]),
+        box_score_thresh=values["score_threshold"],
+        box_detections_per_img=values["detections"],
+        mask_roi_pool=AlignedRegions(names, strides[:-1], 14),
+        mask_head=MaskRCNNHeads(width, [values["mask_channels"]] * 4, 1),
+        mask_predictor=MaskRCNNPredictor(values["mask_channels"], values["mask_channels"], values["num_classes"]),
+    )
+    assert isinstance(module, nn.Module)
+    return module.eval()

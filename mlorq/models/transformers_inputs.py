@@ -1,0 +1,93 @@
+"""Inputs of a described architecture of transformers: their names, and random ones of the right shapes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mlorq.errors import CheckpointError
+from mlorq.models.base import Batch
+from mlorq.models.transformers_modules import auto_class
+
+TOKENS = 16  # of a random text
+SIDE = 224  # of a random image, where the architecture takes any size
+
+
+def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """How inputs are prepared, as far as an architecture says it; the tokenizer or image processor is the model's own.
+
+    Raises:
+        CheckpointError: this version of transformers does not know the architecture.
+    """
+    names = input_names(architecture)
+    config = architecture["config"]
+    if "input_ids" not in names:
+        return {"kind": "image", "inputs": names, **_image_size(config)}
+    sizes = {"vocabulary": config.get("vocab_size"), "max_length": config.get("max_position_embeddings")}
+    return {"kind": "text", "inputs": names, **sizes}
+
+
+def input_names(architecture: Mapping[str, Any]) -> list[str]:
+    """The keys of a batch.
+
+    Raises:
+        CheckpointError: this version of transformers does not know the architecture.
+    """
+    kind = _module_class(architecture)
+    taken = inspect.signature(kind.forward).parameters
+    if kind.main_input_name != "input_ids":
+        return [name for name in (kind.main_input_name, "pixel_mask") if name in taken]
+    types = (architecture["config"].get("type_vocab_size") or 0) > 1 and "token_type_ids" in taken
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
+
+
+def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
+    """A batch from a fixed seed, without padding.
+
+    Raises:
+        CheckpointError: this version of transformers does not know the architecture.
+    """
+    config = architecture["config"]
+    names = input_names(architecture)
+    generator = torch.Generator().manual_seed(0)
+    if "input_ids" in names:
+        length = min(TOKENS, (config.get("max_position_embeddings") or TOKENS) // 2)
+        shape = (samples, max(1, length))
+        tokens = torch.randint(0, config["vocab_size"] - 1, shape, generator=generator)
+        padding = config.get("pad_token_id")
+        if padding is not None:  # the tokens after it move up by one: all others occur, and padding does not
+            tokens = tokens + (tokens >= padding)
+        made = {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+        return made | ({"token_type_ids": torch.zeros(shape, dtype=torch.int64)} if "token_type_ids" in names else {})
+    size = _image_size(config)
+    pixels = torch.randn(samples, size["channels"], size["height"], size["width"], generator=generator)
+    mask = torch.ones(samples, size["height"], size["width"], dtype=torch.int64)
+    return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+
+
+def _image_size(config: Mapping[str, Any]) -> dict[str, int]:
+    backbone = config.get("backbone_config") or {}
+    size = config.get("image_size") or backbone.get("image_size") or SIDE
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = config.get("num_channels") or backbone.get("num_channels") or 3
+    return {"channels": channels, "height": height, "width": width}
+
+
+def _module_class(architecture: Mapping[str, Any]) -> Any:
+    import transformers
+    from transformers import AutoConfig
+
+    name = architecture.get("class")
+    if name is not None:
+        found = getattr(transformers, name, None)
+        if found is None:
+            raise CheckpointError(f"this version of transformers has no model class {name!r}")
+        return found
+    kind = type(AutoConfig.for_model(architecture["config"]["model_type"]))
+    found = auto_class(architecture["task"])._model_mapping.get(kind, None)
+    if found is None:
+        raise CheckpointError(f"this version of transformers has no {architecture['task']} model of {kind.__name__}")
+    return found[0] if isinstance(found, (tuple, list)) else found

@@ -1,0 +1,176 @@
+"""Modules of transformers: loaded, described and rebuilt, and the inputs that they take."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from mlorq.errors import CheckpointError, ModelError
+from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
+from mlorq.models.sentence import read_embedding, rebuilt, with_dense
+from mlorq.models.transformers import NAME, TransformersSettings, locate, one_line, quiet
+from mlorq.models.transformers_detection import OUTPUTS, mark_samples
+
+# What a configuration says about its origin and not about its function.
+NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
+    """Load a model and its weights from a folder, a package's folder, or the hub.
+
+    Raises:
+        ModelError: there is no such model, or its weights do not fit.
+    """
+    location = encoder = locate(settings, folder)
+    embedding = None
+    if settings.task == "sentence-similarity" and os.path.isdir(location):
+        embedding = read_embedding(location, settings.name or "")
+        location = os.path.join(location, embedding.inside)
+    as_dtype = getattr(torch, dtype)
+    auto = auto_class(settings.task)
+    arguments = dict(settings.arguments)
+    try:
+        with quiet():
+            options: dict[str, Any] = {"dtype": as_dtype, "output_loading_info": True}
+            if settings.task in OUTPUTS:
+                # Convolutional backbones know of no fused attention, and refuse to be asked for it.
+                options["attn_implementation"] = "eager"
+            module, info = auto.from_pretrained(location, **options, **arguments)
+            missing = info.get("missing_keys") or ()
+            if (
+                settings.task == "sentence-similarity"
+                and missing
+                and all(str(k).startswith("pooler.") for k in missing)
+            ):
+                # What is made of the tokens uses no pooler, and many sentence encoders are stored without one.
+                arguments["add_pooling_layer"] = False
+                module, info = auto.from_pretrained(location, **options, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+        raise ModelError(f"model {settings.name!r} cannot be loaded: {one_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        for key in sorted(info.get(problem) or (), key=str):
+            name = key if isinstance(key, str) else key[0]
+            raise ModelError(f"model {settings.name!r}: tensor {name!r} is {problem.split('_')[0]} in its weights")
+    mark_samples(module)
+    architecture: dict[str, Any] = {
+        "family": NAME,
+        "task": settings.task,
+        # Fused where the architecture can, which not all can (MPNet).
+        "attention": module.config._attn_implementation,
+        "config": _described(module),
+    }
+    # Arguments of the constructor, unlike those that change the configuration, are described nowhere else.
+    known = inspect.signature(type(module)).parameters
+    if own := {name: value for name, value in arguments.items() if name in known}:
+        architecture["arguments"] = _plain(own)
+    if settings.task == "sentence-similarity" and embedding is None:
+        # On the hub transformers are not in subfolders; asked for only now, as the hub is there.
+        embedding = read_embedding(location, settings.name or "")
+    if embedding is not None:
+        architecture |= embedding.described()
+        if embedding.dense:
+            module = with_dense(module, embedding, encoder, settings.name or "")
+    return FloatModel(
+        module,
+        NAME,
+        architecture,
+        embedding or OUTPUTS.get(settings.task or "", classification_logits),
+        attention_mask,
+        block_names(module),
+        as_dtype,
+    )
+
+
+def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
+    """The module of an architecture, without its weights.
+
+    Raises:
+        CheckpointError: this version of transformers does not know it.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    described = dict(architecture["config"])
+    config = AutoConfig.for_model(described.pop("model_type"), **described)
+    name = architecture.get("class")
+    auto = auto_class(architecture["task"]) if name is None else getattr(transformers, name, None)
+    if auto is None:
+        raise CheckpointError(f"this version of transformers has no model class {name!r}")
+    build = auto.from_config if name is None else auto._from_config
+    with quiet():
+        module = build(config, attn_implementation=architecture["attention"], **architecture.get("arguments", {}))
+    assert isinstance(module, nn.Module)
+    return rebuilt(module, architecture)
+
+
+def describe(module: nn.Module) -> dict[str, Any] | None:
+    """The architecture of an instance of one of transformers' own classes, where it rebuilds to its like; else None."""
+    transformers = sys.modules.get("transformers")  # without it there can be no such instance
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return None
+    if getattr(transformers, type(module).__name__, None) is not type(module):
+        return None
+    architecture = {
+        "family": NAME,
+        "task": None,
+        "class": type(module).__name__,
+        "attention": module.config._attn_implementation,
+        "config": _described(module),
+    }
+    if getattr(module, "pooler", 0) is None:
+        architecture["arguments"] = {"add_pooling_layer": False}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin = rebuild(architecture)
+    except (CheckpointError, TypeError, ValueError, KeyError, ImportError):
+        return None
+    return architecture if same_construction(module, twin) else None
+
+
+def classification_logits(module: nn.Module, batch: Batch) -> Tensor:
+    """Logits, ``(samples, classes)``."""
+    logits: Tensor = module(**batch).logits
+    return logits
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """The encoder's layers in execution order; empty where they are not found by name."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and name.endswith(("encoder.layer", "transformer.layer")):
+            return [f"{name}.{index}" for index in range(len(child))]
+    return []
+
+
+def _described(module: Any) -> dict[str, Any]:
+    """A model's configuration as JSON values, without what tells only of its origin."""
+    found = module.config.to_dict()
+    plain: dict[str, Any] = _plain({name: value for name, value in found.items() if name not in NOT_ARCHITECTURE})
+    return plain
+
+
+def auto_class(task: str | None) -> Any:
+    """The class of transformers that builds a task's models."""
+    import transformers
+
+    names = {
+        "text-classification": "AutoModelForSequenceClassification",
+        "object-detection": "AutoModelForObjectDetection",
+        "instance-segmentation": "AutoModelForUniversalSegmentation",
+    }
+    return getattr(transformers, names.get(task or "", "AutoModel"))
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: string keys, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
