@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import mlorq
+from mlorq.config.budget import parse_budget
 from mlorq.config.run import RunConfig
-from mlorq.forms.memory import parse_budget
 from tests import zoo
 
 ROOT = Path(__file__).parents[1]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from mlorq.calibration.label_free_hessian import label_free_hessian
-from mlorq.costs.measured import LayerProbe, interpolate, measured_sensitivity, spread_batches
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, candidate_of
+from mlorq.costs.measured import LayerProbe, dense_of, interpolate, measured_sensitivity, spread_batches
 from mlorq.models.layers import find_layers, weight_matrix
+from tests.layers import hessian_fit, table_of
 from tests.nets import TokenNet, float_model, images
 
 import torch  # isort: skip
 
 
-def searched_layer(seed: int, name: str = "blocks.1.down"):
+def fitted_layer(seed: int, name: str = "blocks.1.down"):
     torch.manual_seed(seed)
     module = TokenNet(width=32)
     with torch.no_grad():  # a falling spectrum, as trained layers have: low-rank candidates reach the front
@@ -27,14 +27,14 @@ def searched_layer(seed: int, name: str = "blocks.1.down"):
     layer = found[name]
     hessian = label_free_hessian(model, [layer], batches)[name]
     weight = weight_matrix(model.module.get_submodule(name))
-    return model, found, layer, batches, LayerSearch(weight, hessian, CandidateSettings())
+    return model, found, layer, batches, hessian_fit(weight, hessian)
 
 
 def test_every_front_candidate_gets_a_cost_and_few_are_measured(seed):
-    model, found, layer, batches, search = searched_layer(seed)
-    table = search.table()
+    model, found, layer, batches, fit = fitted_layer(seed)
+    table = table_of(fit)
     with LayerProbe(model, layer, found.blocks, batches) as probe:
-        costs = measured_sensitivity(probe, search, table, points=3).to_pylist()
+        costs = measured_sensitivity(probe, fit, table, points=3).to_pylist()
     front = {row["candidate_id"] for row in table.to_pylist() if row["on_front"]}
     assert {row["candidate_id"] for row in costs} == front
     by_id = {row["candidate_id"]: row for row in costs}
@@ -45,12 +45,12 @@ def test_every_front_candidate_gets_a_cost_and_few_are_measured(seed):
 
 
 def test_interpolated_costs_are_close_to_measured_ones(seed):
-    model, found, layer, batches, search = searched_layer(seed)
-    table = search.table()
+    model, found, layer, batches, fit = fitted_layer(seed)
+    table = table_of(fit)
     with LayerProbe(model, layer, found.blocks, batches) as probe:
-        some = measured_sensitivity(probe, search, table, points=5).to_pylist()
+        some = measured_sensitivity(probe, fit, table, points=5).to_pylist()
         rows = {row["candidate_id"]: row for row in table.to_pylist()}
-        full = np.array([probe.cost(search.dense(candidate_of(rows[row["candidate_id"]]))) for row in some])
+        full = np.array([probe.cost(dense_of(fit, rows[row["candidate_id"]])) for row in some])
     found_costs = np.array([row["global_cost"] for row in some])
     interpolated = np.array([row["how"] == "interpolated" for row in some])
     assert interpolated.any()
