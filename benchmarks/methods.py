@@ -20,7 +20,7 @@ from typing import Any
 
 from table import Place, arguments_of_a_run, keep, run
 
-from flows.comparison import ALL, METHODS, activation_width, chosen, plan, row
+from flows.comparison import activation_width, chosen, known_methods, plan, row
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig, read_values
 from steps.context import Workbench
@@ -39,7 +39,7 @@ def line(found: dict[str, Any]) -> str:
 
 def row_of(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
     """A method's row, computed here."""
-    return row(METHODS[method], asked, config, run(config, budget, place))
+    return row(known_methods()[method], asked, config, run(config, budget, place))
 
 
 def row_apart(method: str, asked: str, budget: str, config: RunConfig, place: Place) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def print_row(told: Sequence[Any]) -> None:
 def main() -> None:
     """Print a row a run, as Markdown, in the order in which they are done."""
     parser = arguments_of_a_run()
-    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5% or 25MB")
+    parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5%% or 25MB")
     parser.add_argument("--activations", action="append", type=int, default=[], help="their code width")
-    parser.add_argument("--methods", default=",".join(method.name for method in ALL))
+    parser.add_argument("--methods", default=",".join(known_methods()))
     parser.add_argument("--jobs", type=int, default=1, help="rows computed at a time")
     parser.add_argument("--row", help="a row's description, in JSON")
     arguments = parser.parse_args()
