@@ -27,7 +27,13 @@ from tests.layers import hessian_fit, search_config, stored
 from tests.test_rounding import correlated_tokens, moments_of
 
 NAMES = FORMS.names()
-FEW: dict[str, Any] = {"bits": [2, 3, 8], "factor_bits": [3, 6], "sum_bits": [2, 4], "sum_ranks": [2, 3, 7, 64]}
+FEW: dict[str, Any] = {
+    "bits": [2, 3, 8],
+    "factor_bits": [3, 6],
+    "sum_bits": [2, 4],
+    "sum_factor_bits": [3, 5],
+    "sum_ranks": [2, 3, 7, 64],
+}
 
 
 def random_shape(rng: random.Random) -> Shape:
@@ -277,7 +283,7 @@ def test_candidates_are_those_of_the_rules(accounting: Accounting, zero_point: Z
             rank_multiple=rng.randint(1, 4),
             sum_bits=sorted(rng.sample(range(2, 9), 2)),
             sum_factor_bits=sorted(rng.sample(range(2, 9), 2)),
-            sum_ranks=[1, 2, 5, 9, 40],
+            sum_ranks=sorted({1, 2, 5, 9, min(shape[:2]), 40}),
             accounting=accounting,
             zero_point=zero_point,
         )
