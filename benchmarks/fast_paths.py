@@ -18,14 +18,17 @@ import torch
 from torch import nn
 
 from mlorq.calibration.label_free_hessian import add_squared_gradients
-from mlorq.codecs.affine import range_quantizer
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, gram_costs
+from mlorq.fitting.hessian_fit import HessianFit, gram_costs
+from mlorq.fitting.scale_search import range_quantizer
+from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.weighted_svd import weighted_svd
 from mlorq.forms.base import Candidate
+from mlorq.forms.lr import LR, LRSettings
+from mlorq.forms.q import QSettings
 from mlorq.models.base import FloatModel
 from mlorq.models.partial_forward import Segments
-from mlorq.rounding.base import RoundingSettings
-from mlorq.rounding.lra import round_lra
+from mlorq.rounding.base import RoundingTask
+from mlorq.rounding.lra import Lra, LraSettings
 from mlorq.rounding.paired_forward import InputMoments
 
 ROWS, COLUMNS = 768, 3072
@@ -41,15 +44,15 @@ def seconds(function: Callable[[], object], repeats: int = 1) -> float:
     return best
 
 
-def all_rank_costs(search: LayerSearch, every: int) -> tuple[float, float, str]:
+def all_rank_costs(fit: HessianFit, every: int) -> tuple[float, float, str]:
     """Local costs of all ranks and nine bit pairs: Gram matrices, or one product a rank and pair."""
-    bits = search.settings.factor_bits
-    a = {b: search.left_quantizer(b).round_trip(search.factors.a.float()) for b in bits}
-    b = {w: search.right_quantizer(w).round_trip(search.factors.b.float()) for w in bits}
-    fast = seconds(lambda: gram_costs(search.weight, search.row_weights, a, b), 2)
+    bits = LRSettings().factor_bits
+    a = {b: fit.left_quantizer(b).round_trip(fit.factors.a.float()) for b in bits}
+    b = {w: fit.right_quantizer(w).round_trip(fit.factors.b.float()) for w in bits}
+    fast = seconds(lambda: gram_costs(fit.weight, fit.row_weights, a, b), 2)
     ranks = range(every, min(ROWS, COLUMNS) + 1, every)
-    h = search.row_weights.unsqueeze(1)
-    w, left, right = search.weight.double(), a[4].double(), b[4].double()
+    h = fit.row_weights.unsqueeze(1)
+    w, left, right = fit.weight.double(), a[4].double(), b[4].double()
 
     def products() -> None:
         for rank in ranks:
@@ -58,18 +61,18 @@ def all_rank_costs(search: LayerSearch, every: int) -> tuple[float, float, str]:
     return fast, seconds(products) * every * len(bits) ** 2, f"every {every}th rank of one pair timed"
 
 
-def scale_search(search: LayerSearch) -> tuple[float, float, str]:
+def scale_search(fit: HessianFit) -> tuple[float, float, str]:
     """Ranges of W for five bit-widths: all rows at once, or a loop over rows."""
-    weight, hessian, percentiles = search.weight, search.hessian, search.settings.percentiles
+    weight, hessian, percentiles, widths = fit.weight, fit.hessian, fit.percentiles, QSettings().bits
 
     def fast() -> None:
-        fresh = LayerSearch(weight, hessian, search.settings)
-        for bits in search.settings.bits:
+        fresh = fit.of(weight)
+        for bits in widths:
             fresh.weight_quantizer(bits)
 
     def slow() -> None:
         for row, importance in zip(weight[:96], hessian[:96], strict=True):
-            for bits in search.settings.bits:
+            for bits in widths:
                 for p in percentiles:
                     low, high = torch.quantile(row, torch.tensor([1 - p, p]))
                     quantizer = range_quantizer(low.reshape(1), high.reshape(1), bits, "codes")
@@ -78,11 +81,11 @@ def scale_search(search: LayerSearch) -> tuple[float, float, str]:
     return seconds(fast, 2), seconds(slow) * ROWS / 96, "96 of 768 rows timed"
 
 
-def factorisation(search: LayerSearch) -> tuple[float, float, str]:
+def factorisation(fit: HessianFit) -> tuple[float, float, str]:
     """The weighted SVD: eigenvectors of the smaller Gram matrix, or a full SVD; both float64."""
-    d = search.hessian.double().sum(1).sqrt().unsqueeze(1)
-    fast = seconds(lambda: weighted_svd(search.weight, search.hessian), 2)
-    return fast, seconds(lambda: torch.linalg.svd(d * search.weight.double(), full_matrices=False), 2), ""
+    d = fit.hessian.double().sum(1).sqrt().unsqueeze(1)
+    fast = seconds(lambda: weighted_svd(fit.weight, fit.hessian), 2)
+    return fast, seconds(lambda: torch.linalg.svd(d * fit.weight.double(), full_matrices=False), 2), ""
 
 
 def hessian_probe(samples: int = 32, tokens: int = 197) -> tuple[float, float, str]:
@@ -100,23 +103,24 @@ def hessian_probe(samples: int = 32, tokens: int = 197) -> tuple[float, float, s
     return seconds(lambda: add_squared_gradients(total, x, delta), 2), seconds(slow, 2), ""
 
 
-def lra_iterations(search: LayerSearch, tokens: int = 32 * 197, iterations: int = 50) -> tuple[float, float, str]:
+def lra_iterations(fit: HessianFit, tokens: int = 32 * 197, iterations: int = 50) -> tuple[float, float, str]:
     """Fifty LRA iterations of a rank-192 layer: second moments, or batches of 32 images through autograd."""
     candidate = Candidate("LR", bits_a=4, bits_b=4, rank=192)
     x = torch.randn(tokens, COLUMNS)
     moments = InputMoments((x.T @ x).double() / tokens, torch.zeros(COLUMNS, COLUMNS).double(),
                            torch.zeros(COLUMNS, COLUMNS).double(), tokens)  # fmt: skip
-    settings = RoundingSettings(iterations=iterations)
-    parts = search.quantized_parts(candidate)
-    fast = seconds(lambda: round_lra("layer", search, candidate, moments, settings))
-    target = x @ search.weight.T
+    task = RoundingTask("layer", candidate, fit, fit.output_metric, moments)
+    settings = LraSettings(iterations=iterations)
+    parts = LR().fit(fit, candidate)
+    fast = seconds(lambda: Lra().round(task, settings))
+    target = x @ fit.weight.T
 
     def slow() -> None:
-        alphas = {name: torch.zeros_like(values, requires_grad=True) for name, (values, _) in parts.items()}
+        alphas = {name: torch.zeros_like(part.values, requires_grad=True) for name, part in parts.items()}
         optimiser = torch.optim.RAdam(list(alphas.values()), lr=0.3)
         for _ in range(iterations):
             factors, regulariser = [], torch.zeros(())
-            for name, (values, quantizer) in parts.items():
+            for name, (_, quantizer, values) in parts.items():
                 h = (alphas[name].sigmoid() * 1.2 - 0.1).clamp(0, 1)
                 codes = (values / quantizer.scale.unsqueeze(1)).floor() + h + quantizer.zero_point.unsqueeze(1)
                 factors.append(quantizer.dequantize(codes.clamp(0, 2**quantizer.bits - 1)))
@@ -152,16 +156,16 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS**0.5
     hessian = torch.rand(ROWS, COLUMNS, generator=generator) ** 4
-    search = LayerSearch(weight, hessian, CandidateSettings())
+    fit = HessianFit(weight, hessian, FitSettings())
     print(f"torch {torch.__version__}, numpy {np.__version__}, {arguments.threads} threads\n")
     print("| computation | fast, s | straightforward, s | ratio | note |")
     print("|---|---|---|---|---|")
     for name, result in (
-        ("local costs of 767 ranks × 9 bit pairs", all_rank_costs(search, arguments.every)),
-        ("scale search of W, 5 bit-widths", scale_search(search)),
-        ("weighted SVD", factorisation(search)),
+        ("local costs of 767 ranks × 9 bit pairs", all_rank_costs(fit, arguments.every)),
+        ("scale search of W, 5 bit-widths", scale_search(fit)),
+        ("weighted SVD", factorisation(fit)),
         ("one Hessian probe, 32 samples", hessian_probe()),
-        ("50 LRA iterations, rank 192", lra_iterations(search)),
+        ("50 LRA iterations, rank 192", lra_iterations(fit)),
         ("outputs for a change in each block of ViT-Tiny", suffix_forward()),
     ):
         fast, slow, note = result

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlorq.codecs.affine import search_quantizer
 from mlorq.fitting import gptq as rounding
 from mlorq.fitting.gptq import RowHessian
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.fitting.hessian_fit import HessianFit
+from mlorq.fitting.scale_search import search_quantizer
+from mlorq.fitting.settings import FitSettings
 from mlorq.forms.base import Candidate
-from mlorq.rounding import lra
-from mlorq.rounding.base import RoundingSettings
+from mlorq.rounding import adaptive_rounding
+from mlorq.rounding.base import RoundingTask
+from mlorq.rounding.lra import Lra, LraSettings
 from mlorq.rounding.paired_forward import InputMoments
 
 ROWS, COLUMNS = 384, 1536
@@ -70,13 +72,14 @@ def main() -> None:
     _ = hessian.shares
     nearest = quantizer.quantize(weight)
     moments = InputMoments(second, torch.zeros_like(second), torch.zeros_like(second), len(tokens))
-    search = LayerSearch(weight, torch.ones_like(weight), CandidateSettings())
-    settings = RoundingSettings(iterations=ITERATIONS)
+    fit = HessianFit(weight, torch.ones_like(weight), FitSettings())
+    settings = LraSettings(iterations=ITERATIONS)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}\n")
     print("| computation | fast, s | kernel by kernel, s | ratio |\n|---|---|---|---|")
 
     def learn(candidate: Candidate) -> Callable[[], object]:
-        return lambda: lra.round_lra("layer", search, candidate, moments, settings)
+        task = RoundingTask("layer", candidate, fit, fit.output_metric, moments)
+        return lambda: Lra().round(task, settings)
 
     for name, owner, part, other, function in (
         ("GPTQ", rounding, "_block_functions", by_column, lambda: rounding.gptq(weight, hessian, quantizer)),
@@ -87,10 +90,16 @@ def main() -> None:
             by_column,
             lambda: rounding.descend(weight, hessian, quantizer, nearest),
         ),
-        (f"{ITERATIONS} LRA iterations, Q", lra, "has_kernels", lambda device: False, learn(Candidate("Q", bits=3))),
+        (
+            f"{ITERATIONS} LRA iterations, Q",
+            adaptive_rounding,
+            "has_kernels",
+            lambda device: False,
+            learn(Candidate("Q", bits=3)),
+        ),
         (
             f"{ITERATIONS} LRA iterations, rank 96",
-            lra,
+            adaptive_rounding,
             "has_kernels",
             lambda device: False,
             learn(Candidate("LR", rank=96, bits_a=4, bits_b=4)),

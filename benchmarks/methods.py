@@ -20,7 +20,7 @@ from typing import Any
 
 from table import Place, arguments_of_a_run, keep, run
 
-from flows.comparison import ALL, METHODS, Planned, activation_width, chosen, plan, row
+from flows.comparison import Planned, activation_width, chosen, known_methods, plan, row
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig, read_values
@@ -64,7 +64,7 @@ def print_row(told: Sequence[Any]) -> None:
     """What the other process does."""
     method, budget, asked_bytes, values, folder, place = told
     config = RunConfig.from_mapping(values, folder)
-    planned = Planned(METHODS[method], config, Budget.from_json(budget), asked_bytes)
+    planned = Planned(known_methods()[method], config, Budget.from_json(budget), asked_bytes)
     print(json.dumps(row_of(planned, Place(**place))))
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser = arguments_of_a_run()
     parser.add_argument("--budget", action="append", default=[], help="as in 3bit, 12.5%% or 25MB")
     parser.add_argument("--activations", action="append", type=int, default=[], help="their code width")
-    parser.add_argument("--methods", default=",".join(method.name for method in ALL))
+    parser.add_argument("--methods", default=",".join(known_methods()))
     parser.add_argument("--jobs", type=int, default=1, help="rows computed at a time")
     parser.add_argument("--row", help="a row's description, in JSON")
     arguments = parser.parse_args()

@@ -18,9 +18,7 @@ from scipy.stats import spearmanr
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
-from mlorq.costs.measured import LayerProbe
-from mlorq.fitting.hessian_fit import candidate_of
-from steps.candidates import settings_of, settings_params
+from mlorq.costs.measured import LayerProbe, dense_of
 from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import run_allocations, run_search
@@ -51,15 +49,14 @@ def main() -> None:
     chosen = generator.choice(len(found), min(arguments.candidates, len(found)), replace=False)
     batches, labels = bench.measuring(config.search.samples, held_out=config.search.metric == "moments")
     blocks = bench.layer_list(search.layers_ref).blocks
-    settings = settings_of(settings_params(config.search))
     by_form: dict[str, list[tuple[float, float]]] = {}
     for index in sorted(chosen.tolist()):
         layer, row, predicted = found[index]
-        made = bench.search(layer, search.capture, settings)
+        fit, _ = bench.fits(layer, search.capture, config.search.fit)
         with LayerProbe(
             bench.model, layer, blocks, batches, bench.device, cost=config.search.cost, labels=labels
         ) as probe:
-            measured = probe.cost(made.dense(candidate_of(row)))
+            measured = probe.cost(dense_of(fit, row))
         by_form.setdefault(row["form"], []).append((predicted, measured))
         print(f"  {layer.name} {row['candidate_id']}: {predicted:.3e} {measured:.3e}", file=sys.stderr)
     print(f"{len(found)} of the candidates on the fronts were predicted; {len(chosen)} of them measured:\n")

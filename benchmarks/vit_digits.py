@@ -13,19 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from real.vit_digits_model import build, calibration_batches, evaluate, test_batches
 
 from mlorq.allocation.choices import SearchSpace
 from mlorq.allocation.program import Program, solve
 from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.codecs.base import Storage
 from mlorq.config.run import PRESETS
+from mlorq.costs.local import candidate_table
 from mlorq.costs.measured import LayerProbe, measured_sensitivity, spread_batches
 from mlorq.evaluation.outputs import model_outputs, output_nmse
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, candidate_of
+from mlorq.fitting.hessian_fit import HessianFit
+from mlorq.fitting.settings import FitSettings
+from mlorq.forms.base import FORMS, Candidate, Shape
 from mlorq.models.base import FloatModel
 from mlorq.models.layers import find_layers, weight_matrix
-from mlorq.rounding import METHODS, RoundingSettings
+from mlorq.rounding import METHODS, RoundingTask
 from mlorq.rounding.paired_forward import PairedForward
 
 # Published code on the same model and images: NMSE before and after 500 LRA iterations a layer.
@@ -58,20 +63,24 @@ def main() -> None:
 
     found = find_layers(model, calibration[0])
     hessian = timed("hessian", lambda: label_free_hessian(model, found.layers, calibration[:1]))
-    settings = CandidateSettings(
-        accounting="paper", zero_point="int16", percentiles=tuple(PRESETS["paper"]["search"]["percentiles"])
-    )
-    searches = {
-        layer.name: LayerSearch(weight_matrix(module.get_submodule(layer.name)), hessian[layer.name], settings)
+    settings = FitSettings(zero_point="int16", percentiles=PRESETS["paper"]["search"]["percentiles"])
+    storage = Storage("paper", settings.zero_point)
+    forms = {form.name: form.settings() for form in FORMS if form.by_default}
+    fits = {
+        layer.name: HessianFit(weight_matrix(module.get_submodule(layer.name)), hessian[layer.name], settings)
         for layer in found.layers
     }
-    tables = timed("candidates", lambda: {name: search.table() for name, search in searches.items()})
+
+    def candidates() -> dict[str, pa.Table]:
+        return {name: candidate_table(fit, Shape(*fit.weight.shape), forms, storage) for name, fit in fits.items()}
+
+    tables = timed("candidates", candidates)
 
     def sensitivity() -> dict[str, Any]:
         costs = {}
         for layer in found.layers:
             with LayerProbe(model, layer, found.blocks, spread_batches(calibration, arguments.samples)) as probe:
-                costs[layer.name] = measured_sensitivity(probe, searches[layer.name], tables[layer.name])
+                costs[layer.name] = measured_sensitivity(probe, fits[layer.name], tables[layer.name])
         return costs
 
     costs = timed("sensitivity", sensitivity)
@@ -81,25 +90,26 @@ def main() -> None:
     for bits in (3.0, 2.5):
         program = Program(space.choices, int(bits * found.params / 8))
         picked = timed("ilp", lambda program=program: solve(program)).picked
-        chosen = [candidate_of(row) for row in space.table(picked).to_pylist()]
+        chosen = [Candidate.of_row(row) for row in space.table(picked).to_pylist()]
         nmse, accuracy = {}, 0.0
-        for method in ("nearest", "lra"):
+        for name in ("nearest", "lra"):
+            method = METHODS[name]
             paired = PairedForward(model, found.blocks, calibration)
-            rounding = RoundingSettings(method, iterations=arguments.iterations)
 
-            def round_all(paired=paired, chosen=chosen, method=method, rounding=rounding) -> None:
+            def round_all(paired=paired, chosen=chosen, method=method) -> None:
+                given = {"iterations": arguments.iterations} if method.needs_inputs else {}
                 for layer, candidate in zip(found.layers, chosen, strict=True):
-                    moments = paired.moments(layer) if method == "lra" else None
-                    search = searches[layer.name]
-                    result = METHODS[method](layer.name, search, candidate, moments, rounding, None)
-                    paired.set(layer, result.layer)
+                    fit = fits[layer.name]
+                    moments = paired.moments(layer) if method.needs_inputs else None
+                    task = RoundingTask(layer.name, candidate, fit, fit.output_metric, moments)
+                    paired.set(layer, method.round(task, method.layer_settings(**given)).layer)
 
-            timed(f"{method} {bits} bit", round_all)
+            timed(f"{name} {bits} bit", round_all)
             outputs = model_outputs(model, paired.compressed, evaluation)
-            nmse[method] = output_nmse(outputs, reference)
+            nmse[name] = output_nmse(outputs, reference)
             accuracy = evaluate(paired.compressed)["accuracy"]
         before, after = PUBLISHED[bits]
-        low_rank = sum(candidate.form == "LR" for candidate in chosen)
+        low_rank = sum(FORMS[candidate.form].has_product for candidate in chosen)
         print(
             f"| {bits} bit | {nmse['nearest']:.2e} | {before} | {nmse['lra']:.2e} | {after} | {accuracy:.3f} | "
             f"{low_rank} of {len(chosen)} |",

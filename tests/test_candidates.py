@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mlorq.costs.local import spread
 from mlorq.costs.pareto import pareto_front
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch, candidate_of, gram_costs, spread
+from mlorq.fitting.hessian_fit import gram_costs
 from mlorq.fitting.weighted_svd import weighted_svd
 from mlorq.forms.base import Candidate
-from mlorq.forms.memory import candidate_bytes
+from tests.layers import dense, hessian_fit, size_of, stored, table_of
 
 SHAPES = [(12, 40), (40, 12), (17, 17), (3, 64)]
 
@@ -51,13 +52,13 @@ def test_gram_costs_are_those_of_the_explicit_products(shape, rank_deficient, se
     weight, hessian = random_layer(*shape, seed, device)
     if rank_deficient:
         weight[:, shape[1] // 2 :] = weight[:, :1]
-    search = LayerSearch(weight, hessian, CandidateSettings(factor_bits=(2, 4, 6, 8)))
-    costs = search.low_rank_costs()
+    fit = hessian_fit(weight, hessian)
+    costs = fit.product_costs((2, 4, 6, 8))
     assert set(costs) == {(a, b) for a in (2, 4, 6, 8) for b in (2, 4, 6, 8)}
     h = hessian.double().amax(1, keepdim=True)
     for (bits_a, bits_b), found in costs.items():
-        a = search.left_quantizer(bits_a).round_trip(search.factors.a.float()).double()
-        b = search.right_quantizer(bits_b).round_trip(search.factors.b.float()).double()
+        a = fit.left_quantizer(bits_a).round_trip(fit.factors.a.float()).double()
+        b = fit.right_quantizer(bits_b).round_trip(fit.factors.b.float()).double()
         expected = [
             float((h * (weight.double() - a[:, :rank] @ b[:rank]).square()).mean()) for rank in range(1, min(shape) + 1)
         ]
@@ -77,15 +78,14 @@ def test_gram_costs_keep_their_digits_where_the_product_is_nearly_exact(seed):
 @pytest.mark.parametrize("accounting", ["exact", "paper"])
 def test_table_lists_every_candidate_once_with_its_cost_and_memory(accounting, seed):
     weight, hessian = random_layer(24, 60, seed)
-    settings = CandidateSettings(bits=(2, 4, 8), factor_bits=(4, 6), accounting=accounting)
-    search = LayerSearch(weight, hessian, settings)
-    rows = search.table().to_pylist()
+    fit = hessian_fit(weight, hessian)
+    rows = table_of(fit, bits=[2, 4, 8], factor_bits=[4, 6], accounting=accounting).to_pylist()
     assert len({row["candidate_id"] for row in rows}) == len(rows)
-    largest = candidate_bytes(Candidate("Q", bits=8), 24, 60, accounting, "codes")
+    largest = size_of(Candidate("Q", bits=8), 24, 60, accounting)
     for row in rows:
-        candidate = candidate_of(row)
+        candidate = Candidate.of_row(row)
         assert row["candidate_id"] == candidate.candidate_id
-        assert row["bytes"] == candidate_bytes(candidate, 24, 60, accounting, "codes")
+        assert row["bytes"] == size_of(candidate, 24, 60, accounting)
         if candidate.form == "LR":
             assert row["bytes"] < largest
             assert candidate.rank >= 2
@@ -96,14 +96,14 @@ def test_table_lists_every_candidate_once_with_its_cost_and_memory(accounting, s
         (6, 6),
     }
     for row in rows[:3]:
-        error = search.dense(candidate_of(row)) - weight
+        error = dense(fit, Candidate.of_row(row)) - weight
         expected = float((hessian.amax(1, keepdim=True).double() * error.double().square()).mean())
         assert row["local_cost"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_front_is_what_no_candidate_beats(seed):
     weight, hessian = random_layer(20, 48, seed)
-    rows = LayerSearch(weight, hessian, CandidateSettings()).table().to_pylist()
+    rows = table_of(hessian_fit(weight, hessian)).to_pylist()
     for row in rows:
         beaten = any(
             (other["bytes"] <= row["bytes"] and other["local_cost"] < row["local_cost"])
@@ -129,13 +129,13 @@ def test_pareto_front_by_hand(seed):
 
 def test_grouped_layers_are_quantize_only(seed):
     weight, hessian = random_layer(8, 9, seed)
-    table = LayerSearch(weight, hessian, CandidateSettings(), groups=4).table()
+    table = table_of(hessian_fit(weight, hessian), groups=4)
     assert set(table["form"].to_pylist()) == {"Q"}
 
 
 def test_rank_multiple_thins_ranks(seed):
     weight, hessian = random_layer(40, 64, seed)
-    table = LayerSearch(weight, hessian, CandidateSettings(rank_multiple=8)).table()
+    table = table_of(hessian_fit(weight, hessian), rank_multiple=8)
     ranks = {rank for rank in table["rank"].to_pylist() if rank is not None}
     assert ranks
     assert all(rank % 8 == 0 for rank in ranks)
@@ -145,21 +145,20 @@ def test_rank_multiple_thins_ranks(seed):
 @pytest.mark.parametrize("zero_point", ["codes", "int16"])
 def test_what_is_stored_is_what_was_measured(candidate, zero_point, seed):
     weight, hessian = random_layer(16, 33, seed)
-    search = LayerSearch(weight, hessian, CandidateSettings(zero_point=zero_point))
-    layer = search.realise("layer", candidate)
-    torch.testing.assert_close(layer.dense(), search.dense(candidate), rtol=1e-6, atol=1e-7)
+    fit = hessian_fit(weight, hessian, zero_point=zero_point)
+    torch.testing.assert_close(stored(fit, candidate).dense(), dense(fit, candidate), rtol=1e-6, atol=1e-7)
 
 
 def test_scales_found_at_the_rank_are_no_worse(seed):
     weight, hessian = random_layer(24, 60, seed)
-    search = LayerSearch(weight, hessian, CandidateSettings())
-    b = search.factors.b[:4].float()
-    a = search.factors.a[:, :4].float()
+    fit = hessian_fit(weight, hessian)
+    b = fit.factors.b[:4].float()
+    a = fit.factors.a[:, :4].float()
 
     def error(quantizer):
         return ((quantizer.round_trip(a) @ b - weight).square() * hessian).sum(1)
 
-    at_rank, shared = search.left_quantizer(4, 4), search.left_quantizer(4)
+    at_rank, shared = fit.left_quantizer(4, 4), fit.left_quantizer(4)
     assert (error(at_rank).sum() <= error(shared).sum() * 1.05).all()
 
 

@@ -23,9 +23,10 @@ from mlorq.checkpoint.io import inspect, load, save
 from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.config.budget import parse_budget
 from mlorq.errors import CheckpointError, ModelError
-from mlorq.forms.base import Candidate, CompressedLayer
-from mlorq.forms.memory import candidate_bytes, stored_matrices
+from mlorq.forms.base import Candidate
 from mlorq.forms.modules import CompressedLinear, CompressedModule, replace_layers
+from mlorq.forms.stored_layer import CompressedLayer
+from tests.layers import matrices_of, size_of
 
 torch.set_num_threads(1)
 
@@ -107,7 +108,7 @@ def random_compressed(
     weight, rng = layer.weight, torch.Generator().manual_seed(seed)
     assert isinstance(weight, Tensor)
     matrices = {}
-    for part, (rows, columns, bits) in stored_matrices(candidate, weight.shape[0], weight[0].numel()).items():
+    for part, (rows, columns, bits) in matrices_of(candidate, weight.shape[0], weight[0].numel()).items():
         codes = torch.randint(0, 2**bits, (rows, columns), generator=rng, dtype=torch.uint8)
         scale = (torch.rand(rows, generator=rng) * 0.01 + 0.001).to(torch.float16)
         if zero_point == "codes":
@@ -258,7 +259,7 @@ def test_config_describes_every_layer(saved: Path) -> None:
     assert rows["patch"] == {
         "layer": "patch", "kind": "conv2d", "shape": [16, 3, 4, 4], "form": "LR", "bits": None, "bits_a": 4,
         "bits_b": 8, "rank": 3, "zero_point": "codes", "dtype": "float32",
-        "bytes": candidate_bytes(ALLOCATION["patch"], 16, 48, "exact", "codes"), "aliases": [],
+        "bytes": size_of(ALLOCATION["patch"], 16, 48), "aliases": [],
     }  # fmt: skip
     assert (rows["blocks.2"]["kind"], rows["blocks.2"]["form"], rows["blocks.2"]["bits"]) == ("linear", "Q", 2)
 
@@ -331,7 +332,7 @@ def test_sizes_are_those_of_the_files(saved: Path) -> None:
     expected, params = 0, 0
     for name, candidate in ALLOCATION.items():
         weight = model.get_submodule(name).weight
-        expected += candidate_bytes(candidate, weight.shape[0], weight[0].numel(), "exact", "codes")
+        expected += size_of(candidate, weight.shape[0], weight[0].numel())
         params += weight.numel()
     assert sizes["bytes"] == expected
     assert sizes["float_bytes"] == 4 * params
@@ -385,7 +386,7 @@ def test_the_folder_never_exceeds_the_bound(tmp_path: Path, accounting: Any, see
         layer = model.get_submodule(name)
         rows, columns = layer.weight.shape[0], layer.weight[0].numel()
         allocation[name] = random_candidate(rng, rows, columns, getattr(layer, "groups", 1))
-        counted += candidate_bytes(allocation[name], rows, columns, accounting, zero_point)
+        counted += size_of(allocation[name], rows, columns, accounting, zero_point)
     compressed = compress(model, allocation, seed, zero_point)
     if rng.random() < 0.5:
         compressed.double().to(next(model.parameters()).dtype)  # shared buffers come apart
@@ -413,7 +414,7 @@ def test_bound_of_a_bert_is_tight(tmp_path: Path) -> None:
     for name in names:
         rows, columns = model.get_submodule(name).weight.shape
         allocation[name] = random_candidate(rng, rows, columns, 1)
-        counted += candidate_bytes(allocation[name], rows, columns, "exact", "codes")
+        counted += size_of(allocation[name], rows, columns)
     assert counted <= budget
     save(checkpoint_files(compress(model, allocation), {**description, **{"extra": {"seed": 0}}}), tmp_path)
     total = inspect(tmp_path)["file_bytes"]
@@ -429,7 +430,7 @@ def test_the_bound_pays_for_what_the_paper_leaves_out(bits: int) -> None:
     candidate = Candidate("LR", bits_a=bits, bits_b=bits, rank=401)
     bound = rest_upper_bound(model, {"0": []}, DESCRIPTION, accounting="paper", extra_bytes=0)
     files = checkpoint_files(compress(model, {"0": candidate}, zero_point="int16"), DESCRIPTION)
-    slack = bound + candidate_bytes(candidate, 401, 403, "paper", "int16") - sum(map(len, files.values()))
+    slack = bound + size_of(candidate, 401, 403, "paper", "int16") - sum(map(len, files.values()))
     assert 0 <= slack <= 2100 + 5 * 401  # W's rows, which this layer has not
     exact = rest_upper_bound(model, {"0": []}, DESCRIPTION, extra_bytes=0)
     assert bound == exact + 5 * (2 * 401 + 401)

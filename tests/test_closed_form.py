@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mlorq.calibration.covariance import LEAST_SHRINKAGE, Moments, OuterProducts, pooled, shrink
-from mlorq.codecs.affine import RowQuantizer, search_quantizer
-from mlorq.fitting.covariance_fit import ClosedForm, Metric, product_costs
+from mlorq.codecs.affine import RowQuantizer
+from mlorq.fitting.covariance_fit import CovarianceFit, Metric, covariance_fit, product_costs
 from mlorq.fitting.gptq import DAMPING, RowHessian, descend, gptq, refit_scale
-from mlorq.fitting.hessian_fit import CandidateSettings
-from mlorq.fitting.moment_search import MomentSearch
-from mlorq.forms.base import Candidate
+from mlorq.fitting.scale_search import search_quantizer
+from mlorq.fitting.settings import FitSettings
+from mlorq.forms.base import FORMS, Candidate
+from tests.layers import dense, table_of
 
 PERCENTILES = (0.95, 0.99, 1.0)
 
@@ -139,7 +140,7 @@ def test_cost_is_the_error_over_tokens_and_gradients(seed: int) -> None:
 
 def test_costs_of_all_ranks_are_those_of_every_product(seed: int) -> None:
     weight, metric = weights(9, 12, seed), Metric(covariance(12, seed), covariance(9, seed + 1))
-    closed = ClosedForm(weight, metric, PERCENTILES)
+    closed = CovarianceFit(weight, metric, PERCENTILES)
     left = {bits: closed.left_at_all_ranks(bits) for bits in (4, 6)}
     right = {bits: closed.right(bits).dequantize() for bits in (4, 8)}
     for (bits_a, bits_b), costs in product_costs(closed.weight, metric, left, right).items():
@@ -153,10 +154,10 @@ def test_costs_of_all_ranks_are_those_of_every_product(seed: int) -> None:
 
 def test_forms_in_closed_form_beat_what_they_start_from(seed: int) -> None:
     weight, metric = weights(24, 40, seed), Metric(covariance(40, seed), covariance(24, seed + 1))
-    closed = ClosedForm(weight, metric, PERCENTILES)
+    closed = CovarianceFit(weight, metric, PERCENTILES)
 
     def cost(candidate: Candidate) -> float:
-        return metric.cost(closed.dense(candidate) - weight)
+        return metric.cost(dense(closed, candidate) - weight)
 
     nearest = search_quantizer(weight, 3, PERCENTILES).round_trip(weight)
     assert cost(Candidate("Q", bits=3)) < 0.8 * metric.cost(nearest - weight)
@@ -170,7 +171,7 @@ def test_forms_in_closed_form_beat_what_they_start_from(seed: int) -> None:
 def test_latent_values_round_to_their_codes(seed: int) -> None:
     weight, metric = weights(8, 20, seed), Metric(covariance(20, seed))
     candidate = Candidate("QLR", bits=2, bits_a=4, bits_b=4, rank=3)
-    for part in ClosedForm(weight, metric, PERCENTILES).rounded(candidate).values():
+    for part in FORMS[candidate.form].fit(CovarianceFit(weight, metric, PERCENTILES), candidate).values():
         assert torch.equal(part.quantizer.quantize(part.latent()), part.codes)
         error = (part.latent() - part.values).abs().mean()
         assert error <= (part.dequantize() - part.values).abs().mean()
@@ -189,10 +190,9 @@ def test_a_rank_that_only_the_fitted_samples_allow_is_not_free(seed: int) -> Non
     """Few tokens span few directions: judged on themselves a low rank costs nothing, on others it does."""
     generator = torch.Generator().manual_seed(seed)
     x, g = torch.randn(16, 40, generator=generator), torch.randn(300, 12, generator=generator)
-    settings = CandidateSettings(factor_bits=(8,), metric="moments")
-    search = MomentSearch(weights(12, 40, seed), torch.ones(12, 40), settings, folds_of(x, g))
-    own = MomentSearch(search.weight, torch.ones(12, 40), settings, [search.folds[0]])
-    held_out, fitted = (found.low_rank_costs()[8, 8] for found in (search, own))
+    settings, folds = FitSettings(metric="moments"), folds_of(x, g)
+    fits = [covariance_fit(weights(12, 40, seed), used, settings) for used in (folds, folds[:1])]
+    held_out, fitted = (fit.product_costs([8])[8, 8] for fit in fits)
     assert fitted[9] < 0.2 * fitted[1]
     assert held_out[9] > 2 * fitted[9]
 
@@ -201,15 +201,14 @@ def test_table_of_all_three_forms(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(400, 30, generator=generator) * torch.logspace(0, -2, 30)
     folds = folds_of(x, torch.randn(300, 20, generator=generator))
-    settings = CandidateSettings(metric="moments", forms=("Q", "LR", "QLR"), sum_ranks=(2, 4, 64))
-    search = MomentSearch(weights(20, 30, seed), torch.ones(20, 30), settings, folds)
-    rows = search.table().to_pylist()
+    fit = covariance_fit(weights(20, 30, seed), folds, FitSettings(metric="moments"))
+    rows = table_of(fit, forms=["Q", "LR", "QLR"], sum_ranks=[2, 4, 64]).to_pylist()
     assert {row["form"] for row in rows} == {"Q", "LR", "QLR"}
     assert max(row["rank"] for row in rows if row["form"] == "QLR") == 4  # no rank beyond the matrix
     for row in rows:
         if row["form"] == "Q":
-            error = search.fitted.dense(Candidate("Q", bits=row["bits"])) - search.weight
-            assert row["local_cost"] == pytest.approx(search.judge.cost(error) / error.numel(), rel=1e-6)
+            error = dense(fit, Candidate("Q", bits=row["bits"])) - fit.weight
+            assert row["local_cost"] == pytest.approx(fit.judge.cost(error) / error.numel(), rel=1e-6)
 
 
 # -- moments ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
-from flows.comparison import METHODS, chosen, configured, notes, plan, uniform_bytes, width_for
+from flows.comparison import chosen, configured, known_methods, notes, plan, uniform_bytes, width_for
 from flows.run import known_layers, open_bench
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import RunConfig
@@ -20,7 +20,7 @@ from mlorq.errors import ConfigError
 from tests.test_cli import fails, write_project
 from tests.test_flows import flow_runs
 
-NAMES = list(METHODS)
+NAMES = list(known_methods())
 SETTINGS = {
     "search": {"points": 2, "hessian_probes": 4, "samples": 8, "rounds": 1, "factor_bits": [4], "sum_ranks": [2]},
     "rounding": {"iterations": 6, "tuning": 2},
@@ -131,7 +131,7 @@ def test_budgets_and_settings_of_methods(tmp_path: Path) -> None:
         assert own.activations is not None
         assert own.activations.bits == 4
         assert own.activations.method == ("uniform" if method.name == "nearest" else own.activations.method)
-    assert configured(METHODS["mlorq+erq+lra"], values, config.folder, 3, None).rounding.start == "erq"
+    assert configured(known_methods()["mlorq+erq+lra"], values, config.folder, 3, None).rounding.start == "erq"
 
 
 @pytest.mark.parametrize("text", ["3bit", "4 bits", "5.5bit", "20%", "100kB"])

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.errors import ModelError
-from mlorq.forms.base import MATRICES, Candidate, CompressedLayer
-from mlorq.forms.memory import candidate_bytes, stored_matrices
+from mlorq.forms.base import FORMS, Candidate
 from mlorq.forms.modules import CompressedConv2d, CompressedLinear, replace_layers
+from mlorq.forms.stored_layer import CompressedLayer
+from tests.layers import matrices_of, size_of
 
 torch.set_num_threads(1)
 
@@ -37,7 +38,7 @@ def random_compressed(
     weight, rng = layer.weight, generator(seed)
     assert isinstance(weight, Tensor)
     matrices = {}
-    for part, (rows, columns, bits) in stored_matrices(candidate, weight.shape[0], weight[0].numel()).items():
+    for part, (rows, columns, bits) in matrices_of(candidate, weight.shape[0], weight[0].numel()).items():
         codes = torch.randint(0, 2**bits, (rows, columns), generator=rng, dtype=torch.uint8)
         scale = (torch.rand(rows, generator=rng) * 0.1 + 0.01).to(torch.float16)
         if zero_point == "codes":
@@ -95,8 +96,8 @@ def test_buffers_hold_the_exact_bytes_and_give_the_record_back(candidate: Candid
     layer = random_linear(4)
     compressed = random_compressed("fc", layer, candidate, 5, zero_point)
     module = CompressedLinear.from_layer(layer, compressed)
-    assert module.stored_bytes == candidate_bytes(candidate, 13, 19, "exact", zero_point)
-    names = set(MATRICES[candidate.form])
+    assert module.stored_bytes == size_of(candidate, 13, 19, zero_point=zero_point)
+    names = set(FORMS[candidate.form].names)
     suffixes = ("codes", "scale", "zero_point")
     assert set(module.state_dict()) == {f"{name}_{part}" for name in names for part in suffixes} | {"bias"}
     back = module.compressed_layer()
@@ -435,7 +436,7 @@ def test_matrices_that_do_not_fit_are_named() -> None:
         CompressedLinear.from_layer(layer, replace(good, candidate=Candidate("Q", bits=4)))
     matrix = good.matrices["weight"]
     wrong_scale = replace(matrix, scale=matrix.scale.float())
-    with pytest.raises(ModelError, match=r"'fc'.*float32 scales"):
+    with pytest.raises(ModelError, match=r"'fc': scale of weight is torch\.float32 instead of torch\.float16"):
         CompressedLinear.from_layer(layer, replace(good, matrices={"weight": wrong_scale}))
     too_large = replace(matrix, codes=torch.full_like(matrix.codes, 8))
     with pytest.raises(ValueError, match="code 8 does not fit 3 bits"):

@@ -18,13 +18,14 @@ from mlorq.checkpoint.io import inspect, load, save
 from mlorq.config.budget import parse_budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
-from mlorq.forms.embedding_tables import CompressedEmbedding, find_tables, quantize_table, replace_tables, set_tables
-from mlorq.forms.memory import matrix_bytes
-from mlorq.forms.modules import replace_layers
+from mlorq.forms.base import uniform_candidate
+from mlorq.forms.embedding_tables import find_tables, quantize_table, replace_tables, set_tables
+from mlorq.forms.modules import CompressedEmbedding, replace_layers
 from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from tests import zoo
+from tests.layers import size_of
 
 PERCENTILES = [0.97, 0.99, 0.9995, 1.0]
 TABLES = ["embeddings.word_embeddings", "embeddings.position_embeddings"]  # of the tiny BERT: 24 x 32 and 40 x 32
@@ -78,7 +79,7 @@ def test_a_lookup_gives_the_rows_of_the_table_and_padding_stays_zero(bits, dtype
     assert compressed(torch.tensor(3)).shape == (13,)
     step = (table.weight.amax(1) - table.weight.amin(1)) / (2**bits - 1)
     assert ((compressed.weight - table.weight).abs() <= 0.6 * step.unsqueeze(1) + 0.02).float().mean() > 0.9
-    assert compressed.stored_bytes == matrix_bytes(30, 13, bits, "codes")
+    assert compressed.stored_bytes == size_of(uniform_candidate(bits), 30, 13)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -93,7 +94,7 @@ def test_a_model_with_compressed_tables_is_saved_counted_and_loaded(bits, tmp_pa
     files = checkpoint_files(compressed, description)
     save(files, tmp_path)
     info = inspect(tmp_path)
-    expected = sum(matrix_bytes(rows, 32, bits, "codes") for rows in (24, 40))
+    expected = sum(size_of(uniform_candidate(bits), rows, 32) for rows in (24, 40))
     assert info["sizes"]["embedding_bytes"] == expected
     assert (info["sizes"]["bytes"], info["sizes"]["float_bytes"]) == (0, 0)
     assert sum(info["files"].values()) == expected + info["sizes"]["rest_bytes"] + info["sizes"]["overhead_bytes"]
@@ -161,7 +162,7 @@ def test_a_run_with_quantized_embeddings(folder):
         assert [row["table"] for row in result["embeddings"]["tables"]] == [f"bert.{name}" for name in TABLES]
         assert [row["table"] for row in result["embeddings"]["skipped"]] == ["bert.embeddings.token_type_embeddings"]
         assert result["embedding_bytes"] == sum(row["bytes"] for row in result["embeddings"]["tables"])
-        assert result["embedding_bytes"] == sum(matrix_bytes(rows, 32, bits, "codes") for rows in (24, 40))
+        assert result["embedding_bytes"] == sum(size_of(uniform_candidate(bits), rows, 32) for rows in (24, 40))
         assert result["bytes"] <= result["budget_bytes"] == plain["budget_bytes"]
         assert result["rest_bytes"] + (24 + 40) * 32 * 4 == plain["rest_bytes"]
         location = result["checkpoint"].removeprefix("file://")
@@ -226,7 +227,7 @@ def test_in_python_with_a_tied_head():
     result = mlorq.compress(
         module, batches, budget="6bit", rounding="nearest", embeddings={"bits": 8, "smallest": 64}, **options
     )
-    assert result.metrics["embedding_bytes"] == matrix_bytes(8, 16, 8, "codes")
+    assert result.metrics["embedding_bytes"] == size_of(uniform_candidate(8), 8, 16)
     kinds = {name: type(child).__name__ for name, child in result.model.named_modules()}
     assert (kinds["positions"], kinds["words"], kinds["renormed"]) == ("CompressedEmbedding", "Embedding", "Embedding")
     assert kinds["decoder"] == "CompressedLinear"

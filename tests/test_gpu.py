@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 import mlorq
-from mlorq.codecs.affine import RowQuantizer, search_quantizer
-from mlorq.fitting.covariance_fit import ClosedForm, Metric
+from mlorq.codecs.affine import RowQuantizer
+from mlorq.fitting.covariance_fit import CovarianceFit, Metric
 from mlorq.fitting.gptq import RowHessian, descend, gptq
+from mlorq.fitting.scale_search import search_quantizer
 from mlorq.forms.base import Candidate
-from mlorq.rounding import METHODS, lra
-from mlorq.rounding.base import RoundingSettings
+from mlorq.rounding import adaptive_rounding
 from tests import zoo
+from tests.layers import dense, round_layer
 from tests.test_closed_form import PERCENTILES, covariance, row_errors, weights
-from tests.test_rounding import correlated_tokens, moments_of, searched
+from tests.test_rounding import correlated_tokens, fitted, moments_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -58,22 +59,21 @@ def test_closed_forms_of_candidates(candidate: Candidate, seed: int) -> None:
     weight, metric = weights(90, 120, seed), Metric(covariance(120, seed), covariance(90, seed + 1))
     there = Metric(metric.inputs.cuda(), metric.gradients.cuda())
     costs = [
-        metric.cost(ClosedForm(weight.to(at.inputs.device), at, PERCENTILES).dense(candidate).cpu() - weight)
+        metric.cost(dense(CovarianceFit(weight.to(at.inputs.device), at, PERCENTILES), candidate).cpu() - weight)
         for at in (metric, there)
     ]
     assert costs[1] == pytest.approx(costs[0], rel=0.01)
 
 
 def test_recorded_iterations_are_iterations(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = searched(seed)
-    search.weight, search.hessian = search.weight.cuda(), search.hessian.cuda()
+    fit = fitted(seed, device="cuda")
     given = moments_of(*correlated_tokens(400, 20, seed))
     moments = type(given)(given.compressed.cuda(), given.drift_cross.cuda(), given.drift.cuda(), 400)
     for candidate in (Candidate("Q", bits=3), Candidate("LR", rank=6, bits_a=4, bits_b=4)):
         found = []
         for kernels in (True, False):
-            monkeypatch.setattr(lra, "has_kernels", lambda device, kernels=kernels: kernels)
-            found.append(METHODS["lra"]("layer", search, candidate, moments, RoundingSettings(iterations=200), None))
+            monkeypatch.setattr(adaptive_rounding, "has_kernels", lambda device, kernels=kernels: kernels)
+            found.append(round_layer("lra", fit, candidate, moments, iterations=200))
         assert found[0].error_after < found[0].error_before
         assert found[0].error_after == pytest.approx(found[1].error_after, rel=1e-3)
 

@@ -16,7 +16,9 @@ from mlorq.calibration.token_importance import (
     leaders,
     token_importance,
 )
-from mlorq.forms.base import Candidate, CompressedLayer, QuantizedMatrix
+from mlorq.codecs.affine import QuantizedMatrix
+from mlorq.forms.base import Candidate
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import find_layers, input_tokens
 from mlorq.rounding.paired_forward import PairedForward, token_weights
 from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
@@ -218,7 +220,7 @@ def test_reconstruction_serves_the_tokens_that_matter(seed):
                 paired.set(layer, coarse(layer, model.module))
             if layer.name.startswith("blocks.1."):
                 inside.append((layer, coarse(layer, model.module)))
-        result = reconstruct(paired, 1, inside, ReconstructionSettings(iterations=150, seed=seed))
+        result = reconstruct(paired, 1, inside, ReconstructionSettings(iterations=150), seed=seed)
         for layer, _ in inside:
             paired.set(layer, next(item for item in result.layers if item.layer == layer.name))
         calls = paired.block_calls(1)
@@ -245,7 +247,7 @@ def test_a_net_whose_blocks_read_all_tokens_still_reconstructs(seed):
     for layer in listed.layers[:3]:
         paired.set(layer, coarse(layer, model.module))
     inside = [(layer, coarse(layer, model.module)) for layer in listed.layers[1:3]]
-    result = reconstruct(paired, 0, inside, ReconstructionSettings(iterations=40, seed=seed))
+    result = reconstruct(paired, 0, inside, ReconstructionSettings(iterations=40), seed=seed)
     assert result.loss_after <= result.loss_before
 
 

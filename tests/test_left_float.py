@@ -13,12 +13,12 @@ from flows.render import print_checkpoint, result_facts
 from mlorq.checkpoint.float_sizes import KINDS, TensorSize, rest_by_kind
 from mlorq.checkpoint.format import checkpoint_files, float_rest
 from mlorq.checkpoint.io import inspect, load, save
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import replace_layers
 from mlorq.models import from_module
 from mlorq.models.layers import LayerList, find_layers, weight_matrix
 from tests import zoo
+from tests.layers import hessian_fit, stored
 from tests.nets import SharedNet, TokenNet, images
 
 
@@ -44,8 +44,7 @@ def packed(kind: str, folder) -> tuple[nn.Module, Any, LayerList, dict[str, Any]
     layers = {}
     for layer in found.layers:
         weight = weight_matrix(module.get_submodule(layer.name))
-        search = LayerSearch(weight, torch.ones_like(weight), CandidateSettings(), layer.groups)
-        layers[layer.name] = search.realise(layer.name, Candidate("Q", bits=4))
+        layers[layer.name] = stored(hessian_fit(weight), Candidate("Q", bits=4), layer.name)
     copy = deepcopy(module)
     replace_layers(copy, layers, {layer.name: list(layer.aliases) for layer in found.layers})
     save(checkpoint_files(copy, {"architecture": model.architecture}), folder)

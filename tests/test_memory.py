@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 import random
 
-import numpy as np
 import pytest
 import torch
 
-from mlorq.codecs.affine import ZeroPoint
+from mlorq.codecs.affine import AffineCodec
+from mlorq.codecs.base import Accounting, ZeroPoint
 from mlorq.codecs.packing import pack_rows
-from mlorq.forms.base import Candidate
-from mlorq.forms.memory import (
-    candidate_bytes,
-    low_rank_bytes,
-    matrix_bytes,
-    stored_matrices,
-)
+from mlorq.forms.base import Candidate, Shape, enumerate_candidates
+from tests.layers import matrices_of, search_config, size_of
 
 torch.set_num_threads(1)
 
@@ -38,48 +33,47 @@ def test_exact_bytes_are_those_of_the_tensors(bits: int, zero_point: ZeroPoint) 
     rng = random.Random(bits)
     for _ in range(10):
         m, n, rank = rng.randint(1, 40), rng.randint(1, 40), rng.randint(2, 20)
-        assert matrix_bytes(m, n, bits, zero_point) == tensors_of_matrix(m, n, bits, zero_point)
+        assert AffineCodec(bits, zero_point).size(m, n) == tensors_of_matrix(m, n, bits, zero_point)
         expected = tensors_of_matrix(m, n, bits, zero_point)
-        assert candidate_bytes(Candidate("Q", bits=bits), m, n, "exact", zero_point) == expected
+        assert size_of(Candidate("Q", bits=bits), m, n, zero_point=zero_point) == expected
         other = rng.choice((2, 4, 8))
         low_rank = Candidate("LR", bits_a=bits, bits_b=other, rank=rank)
         expected = tensors_of_matrix(m, rank, bits, zero_point)
         expected += tensors_of_matrix(rank, n, other, zero_point)
-        assert candidate_bytes(low_rank, m, n, "exact", zero_point) == expected
+        assert size_of(low_rank, m, n, zero_point=zero_point) == expected
 
 
 def test_paper_bytes_are_the_bits_of_the_codes() -> None:
-    assert candidate_bytes(Candidate("Q", bits=3), 5, 7, "paper", "int16") == math.ceil(5 * 7 * 3 / 8)
+    assert size_of(Candidate("Q", bits=3), 5, 7, "paper", "int16") == math.ceil(5 * 7 * 3 / 8)
     # Widths belong to their own bits: A has m rows, B has n columns.
     low_rank = Candidate("LR", bits_a=8, bits_b=4, rank=3)
-    assert candidate_bytes(low_rank, 100, 10, "paper", "codes") == math.ceil(3 * (100 * 8 + 10 * 4) / 8)
-    assert candidate_bytes(low_rank, 10, 100, "paper", "codes") == math.ceil(3 * (10 * 8 + 100 * 4) / 8)
+    assert size_of(low_rank, 100, 10, "paper", "codes") == math.ceil(3 * (100 * 8 + 10 * 4) / 8)
+    assert size_of(low_rank, 10, 100, "paper", "codes") == math.ceil(3 * (10 * 8 + 100 * 4) / 8)
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("accounting", ["exact", "paper"])
-def test_arrays_agree_with_single_candidates(accounting: str, zero_point: ZeroPoint) -> None:
-    ranks = np.arange(2, 50)
-    for bits_a, bits_b in ((4, 8), (8, 4), (6, 6), (3, 5)):
-        sizes = low_rank_bytes(ranks, bits_a, bits_b, 37, 51, accounting, zero_point)  # type: ignore[arg-type]
-        assert sizes.dtype == np.int64
-        for rank, size in zip(ranks, sizes, strict=True):
-            candidate = Candidate("LR", bits_a=bits_a, bits_b=bits_b, rank=int(rank))
-            assert size == candidate_bytes(candidate, 37, 51, accounting, zero_point)  # type: ignore[arg-type]
+def test_tables_agree_with_single_candidates(accounting: Accounting, zero_point: ZeroPoint) -> None:
+    config = search_config(forms=["Q", "LR", "QLR"], factor_bits=[3, 4, 5, 6, 8], accounting=accounting,
+                           zero_point=zero_point)  # fmt: skip
+    found = enumerate_candidates(Shape(37, 51), config.form_settings, config.storage)
+    assert {candidate.form for candidate, _ in found} == {"Q", "LR", "QLR"}
+    for candidate, size in found:
+        assert size == size_of(candidate, 37, 51, accounting, zero_point)
 
 
-def test_matrix_bytes_broadcasts_and_does_not_overflow() -> None:
-    rows, columns = [1, 3, 2**31], [5, 8, 2**20]
-    sizes = matrix_bytes(np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64), 3, "codes")
-    assert sizes.tolist() == [matrix_bytes(r, c, 3, "codes") for r, c in zip(rows, columns, strict=True)]
+def test_sizes_do_not_overflow() -> None:
+    rows, columns = 2**31, 2**20
+    assert AffineCodec(3).size(rows, columns) == rows * (columns * 3 // 8 + 3)
+    assert size_of(Candidate("Q", bits=3), rows, columns) == rows * (columns * 3 // 8 + 3)
 
 
 def test_stored_matrices_and_incomplete_candidates() -> None:
-    assert stored_matrices(Candidate("Q", bits=4), 6, 9) == {"weight": (6, 9, 4)}
+    assert matrices_of(Candidate("Q", bits=4), 6, 9) == {"weight": (6, 9, 4)}
     low_rank = Candidate("LR", bits_a=4, bits_b=8, rank=2)
-    assert stored_matrices(low_rank, 6, 9) == {"a": (6, 2, 4), "b": (2, 9, 8)}
+    assert matrices_of(low_rank, 6, 9) == {"a": (6, 2, 4), "b": (2, 9, 8)}
     both = Candidate("QLR", bits=3, bits_a=4, bits_b=8, rank=2)
-    assert stored_matrices(both, 6, 9) == {"weight": (6, 9, 3), "a": (6, 2, 4), "b": (2, 9, 8)}
+    assert matrices_of(both, 6, 9) == {"weight": (6, 9, 3), "a": (6, 2, 4), "b": (2, 9, 8)}
     for bad in (
         Candidate("QLR", bits=3),
         Candidate("Q", bits=3, bits_a=4, bits_b=4, rank=2),
@@ -88,4 +82,4 @@ def test_stored_matrices_and_incomplete_candidates() -> None:
         Candidate("LR", bits_a=4, rank=2),
     ):
         with pytest.raises(ValueError, match="incomplete"):
-            candidate_bytes(bad, 6, 9, "exact", "codes")
+            size_of(bad, 6, 9)

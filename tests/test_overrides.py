@@ -9,10 +9,11 @@ from flows.dry_run import smallest_layer_bytes
 from mlorq.artifacts.store import Store
 from mlorq.config.layer_overrides import check_overrides, layer_search, search_json
 from mlorq.config.run import SearchConfig
+from mlorq.costs.local import candidate_table
 from mlorq.errors import ConfigError
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.forms.base import Shape
 from mlorq.models.layers import find_layers, weight_matrix
-from steps.candidates import settings_of, settings_params
+from tests.layers import hessian_fit, search_config
 from tests.nets import images, token_net
 from tests.test_pipeline import folder, run  # noqa: F401  (a fixture)
 
@@ -20,7 +21,7 @@ FIXED = {"bits": [8], "forms": ["Q"]}
 
 
 def search(**layers) -> SearchConfig:
-    return SearchConfig.model_validate({"layers": layers})
+    return search_config(layers=layers)
 
 
 def listed():
@@ -43,7 +44,7 @@ def test_the_more_specific_pattern_decides_key_by_key():
         assert (inner.bits, inner.sum_ranks, inner.forms, inner.rank_multiple) == ([4], [8], ["Q"], 4)
         assert layer_search(merged, found["blocks.0.up"]).forms == ["Q", "LR"]
         assert layer_search(merged, found["head"]).bits == [2, 3]
-        assert layer_search(merged, found["blocks.2.down"]).factor_bits == SearchConfig().factor_bits
+        assert layer_search(merged, found["blocks.2.down"]).factor_bits == search_config().factor_bits
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_patterns_that_cannot_be_meant_are_named(layers, words):
 
 
 def test_an_unchanged_section_has_the_json_that_it_had():
-    assert "layers" not in search_json(SearchConfig())
+    assert "layers" not in search_json(search_config())
     assert search_json(search(head=FIXED))["layers"]["head"]["bits"] == [8]
 
 
@@ -72,12 +73,12 @@ def test_an_unchanged_section_has_the_json_that_it_had():
 )
 def test_the_smallest_size_is_that_of_the_candidates(override):
     model, found = listed()
-    merged = SearchConfig.model_validate({"forms": ["Q", "LR", "QLR"], "layers": {"*": override}})
+    merged = search_config(forms=["Q", "LR", "QLR"], layers={"*": override})
     for layer in found.layers:
-        settings = settings_of(settings_params(layer_search(merged, layer)))
-        assert isinstance(settings, CandidateSettings)
+        own = layer_search(merged, layer)
         weight = weight_matrix(model.module.get_submodule(layer.name))
-        table = LayerSearch(weight, weight.abs() + 1, settings, layer.groups).table()
+        fit, shape = hessian_fit(weight, weight.abs() + 1), Shape(*weight.shape, layer.groups)
+        table = candidate_table(fit, shape, own.form_settings, own.storage)
         assert smallest_layer_bytes(layer, merged) == min(table["bytes"].to_pylist()), layer.name
 
 

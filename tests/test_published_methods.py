@@ -8,19 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlorq.codecs.affine import RowQuantizer, search_quantizer
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
-from mlorq.forms.base import Candidate
+from mlorq.codecs.affine import RowQuantizer
+from mlorq.fitting.scale_search import search_quantizer
+from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.layers import find_layers, weight_matrix
-from mlorq.rounding import METHODS, RoundingSettings
-from mlorq.rounding.base import output_error
-from mlorq.rounding.erq import FLIPS, TOKEN_RIDGE, WEIGHT_RIDGE, flipped, moved_search, round_in_halves
+from mlorq.rounding import METHODS
+from mlorq.rounding.brecq import SoftSettings
+from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import PairedForward
-from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
+from mlorq.rounding.reconstruction import reconstruct_softly
+from mlorq.rounding.ridge_rounding import FLIPS, TOKEN_RIDGE, WEIGHT_RIDGE, flipped, moved_fit, round_in_halves
 from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, SoftMatrix, set_hard
 from mlorq.rounding.trainable import _batch_order
+from tests.layers import hessian_fit, round_layer
 from tests.nets import images, token_net
-from tests.test_reconstruct import block_error, drifting, moments, searched
+from tests.test_reconstruct import block_error, drifting, fitted, moments
 
 PERCENTILES = [0.97, 0.99, 1.0]
 
@@ -98,35 +100,35 @@ def test_halves_are_rounded_and_the_rest_makes_up_for_them(seed):
 @pytest.mark.parametrize("candidate", [Candidate("Q", bits=3), Candidate("LR", bits_a=4, bits_b=4, rank=8)])
 def test_each_regression_lowers_the_error_of_the_layer(candidate, seed):
     x, y = drifting(seed)
-    search, found = searched(seed), moments(x, y)
-    moved = moved_search(search, found)
+    fit, found = fitted(seed), moments(x, y)
+    moved = moved_fit(fit, found)
     normal = y.double().T @ y.double() + TOKEN_RIDGE * torch.eye(16, dtype=torch.float64)
-    targets = (x - y).double() @ search.weight.double().T
-    naive = search.weight.double() + torch.linalg.solve(normal, y.double().T @ targets).T
+    targets = (x - y).double() @ fit.weight.double().T
+    naive = fit.weight.double() + torch.linalg.solve(normal, y.double().T @ targets).T
     torch.testing.assert_close(moved.weight.double(), naive, atol=1e-4, rtol=1e-3)
-    assert output_error(search.weight, moved.weight, found) < output_error(search.weight, search.weight, found)
-    result = METHODS["erq"]("layer", search, candidate, found, RoundingSettings("erq"))
+    assert output_error(fit.weight, moved.weight, found) < output_error(fit.weight, fit.weight, found)
+    result = round_layer("erq", fit, candidate, found)
     assert result.error_after < result.error_before
-    assert result.error_after == pytest.approx(output_error(search.weight, result.layer.dense(), found), rel=1e-6)
+    assert result.error_after == pytest.approx(output_error(fit.weight, result.layer.dense(), found), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [10, 18, 24])  # of 16 inputs
 def test_the_noise_of_few_samples_is_not_fitted(count, seed):
     x = 10 * drifting(seed, tokens=400)[0]
     y = x + 2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1000))
-    search = searched(seed)
+    fit = fitted(seed)
     few, others = replace(moments(x[:count], y[:count]), has_tokens=False), moments(x[count:], y[count:])
-    moved = moved_search(search, few)
-    assert output_error(search.weight, moved.weight, others) < 1.5 * output_error(search.weight, search.weight, others)
-    assert output_error(search.weight, moved.weight, few) < output_error(search.weight, search.weight, few)
+    moved = moved_fit(fit, few)
+    assert output_error(fit.weight, moved.weight, others) < 1.5 * output_error(fit.weight, fit.weight, others)
+    assert output_error(fit.weight, moved.weight, few) < output_error(fit.weight, fit.weight, few)
 
 
 def test_lra_starts_from_the_moved_weights(seed):
     x, y = drifting(seed)
-    search, found = searched(seed), moments(x, y)
+    fit, found = fitted(seed), moments(x, y)
     candidate = Candidate("LR", bits_a=4, bits_b=4, rank=8)
     errors = [
-        METHODS["lra"]("layer", search, candidate, found, RoundingSettings(iterations=200, start=start)).error_after
+        round_layer("lra", fit, candidate, found, iterations=200, start=start).error_after
         for start in ("nearest", "erq")
     ]
     assert errors[1] < errors[0]
@@ -138,7 +140,7 @@ def test_lra_starts_from_the_moved_weights(seed):
 def test_soft_rounding_starts_at_the_value_and_ends_at_codes(seed):
     values = torch.randn(6, 10, generator=torch.Generator().manual_seed(seed))
     quantizer = search_quantizer(values, 3, [1.0])
-    soft = SoftMatrix(values, quantizer, "codes")
+    soft = SoftMatrix(values, quantizer)
     codes = quantizer.quantize(values)
     inside = (codes > 0) & (codes < 7)
     near = 2e-3 * float(quantizer.scale.max())
@@ -157,12 +159,13 @@ def rounded_to_nearest(model, batches, block: int, bits: int = 3):
         if layer.block > block:
             continue
         weight = weight_matrix(model.module.get_submodule(layer.name))
-        search = LayerSearch(weight, torch.ones_like(weight), CandidateSettings())
-        result = METHODS["nearest"](layer.name, search, Candidate("Q", bits=bits), None, RoundingSettings("nearest"))
+        fit, candidate = hessian_fit(weight), Candidate("Q", bits=bits)
+        result = round_layer("nearest", fit, candidate, layer=layer.name)
         paired.set(layer, result.layer)
         if layer.name.startswith(f"blocks.{block}."):
             inside.append((layer, result.layer))
-            parts[layer.name] = search.quantized_parts(Candidate("Q", bits=bits))
+            own = FORMS[candidate.form].fit(fit, candidate)
+            parts[layer.name] = {name: (part.values, part.quantizer) for name, part in own.items()}
     return paired, inside, parts
 
 
@@ -172,10 +175,8 @@ def test_blocks_get_better_and_codes_stay_beside_their_values(method, seed):
     batches = [images(8, seed * 100 + index) for index in range(10)]
     paired, inside, parts = rounded_to_nearest(model, batches, 1)
     before = block_error(model, paired, batches, 1)
-    settings = ReconstructionSettings(
-        iterations=150, method=method, drop=0.5 if method == "qdrop" else 0.0, soft_rate=0.05, seed=seed
-    )
-    result = reconstruct(paired, 1, inside, settings, parts=parts)
+    settings = SoftSettings(iterations=150, soft_rate=0.05)
+    result = METHODS[method].blocks.reconstruct(paired, 1, inside, settings, seed=seed, parts=parts)
     assert result.loss_after < result.loss_before
     for (layer, start), compressed in zip(inside, result.layers, strict=True):
         values, quantizer = parts[layer.name]["weight"]
@@ -193,7 +194,7 @@ def test_brecq_is_adaround_on_a_block_with_squared_gradients(seed):
     batches = [images(8, seed * 100 + index) for index in range(6)]
     paired, inside, parts = rounded_to_nearest(model, batches, 1)
     steps, rate, weight = 30, 0.05, 0.01
-    settings = ReconstructionSettings(iterations=steps, method="brecq", soft_rate=rate, soft_weight=weight, seed=seed)
+    settings = SoftSettings(iterations=steps, soft_rate=rate, soft_weight=weight)
     calls = paired.block_calls(1, fisher=True, seed=seed)
     assert all(call.weights.shape == call.target.shape for call in calls)
     trained = calls[1:5]  # every fifth batch is held out
@@ -226,11 +227,9 @@ def test_brecq_is_adaround_on_a_block_with_squared_gradients(seed):
         loss.backward()
         optimiser.step()
         schedule.step()
-    layers = [
-        SoftLayer(paired.compressed, layer, compressed, parts[layer.name], "codes") for layer, compressed in inside
-    ]
+    layers = [SoftLayer(paired.compressed, layer, compressed, parts[layer.name]) for layer, compressed in inside]
     set_hard(layers, True)
-    result = reconstruct(paired, 1, inside, settings, parts=parts)
+    result = reconstruct_softly(paired, 1, inside, settings, parts, seed=seed, fisher=True)
     if result.loss_after < result.loss_before:
         for compressed in result.layers:
             name = compressed.layer

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlorq.codecs.affine import (
-    range_quantizer,
-    row_ranges,
-    search_left_factor,
-    search_quantizer,
-    store_matrix,
-)
+from mlorq.fitting.scale_search import range_quantizer, row_ranges, search_left_factor, search_quantizer
 
 PERCENTILES = [0.9, 0.97, 0.99, 0.999, 1.0]
 
@@ -99,7 +93,7 @@ def test_rows_of_one_sign_fit_int16(seed):
 def test_stored_matrix_is_the_searched_one(bits, zero_point, seed):
     values = random_matrix(6, 19, seed) + 0.3
     found = search_quantizer(values, bits, PERCENTILES, zero_point=zero_point)
-    stored = store_matrix(found.quantize(values), found, zero_point)
+    stored = found.store(found.quantize(values))
     assert torch.equal(stored.dequantize(), found.round_trip(values))
     assert int(stored.codes.max()) < 2**bits
     assert stored.zero_point.dtype == (torch.uint8 if zero_point == "codes" else torch.int16)

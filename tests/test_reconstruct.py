@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from mlorq.errors import ModelError
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
-from mlorq.forms.base import Candidate, CompressedLayer
+from mlorq.fitting.hessian_fit import HessianFit
+from mlorq.forms.base import Candidate
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, fold_batches, split_batches, take_samples
 from mlorq.models.layers import Layer, find_layers, weight_matrix
-from mlorq.rounding import METHODS, RoundingSettings
-from mlorq.rounding.base import output_error
-from mlorq.rounding.closed_form import corrected_weight
+from mlorq.rounding.block import ReconstructionSettings
+from mlorq.rounding.error_feedback import corrected_weight
+from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments, PairedForward
-from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
+from mlorq.rounding.reconstruction import reconstruct
+from tests.layers import hessian_fit, round_layer
 from tests.nets import SkipNet, TokenNet, images, token_net
 
 
@@ -38,31 +40,31 @@ def drifting(seed: int, tokens: int = 600, width: int = 16) -> tuple[Tensor, Ten
     return x, x @ change + 0.3 + 0.05 * torch.randn(tokens, width, generator=generator)
 
 
-def searched(seed: int, rows: int = 10, columns: int = 16) -> LayerSearch:
+def fitted(seed: int, rows: int = 10, columns: int = 16) -> HessianFit:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 7))
-    return LayerSearch(weight, torch.ones(rows, columns), CandidateSettings())
+    return hessian_fit(weight)
 
 
 def test_corrected_weight_is_the_ridge_regression_on_the_change(seed: int) -> None:
     x, y = drifting(seed)
-    search, found = searched(seed), moments(x, y)
-    corrected = corrected_weight(search.weight, found)
-    assert output_error(search.weight, corrected, found) < 0.5 * output_error(search.weight, search.weight, found)
+    fit, found = fitted(seed), moments(x, y)
+    corrected = corrected_weight(fit.weight, found)
+    assert output_error(fit.weight, corrected, found) < 0.5 * output_error(fit.weight, fit.weight, found)
     # Against the naive solution for the same λ, one of those that are tried.
     level = float(found.compressed.diagonal().mean())
-    targets = (x.double() @ search.weight.double().T - y.double() @ search.weight.double().T) / 600
+    targets = (x.double() @ fit.weight.double().T - y.double() @ fit.weight.double().T) / 600
     distances = []
     for ridge in (1e-3, 1e-2, 1e-1, 1.0):
         normal = found.compressed + ridge * level * torch.eye(16)
-        naive = search.weight.double() + torch.linalg.solve(normal, y.double().T @ targets).T
+        naive = fit.weight.double() + torch.linalg.solve(normal, y.double().T @ targets).T
         distances.append(float((naive - corrected).abs().max()))
     assert min(distances) < 1e-6
 
 
 def test_nothing_is_corrected_where_nothing_has_changed(seed: int) -> None:
     x, _ = drifting(seed)
-    search = searched(seed)
-    assert torch.equal(corrected_weight(search.weight, moments(x, x)), search.weight.double())
+    fit = fitted(seed)
+    assert torch.equal(corrected_weight(fit.weight, moments(x, x)), fit.weight.double())
 
 
 @pytest.mark.parametrize(
@@ -72,16 +74,16 @@ def test_nothing_is_corrected_where_nothing_has_changed(seed: int) -> None:
 )
 def test_closed_form_is_better_than_gptq_than_nearest(candidate: Candidate, seed: int) -> None:
     x, y = drifting(seed)
-    search, found = searched(seed), moments(x, y)
+    fit, found = fitted(seed), moments(x, y)
     bias = torch.randn(10, generator=torch.Generator().manual_seed(seed))
-    wanted = x.double() @ search.weight.double().T + bias.double()
+    wanted = x.double() @ fit.weight.double().T + bias.double()
 
     def error(layer: CompressedLayer) -> float:
         own = bias if layer.bias is None else layer.bias
         return float((y.double() @ layer.dense().double().T + own.double() - wanted).square().mean())
 
     errors = {
-        method: error(METHODS[method]("layer", search, candidate, found, RoundingSettings(), None, bias).layer)
+        method: error(round_layer(method, fit, candidate, found, bias).layer)
         for method in ("nearest", "gptq", "closed_form")
     }
     assert errors["closed_form"] < errors["gptq"] < errors["nearest"]
@@ -89,10 +91,10 @@ def test_closed_form_is_better_than_gptq_than_nearest(candidate: Candidate, seed
 
 def test_lra_started_from_the_closed_form_is_never_worse_than_it(seed: int) -> None:
     x, y = drifting(seed)
-    search, found = searched(seed), moments(x, y)
+    fit, found = fitted(seed), moments(x, y)
     candidate = Candidate("Q", bits=3)
-    gptq = METHODS["gptq"]("layer", search, candidate, found, RoundingSettings(), None)
-    learned = METHODS["lra"]("layer", search, candidate, found, RoundingSettings(iterations=50, start="closed_form"))
+    gptq = round_layer("gptq", fit, candidate, found)
+    learned = round_layer("lra", fit, candidate, found, iterations=50, start="closed_form")
     assert learned.error_before == pytest.approx(gptq.error_after, rel=1e-5)
     assert learned.error_after <= learned.error_before
 
@@ -111,11 +113,9 @@ def rounded_block(
         if layer.block > block or layer.name == "head":
             continue
         weight = weight_matrix(model.module.get_submodule(layer.name))
-        search = LayerSearch(weight, torch.ones_like(weight), CandidateSettings())
         bias = model.module.get_submodule(layer.name).bias
-        result = METHODS["closed_form"](
-            layer.name, search, Candidate("Q", bits=bits), paired.moments(layer), RoundingSettings(), None, bias
-        )
+        candidate, moments = Candidate("Q", bits=bits), paired.moments(layer)
+        result = round_layer("closed_form", hessian_fit(weight), candidate, moments, bias, layer=layer.name)
         paired.set(layer, result.layer)
         if layer.name.startswith(f"blocks.{block}."):
             inside.append((layer, result.layer))
@@ -146,13 +146,13 @@ def test_reconstruction_lowers_the_error_of_the_block(kind: type[TokenNet], loss
     paired, inside = rounded_block(model, batches, 1)
     before = block_error(model, paired, batches, 1)
     float_weights = {name: value.clone() for name, value in model.module.state_dict().items()}
-    settings = ReconstructionSettings(iterations=120, loss=loss, seed=seed)  # type: ignore[arg-type]
-    result = reconstruct(paired, 1, inside, settings)
+    settings = ReconstructionSettings(iterations=120, loss=loss)  # type: ignore[arg-type]
+    result = reconstruct(paired, 1, inside, settings, seed=seed)
     assert result.loss_after <= result.loss_before
     assert result.iterations == 120
     assert all(torch.equal(value, float_weights[name]) for name, value in model.module.state_dict().items())
     assert block_error(model, paired, batches, 1) == pytest.approx(before, rel=1e-6)  # nothing is set by itself
-    again = reconstruct(paired, 1, inside, settings)
+    again = reconstruct(paired, 1, inside, settings, seed=seed)
     for one, other in zip(result.layers, again.layers, strict=True):
         assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
     for (layer, _), compressed in zip(inside, result.layers, strict=True):

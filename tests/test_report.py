@@ -17,7 +17,6 @@ from flows.run import open_bench
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.evaluation.report import (
-    COLOURS,
     data_url,
     front_picture,
     render_report,
@@ -25,6 +24,7 @@ from mlorq.evaluation.report import (
     size_accuracy_picture,
     small_picture,
 )
+from mlorq.forms.base import FORMS
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from tests.test_cli import fails, main, prints_json, write_project
@@ -137,7 +137,7 @@ def test_small_picture_keeps_the_colours_of_small_dots() -> None:
     small = small_picture(picture)
     assert len(small) < 60_000
     pixels = np.asarray(Image.open(io.BytesIO(small)).convert("RGB"), dtype=int).reshape(-1, 3)
-    for colour in (COLOURS["Q"], COLOURS["LR"]):
+    for colour in (FORMS["Q"].colour, FORMS["LR"].colour):
         wanted = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
         assert (np.abs(pixels - wanted).max(axis=1) < 40).sum() > 20
 

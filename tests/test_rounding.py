@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
-from mlorq.forms.base import Candidate, combine
+from mlorq.codecs.affine import Rounded
+from mlorq.fitting.hessian_fit import HessianFit
+from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.layers import find_layers, weight_matrix
-from mlorq.rounding import METHODS, RoundingSettings
-from mlorq.rounding.base import output_error
-from mlorq.rounding.lra import DECAYS, EPSILON, _Objective, _SoftMatrix, radam_scalars
+from mlorq.rounding.adaptive_rounding import _Objective, _SoftMatrix
+from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments, PairedForward
+from mlorq.rounding.rectified_sigmoid import DECAYS, EPSILON, radam_scalars
+from tests.layers import dense, hessian_fit, round_layer, stored
 from tests.nets import images, token_net
 
 CANDIDATES = [
@@ -35,40 +37,46 @@ def moments_of(x: torch.Tensor, y: torch.Tensor) -> InputMoments:
     return InputMoments(y.T @ y / len(x), drift.T @ y / len(x), drift.T @ drift / len(x), len(x))
 
 
-def searched(seed: int, rows: int = 12, columns: int = 20) -> LayerSearch:
+def fitted(seed: int, rows: int = 12, columns: int = 20, device: str = "cpu") -> HessianFit:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
-    return LayerSearch(weight, torch.rand(rows, columns, generator=generator), CandidateSettings())
+    hessian = torch.rand(rows, columns, generator=generator)
+    return hessian_fit(weight.to(device), hessian.to(device))
+
+
+def rounded_parts(fit: HessianFit, candidate: Candidate) -> dict[str, Rounded]:
+    """The candidate's matrices, rounded to nearest."""
+    return FORMS[candidate.form].fit(fit, candidate)
 
 
 def test_error_in_closed_form_is_the_error_over_tokens(seed):
     x, y = correlated_tokens(500, 20, seed)
-    search = searched(seed)
-    rounded = search.dense(Candidate("Q", bits=3))
-    expected = float((x.double() @ search.weight.double().T - y.double() @ rounded.double().T).square().mean())
-    assert output_error(search.weight, rounded, moments_of(x, y)) == pytest.approx(expected, rel=1e-9)
+    fit = fitted(seed)
+    rounded = dense(fit, Candidate("Q", bits=3))
+    expected = float((x.double() @ fit.weight.double().T - y.double() @ rounded.double().T).square().mean())
+    assert output_error(fit.weight, rounded, moments_of(x, y)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
 def test_gradients_are_those_of_the_loss(candidate, seed):
     x, y = correlated_tokens(300, 20, seed)
-    search = searched(seed)
-    parts = search.quantized_parts(candidate)
-    matrices = {name: _SoftMatrix.start(values, quantizer) for name, (values, quantizer) in parts.items()}
+    fit = fitted(seed)
+    parts = rounded_parts(fit, candidate)
+    matrices = {name: _SoftMatrix.start(part.values, part.quantizer) for name, part in parts.items()}
     for matrix in matrices.values():
         matrix.alpha.requires_grad_(True)
-    beta, weight = 7.0, 0.3
+    form, beta, weight = FORMS[candidate.form], 7.0, 0.3
     values, regulariser = {}, torch.zeros(())
     for name, matrix in matrices.items():
         h = (matrix.alpha.sigmoid() * 1.2 - 0.1).clamp(0, 1)
         codes = (matrix.base + h).clamp(0, 2**matrix.quantizer.bits - 1)
         values[name] = matrix.quantizer.dequantize(codes)
         regulariser = regulariser + (1 - (2 * h - 1).abs().pow(beta)).mean()
-    loss = (x @ search.weight.T - y @ combine(values).T).square().mean() + weight * regulariser
+    loss = (x @ fit.weight.T - y @ form.combine(values).T).square().mean() + weight * regulariser
     expected = torch.autograd.grad(loss, [matrix.alpha for matrix in matrices.values()])
     with torch.no_grad():
         soft = {name: matrix.soft() for name, matrix in matrices.items()}
-        objective = _Objective(search.weight, moments_of(x, y))
+        objective = _Objective(fit.weight, moments_of(x, y), form)
         gradients = objective.gradients({name: value for name, (value, _, _) in soft.items()})
         for (name, matrix), wanted in zip(matrices.items(), expected, strict=True):
             _, h, slope = soft[name]
@@ -78,7 +86,7 @@ def test_gradients_are_those_of_the_loss(candidate, seed):
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
 def test_soft_rounding_starts_at_the_float_value(candidate, seed):
-    for values, quantizer in searched(seed).quantized_parts(candidate).values():
+    for _, quantizer, values in rounded_parts(fitted(seed), candidate).values():
         soft, _, _ = _SoftMatrix.start(values, quantizer).soft()
         inside = (soft - quantizer.round_trip(values)).abs() <= quantizer.scale.unsqueeze(1)
         clipped = (quantizer.quantize(values) == 0) | (quantizer.quantize(values) == 2**quantizer.bits - 1)
@@ -89,20 +97,18 @@ def test_soft_rounding_starts_at_the_float_value(candidate, seed):
 @pytest.mark.parametrize("candidate", CANDIDATES[:3])  # of the published forms; QLR keeps its start where nothing helps
 def test_lra_lowers_the_error_on_correlated_inputs(candidate, seed, device):
     x, y = correlated_tokens(400, 20, seed)
-    search = searched(seed)
-    search.weight, search.hessian = search.weight.to(device), search.hessian.to(device)
+    fit = fitted(seed, device=device)
     moments = InputMoments(
         *(getattr(moments_of(x, y), n).to(device) for n in ("compressed", "drift_cross", "drift")), 400
     )
-    settings = RoundingSettings(iterations=300)
-    nearest = METHODS["nearest"]("layer", search, candidate, moments, settings, None)
-    learned = METHODS["lra"]("layer", search, candidate, moments, settings, None)
+    nearest = round_layer("nearest", fit, candidate, moments)
+    learned = round_layer("lra", fit, candidate, moments, iterations=300)
     assert learned.error_before == pytest.approx(nearest.error_after, rel=1e-6)
     assert learned.error_after < 0.8 * learned.error_before
-    found = output_error(search.weight, learned.layer.dense().to(device), moments)
+    found = output_error(fit.weight, learned.layer.dense().to(device), moments)
     assert found == pytest.approx(learned.error_after, rel=1e-5)
     # Only rounding changes: codes are at most one step from the floor, scales are kept.
-    for name, (values, quantizer) in search.quantized_parts(candidate).items():
+    for name, (_, quantizer, values) in rounded_parts(fit, candidate).items():
         stored = learned.layer.matrices[name]
         floor = (values / quantizer.scale.unsqueeze(1)).floor() + quantizer.zero_point.unsqueeze(1)
         allowed = floor.clamp(0, 2**stored.bits - 1).cpu(), (floor + 1).clamp(0, 2**stored.bits - 1).cpu()
@@ -129,23 +135,16 @@ def test_scalars_of_radam_are_torchs(seed):
 
 
 def test_lra_keeps_nearest_rounding_where_learning_does_not_help(seed):
-    search = searched(seed)
+    fit = fitted(seed)
     moments = InputMoments(torch.eye(20).double(), torch.zeros(20, 20).double(), torch.zeros(20, 20).double(), 1)
-    result = METHODS["lra"](
-        "layer",
-        search,
-        Candidate("Q", bits=4),
-        moments,
-        RoundingSettings(iterations=2, learning_rate=50.0),
-        None,
-    )
+    result = round_layer("lra", fit, Candidate("Q", bits=4), moments, iterations=2, learning_rate=50.0)
     assert result.error_after <= result.error_before
 
 
 def test_lra_stops_where_nothing_is_left_to_learn(seed):
-    search = searched(seed)
+    fit = fitted(seed)
     moments = InputMoments(*(torch.zeros(20, 20).double() for _ in range(3)), tokens=1)
-    result = METHODS["lra"]("layer", search, Candidate("Q", bits=4), moments, RoundingSettings(), None)
+    result = round_layer("lra", fit, Candidate("Q", bits=4), moments)
     assert result.iterations == 0
 
 
@@ -177,12 +176,8 @@ def test_paired_forward_sees_the_inputs_of_both_models(seed):
         assert moments.tokens == expected.tokens
         for name in ("compressed", "drift_cross", "drift"):
             torch.testing.assert_close(getattr(moments, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
-        search = LayerSearch(
-            weight_matrix(model.module.get_submodule(layer.name)),
-            torch.ones(layer.out_features, layer.in_features),
-            CandidateSettings(),
-        )
-        paired.set(layer, search.realise(layer.name, Candidate("Q", bits=3)))
+        fit = hessian_fit(weight_matrix(model.module.get_submodule(layer.name)))
+        paired.set(layer, stored(fit, Candidate("Q", bits=3), layer.name))
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
@@ -192,7 +187,7 @@ def test_inputs_that_hardly_vary_are_rounded_about_their_means(candidate, spread
     generator = torch.Generator().manual_seed(seed)
     x = 3.0 + torch.rand(20, generator=generator) + spread * torch.randn(300, 20, generator=generator)
     y = x + spread * torch.randn(300, 20, generator=generator)
-    search = searched(seed)
+    fit = fitted(seed)
 
     def summed(part: slice, folds: tuple[InputMoments, ...] = ()) -> InputMoments:
         own, drift = y[part], x[part] - y[part]
@@ -203,7 +198,7 @@ def test_inputs_that_hardly_vary_are_rounded_about_their_means(candidate, spread
 
     moments = summed(slice(None), (summed(slice(0, None, 2)), summed(slice(1, None, 2))))
     bias = torch.zeros(12)
-    result = METHODS["closed_form"]("layer", search, candidate, moments, RoundingSettings("closed_form"), None, bias)
+    result = round_layer("closed_form", fit, candidate, moments, bias)
     found = y @ result.layer.dense().T + result.layer.bias
-    wanted = x @ search.weight.T
+    wanted = x @ fit.weight.T
     assert float((found - wanted).square().mean()) < 1e-3 * float(wanted.square().mean()) + 10 * spread**2

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mlorq.costs.calibrated import measure_where_needed, scaled_closed_form, scaled_sensitivity
-from mlorq.costs.measured import LayerProbe
-from mlorq.fitting.hessian_fit import candidate_of
-from tests.test_sensitivity import searched_layer
+from mlorq.costs.measured import LayerProbe, dense_of
+from tests.layers import table_of
+from tests.test_sensitivity import fitted_layer
 
 
 def front(seed: int, points: int = 40) -> np.ndarray:
@@ -65,15 +65,15 @@ def test_points_without_a_cost_do_no_harm():
 
 
 def test_scaled_costs_are_close_to_measured_ones_and_progress_ends(seed):
-    model, found, layer, batches, search = searched_layer(seed)
-    table = search.table()
+    model, found, layer, batches, fit = fitted_layer(seed)
+    table = table_of(fit)
     seen: list[tuple[int, int]] = []
     with LayerProbe(model, layer, found.blocks, batches) as probe:
         costs = scaled_sensitivity(
-            probe, search, table, points=5, tolerance=0.2, progress=lambda *step: seen.append(step)
+            probe, fit, table, points=5, tolerance=0.2, progress=lambda *step: seen.append(step)
         ).to_pylist()
         rows = {row["candidate_id"]: row for row in table.to_pylist()}
-        full = np.array([probe.cost(search.dense(candidate_of(rows[row["candidate_id"]]))) for row in costs])
+        full = np.array([probe.cost(dense_of(fit, rows[row["candidate_id"]])) for row in costs])
     assert {row["candidate_id"] for row in costs} == {name for name, row in rows.items() if row["on_front"]}
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -85,16 +85,16 @@ def test_scaled_costs_are_close_to_measured_ones_and_progress_ends(seed):
 
 
 def test_costs_that_are_nothing_do_not_drag_others_down(seed, monkeypatch):
-    model, found, layer, batches, search = searched_layer(seed)
-    table = search.table()
+    model, found, layer, batches, fit = fitted_layer(seed)
+    table = table_of(fit)
     with LayerProbe(model, layer, found.blocks, batches) as probe:
-        plain = scaled_sensitivity(probe, search, table, points=3).to_pylist()
+        plain = scaled_sensitivity(probe, fit, table, points=3).to_pylist()
         measure, smallest = probe.cost, min(row["global_cost"] for row in plain)
         # As a task's loss that falls for the smallest changes.
         monkeypatch.setattr(probe, "cost", lambda weight: 0.0 if (cost := measure(weight)) < 2 * smallest else cost)
-        found_costs = scaled_sensitivity(probe, search, table, points=3).to_pylist()
+        found_costs = scaled_sensitivity(probe, fit, table, points=3).to_pylist()
         monkeypatch.setattr(probe, "cost", lambda weight: 0.0)
-        nothing = scaled_sensitivity(probe, search, table, points=3).to_pylist()
+        nothing = scaled_sensitivity(probe, fit, table, points=3).to_pylist()
     assert sum(row["global_cost"] == 0 for row in found_costs) == 1
     costs = [row["global_cost"] for row in found_costs if row["how"] == "closed_form"]
     assert min(costs) > 1e-3 * smallest

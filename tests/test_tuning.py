@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from mlorq.evaluation.outputs import output_nmse
-from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
-from mlorq.forms.base import Candidate, CompressedLayer
+from mlorq.forms.base import Candidate
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
 from mlorq.models.layers import find_layers, weight_matrix
-from mlorq.rounding.finetune import TuningSettings, tune
+from mlorq.rounding.block import TuningSettings
+from mlorq.rounding.finetune import tune
+from tests.layers import hessian_fit, stored
 from tests.nets import SharedNet, SkipNet, TokenNet, float_model, images, token_net
 
 
@@ -22,9 +24,8 @@ def realised(model: FloatModel, batch: torch.Tensor, bits: int = 3):
     pairs = []
     for index, layer in enumerate(found.layers):
         weight = weight_matrix(model.module.get_submodule(layer.name))
-        search = LayerSearch(weight, torch.ones_like(weight), CandidateSettings())
         candidate = Candidate("QLR", 2, 4, 4, 2) if index == 1 else Candidate("Q", bits=bits)
-        pairs.append((layer, search.realise(layer.name, candidate)))
+        pairs.append((layer, stored(hessian_fit(weight), candidate, layer.name)))
     return found, pairs
 
 
@@ -48,9 +49,9 @@ def test_tuning_lowers_the_error_on_samples_it_has_not_seen(kind, seed):
     batches = [images(8, seed * 100 + index) for index in range(20)]
     found, pairs = realised(model, batches[0])
     weights = {name: value.clone() for name, value in model.module.state_dict().items()}
-    settings = TuningSettings(tuning=150, seed=seed)
+    settings = TuningSettings(tuning=150)
     steps: list[tuple[int, int]] = []
-    result = tune(model, found.blocks, pairs, batches, settings, progress=lambda *step: steps.append(step))
+    result = tune(model, found.blocks, pairs, batches, settings, seed=seed, progress=lambda *step: steps.append(step))
     assert result.loss_after < result.loss_before
     assert steps == [(step, 150) for step in range(1, 151)]
     other = [images(8, seed * 100 + 50 + index) for index in range(10)]
@@ -61,7 +62,7 @@ def test_tuning_lowers_the_error_on_samples_it_has_not_seen(kind, seed):
         for name, matrix in after.matrices.items():
             assert matrix.codes.dtype == before.matrices[name].codes.dtype
             assert int(matrix.codes.max()) < 2**matrix.bits
-    again = tune(model, found.blocks, pairs, batches, settings)
+    again = tune(model, found.blocks, pairs, batches, settings, seed=seed)
     for one, two in zip(result.layers, again.layers, strict=True):
         assert all(torch.equal(value, two.tensors()[name]) for name, value in one.tensors().items())
 
@@ -83,6 +84,6 @@ def test_modules_that_share_a_weight_are_tuned_as_one(seed):
     found, pairs = realised(model, batches[0])
     assert found["first"].aliases == ("second",)
     before = error_of(model, [layer for _, layer in pairs], batches)
-    result = tune(model, found.blocks, pairs, batches, TuningSettings(tuning=100, seed=seed))
+    result = tune(model, found.blocks, pairs, batches, TuningSettings(tuning=100), seed=seed)
     assert error_of(model, result.layers, batches) < before
     assert model.module.first.weight is model.module.second.weight

@@ -155,10 +155,17 @@ class AffineCodec(Codec):
     Attributes:
         bits: of a code, 1 to 8.
         zero_point: where zero-points lie.
+
+    Raises:
+        ValueError: no codes have that many bits.
     """
 
     bits: int
     zero_point: ZeroPoint = "codes"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"codes have 1 to 8 bits, not {self.bits}")
 
     def layout(self, rows: int, columns: int) -> dict[str, TensorSpec]:
         return {

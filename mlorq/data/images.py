@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +58,7 @@ def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> 
     return described
 
 
-def image_dataset(
-    images: Sequence[Image], settings: ImageSettings, role: Role, described: Mapping[str, Any]
-) -> Dataset:
+def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, described: dict[str, Any]) -> Dataset:
     """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed for the model.
 
     Args:
