@@ -23,7 +23,7 @@ from table import Place, arguments_of_a_run, keep, run
 from flows.comparison import ALL, METHODS, activation_width, chosen, plan, row
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig, read_values
-from steps.context import Workbench
+from steps.session import Session
 
 COLUMNS = ("weights", "activations", "method", "metric", "float", "output NMSE", "bytes", "Q / LR / QLR", "seconds")
 
@@ -72,12 +72,12 @@ def main() -> None:
     place = Place(arguments.device, arguments.workers)
     values = read_values(arguments.config, dict(item.split("=", 1) for item in arguments.set))
     config = RunConfig.from_mapping(values, str(Path(arguments.config).resolve().parent))
-    bench = Workbench(config, Store(config.resolve(config.store)), place.device)
+    session = Session(config, Store(config.resolve(config.store)), place.device)
     groups: dict[Any, list[Any]] = {}
     for width in arguments.activations or [None]:
         wanted = activation_width(values, width)
         for method, own, asked, budget in plan(
-            bench, values, arguments.budget or config.budgets, chosen(arguments.methods.split(",")), wanted
+            session, values, arguments.budget or config.budgets, chosen(arguments.methods.split(",")), wanted
         ):
             # What rounding does is no part of a search.
             searched = json.dumps([own.search.model_dump(mode="json"), method.activations, wanted], sort_keys=True)

@@ -20,8 +20,8 @@ from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms.base import Candidate
 from mlorq.forms.memory import candidate_bytes
 from mlorq.models.layers import Layer
-from steps.context import Workbench
 from steps.pipeline import compressible_budget
+from steps.session import Session
 
 WIDTHS = range(2, 9)
 
@@ -158,7 +158,7 @@ def budget_for(method: Method, budget: str, size: int, params: int) -> str:
 
 
 def plan(
-    base: Workbench, values: Mapping[str, Any], budgets: Sequence[str], methods: Sequence[Method], width: int | None
+    base: Session, values: Mapping[str, Any], budgets: Sequence[str], methods: Sequence[Method], width: int | None
 ) -> list[tuple[Method, RunConfig, str, str]]:
     """``(method, configuration, budget asked for, budget of the run)`` of every run, checked before any starts.
 

@@ -25,8 +25,9 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from steps.base import Needs, StepSpec
-from steps.context import Workbench, devices, open_store
+from steps.devices import devices
 from steps.protocol import refuse_memory_store
+from steps.session import open_store, open_worker
 
 
 class DaskPool:
@@ -147,4 +148,4 @@ def _idle_runners(worker: Any, run: str) -> deque[Runner]:
 
 def _new_runner(config: RunConfig) -> Runner:
     device = devices(config)[0]
-    return make_runner(config, device, lambda: Workbench(config, open_store(config), device))
+    return make_runner(config, device, lambda: open_worker(config, device))

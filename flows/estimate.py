@@ -17,12 +17,13 @@ import torch
 
 from mlorq.calibration.token_importance import PASSES
 from mlorq.config.layer_overrides import layer_search
+from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
 from mlorq.models.base import batch_samples, move_batch
 from mlorq.models.layers import Layer, LayerList
 from steps.base import Needs
-from steps.context import Workbench
 from steps.refine import WHOLE_SAMPLES
+from steps.session import Session
 
 FACTOR = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs
 ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry
@@ -49,12 +50,12 @@ class Speed:
     outputs: int
 
 
-def measure_speed(bench: Workbench) -> Speed:
+def measure_speed(session: Session) -> Speed:
     """Time a forward of a calibration batch and a matrix product, both warm."""
-    bench.use_threads()
-    model = bench.model
-    batch = move_batch(bench.batches(1)[0], bench.device, model.dtype)
-    square = torch.randn(768, 768, device=bench.device)
+    session.worker.context.use_threads()
+    model = session.model
+    batch = move_batch(spread_batches(session.calibration.batches, 1)[0], session.device, model.dtype)
+    square = torch.randn(768, 768, device=session.device)
     with torch.no_grad():
         outputs = model.outputs(model.module, batch)
         forward = _fastest(lambda: model.outputs(model.module, batch).cpu())
@@ -76,16 +77,16 @@ class Estimate:
     """Seconds of each kind of step.
 
     Args:
-        bench: configuration and data.
+        session: configuration and data.
         layers: what is compressed.
         speed: of this machine.
     """
 
-    def __init__(self, bench: Workbench, layers: LayerList, speed: Speed) -> None:
-        self.bench = bench
+    def __init__(self, session: Session, layers: LayerList, speed: Speed) -> None:
+        self.session = session
         self.layers = layers
         self.speed = speed
-        self.search = bench.config.search
+        self.search = session.config.search
 
     def seconds(self, step: str, layer: Layer | None = None) -> float:
         """Seconds of one step (of one layer)."""
@@ -96,16 +97,16 @@ class Estimate:
             ](layer)
         if step == "capture":
             return self._capture()
-        if step == "activations" and self.bench.config.activations is not None:
+        if step == "activations" and self.session.config.activations is not None:
             # Weighing tokens takes a forward and two backward passes.
-            passes = 8 if self.bench.config.activations.method == "adalog" else 4
-            return passes * self.speed.forward * self.bench.config.activations.samples
+            passes = 8 if self.session.config.activations.method == "adalog" else 4
+            return passes * self.speed.forward * self.session.config.activations.samples
         if step in ("baseline", "evaluate"):
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
         if step == "round":
             return self._reconstruct()
         if step == "tune":
-            rounding = self.bench.config.rounding
+            rounding = self.session.config.rounding
             return self.speed.forward * (BACKWARD + 1) * rounding.tuning * rounding.batch_size
         if step == "refine":
             return self._refine()
@@ -113,27 +114,27 @@ class Estimate:
 
     def _reconstruct(self) -> float:
         """Seconds of one block's reconstruction: its share of a forward and backward pass a step."""
-        rounding = self.bench.config.rounding
+        rounding = self.session.config.rounding
         blocks = max(1, len(self.layers.blocks))
         share = 1 / blocks if rounding.loss == "block" else 0.5
-        samples = min(rounding.samples, self.bench.calibration.samples)
+        samples = min(rounding.samples, self.session.calibration.samples)
         return self.speed.forward * (BACKWARD * share * rounding.iterations * rounding.batch_size + 2 * samples)
 
     def _refine(self) -> float:
         """Seconds of measuring whole allocations: a round runs what follows each layer, and all layers once."""
-        samples = min(self.search.samples, self.bench.calibration.samples)
-        every = min(WHOLE_SAMPLES * self.search.samples, self.bench.calibration.samples)
+        samples = min(self.search.samples, self.session.calibration.samples)
+        every = min(WHOLE_SAMPLES * self.search.samples, self.session.calibration.samples)
         found = self.layers.layers
         forwards = samples * self.search.rounds * (len(found) / 2 + 1) + 7 * every
         return self.speed.forward * forwards + sum(self._factorisation(layer) for layer in found)
 
     def _evaluated(self) -> int:
-        data = self.bench.evaluation
+        data = self.session.evaluation
         # User code runs on data that we do not see.
-        return data.samples if data.batches else self.bench.calibration.samples
+        return data.samples if data.batches else self.session.calibration.samples
 
     def _capture(self) -> float:
-        calibration = self.bench.calibration
+        calibration = self.session.calibration
         samples = min(self.search.hessian_samples, calibration.samples)
         exact = self.search.hessian_mode == "exact" or (
             self.search.hessian_mode == "auto" and self.speed.outputs <= self.search.hessian_probes
@@ -175,16 +176,16 @@ class Estimate:
             points = len(search.forms)
         elif self.search.sensitivity == "local":
             return 0.0
-        samples = min(self.search.samples, self.bench.calibration.samples)
+        samples = min(self.search.samples, self.session.calibration.samples)
         blocks = len(self.layers.blocks)
         rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)
         return self._factorisation(layer) + self.speed.forward * samples * (2 + points * rest)
 
     def _round(self, layer: Layer) -> float:
-        rounding = self.bench.config.rounding
+        rounding = self.session.config.rounding
         if rounding.method in ("nearest", "brecq", "qdrop"):
             return self._factorisation(layer)
-        samples = min(rounding.samples, self.bench.calibration.samples)
+        samples = min(rounding.samples, self.session.calibration.samples)
         closed = CLOSED * self.speed.product * layer.params * layer.in_features
         # The chosen form is not known; a product with the inputs' moments costs about as much in either.
         iteration = layer.params * layer.in_features + ROUNDING * layer.params
@@ -199,13 +200,13 @@ class Estimate:
         )
 
 
-def memory_bytes(bench: Workbench, layers: LayerList) -> int:
+def memory_bytes(session: Session, layers: LayerList) -> int:
     """Bytes that the run will hold at most, on its device: what is held now, and the largest step on top."""
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    model = sum(tensor.nbytes for tensor in bench.model.module.state_dict().values())
-    if bench.device != "cpu":
+    model = sum(tensor.nbytes for tensor in session.model.module.state_dict().values())
+    if session.device != "cpu":
         base = model
-    first = bench.batches(1)[0]
+    first = spread_batches(session.calibration.batches, 1)[0]
     activations = (
         4
         * batch_samples(first)
@@ -216,7 +217,7 @@ def memory_bytes(bench: Workbench, layers: LayerList) -> int:
     )
     hessians = 2 * 4 * layers.params
     searching = max(Needs.of_layer(layer).memory_bytes for layer in layers.layers)
-    paired = model + _kept_between_blocks(bench.calibration, layers.layers)
+    paired = model + _kept_between_blocks(session.calibration, layers.layers)
     # Twice: what PyTorch's temporaries and the allocator's gaps were seen to add.
     return int(base + max(2 * (2 * activations + hessians), searching + 2 * paired))
 

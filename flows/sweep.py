@@ -17,8 +17,8 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.errors import BudgetError, MlorqError
 from mlorq.evaluation.report import render_sweep, size_accuracy_picture
-from steps.context import Workbench
 from steps.pipeline import compressible_budget
+from steps.session import Session
 
 LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
 ARTIFACT = "sweep"  # what the store calls it; it has a key of all it was made from, like the steps' artifacts
@@ -46,19 +46,19 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
     run_config = read_config(config, folder)
     given = handed()
     # Budgets are checked below, all of them; a default one that cannot be reached is left out and no mistake.
-    bench = given.bench if given else prepare(run_config, [])
-    chosen, left_out = ladder(bench, budgets)
+    session = given.session if given else prepare(run_config, [])
+    chosen, left_out = ladder(session, budgets)
     if left_out:
         get_run_logger().warning("left out, smaller than the model can be made: %s", ", ".join(left_out))
-    found = run_on(bench, chosen, started)
-    return found | {"curve": keep_curve(bench, found["results"])}
+    found = run_on(session, chosen, started)
+    return found | {"curve": keep_curve(session, found["results"])}
 
 
-def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def ladder(session: Session, budgets: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """The budgets of a sweep, and those of the default ladder that were left out because they cannot be reached.
 
     Args:
-        bench: with model and data loaded.
+        session: with model and data loaded.
         budgets: as asked for; None for the default ones.
 
     Raises:
@@ -68,10 +68,10 @@ def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], 
 
     if budgets is not None and not budgets:
         raise BudgetError("budgets: none is given")
-    layers = known_layers(bench).layers
-    smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers)
+    layers = known_layers(session).layers
+    smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers)
     asked = list(dict.fromkeys(budgets or LADDER))
-    reached = [budget for budget in asked if compressible_budget(bench, layers, budget) >= smallest]
+    reached = [budget for budget in asked if compressible_budget(session, layers, budget) >= smallest]
     missed = [budget for budget in asked if budget not in reached]
     if missed and (budgets or not reached):
         bits = 8 * smallest / sum(layer.params for layer in layers)
@@ -82,13 +82,13 @@ def ladder(bench: Workbench, budgets: Sequence[str] | None) -> tuple[list[str], 
     return reached, missed
 
 
-def keep_curve(bench: Workbench, results: Sequence[dict[str, Any]]) -> dict[str, str] | None:
+def keep_curve(session: Session, results: Sequence[dict[str, Any]]) -> dict[str, str] | None:
     """Write a sweep's curve to the store unless it is there; gives the files' URIs, None where it cannot be written.
 
     The checkpoints are in the store already, and whoever asked for the curve has it in the result and on Prefect's
     pages: a store that can only be read fails no sweep.
     """
-    store = bench.store
+    store = session.store
     key = digest_json({"runs": sorted(result["run"] for result in results), "version": 1})
     ref = ArtifactRef(ARTIFACT, key)
     try:

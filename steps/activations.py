@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mlorq.activations import ActivationSettings, calibrate
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.costs.measured import spread_batches
+from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Progress, Step, StepSpec
-from steps.context import PLAN, PLAN_TENSORS, Workbench
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 
-def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """How ranges are found, on how many calibration samples."""
+
+    samples: int
+    settings: ActivationSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model as given, the calibration data, and the ``layers`` artifact."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+
+
+def spec(session: Session, layers: ArtifactRef) -> StepSpec:
     """Depends on the float model, the calibration data, the layers and the ``activations`` section."""
-    chosen = bench.config.activations
+    chosen = session.config.activations
     assert chosen is not None
     # What the choice of widths may cost in all is the program's to know.
-    params = {**chosen.model_dump(mode="json", exclude={"compute"}), "seed": bench.config.seed}
-    inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.float_model.key,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-    }
-    return STEP.spec(params, inputs)
+    values = chosen.model_dump(exclude={"compute", "samples"})
+    values |= {name: tuple(values[name]) for name in ("percentiles", "choices")}
+    params = Params(chosen.samples, ActivationSettings(**values, seed=session.config.seed))
+    return STEP.spec(params, Inputs(session.model_ref, session.calibration_ref, layers))
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = dict(spec.params)
-    batches = bench.batches(params.pop("samples"))
-    params |= {name: tuple(params[name]) for name in ("percentiles", "choices")}
-    layers = bench.layer_list(spec.artifact("layers")).layers
-    plan = calibrate(bench.float_model, layers, batches, ActivationSettings(**params), bench.device, progress)
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    model = context.model(inputs.model)
+    batches = spread_batches(context.calibration(inputs.calibration).batches, params.samples)
+    layers = context.artifacts.layers(inputs.layers).layers
+    plan = calibrate(model, layers, batches, params.settings, context.device, progress)
     return {PLAN: json_bytes(plan.to_json()), PLAN_TENSORS: tensors_bytes(dict(plan.tensors))}
 
 
-STEP = Step("activations", 2, run)
+STEP = Step("activations", 3, Params, Inputs, run)

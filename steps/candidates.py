@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, table_bytes
+from mlorq.calibration.covariance import moments_of_tensors
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.run import SearchConfig
-from mlorq.fitting.hessian_fit import CandidateSettings
-from mlorq.models.layers import Layer
+from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
+from mlorq.fitting.moment_search import MomentSearch
+from mlorq.models.layers import Layer, weight_matrix
 from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.context import Context
+from steps.handles import ModelRef
+from steps.session import Session
+
+# What decides the matrices of one given candidate; the other settings decide which candidates there are.
+FIT = ("metric", "factor_split", "zero_point", "percentiles")
 
 
-def settings_params(search: SearchConfig) -> dict[str, Any]:
-    """The parameters that decide a layer's candidates."""
-    return {
-        "bits": list(search.bits),
-        "factor_bits": list(search.factor_bits),
-        "rank_multiple": search.rank_multiple,
-        "forms": list(search.forms),
-        "sum_bits": list(search.sum_bits),
-        "sum_factor_bits": list(search.sum_factor_bits),
-        "sum_ranks": list(search.sum_ranks),
-        "accounting": search.accounting,
-        **quantizer_params(search),
-    }
+@dataclass(frozen=True)
+class Params:
+    """The layer, and what decides its candidates."""
+
+    layer: str
+    settings: CandidateSettings
 
 
-def quantizer_params(search: SearchConfig) -> dict[str, Any]:
-    """The parameters that decide the matrices of one given candidate."""
-    return {
-        "metric": search.metric,
-        "factor_split": search.factor_split,
-        "zero_point": search.zero_point,
-        "percentiles": list(search.percentiles),
-    }
+@dataclass(frozen=True)
+class Inputs:
+    """The ``capture`` and ``layers`` artifacts, and the model whose weights are compressed."""
+
+    capture: ArtifactRef
+    layers: ArtifactRef
+    model: ModelRef
 
 
-def settings_of(params: dict[str, Any]) -> CandidateSettings:
-    """Settings from either kind of parameters."""
-    names = CandidateSettings.__dataclass_fields__
-    known = {name: value for name, value in params.items() if name in names}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+def settings_of(search: SearchConfig) -> CandidateSettings:
+    """What decides a layer's candidates."""
+    return _settings(search, tuple(field.name for field in fields(CandidateSettings)))
+
+
+def fit_settings_of(search: SearchConfig) -> CandidateSettings:
+    """What decides the matrices of one given candidate; which candidates there are is left at its defaults."""
+    return _settings(search, FIT)
+
+
+def _settings(search: SearchConfig, names: tuple[str, ...]) -> CandidateSettings:
+    given = {name: getattr(search, name) for name in names}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return CandidateSettings(**values)
 
 
-def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
+def spec(session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
     """Depends on the layer's weight and Hessian (by the capture's key) and the candidates' settings."""
-    params = {"layer": layer.name, **settings_params(layer_search(bench.config.search, layer))}
-    return STEP.spec(params, {"capture": capture, "layers": layers, **bench.model_inputs}, layer)
+    params = Params(layer.name, settings_of(layer_search(session.config.search, layer)))
+    return STEP.spec(params, Inputs(capture, layers, model), layer)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    layer = bench.layer_list(spec.artifact("layers"))[spec.params["layer"]]
-    search = bench.search(layer, spec.artifact("capture"), settings_of(spec.params))
+def search_of(
+    context: Context, model: ModelRef, capture: ArtifactRef, layer: Layer, settings: CandidateSettings
+) -> LayerSearch:
+    """The candidates of a layer.
+
+    Args:
+        context: of the worker.
+        model: whose weight is compressed.
+        capture: the ``capture`` artifact, with the layer's Hessian and moments.
+        layer: which.
+        settings: what decides them.
+    """
+    weight = weight_matrix(context.model(model).module.get_submodule(layer.name))
+    tensors = context.artifacts.moments(capture, layer.name)
+    hessian = tensors["hessian"].to(context.device)
+    if settings.metric == "moments" and "inputs" in tensors:
+        return MomentSearch(weight, hessian, settings, moments_of_tensors(tensors, context.device))
+    return LayerSearch(weight, hessian, settings, layer.groups)
+
+
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    layer = context.artifacts.layers(inputs.layers)[params.layer]
+    search = search_of(context, inputs.model, inputs.capture, layer, params.settings)
     return {"candidates.parquet": table_bytes(search.table())}
 
 
-STEP = Step("candidates", 4, run)
+STEP = Step("candidates", 5, Params, Inputs, run)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.fitting.hessian_fit import CandidateSettings
 from mlorq.forms.base import Candidate
 from mlorq.models.layers import Layer
 from mlorq.rounding import BY_BLOCKS, METHODS, NEEDS_MOMENTS, RoundingSettings
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.candidates import quantizer_params, settings_of
-from steps.context import Workbench
+from steps.candidates import fit_settings_of, search_of
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.paired_cache import PairedState
+from steps.session import Session
 
 LRA = ("iterations", "learning_rate", "regularisation", "beta_start", "beta_end", "warm_up", "stop_loss", "start")
 # What a method reads of the configuration's rounding section: nothing else is in a layer's key.
@@ -26,13 +34,45 @@ SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Params:
+    """How a layer is rounded.
+
+    Attributes:
+        layer: which.
+        candidate: what it becomes.
+        method: as ``rounding.method``.
+        fit: what decides the candidate's matrices.
+        settings: what the method reads of the ``rounding`` section.
+    """
+
+    layer: str
+    candidate: Candidate
+    method: str
+    fit: CandidateSettings
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model and what is known of the layer; of a sequential method also the data and what was rounded before."""
+
+    model: ModelRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    calibration: DataRef | None = None
+    embeddings: ArtifactRef | None = None
+    previous: ArtifactRef | None = None
+
+
 def is_sequential(method: str) -> bool:
     """Whether a method must round layers in execution order."""
     return method in NEEDS_MOMENTS | BY_BLOCKS
 
 
 def spec(
-    bench: Workbench,
+    session: Session,
+    model: ModelRef,
     capture: ArtifactRef,
     layers: ArtifactRef,
     layer: Layer,
@@ -43,54 +83,46 @@ def spec(
 
     Not on the allocation's key: another budget that chooses the same candidates so far reuses what is rounded.
     """
-    config = bench.config
-    method = config.rounding.method
-    params = {
-        "layer": layer.name,
-        "candidate": asdict(candidate),
-        "method": method,
-        **quantizer_params(config.search),
-    }
-    inputs: dict[str, ArtifactRef | str] = {**bench.model_inputs, "layers": layers, "capture": capture}
-    if is_sequential(method):
-        params |= {"settings": {name: getattr(config.rounding, name) for name in SETTINGS[method]}}
-        inputs |= {"calibration": bench.calibration.key, **embeddings.inputs(bench)}
-        if previous is not None:
-            inputs["previous"] = previous
+    rounding = session.config.rounding
+    settings = {name: getattr(rounding, name) for name in SETTINGS.get(rounding.method, ())}
+    params = Params(layer.name, candidate, rounding.method, fit_settings_of(session.config.search), settings)
+    inputs = Inputs(model, layers, capture)
+    if is_sequential(rounding.method):
+        tables = embeddings.artifact(session)
+        inputs = Inputs(model, layers, capture, session.calibration_ref, tables, previous)
     return STEP.spec(params, inputs, layer)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    method = params["method"]
-    layers = bench.layer_list(spec.artifact("layers"))
-    layer = layers[params["layer"]]
-    candidate = Candidate(**params["candidate"])
-    search = bench.search(layer, spec.artifact("capture"), settings_of(params))
-    previous = spec.artifact("previous") if "previous" in spec.inputs else None
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    method = params.method
+    layer = context.artifacts.layers(inputs.layers)[params.layer]
+    search = search_of(context, inputs.model, inputs.capture, layer, params.fit)
     if method not in NEEDS_MOMENTS:
-        result = METHODS[method](layer.name, search, candidate, None, RoundingSettings(method), progress)
+        result = METHODS[method](layer.name, search, params.candidate, None, RoundingSettings(method), progress)
     else:
-        settings = dict(params["settings"])
+        settings = dict(params.settings)
         samples, batch_size = settings.pop("samples"), settings.pop("batch_size", None)
         feedback = settings.pop("feedback", True)
-        paired = bench.paired(
-            layers, spec.artifact("capture"), previous, samples, batch_size, spec.optional_artifact("embeddings")
+        assert inputs.calibration is not None
+        state = PairedState(
+            inputs.model, inputs.calibration, inputs.layers, inputs.capture, inputs.embeddings, samples, batch_size
         )
+        paired = context.paired.get(state, inputs.previous)
         moments = paired.moments(layer) if layer.groups == 1 else None
         # A grouped convolution's rows see different inputs: rounded to nearest.
         used = method if moments is not None else "nearest"
         if used in ("closed_form", "block") and not feedback:
             used = "gptq"
+        bias = own_bias(context.model(inputs.model).module, layer)
         result = METHODS[used](
-            layer.name, search, candidate, moments, RoundingSettings(used, **settings), progress, bench.bias(layer)
+            layer.name, search, params.candidate, moments, RoundingSettings(used, **settings), progress, bias
         )
         paired.set(layer, result.layer)
-        bench.keep_paired(paired, spec.ref, samples, batch_size)
+        context.paired.keep(paired, state, STEP.ref(params, inputs))
     info = {
         "layer": layer.name,
-        "candidate": asdict(candidate),
-        "previous": None if previous is None else previous.to_json(),
+        "candidate": asdict(params.candidate),
+        "previous": None if inputs.previous is None else inputs.previous.to_json(),
         "method": method,
         "error_before": result.error_before,
         "error_after": result.error_after,
@@ -99,4 +131,10 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"codes.safetensors": tensors_bytes(result.layer.tensors()), "layer.json": json_bytes(info)}
 
 
-STEP = Step("round", 5, run)
+def own_bias(module: nn.Module, layer: Layer) -> Tensor | None:
+    """The bias that a layer may change: its own, unless another module has the weight too."""
+    bias = module.get_submodule(layer.name).bias
+    return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
+
+
+STEP = Step("round", 6, Params, Inputs, run)

@@ -2,65 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.rounding.finetune import TuningSettings, tune
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.paired_cache import PairedState, rounding_batches
 from steps.reconstruct import trained_files
+from steps.session import Session
 
 SETTINGS = ("tuning", "tuning_rate", "scale_rate", "bias_rate")
 
 
-def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """Most calibration samples used, samples per step, and the training's settings."""
+
+    samples: int
+    batch_size: int
+    settings: TuningSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the data, and the last artifact of the rounded layers."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    previous: ArtifactRef
+    embeddings: ArtifactRef | None = None
+
+
+def spec(
+    session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef
+) -> StepSpec:
     """Depends on all rounded layers, the model and the calibration data.
 
     Args:
-        bench: of the run.
+        session: of the run.
+        model: that is compressed.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         previous: the last artifact of the rounded layers.
     """
-    rounding = bench.config.rounding
-    params = {
-        "samples": rounding.samples,
-        "batch_size": rounding.batch_size,
-        "seed": bench.config.seed,
-        **{name: getattr(rounding, name) for name in SETTINGS},
-    }
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-        "capture": capture,
-        "previous": previous,
-        **embeddings.inputs(bench),
-    }
+    rounding = session.config.rounding
+    chosen = {name: getattr(rounding, name) for name in SETTINGS}
+    params = Params(rounding.samples, rounding.batch_size, TuningSettings(**chosen, seed=session.config.seed))
+    inputs = Inputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
     return STEP.spec(params, inputs)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    listed = bench.layer_list(spec.artifact("layers"))
-    previous = spec.artifact("previous")
-    rounded = bench.all_rounded(previous)
-    batches, importance = bench.rounding_batches(spec.artifact("capture"), params["samples"], params["batch_size"])
-    settings = TuningSettings(**{name: params[name] for name in SETTINGS}, seed=params["seed"])
-    pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
-    tables = bench.tables(spec.optional_artifact("embeddings"))
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    listed = context.artifacts.layers(inputs.layers)
+    rounded = context.artifacts.all_rounded(inputs.previous)
+    state = PairedState(
+        inputs.model,
+        inputs.calibration,
+        inputs.layers,
+        inputs.capture,
+        inputs.embeddings,
+        params.samples,
+        params.batch_size,
+    )
+    batches, importance = rounding_batches(context, state)
     result = tune(
-        bench.model,
+        context.model(inputs.model),
         listed.blocks,
-        pairs,
+        [(layer, rounded[layer.name]) for layer in listed.layers],
         batches,
-        settings,
-        bench.device,
+        params.settings,
+        context.device,
         progress,
         importance=importance,
-        activations=bench.plan,
-        tables=tables,
+        activations=context.plan(inputs.model),
+        tables=context.artifacts.tables(inputs.embeddings),
     )
-    return trained_files(result, previous)
+    return trained_files(result, inputs.previous)
 
 
-STEP = Step("tune", 1, run)
+STEP = Step("tune", 2, Params, Inputs, run)

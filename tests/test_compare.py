@@ -13,7 +13,7 @@ import pytest
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
 from flows.comparison import METHODS, chosen, configured, width_for
-from flows.run import known_layers, open_bench
+from flows.run import known_layers, open_session
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from tests.test_cli import fails, write_project
@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_budgets_and_settings_of_methods(tmp_path: Path) -> None:
     config = RunConfig.from_yaml(write_project(tmp_path, **SETTINGS))
-    layers = known_layers(open_bench(config)).layers
+    layers = known_layers(open_session(config)).layers
     assert width_for("3bit", 0, layers, config) == 3
     assert width_for("25%", 10**9, layers, config) == 8
     values = {"model": {"family": "custom", "factory": "tiny_project:build"}, **SETTINGS}

@@ -12,7 +12,7 @@ from mlorq.config.run import SearchConfig
 from mlorq.errors import ConfigError
 from mlorq.fitting.hessian_fit import CandidateSettings, LayerSearch
 from mlorq.models.layers import find_layers, weight_matrix
-from steps.candidates import settings_of, settings_params
+from steps.candidates import settings_of
 from tests.nets import images, token_net
 from tests.test_pipeline import folder, run  # noqa: F401  (a fixture)
 
@@ -74,7 +74,7 @@ def test_the_smallest_size_is_that_of_the_candidates(override):
     model, found = listed()
     merged = SearchConfig.model_validate({"forms": ["Q", "LR", "QLR"], "layers": {"*": override}})
     for layer in found.layers:
-        settings = settings_of(settings_params(layer_search(merged, layer)))
+        settings = settings_of(layer_search(merged, layer))
         assert isinstance(settings, CandidateSettings)
         weight = weight_matrix(model.module.get_submodule(layer.name))
         table = LayerSearch(weight, weight.abs() + 1, settings, layer.groups).table()
