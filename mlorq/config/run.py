@@ -163,7 +163,11 @@ def run_config() -> type[RunConfig]:
 @cache
 def _run_config(_: int) -> type[RunConfig]:
     data = create_model(
-        "DataConfig", __base__=DataConfig, calibration=(source_section(), ...), evaluation=(source_section(), ...)
+        "DataConfig",
+        __base__=DataConfig,
+        __doc__=DataConfig.__doc__,
+        calibration=(source_section(), ...),
+        evaluation=(source_section(), ...),
     )
     sections: dict[str, Any] = {
         "model": (model_section(), ...),
