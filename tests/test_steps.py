@@ -77,7 +77,7 @@ def test_records_of_every_step_go_through_a_message_whole(folder, tmp_path_facto
 
 
 def reachable(value: Any, seen: set[int], depth: int = 6) -> Iterator[Any]:
-    """An object and what its attributes, containers and closures hold."""
+    """An object and what its attributes and containers hold; what loads model and data is a function, and is closed."""
     if id(value) in seen or depth == 0 or isinstance(value, (str, bytes, int, float)):
         return
     seen.add(id(value))
@@ -109,7 +109,7 @@ def test_a_step_gets_no_configuration_and_no_session(folder, monkeypatch):  # no
 
 
 def test_no_step_function_names_the_configuration_or_a_session():
-    """What a run is told reaches a step by its parameters alone: its function's module-level names are no way around."""
+    """What a run is told reaches a step by its parameters alone."""
     for step in REGISTRY.values():
         names = set(step.run.__code__.co_names) | set(step.run.__code__.co_freevars)
         assert not names & {"Session", "RunConfig", "config", "session"}, step.name
