@@ -21,7 +21,7 @@ from mlorq.config.run import RunConfig
 from mlorq.costs.measured import spread_batches
 from mlorq.evaluation.outputs import model_outputs, output_nmse
 from mlorq.models.layers import find_layers
-from steps.context import Workbench
+from steps.session import Session
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     config = RunConfig.from_yaml(arguments.config, dict(item.split("=", 1) for item in arguments.set))
-    bench = Workbench(config, Store(config.resolve(config.store)))
-    model, layers = bench.float_model, find_layers(bench.float_model, bench.calibration.batches[0]).layers
-    batches = spread_batches(bench.evaluation.batches, arguments.samples)
+    session = Session(config, Store(config.resolve(config.store)))
+    model, layers = session.model, find_layers(session.model, session.calibration.batches[0]).layers
+    batches = spread_batches(session.evaluation.batches, arguments.samples)
     reference = model_outputs(model, model.module, batches)
 
     def cost(module: object) -> float:
@@ -43,7 +43,7 @@ def main() -> None:
 
     def quantized(method: str) -> tuple[ActivationPlan, object, dict[str, ActivationQuantizer]]:
         settings = ACTIVATION_METHODS[method].settings(bits=arguments.bits, method=method)
-        plan = calibrate(model, layers, bench.batches(32), settings)
+        plan = calibrate(model, layers, spread_batches(session.calibration.batches, 32), settings)
         module = deepcopy(model.module)
         plan.fold(module)
         return plan, module, plan.install(module)

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from scripts.prefect_stack import REPOSITORY, Stack
-from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import run_pipeline
+from steps.session import Session
 
 FACTORY = """
 import torch
@@ -87,9 +87,9 @@ def digest(store: Path) -> str:
 def without_prefect(path: Path) -> float:
     """Seconds of the same steps as plain calls."""
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, Store(config.resolve(config.store)))
+    session = Session(config, Store(config.resolve(config.store)))
     started = time.perf_counter()
-    run_pipeline(bench, InProcess(bench), config.budgets)
+    run_pipeline(session, InProcess(session), config.budgets)
     return time.perf_counter() - started
 
 

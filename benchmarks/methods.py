@@ -24,7 +24,7 @@ from flows.comparison import Planned, activation_width, chosen, known_methods, p
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig, read_values
-from steps.context import Workbench
+from steps.session import Session
 
 COLUMNS = ("weights", "activations", "method", "metric", "float", "output NMSE", "bytes", "Q / LR / QLR", "seconds")
 
@@ -83,12 +83,12 @@ def main() -> None:
     place = Place(arguments.device, arguments.workers)
     values = read_values(arguments.config, dict(item.split("=", 1) for item in arguments.set))
     config = RunConfig.from_mapping(values, str(Path(arguments.config).resolve().parent))
-    bench = Workbench(config, Store(config.resolve(config.store)), place.device)
+    session = Session(config, Store(config.resolve(config.store)), place.device)
     groups: dict[str, list[Planned]] = {}
     for width in arguments.activations or [None]:
         wanted = activation_width(values, width)
         budgets = parse_budgets(arguments.budget or config.budget)
-        for planned in plan(bench, values, budgets, chosen(arguments.methods.split(",")), wanted):
+        for planned in plan(session, values, budgets, chosen(arguments.methods.split(",")), wanted):
             # What rounding does is no part of a search.
             search = planned.config.search.model_dump(mode="json")
             searched = json.dumps([search, planned.method.activations, wanted], sort_keys=True)

@@ -44,8 +44,8 @@ from mlorq.evaluation.outputs import model_outputs
 from mlorq.forms.modules import replace_layers
 from mlorq.models import rebuild
 from steps.baseline import nmse_data
-from steps.context import Workbench
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
 
 SIZES = ("tiny", "small", "base", "large")
 WORDS = [f"word{index}" for index in range(200)]
@@ -257,15 +257,15 @@ def measure(
     del module
     config = RunConfig.from_mapping(values, str(folder))
     started = time.perf_counter()
-    bench = Workbench(config, Store(config.resolve(config.store)), device)
-    with Pool(bench, workers, progress) as executor:
-        (compressed,) = run_pipeline(bench, executor, config.budgets)
-    result = result_json(bench, compressed)
+    session = Session(config, Store(config.resolve(config.store)), device)
+    with Pool(session, workers, progress) as executor:
+        (compressed,) = run_pipeline(session, executor, config.budgets)
+    result = result_json(session, compressed)
     seconds = time.perf_counter() - started
     artifacts = {role: ArtifactRef.from_json(value) for role, value in result["artifacts"].items()}
-    listed = bench.layer_list(artifacts["layers"])
+    listed = session.artifacts.layers(artifacts["layers"])
     checkpoint = folder / "out"
-    save({name: bench.store.read_bytes(artifacts["checkpoint"], name) for name in (TENSORS, CONFIG)}, checkpoint)
+    save({name: session.store.read_bytes(artifacts["checkpoint"], name) for name in (TENSORS, CONFIG)}, checkpoint)
     return {
         "parameters": parameters,
         "layers": len(listed.layers),
@@ -277,7 +277,7 @@ def measure(
         "nmse": result["nmse"],
         "seconds": seconds,
         "peak": _peak(device) / 1e9,
-        "equal": _equal_outputs(bench, artifacts, checkpoint),
+        "equal": _equal_outputs(session, artifacts, checkpoint),
     }
 
 
@@ -288,16 +288,16 @@ def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _equal_outputs(bench: Workbench, artifacts: dict[str, ArtifactRef], checkpoint: Path) -> bool:
+def _equal_outputs(session: Session, artifacts: dict[str, ArtifactRef], checkpoint: Path) -> bool:
     """Whether the saved checkpoint computes what the float model with its rounded layers replaced in memory does."""
-    listed = bench.layer_list(artifacts["layers"])
-    in_memory = deepcopy(bench.model.module)
-    rounded = bench.all_rounded(artifacts[f"round/{listed.layers[-1].name}"])
+    listed = session.artifacts.layers(artifacts["layers"])
+    in_memory = deepcopy(session.model.module)
+    rounded = session.artifacts.all_rounded(artifacts[f"round/{listed.layers[-1].name}"])
     replace_layers(in_memory, rounded, {layer.name: list(layer.aliases) for layer in listed.layers})
-    batches = nmse_data(bench).batches
-    loaded = mlorq.load(checkpoint).to(bench.device)
-    in_memory.to(bench.device)
-    found, wanted = (model_outputs(bench.model, one, batches, device=bench.device) for one in (loaded, in_memory))
+    batches = nmse_data(session).batches
+    loaded = mlorq.load(checkpoint).to(session.device)
+    in_memory.to(session.device)
+    found, wanted = (model_outputs(session.model, one, batches, device=session.device) for one in (loaded, in_memory))
     return bool(torch.equal(found, wanted))
 
 

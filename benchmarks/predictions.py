@@ -19,9 +19,11 @@ from mlorq.artifacts.store import Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.costs.measured import LayerProbe, dense_of
-from steps.context import Workbench
+from steps.candidates import fits_of
 from steps.inprocess import InProcess
+from steps.measuring import measuring
 from steps.pipeline import run_allocations, run_search
+from steps.session import Session
 
 
 def main() -> None:
@@ -35,26 +37,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = RunConfig.from_yaml(arguments.config, dict(item.split("=", 1) for item in arguments.set))
-    bench = Workbench(config, Store(config.resolve(config.store)), arguments.device)
-    executor = InProcess(bench, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr))
-    search = run_search(bench, executor)
+    session = Session(config, Store(config.resolve(config.store)), arguments.device)
+    executor = InProcess(session, lambda label, done, total: print(f"  {label} {done}/{total}", file=sys.stderr))
+    search = run_search(session, executor)
 
     found = []
     for layer in search.layers:
-        table = bench.store.read_table(search.candidates[layer.name], "candidates.parquet").to_pylist()
+        table = session.store.read_table(search.candidates[layer.name], "candidates.parquet").to_pylist()
         rows = {row["candidate_id"]: row for row in table}
-        costs = bench.store.read_table(search.sensitivity[layer.name], "sensitivity.parquet").to_pylist()
+        costs = session.store.read_table(search.sensitivity[layer.name], "sensitivity.parquet").to_pylist()
         found += [(layer, rows[row["candidate_id"]], row["global_cost"]) for row in costs if row["how"] != "measured"]
     generator = np.random.default_rng(arguments.seed)
     chosen = generator.choice(len(found), min(arguments.candidates, len(found)), replace=False)
-    batches, labels = bench.measuring(config.search.samples, held_out=config.search.metric == "moments")
-    blocks = bench.layer_list(search.layers_ref).blocks
+    how, context = measuring(session, search.layers), session.worker.context
+    batches, labels = how.of(session.calibration)
+    blocks = session.artifacts.layers(search.layers_ref).blocks
     by_form: dict[str, list[tuple[float, float]]] = {}
     for index in sorted(chosen.tolist()):
         layer, row, predicted = found[index]
-        fit, _ = bench.fits(layer, search.capture, config.search.fit)
+        fit = fits_of(context, search.model, search.capture, layer, config.search.fit).search
         with LayerProbe(
-            bench.model, layer, blocks, batches, bench.device, cost=config.search.cost, labels=labels
+            context.model(search.model), layer, blocks, batches, session.device, cost=how.cost, labels=labels
         ) as probe:
             measured = probe.cost(dense_of(fit, row))
         by_form.setdefault(row["form"], []).append((predicted, measured))
@@ -69,8 +72,8 @@ def main() -> None:
         rank = spearmanr(predicted, measured).statistic if len(pairs) > 2 else float("nan")
         shares = " | ".join(f"{(off <= np.log(1 + share)).mean():.2f}" for share in (0.2, 0.5))
         print(f"| {form} | {len(pairs)} | {rank:.3f} | {np.median(ratio):.2f} | {shares} |")
-    for result in run_allocations(bench, executor, search, parse_budgets(arguments.budget or config.budget)):
-        info = bench.store.read_json(result.allocation, "allocation.json")
+    for result in run_allocations(session, executor, search, parse_budgets(arguments.budget or config.budget)):
+        info = session.store.read_json(result.allocation, "allocation.json")
         print(f"\n| allocation at {result.budget} | sum of its layers' costs | measured |\n|---|---|---|")
         for one in info.get("measured", []):
             print(f"| {one['origin']} | {one['predicted']:.4f} | {one['measured']:.4f} |")

@@ -19,7 +19,7 @@ from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from mlorq.evaluation.outputs import model_outputs, output_nmse
 from steps.baseline import measure, nmse_data
-from steps.context import Workbench
+from steps.session import Session
 
 
 def main() -> None:
@@ -30,15 +30,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     config = RunConfig.from_yaml(arguments.config)
-    bench = Workbench(config, Store(config.resolve(config.store)), arguments.device)
-    batches = nmse_data(bench).batches
-    wanted = model_outputs(bench.model, bench.model.module, batches, device=bench.device).double()
+    session = Session(config, Store(config.resolve(config.store)), arguments.device)
+    batches = nmse_data(session).batches
+    wanted = model_outputs(session.model, session.model.module, batches, device=session.device).double()
     print("| checkpoint | metrics | output NMSE | at the best scale | norm by float's | correlation |")
     print("|---|---|---|---|---|---|")
     for place in arguments.checkpoints:
-        module = mlorq.load(place).to(bench.device)
-        found = model_outputs(bench.model, module, batches, device=bench.device).double()
-        metrics = measure(bench.evaluation, found.float(), module)
+        module = mlorq.load(place).to(session.device)
+        found = model_outputs(session.model, module, batches, device=session.device).double()
+        metrics = measure(session.evaluation, found.float(), module)
         scaled = found * ((found * wanted).sum() / found.square().sum())
         centred = torch.stack([(part - part.mean(0)).flatten() for part in (found, wanted)])
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

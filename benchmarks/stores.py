@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from steps.base import Outcome
-from steps.context import Workbench, open_store
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session, open_store
 from tests.s3 import s3_server
 from tests.test_cli import write_project
 
@@ -27,13 +27,13 @@ from tests.test_cli import write_project
 def run(path: Path) -> tuple[set[tuple[str, str]], list[Outcome], Store, float]:
     """Keys of all artifacts, outcomes, the store that was used and seconds."""
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, open_store(config))
+    session = Session(config, open_store(config))
     outcomes: list[Outcome] = []
     started = time.perf_counter()
-    (result,) = run_pipeline(bench, InProcess(bench, record=outcomes.append), config.budgets)
-    result_json(bench, result)
+    (result,) = run_pipeline(session, InProcess(session, record=outcomes.append), config.budgets)
+    result_json(session, result)
     seconds = time.perf_counter() - started
-    return {(outcome.ref.step, outcome.ref.key) for outcome in outcomes}, outcomes, bench.store, seconds
+    return {(outcome.ref.step, outcome.ref.key) for outcome in outcomes}, outcomes, session.store, seconds
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import PRESETS, RunConfig
 from steps.base import Outcome
-from steps.context import Workbench
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
 
 SEARCH = ("capture", "candidates", "sensitivity", "allocate", "refine")
 ROUNDING = ("round", "reconstruct", "tune")
@@ -71,15 +71,15 @@ def run(config: RunConfig, budget: Budget, place: Place = Place()) -> dict[str, 
     if place.device != "cpu":
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(place.device)
-    bench = Workbench(config, Store(config.resolve(config.store)), place.device)
+    session = Session(config, Store(config.resolve(config.store)), place.device)
     outcomes: list[Outcome] = []
 
     def progress(label: str, done: int, total: int) -> None:
         print(f"  {label} {done}/{total}", file=sys.stderr)
 
-    with Pool(bench, place.workers, progress, outcomes.append) as executor:
-        (result,) = run_pipeline(bench, executor, [budget])
-    found = result_json(bench, result)
+    with Pool(session, place.workers, progress, outcomes.append) as executor:
+        (result,) = run_pipeline(session, executor, [budget])
+    found = result_json(session, result)
     computed = any(outcome.ref.step in ROUNDING and not outcome.reused for outcome in outcomes)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = host if place.device == "cpu" else torch.cuda.max_memory_allocated(place.device)

@@ -198,7 +198,7 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
     from flows.server import PrefectSession
 
     allocate_only = bool(getattr(arguments, "allocate_only", False))
-    with PrefectSession(verbose=arguments.verbose) as session:
+    with PrefectSession(verbose=arguments.verbose) as prefect:
         # The embedded server comes up while this loads the model.
         from flows.comparison import chosen, plan
         from flows.progress import terminal_progress
@@ -206,26 +206,26 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
 
         sweeping = arguments.command == "sweep"
         free = sweeping or arguments.command == "compare"  # checks budgets by itself
-        bench = prepare(config, [] if free else budgets or [], allocate_only=allocate_only)
+        session = prepare(config, [] if free else budgets or [], allocate_only=allocate_only)
         from flows.compare import compare_flow
         from flows.compress import compress_flow
         from flows.rebudget import rebudget_flow
         from flows.sweep import ladder, left_out_note, sweep_flow
 
         if sweeping:
-            budgets, left_out = ladder(bench, budgets)
+            budgets, left_out = ladder(session, budgets)
             if left_out:
                 say(left_out_note(left_out))
         values = config.model_dump(mode="json")
         if arguments.command == "compare":
             # Without the preset's defaults: each method has its own.
             values = read_values(location_and_folder(arguments.config)[0], overrides_of(arguments))
-            plan(bench, values, budgets or [], chosen(_names(arguments)), arguments.activations)
-        session.ready()
+            plan(session, values, budgets or [], chosen(_names(arguments)), arguments.activations)
+        prefect.ready()
         budgets = budgets or []
         shown = [budget.text for budget in budgets]
-        observer, record = terminal_progress(), session.expect
-        with handing(Handed(bench, budgets, observer, _command(arguments), record, arguments.interrupted)):
+        observer, record = terminal_progress(), prefect.expect
+        with handing(Handed(session, budgets, observer, _command(arguments), record, arguments.interrupted)):
             if arguments.command == "compress":
                 return compress_flow(values, config.folder, shown)
             if arguments.command == "compare":
@@ -243,11 +243,11 @@ def _allocate_only(arguments: argparse.Namespace, config: RunConfig, budgets: li
     from steps.pipeline import run_pipeline
 
     started = time.perf_counter()
-    bench = prepare(config, budgets, allocate_only=True)
+    session = prepare(config, budgets, allocate_only=True)
     with closing(terminal_progress()) as observer:
-        executor = AllocateOnly(bench, observer, _command(arguments))
-        results = run_pipeline(bench, executor, budgets, allocate_only=True)
-    return results_json(bench, executor.ledger, results, started)
+        executor = AllocateOnly(session, observer, _command(arguments))
+        results = run_pipeline(session, executor, budgets, allocate_only=True)
+    return results_json(session, executor.ledger, results, started)
 
 
 def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, config: RunConfig) -> None:
@@ -271,7 +271,7 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
     from mlorq.artifacts.store import ArtifactRef
     from mlorq.checkpoint.format import CONFIG, TENSORS
     from mlorq.checkpoint.io import save
-    from steps.context import open_store
+    from steps.session import open_store
 
     store = open_store(config)
 
@@ -285,11 +285,11 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
 
 def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget]) -> Finish:
     from flows.dry_run import make_plan
-    from flows.run import check_budgets, known_layers, open_bench
+    from flows.run import check_budgets, known_layers, open_session
 
-    bench = open_bench(config, to_estimate=True)
-    layers = known_layers(bench)
-    plan = make_plan(bench, layers, budgets)
+    session = open_session(config, to_estimate=True)
+    layers = known_layers(session)
+    plan = make_plan(session, layers, budgets)
 
     def finish() -> int:
         from flows.render import console, print_plan
@@ -298,7 +298,7 @@ def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[Bud
             print_json(plan)
         else:
             print_plan(plan, console())
-        check_budgets(bench, layers, budgets)
+        check_budgets(session, layers, budgets)
         return 0
 
     return finish

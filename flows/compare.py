@@ -26,7 +26,7 @@ from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import render_table
-from steps.context import Workbench
+from steps.session import Session
 
 ARTIFACT = "compare"  # what the store calls it
 TABLE, PAGE, ROWS = "compare.parquet", "compare.html", "compare.json"
@@ -53,8 +53,8 @@ def method_flow(method: str, config: dict[str, Any], folder: str, budget: dict[s
     started = time.perf_counter()
     given = handed()
     budgets = [Budget.from_json(budget)]
-    bench = given.bench if given else prepare(RunConfig.from_mapping(config, folder), budgets)
-    return run_on(bench, budgets, started)
+    session = given.session if given else prepare(RunConfig.from_mapping(config, folder), budgets)
+    return run_on(session, budgets, started)
 
 
 @flow(name="compare", flow_run_name=compare_name, validate_parameters=False, persist_result=False)
@@ -82,20 +82,20 @@ def compare_flow(
     values, folder = explicit_values(config, folder)
     wanted, width = chosen(methods), activation_width(values, activations)
     given = handed()
-    base = given.bench if given else prepare(RunConfig.from_mapping(values, folder), [])
+    base = given.session if given else prepare(RunConfig.from_mapping(values, folder), [])
     asked = given.budgets if given else parse_budgets(budgets or base.config.budget)
     results, computed, reused = [], 0, 0
     for planned in plan(base, values, asked, wanted, width):
         # Model and data are loaded once for all methods of this process.
-        bench = Workbench(
+        session = Session(
             planned.config,
             base.store,
             base.device,
-            model=base.float_model,
+            model=base.model,
             calibration=base.calibration,
             evaluation=base.evaluation,
         )
-        context = handing(replace(given, bench=bench, observer=terminal_progress())) if given else nullcontext()
+        context = handing(replace(given, session=session, observer=terminal_progress())) if given else nullcontext()
         with context:
             found = method_flow(
                 planned.method.name, planned.config.model_dump(mode="json"), folder, planned.budget.to_json()
@@ -116,9 +116,9 @@ def compare_flow(
     }
 
 
-def keep(bench: Workbench, rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+def keep(session: Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """Write the table to the store unless it is there; gives the files' URIs, None where it cannot be written."""
-    store = bench.store
+    store = session.store
     stable = [{name: value for name, value in one.items() if name != "seconds"} for one in rows]
     ref = ArtifactRef(ARTIFACT, digest_json({"rows": stable, "version": 1}))
     try:

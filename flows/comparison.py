@@ -23,8 +23,8 @@ from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import FORMS, Shape, uniform_candidate, uniform_form
 from mlorq.models.layers import Layer
 from mlorq.rounding import METHODS
-from steps.context import Workbench
 from steps.pipeline import compressible_budget
+from steps.session import Session
 
 WIDTHS = range(2, 9)
 
@@ -184,7 +184,7 @@ class Planned:
 
 
 def plan(
-    base: Workbench, values: Mapping[str, Any], budgets: Sequence[Budget], methods: Sequence[Method], width: int | None
+    base: Session, values: Mapping[str, Any], budgets: Sequence[Budget], methods: Sequence[Method], width: int | None
 ) -> list[Planned]:
     """Every run, budget by budget, checked before any starts.
 

@@ -25,8 +25,9 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from steps.base import Needs, StepSpec
-from steps.context import Workbench, devices, open_store
+from steps.devices import devices
 from steps.protocol import refuse_memory_store
+from steps.session import open_store, open_worker
 
 
 class DaskPool:
@@ -58,7 +59,7 @@ class DaskPool:
             raise ConfigError(f"engine.dask: no cluster {settings.cluster}: {error}") from None
 
     def __enter__(self) -> DaskPool:
-        self._runner.__enter__()
+        self._runner.__enter__()  # type: ignore[no-untyped-call]
         settings = self.config.engine.dask
         try:
             client = self._runner.client
@@ -103,7 +104,7 @@ class DaskPool:
     def cancel(self, futures: list[PrefectFuture[Any]]) -> None:
         """Take back what has not started."""
         with suppress(Exception):  # a scheduler that is gone has nothing to take back
-            self._runner.client.cancel([future.wrapped_future for future in futures])  # type: ignore[attr-defined]
+            self._runner.client.cancel([future.wrapped_future for future in futures])  # type: ignore[attr-defined, no-untyped-call]
 
 
 def resources_of(needs: Needs, offered: set[str]) -> dict[str, float]:
@@ -147,4 +148,4 @@ def _idle_runners(worker: Any, run: str) -> deque[Runner]:
 
 def _new_runner(config: RunConfig) -> Runner:
     device = devices(config)[0]
-    return make_runner(config, device, lambda: Workbench(config, open_store(config), device))
+    return make_runner(config, device, lambda: open_worker(config, device))

@@ -22,9 +22,9 @@ from mlorq.models.layers import Layer, LayerList
 from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
 from steps.base import Outcome, StepSpec, find
-from steps.context import Workbench
 from steps.pipeline import run_allocations, run_budget, run_search
 from steps.reconstruct import members
+from steps.session import Session
 
 SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
 BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
@@ -57,23 +57,23 @@ class Planner:
     """Implements ``steps.pipeline.Executor``: looks every step up, runs none.
 
     Args:
-        bench: of the run.
+        session: of the run.
         found: the model's layers.
         estimate: of what a step takes.
     """
 
-    def __init__(self, bench: Workbench, found: LayerList, estimate: Estimate) -> None:
-        self.bench = bench
+    def __init__(self, session: Session, found: LayerList, estimate: Estimate) -> None:
+        self.session = session
         self.found = found
         self.estimate = estimate
-        rounding = bench.config.rounding
-        chosen = bench.config.activations is not None and bool(bench.config.activations.choices)
+        rounding = session.config.rounding
+        chosen = session.config.activations is not None and bool(session.config.activations.choices)
         tuning = METHODS[rounding.method].tuning
         optional = {
-            "refine": bench.config.search.rounds and not chosen,
+            "refine": session.config.search.rounds and not chosen,
             "tune": tuning is not None and tuning.steps(rounding),
         }
-        optional |= {name: getattr(bench.config, name) is not None for name in ("embeddings", "activations")}
+        optional |= {name: getattr(session.config, name) is not None for name in ("embeddings", "activations")}
         self.search = [name for name in SEARCH if optional.get(name, True)]
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
         first, *rest = self.by_budget
@@ -87,7 +87,7 @@ class Planner:
 
     def run(self, spec: StepSpec) -> Outcome:
         """Look one step up; counted once, whoever asks for it."""
-        outcome = find(spec, self.bench)
+        outcome = find(spec, self.session.store)
         if spec.key not in self._seen:
             self._seen.add(spec.key)
             if outcome is not None:
@@ -105,7 +105,7 @@ class Planner:
         for phase in phases:
             for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
-            if phase == "round" and METHODS[self.bench.config.rounding.method].blocks is not None:
+            if phase == "round" and METHODS[self.session.config.rounding.method].blocks is not None:
                 for block in range(len(self.found.blocks)):
                     if members(self.found, block):
                         self._count(phase, None)
@@ -115,16 +115,16 @@ class Planner:
         self.counts[phase].seconds += self.estimate.seconds(phase, layer)
 
 
-def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[Budget]) -> dict[str, Any]:
+def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> dict[str, Any]:
     """What ``mlorq compress --dry-run`` reports, as JSON.
 
     Args:
-        bench: of the run.
+        session: of the run.
         found: the model's layers (``flows.run.known_layers``).
         budgets: to plan for.
     """
-    rest = pack.rest_bytes_bound(bench, found.layers)
-    sizes = {layer.name: smallest_layer_bytes(layer, bench.config.search) for layer in found.layers}
+    rest = pack.rest_bytes_bound(session, found.layers)
+    sizes = {layer.name: smallest_layer_bytes(layer, session.config.search) for layer in found.layers}
     smallest = sum(sizes.values())
     rows: list[dict[str, Any]] = []
     reached = []
@@ -136,11 +136,11 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[Budget]) -> 
         feasible = allowed is not None and allowed >= smallest
         reached += [budget] if feasible else []
         rows.append({"budget": budget.text, "budget_bytes": allowed, "feasible": feasible})
-    planner = Planner(bench, found, Estimate(bench, found, measure_speed(bench)))
+    planner = Planner(session, found, Estimate(session, found, measure_speed(session)))
     _walk(planner, reached)
     return {
-        "model": bench.config.model.display_name,
-        "device": bench.device,
+        "model": session.config.model.display_name,
+        "device": session.device,
         "layers": [
             {
                 "layer": layer.name,
@@ -153,61 +153,61 @@ def make_plan(bench: Workbench, found: LayerList, budgets: Sequence[Budget]) -> 
             }
             for layer in found.layers
         ],
-        "embeddings": _embeddings(bench),
+        "embeddings": _embeddings(session),
         "skipped": [{"layer": name, "reason": reason} for name, reason in found.skipped],
         "params": found.params,
         "float_bytes": 4 * found.params,
         "rest_bytes": rest,
-        "rest": pack.rest_kinds(bench, found.layers),
+        "rest": pack.rest_kinds(session, found.layers),
         "smallest_bytes": smallest,
         "smallest_file_bytes": smallest + rest,
         "budgets": rows,
         "steps": {phase: counts.to_json() for phase, counts in planner.counts.items()},
         "expected": {
             "seconds": round(sum(counts.seconds for counts in planner.counts.values()), 1),
-            "memory_bytes": memory_bytes(bench, found),
-            "note": NOTE + (DASK_NOTE if bench.config.engine.runner == "dask" else ""),
+            "memory_bytes": memory_bytes(session, found),
+            "note": NOTE + (DASK_NOTE if session.config.engine.runner == "dask" else ""),
         },
     }
 
 
-def _first_missing(bench: Workbench) -> str | None:
+def _first_missing(session: Session) -> str | None:
     """Of the steps without whose artifact no later step has a key: the first that the store lacks."""
-    listed = find(layers.spec(bench), bench)
+    listed = find(layers.spec(session), session.store)
     if listed is None:
         return "layers"
-    if bench.config.activations is not None and find(activations.spec(bench, listed.ref), bench) is None:
+    if session.config.activations is not None and find(activations.spec(session, listed.ref), session.store) is None:
         return "activations"
     return None
 
 
-def _embeddings(bench: Workbench) -> dict[str, Any] | None:
+def _embeddings(session: Session) -> dict[str, Any] | None:
     """The embedding tables that a run would quantize, and those that it would not; None where none are asked for."""
-    settings = bench.config.embeddings
+    settings = session.config.embeddings
     if settings is None:
         return None
-    found = find_tables(bench.model.module, settings.smallest)
+    found = find_tables(session.model.module, settings.smallest)
     skipped = [{"table": name, "reason": reason} for name, reason in found.skipped]
     return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
 
 
 def _walk(planner: Planner, budgets: Sequence[Budget]) -> None:
-    bench = planner.bench
+    session = planner.session
     planner.phase("baseline", 1)
-    float_evaluation = planner.run(baseline.spec(bench)).ref
-    first_missing = _first_missing(bench)
+    float_evaluation = planner.run(baseline.spec(session)).ref
+    first_missing = _first_missing(session)
     if first_missing is not None:
         if first_missing == "activations":
             planner.phase("layers", 1)
-            planner.run(layers.spec(bench))
+            planner.run(layers.spec(session))
         planner.count_all(*planner.search[planner.search.index(first_missing) :])
         for _ in budgets:
             planner.count_all(*planner.by_budget)
         return
-    search = run_search(bench, planner)
+    search = run_search(session, planner)
     for budget in budgets:
-        (result,) = run_allocations(bench, planner, search, [budget])
-        if bench.store.exists(result.allocation):
-            run_budget(bench, planner, search, result, float_evaluation)
+        (result,) = run_allocations(session, planner, search, [budget])
+        if session.store.exists(result.allocation):
+            run_budget(session, planner, search, result, float_evaluation)
         else:
             planner.count_all(*[name for name in planner.by_budget if name not in ("allocate", "refine")])

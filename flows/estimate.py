@@ -18,17 +18,20 @@ import torch
 
 from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.calibration.token_importance import PASSES
+from mlorq.config.compose import part
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.sections import SearchConfig
+from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
 from mlorq.forms.base import FORMS, Form, Shape
 from mlorq.models.base import batch_samples, move_batch
 from mlorq.models.layers import Layer, LayerList
 from mlorq.registry import Settings
 from mlorq.rounding import METHODS
+from mlorq.rounding.base import TrainingSettings
 from steps.base import Needs
-from steps.context import Workbench
 from steps.refine import WHOLE_SAMPLES
+from steps.session import Session
 
 ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry
 MEASURED = 0.7  # share of the points that are measured: fronts of some bit pairs have fewer
@@ -52,12 +55,12 @@ class Speed:
     outputs: int
 
 
-def measure_speed(bench: Workbench) -> Speed:
+def measure_speed(session: Session) -> Speed:
     """Time a forward of a calibration batch and a matrix product, both warm."""
-    bench.use_threads()
-    model = bench.model
-    batch = move_batch(bench.batches(1)[0], bench.device, model.dtype)
-    square = torch.randn(768, 768, device=bench.device)
+    session.worker.context.use_threads()
+    model = session.model
+    batch = move_batch(spread_batches(session.calibration.batches, 1)[0], session.device, model.dtype)
+    square = torch.randn(768, 768, device=session.device)
     with torch.no_grad():
         outputs = model.outputs(model.module, batch)
         forward = _fastest(lambda: model.outputs(model.module, batch).cpu())
@@ -79,16 +82,16 @@ class Estimate:
     """Seconds of each kind of step.
 
     Args:
-        bench: configuration and data.
+        session: configuration and data.
         layers: what is compressed.
         speed: of this machine.
     """
 
-    def __init__(self, bench: Workbench, layers: LayerList, speed: Speed) -> None:
-        self.bench = bench
+    def __init__(self, session: Session, layers: LayerList, speed: Speed) -> None:
+        self.session = session
         self.layers = layers
         self.speed = speed
-        self.search = bench.config.search
+        self.search = session.config.search
 
     def seconds(self, step: str, layer: Layer | None = None) -> float:
         """Seconds of one step (of one layer)."""
@@ -99,9 +102,9 @@ class Estimate:
             ](layer)
         if step == "capture":
             return self._capture()
-        if step == "activations" and self.bench.config.activations is not None:
+        if step == "activations" and self.session.config.activations is not None:
             # Weighing tokens takes a forward and two backward passes.
-            activations = self.bench.config.activations
+            activations = self.session.config.activations
             passes = 8 if ACTIVATION_METHODS[activations.method].weighs_tokens else 4
             return passes * self.speed.forward * activations.samples
         if step in ("baseline", "evaluate"):
@@ -109,37 +112,38 @@ class Estimate:
         if step == "round":
             return self._reconstruct()
         if step == "tune":
-            rounding = self.bench.config.rounding
+            rounding = self.session.config.rounding
             tuning = METHODS[rounding.method].tuning
             steps = tuning.steps(rounding) if tuning is not None else 0
-            return self.speed.forward * (BACKWARD + 1) * steps * rounding.batch_size
+            return self.speed.forward * (BACKWARD + 1) * steps * part(rounding, TrainingSettings).batch_size
         if step == "refine":
             return self._refine()
         return SUMMARY_SECONDS if step == "summary" else fixed
 
     def _reconstruct(self) -> float:
         """Seconds of one block's reconstruction: its share of a forward and backward pass a step."""
-        rounding = self.bench.config.rounding
+        rounding = self.session.config.rounding
         blocks = METHODS[rounding.method].blocks
         passes = blocks.passes(rounding, len(self.layers.blocks)) if blocks is not None else 0.0
-        samples = min(rounding.samples, self.bench.calibration.samples)
-        return self.speed.forward * (BACKWARD * passes * rounding.batch_size + 2 * samples)
+        training = part(rounding, TrainingSettings)
+        samples = min(training.samples, self.session.calibration.samples)
+        return self.speed.forward * (BACKWARD * passes * training.batch_size + 2 * samples)
 
     def _refine(self) -> float:
         """Seconds of measuring whole allocations: a round runs what follows each layer, and all layers once."""
-        samples = min(self.search.samples, self.bench.calibration.samples)
-        every = min(WHOLE_SAMPLES * self.search.samples, self.bench.calibration.samples)
+        samples = min(self.search.samples, self.session.calibration.samples)
+        every = min(WHOLE_SAMPLES * self.search.samples, self.session.calibration.samples)
         found = self.layers.layers
         forwards = samples * self.search.rounds * (len(found) / 2 + 1) + 7 * every
         return self.speed.forward * forwards + sum(self._factorisation(layer) for layer in found)
 
     def _evaluated(self) -> int:
-        data = self.bench.evaluation
+        data = self.session.evaluation
         # User code runs on data that we do not see.
-        return data.samples if data.batches else self.bench.calibration.samples
+        return data.samples if data.batches else self.session.calibration.samples
 
     def _capture(self) -> float:
-        calibration = self.bench.calibration
+        calibration = self.session.calibration
         samples = min(self.search.hessian_samples, calibration.samples)
         exact = self.search.hessian_mode == "exact" or (
             self.search.hessian_mode == "auto" and self.speed.outputs <= self.search.hessian_probes
@@ -179,32 +183,32 @@ class Estimate:
             points = len(forms)
         elif self.search.sensitivity == "local":
             return 0.0
-        samples = min(self.search.samples, self.bench.calibration.samples)
+        samples = min(self.search.samples, self.session.calibration.samples)
         blocks = len(self.layers.blocks)
         rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)
         return self._factorisation(layer) + self.speed.forward * samples * (2 + points * rest)
 
     def _round(self, layer: Layer) -> float:
-        rounding = self.bench.config.rounding
+        rounding = self.session.config.rounding
         method = METHODS[rounding.method]
         work = method.layer_work(layer.params, layer.in_features, rounding)
         seconds = self._factorisation(layer) + self.speed.product * work
         if not method.needs_inputs:
             return seconds
-        samples = min(rounding.samples, self.bench.calibration.samples)
+        samples = min(part(rounding, TrainingSettings).samples, self.session.calibration.samples)
         forwards = 2 * samples / max(1, len(self.layers.blocks))
         tokens = samples * layer.macs / layer.params
         moments = 3 * tokens * layer.in_features**2 * layer.groups
         return seconds + self.speed.product * moments + self.speed.forward * forwards
 
 
-def memory_bytes(bench: Workbench, layers: LayerList) -> int:
+def memory_bytes(session: Session, layers: LayerList) -> int:
     """Bytes that the run will hold at most, on its device: what is held now, and the largest step on top."""
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    model = sum(tensor.nbytes for tensor in bench.model.module.state_dict().values())
-    if bench.device != "cpu":
+    model = sum(tensor.nbytes for tensor in session.model.module.state_dict().values())
+    if session.device != "cpu":
         base = model
-    first = bench.batches(1)[0]
+    first = spread_batches(session.calibration.batches, 1)[0]
     activations = (
         4
         * batch_samples(first)
@@ -215,7 +219,7 @@ def memory_bytes(bench: Workbench, layers: LayerList) -> int:
     )
     hessians = 2 * 4 * layers.params
     searching = max(Needs.of_layer(layer).memory_bytes for layer in layers.layers)
-    paired = model + _kept_between_blocks(bench.calibration, layers.layers)
+    paired = model + _kept_between_blocks(session.calibration, layers.layers)
     # Twice: what PyTorch's temporaries and the allocator's gaps were seen to add.
     return int(base + max(2 * (2 * activations + hessians), searching + 2 * paired))
 

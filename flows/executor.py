@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ from flows.run import check_present
 from flows.runners import Runner, make_runner
 from flows.runners.base import POLL_SECONDS
 from steps.base import Outcome, StepSpec, find
-from steps.context import Workbench
 from steps.faults import RETRY_SECONDS, can_pass, patiently
+from steps.session import Session
 
 if TYPE_CHECKING:
     from flows.dask_pool import DaskPool
@@ -48,9 +49,9 @@ class PrefectExecutor:
     """Implements ``steps.pipeline.Executor`` inside a flow run. A context manager: leaving it stops the workers.
 
     Args:
-        bench: the main workbench, on the first device.
+        session: of the run.
         observer: told what happens.
-        devices: one runner each; the first is the main workbench's.
+        devices: one runner each; the first is the session's.
         allocate_only: the command that computes all else, where allocations alone may be computed.
         interrupted: set by Ctrl-C: nothing is started any more, and running steps end at their next report.
 
@@ -61,14 +62,14 @@ class PrefectExecutor:
 
     def __init__(
         self,
-        bench: Workbench,
+        session: Session,
         observer: Observer,
         devices: Sequence[str],
         *,
         allocate_only: str | None = None,
         interrupted: threading.Event | None = None,
     ) -> None:
-        self.bench = bench
+        self.session = session
         self._allocate_only = allocate_only
         self.observer = observer
         self.ledger = Ledger()
@@ -79,12 +80,12 @@ class PrefectExecutor:
         self._errors: dict[str, BaseException] = {}
         self._writable = False
         self._tasks: dict[str, Task[..., Any]] = {}
-        self._runners = _make_runners(bench, devices)
+        self._runners = _make_runners(session, devices)
         self._free: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         for runner in self._runners:
             self._free.put(runner)
         self._threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=len(self._runners))
-        self._dask = _make_dask_pool(bench) if bench.config.engine.runner == "dask" else None
+        self._dask = _make_dask_pool(session) if session.config.engine.runner == "dask" else None
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> PrefectExecutor:
@@ -110,7 +111,7 @@ class PrefectExecutor:
         self.observer.phase(name, total)
 
     def run(self, spec: StepSpec) -> Outcome:
-        """Run one step on the main workbench, in the calling thread, unless its artifact is there."""
+        """Run one step on the session's worker, in the calling thread, unless its artifact is there."""
         return self.map([spec], alone=True)[0]
 
     def map(self, specs: Sequence[StepSpec], alone: bool = False) -> list[Outcome]:
@@ -118,7 +119,7 @@ class PrefectExecutor:
 
         Args:
             specs: the steps.
-            alone: on the main workbench, in the calling thread, one after another.
+            alone: on the session's worker, in the calling thread, one after another.
 
         Raises:
             MlorqError: of the first step that failed; steps that ran beside it have ended well.
@@ -131,7 +132,7 @@ class PrefectExecutor:
         missing = [spec for spec, outcome in zip(specs, found, strict=True) if outcome is None]
         if missing:
             if self._allocate_only is not None:
-                check_present(missing[0], self.bench, self._allocate_only)
+                check_present(missing[0], self.session, self._allocate_only)
             self._check_writable()
             if self._dask is not None and missing[0].needs.device:
                 self._fan_out(missing, self._dask, home=alone)
@@ -148,16 +149,16 @@ class PrefectExecutor:
 
     def _find_all(self, specs: Sequence[StepSpec]) -> list[Outcome | None]:
         def look_up(spec: StepSpec) -> Outcome | None:
-            return patiently(lambda: find(spec, self.bench))
+            return patiently(lambda: find(spec, self.session.store))
 
-        if self.bench.store.is_local or len(specs) < 2:
+        if self.session.store.is_local or len(specs) < 2:
             return [look_up(spec) for spec in specs]
         with ThreadPoolExecutor(LOOK_UPS) as pool:
             return list(pool.map(look_up, specs))
 
     def _record_hit(self, spec: StepSpec, outcome: Outcome) -> None:
         self.ledger.add(spec, outcome)
-        self._call(spec, None, self.bench.store.uri(spec.ref))
+        self._call(spec, None, self.session.store.uri(spec.ref))
         self.observer.step_finished(spec, outcome)
 
     # -- computing --------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class PrefectExecutor:
     def _submit_to(self, dask: DaskPool, spec: StepSpec, priority: int, home: bool) -> PrefectFuture[Any]:
         from flows.dask_pool import carry_out_there
 
-        config = self.bench.config
+        config = self.session.config
         parameters = {
             "label": spec.label,
             "spec": spec.to_json(),
@@ -272,7 +273,7 @@ class PrefectExecutor:
             log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)
         self.ledger.add(step, outcome)
         self.observer.step_finished(step, outcome)
-        uri = self.bench.store.uri(outcome.ref)
+        uri = self.session.store.uri(outcome.ref)
         if outcome.reused:  # another run made it since we looked
             return Completed(name="Cached", message=f"reused {uri}", data={"uri": uri})
         return {"uri": uri, "seconds": outcome.seconds}
@@ -297,7 +298,7 @@ class PrefectExecutor:
     def _check_writable(self) -> None:
         """Before the first step that is computed, so that a run that only reuses can read from a read-only store."""
         if not self._writable:
-            patiently(self.bench.store.check_writable)
+            patiently(self.session.store.check_writable)
             self._writable = True
 
 
@@ -324,19 +325,19 @@ class _TaskWatch:
         self._log.debug("%s: %s", self._step.label, line)
 
 
-def _make_runners(bench: Workbench, devices: Sequence[str]) -> list[Runner]:
+def _make_runners(session: Session, devices: Sequence[str]) -> list[Runner]:
     """One runner a device; those in this process have a model of their own each, the first one the flow's."""
-    config = bench.config
-    runners = [make_runner(config, devices[0], lambda: bench)]
+    config = session.config
+    runners = [make_runner(config, devices[0], lambda: session.worker)]
     if config.engine.runner == "threads":
-        runners += [make_runner(config, device, lambda at=device: bench.on_device(at)) for device in devices[1:]]
+        runners += [make_runner(config, device, partial(session.worker_on, device)) for device in devices[1:]]
     return runners
 
 
-def _make_dask_pool(bench: Workbench) -> DaskPool:
+def _make_dask_pool(session: Session) -> DaskPool:
     from flows.dask_pool import DaskPool  # imports distributed
 
-    return DaskPool(bench.config)
+    return DaskPool(session.config)
 
 
 def _make_task(step: str, body: Callable[..., Any]) -> Task[..., Any]:

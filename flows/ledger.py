@@ -72,5 +72,5 @@ class Ledger:
             if key in found or key not in self.specs:
                 continue
             found.add(key)
-            waiting += [value.key for value in self.specs[key].inputs.values() if isinstance(value, ArtifactRef)]
+            waiting += [ref.key for ref in self.specs[key].artifacts]
         return [key for key in self.specs if key in found]

@@ -21,8 +21,9 @@ from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import size_accuracy_picture
-from steps.context import Workbench, local_devices
+from steps.devices import local_devices
 from steps.pipeline import Compressed, run_pipeline
+from steps.session import Session
 
 
 def run_name() -> str:
@@ -70,40 +71,40 @@ def carry_out(
     run_config = read_config(config, folder)
     given = handed()
     parsed = given.budgets if given else parse_budgets(budgets or run_config.budget)
-    bench = given.bench if given else prepare(run_config, parsed, allocate_only=allocate_only)
-    return run_on(bench, parsed, started, allocate_only=allocate_only, announce=announce)
+    session = given.session if given else prepare(run_config, parsed, allocate_only=allocate_only)
+    return run_on(session, parsed, started, allocate_only=allocate_only, announce=announce)
 
 
 def run_on(
-    bench: Workbench, budgets: Sequence[Budget], started: float, *, allocate_only: bool = False, announce: bool = False
+    session: Session, budgets: Sequence[Budget], started: float, *, allocate_only: bool = False, announce: bool = False
 ) -> dict[str, Any]:
     """``carry_out`` where model and data are loaded and checked."""
-    config, log = bench.config, get_run_logger()
+    config, log = session.config, get_run_logger()
     texts = [budget.text for budget in budgets]
-    subject = f"{bench.config.model.display_name} {' '.join(texts)}"
-    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_password(bench.store.url))
+    subject = f"{session.config.model.display_name} {' '.join(texts)}"
+    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_password(session.store.url))
     given = handed()
     observers: list[Observer] = [PrefectProgress(subject)]
-    observers += [SearchWatch(config, bench.config.model.display_name, texts)] if announce else []
+    observers += [SearchWatch(config, session.config.model.display_name, texts)] if announce else []
     observers += [given.observer] if given else []
     observer = Observers(observers)
     only = (given.command if given else "the compress flow") if allocate_only else None
     interrupted = given.interrupted if given else None
-    workers = PrefectExecutor(bench, observer, local_devices(config), allocate_only=only, interrupted=interrupted)
+    workers = PrefectExecutor(session, observer, local_devices(config), allocate_only=only, interrupted=interrupted)
     try:
         with closing(observer), workers as executor:
-            results = run_pipeline(bench, executor, budgets, allocate_only=allocate_only)
+            results = run_pipeline(session, executor, budgets, allocate_only=allocate_only)
     finally:
         if given is not None:
             given.record(str(flow_run.id), workers.task_runs)
-    found = results_json(bench, workers.ledger, results, started)
+    found = results_json(session, workers.ledger, results, started)
     for compressed, result in zip(results, found["results"], strict=True):
         log.info("%s", result_line(result))
-        _show_result(bench, compressed, result)
+        _show_result(session, compressed, result)
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
-        show_curve(found["results"], f"{bench.config.model.display_name}: size and accuracy")
+        show_curve(found["results"], f"{session.config.model.display_name}: size and accuracy")
     steps = found["steps"]
     took = format_seconds(found["wall_seconds"])
     log.info("%d steps computed, %d reused, in %s", steps["computed"], steps["reused"], took)
@@ -129,14 +130,14 @@ def show_curve(results: Sequence[dict[str, Any]], title: str) -> bytes:
     return picture
 
 
-def _show_result(bench: Workbench, compressed: Compressed, result: dict[str, Any]) -> None:
+def _show_result(session: Session, compressed: Compressed, result: dict[str, Any]) -> None:
     """One budget's pages: a table of its layers, its totals with links, the fronts with what was chosen."""
     run = result["run"]
     table, about = result["allocation"], f"{run}: what every layer became"
     show("allocation", lambda key: create_table_artifact(key=key, table=table, description=about))
     files: dict[str, str] = {}
     if compressed.summary is not None:
-        store, summary = bench.store, compressed.summary
+        store, summary = session.store, compressed.summary
         files = {name: store.uri(summary, name) for name in ("report.html", "report.png", "run.json")}
         try:
             picture = picture_markdown(run, store.read_bytes(summary, "report.png"))

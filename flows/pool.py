@@ -11,28 +11,28 @@ from types import TracebackType
 from flows.runners import ChildRunner
 from flows.runners.base import LogOnly
 from steps.base import Outcome, StepSpec, find
-from steps.context import Workbench
 from steps.inprocess import InProcess
+from steps.session import Session
 
 
 class Pool(InProcess):
-    """As ``InProcess``; layers are shared out among ``workers`` processes on the workbench's device.
+    """As ``InProcess``; layers are shared out among ``workers`` processes on the session's device.
 
     One process seldom keeps a GPU busy: small kernels of several fill it. Used as a context manager, it ends them.
     """
 
     def __init__(
         self,
-        bench: Workbench,
+        session: Session,
         workers: int = 1,
         progress: Callable[[str, int, int], None] | None = None,
         record: Callable[[Outcome], object] | None = None,
     ) -> None:
-        super().__init__(bench, progress, record)
+        super().__init__(session, progress, record)
         self.workers = workers
 
     def __enter__(self) -> Pool:
-        self._runners = [ChildRunner(self.bench.config, self.bench.device) for _ in range(self.workers)]
+        self._runners = [ChildRunner(self.session.config, self.session.device) for _ in range(self.workers)]
         self._free: SimpleQueue[ChildRunner] = SimpleQueue()
         for runner in self._runners:
             self._free.put(runner)
@@ -56,7 +56,7 @@ class Pool(InProcess):
         return outcomes
 
     def _carry_out(self, spec: StepSpec) -> Outcome:
-        known = find(spec, self.bench)
+        known = find(spec, self.session.store)
         if known is not None:
             return known
         runner = self._free.get()

@@ -15,20 +15,20 @@ from mlorq.errors import ConfigError, MlorqError, StoreError
 
 if TYPE_CHECKING:
     from mlorq.artifacts.store import ArtifactRef, Store
-    from steps.context import Workbench
+    from steps.session import Session
 
 
 def evaluate(arguments: argparse.Namespace) -> Finish:
     """Measure a checkpoint."""
-    from flows.run import open_bench
+    from flows.run import open_session
     from mlorq.checkpoint.io import inspect as inspect_checkpoint
 
     config = read_arguments(arguments)
     hashes = inspect_checkpoint(arguments.checkpoint)["hashes"]
-    bench = open_bench(config)
-    if hashes.get("model") not in (None, bench.float_model.key):
+    session = open_session(config)
+    if hashes.get("model") not in (None, session.model.key):
         say("note: the checkpoint was made from another float model than the configuration's")
-    result = _measure(arguments.checkpoint, bench)
+    result = _measure(arguments.checkpoint, session)
 
     def finish() -> int:
         from flows.render import console, facts
@@ -46,7 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
-def _measure(checkpoint: str, bench: Workbench) -> dict[str, Any]:
+def _measure(checkpoint: str, session: Session) -> dict[str, Any]:
     """A checkpoint's metrics and NMSE beside the float model's, which are kept in the store."""
     import torch
 
@@ -57,28 +57,28 @@ def _measure(checkpoint: str, bench: Workbench) -> dict[str, Any]:
     from steps import baseline
     from steps.base import execute
 
-    model = bench.model
-    module = load(checkpoint, model=None if model.rebuilds else model.module, device=bench.device)
+    model = session.model
+    module = load(checkpoint, model=None if model.rebuilds else model.module, device=session.device)
     observer = terminal_progress()
-    spec = baseline.spec(bench)
+    spec = baseline.spec(session)
     observer.phase("baseline", 1)
     try:
         observer.step_started(spec)
-        outcome = execute(spec, bench, lambda done, total: observer.step_progress(spec, done, total))
+        outcome = execute(spec, session.worker, lambda done, total: observer.step_progress(spec, done, total))
         observer.step_finished(spec, outcome)
     finally:
         observer.close()
-    data = baseline.nmse_data(bench)
-    bench.use_threads()
-    outputs = model_outputs(model, module, data.batches, device=bench.device)
-    reference = torch.from_numpy(table_matrix(bench.store.read_table(outcome.ref, "outputs.parquet"), "output").copy())
-    float_info = bench.store.read_json(outcome.ref, "metrics.json")
-    compressed = baseline.measure(bench.evaluation, outputs, module)
+    data = baseline.nmse_data(session)
+    session.worker.context.use_threads()
+    outputs = model_outputs(model, module, data.batches, device=session.device)
+    reference = table_matrix(session.artifacts.table(outcome.ref, "outputs.parquet"), "output")
+    float_info = session.artifacts.json(outcome.ref, "metrics.json")
+    compressed = baseline.measure(session.evaluation, outputs, module)
     name = float_info["name"] or next(iter(compressed), None)
     return {
         "checkpoint": checkpoint,
-        "nmse": output_nmse(outputs, reference),
-        "nmse_data": "evaluation" if bench.evaluation.batches else "calibration",
+        "nmse": output_nmse(outputs, torch.from_numpy(reference.copy())),
+        "nmse_data": "evaluation" if session.evaluation.batches else "calibration",
         "metric": None
         if name is None
         else {"name": name, "float": float_info["metrics"].get(name), "compressed": compressed.get(name)},

@@ -20,8 +20,9 @@ from mlorq.errors import BudgetError, StoreError
 from mlorq.models.layers import LayerList
 from steps import layers as layers_step
 from steps.base import Outcome, StepSpec, execute, find
-from steps.context import Workbench, devices, open_store
+from steps.devices import devices
 from steps.pipeline import Compressed, compressible_budget, result_json
+from steps.session import Session, open_store
 
 COMPUTED_BY_ALLOCATE_ONLY = ("allocate", "joint", "refine")
 
@@ -31,7 +32,7 @@ class Handed:
     """What a command hands to the flow it calls beside the flow's parameters, which are plain JSON.
 
     Attributes:
-        bench: already checked, with model and data loaded.
+        session: already checked, with model and data loaded.
         budgets: parsed; the flow's parameter has their texts, for people.
         observer: of the terminal.
         command: that computes what is missing, for messages.
@@ -39,7 +40,7 @@ class Handed:
         interrupted: set by Ctrl-C.
     """
 
-    bench: Workbench
+    session: Session
     budgets: Sequence[Budget]
     observer: Observer
     command: str
@@ -68,8 +69,8 @@ def handed() -> Handed | None:
 # -- before -----------------------------------------------------------------------------------------------------
 
 
-def open_bench(config: RunConfig, *, to_estimate: bool = False) -> Workbench:
-    """A workbench on the run's first device; nothing is loaded yet.
+def open_session(config: RunConfig, *, to_estimate: bool = False) -> Session:
+    """A session on the run's first device; nothing is loaded yet.
 
     Where steps run elsewhere, the flow's own process only looks at model and data: on the CPU, which leaves the devices
     to the steps.
@@ -83,10 +84,10 @@ def open_bench(config: RunConfig, *, to_estimate: bool = False) -> Workbench:
         StoreError: the store's URL is of no known kind.
     """
     elsewhere = config.engine.runner == "dask" or (config.engine.steps != "inprocess" and not to_estimate)
-    return Workbench(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
+    return Session(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
 
 
-def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool = False) -> Workbench:
+def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool = False) -> Session:
     """A workbench with model and data loaded and everything checked that can be before long work.
 
     Args:
@@ -97,26 +98,27 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
     Raises:
         MlorqError: of the kind that fits what is wrong.
     """
-    bench = open_bench(config)
-    bench.model  # noqa: B018  (loads it)
-    bench.calibration  # noqa: B018
+    session = open_session(config)
+    session.model  # noqa: B018  (loads it)
+    session.calibration  # noqa: B018
     if not allocate_only:
-        bench.evaluation  # noqa: B018
-        if find(layers_step.spec(bench), bench) is None:
-            bench.store.check_writable()
-        check_budgets(bench, known_layers(bench), budgets)
-    return bench
+        session.evaluation  # noqa: B018
+        if find(layers_step.spec(session), session.store) is None:
+            session.store.check_writable()
+        check_budgets(session, known_layers(session), budgets)
+    return session
 
 
-def known_layers(bench: Workbench) -> LayerList:
+def known_layers(session: Session) -> LayerList:
     """The model's compressible layers, from the store where it has them; the store is only read."""
-    spec = layers_step.spec(bench)
-    found = bench.layer_list(spec.ref) if find(spec, bench) is not None else layers_step.discover(bench)
-    check_overrides(bench.config.search, found)
+    spec = layers_step.spec(session)
+    known = find(spec, session.store) is not None
+    found = session.artifacts.layers(spec.ref) if known else layers_step.discover(session)
+    check_overrides(session.config.search, found)
     return found
 
 
-def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[Budget]) -> None:
+def check_budgets(session: Session, layers: LayerList, budgets: Sequence[Budget]) -> None:
     """Refuse budgets that not even the smallest candidates fit.
 
     Raises:
@@ -124,9 +126,9 @@ def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[Budget]
     """
     from flows.dry_run import smallest_layer_bytes
 
-    smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers.layers)
+    smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers.layers)
     for budget in budgets:
-        allowed = compressible_budget(bench, layers.layers, budget)
+        allowed = compressible_budget(session, layers.layers, budget)
         if allowed < smallest:
             raise BudgetError(
                 f"budget {budget} leaves {allowed} bytes for the compressible layers: the smallest possible is "
@@ -137,7 +139,7 @@ def check_budgets(bench: Workbench, layers: LayerList, budgets: Sequence[Budget]
 # -- executors that need no Prefect -----------------------------------------------------------------------------
 
 
-def check_present(spec: StepSpec, bench: Workbench, command: str) -> None:
+def check_present(spec: StepSpec, session: Session, command: str) -> None:
     """Refuse a step that ``--allocate-only`` does not compute.
 
     Raises:
@@ -145,7 +147,7 @@ def check_present(spec: StepSpec, bench: Workbench, command: str) -> None:
     """
     if spec.step not in COMPUTED_BY_ALLOCATE_ONLY:
         raise StoreError(
-            f"step {spec.label!r} of this configuration is not in the store {hide_password(bench.store.url)}; "
+            f"step {spec.label!r} of this configuration is not in the store {hide_password(session.store.url)}; "
             f"run first: {command}"
         )
 
@@ -154,13 +156,13 @@ class AllocateOnly:
     """Implements ``steps.pipeline.Executor`` without Prefect: finds every step and computes allocations alone.
 
     Args:
-        bench: model, data and store.
+        session: model, data and store.
         observer: told what happens.
         command: that computes what is missing.
     """
 
-    def __init__(self, bench: Workbench, observer: Observer, command: str) -> None:
-        self.bench = bench
+    def __init__(self, session: Session, observer: Observer, command: str) -> None:
+        self.session = session
         self.observer = observer
         self.command = command
         self.ledger = Ledger()
@@ -171,12 +173,12 @@ class AllocateOnly:
 
     def run(self, spec: StepSpec) -> Outcome:
         """Find a step's artifact; compute it where it is an allocation."""
-        outcome = find(spec, self.bench)
+        outcome = find(spec, self.session.store)
         if outcome is None:
-            check_present(spec, self.bench, self.command)
-            self.bench.store.check_writable()
+            check_present(spec, self.session, self.command)
+            self.session.store.check_writable()
             self.observer.step_started(spec)
-            outcome = execute(spec, self.bench)
+            outcome = execute(spec, self.session.worker)
         self.ledger.add(spec, outcome)
         self.observer.step_finished(spec, outcome)
         return outcome
@@ -189,11 +191,11 @@ class AllocateOnly:
 # -- after ------------------------------------------------------------------------------------------------------
 
 
-def results_json(bench: Workbench, ledger: Ledger, results: Sequence[Compressed], started: float) -> dict[str, Any]:
+def results_json(session: Session, ledger: Ledger, results: Sequence[Compressed], started: float) -> dict[str, Any]:
     """What a flow returns: ``results``, one public object a budget, ``steps`` and ``wall_seconds`` of the run.
 
     Args:
-        bench: of the run.
+        session: of the run.
         ledger: of the run.
         results: one a budget.
         started: when the run began, by ``time.perf_counter``.
@@ -201,5 +203,5 @@ def results_json(bench: Workbench, ledger: Ledger, results: Sequence[Compressed]
     accounts = ledger.accounts([result.summary or result.allocation for result in results])
     objects = []
     for result, account in zip(results, accounts, strict=True):
-        objects.append(result_json(bench, result) | {"steps": account.steps, "seconds": account.seconds})
+        objects.append(result_json(session, result) | {"steps": account.steps, "seconds": account.seconds})
     return {"results": objects, "steps": ledger.steps, "wall_seconds": round(time.perf_counter() - started, 3)}

@@ -11,7 +11,7 @@ there until it is set: the page sends every value that it shows, and a value tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
@@ -96,7 +96,10 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-RunForm = _run_form()
+if TYPE_CHECKING:
+    RunForm = dict[str, Any]  # the values of a configuration, as the page sends them
+else:
+    RunForm = _run_form()
 ConfigFile = Annotated[
     str,
     Field(title="File", description="a configuration file instead: path or fsspec URL, seen from where the run works"),

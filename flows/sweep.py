@@ -18,8 +18,8 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import BudgetError, MlorqError
 from mlorq.evaluation.report import render_sweep, size_accuracy_picture
-from steps.context import Workbench
 from steps.pipeline import compressible_budget
+from steps.session import Session
 
 LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
 ARTIFACT = "sweep"  # what the store calls it; it has a key of all it was made from, like the steps' artifacts
@@ -48,14 +48,14 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
     given = handed()
     # Budgets are checked below, all of them; a default one that cannot be reached is left out and no mistake.
     if given is not None:
-        bench, chosen = given.bench, list(given.budgets)
+        session, chosen = given.session, list(given.budgets)
     else:
-        bench = prepare(run_config, [])
-        chosen, left_out = ladder(bench, None if budgets is None else parse_budgets(budgets))
+        session = prepare(run_config, [])
+        chosen, left_out = ladder(session, None if budgets is None else parse_budgets(budgets))
         if left_out:
             get_run_logger().warning("%s", left_out_note(left_out))
-    found = run_on(bench, chosen, started)
-    return found | {"curve": keep_curve(bench, found["results"])}
+    found = run_on(session, chosen, started)
+    return found | {"curve": keep_curve(session, found["results"])}
 
 
 def left_out_note(budgets: Sequence[Budget]) -> str:
@@ -63,11 +63,11 @@ def left_out_note(budgets: Sequence[Budget]) -> str:
     return f"left out, smaller than the model can be made: {', '.join(budget.text for budget in budgets)}"
 
 
-def ladder(bench: Workbench, budgets: Sequence[Budget] | None) -> tuple[list[Budget], list[Budget]]:
+def ladder(session: Session, budgets: Sequence[Budget] | None) -> tuple[list[Budget], list[Budget]]:
     """The budgets of a sweep, and those of the default ladder that were left out because they cannot be reached.
 
     Args:
-        bench: with model and data loaded.
+        session: with model and data loaded.
         budgets: as asked for; None for the default ones.
 
     Raises:
@@ -77,10 +77,10 @@ def ladder(bench: Workbench, budgets: Sequence[Budget] | None) -> tuple[list[Bud
 
     if budgets is not None and not budgets:
         raise BudgetError("budgets: none is given")
-    layers = known_layers(bench).layers
-    smallest = sum(smallest_layer_bytes(layer, bench.config.search) for layer in layers)
+    layers = known_layers(session).layers
+    smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers)
     asked = list(dict.fromkeys(budgets or parse_budgets(LADDER)))
-    reached = [budget for budget in asked if compressible_budget(bench, layers, budget) >= smallest]
+    reached = [budget for budget in asked if compressible_budget(session, layers, budget) >= smallest]
     missed = [budget for budget in asked if budget not in reached]
     if missed and (budgets or not reached):
         bits = 8 * smallest / sum(layer.params for layer in layers)
@@ -91,13 +91,13 @@ def ladder(bench: Workbench, budgets: Sequence[Budget] | None) -> tuple[list[Bud
     return reached, missed
 
 
-def keep_curve(bench: Workbench, results: Sequence[dict[str, Any]]) -> dict[str, str] | None:
+def keep_curve(session: Session, results: Sequence[dict[str, Any]]) -> dict[str, str] | None:
     """Write a sweep's curve to the store unless it is there; gives the files' URIs, None where it cannot be written.
 
     The checkpoints are in the store already, and whoever asked for the curve has it in the result and on Prefect's
     pages: a store that can only be read fails no sweep.
     """
-    store = bench.store
+    store = session.store
     key = digest_json({"runs": sorted(result["run"] for result in results), "version": 1})
     ref = ArtifactRef(ARTIFACT, key)
     try:

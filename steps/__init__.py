@@ -1,6 +1,8 @@
-"""The steps of a run, one file each: inputs, parameters, output. ``python -m steps NAME --spec URI`` runs one."""
+"""The steps of a run, one file each: parameters, inputs, output. ``python -m steps NAME --spec URI`` runs one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from steps import (
     activations,
@@ -22,7 +24,7 @@ from steps import (
 )
 from steps.base import Step
 
-REGISTRY: dict[str, Step] = {joint.COSTS_STEP.name: joint.COSTS_STEP} | {
+REGISTRY: dict[str, Step[Any, Any]] = {joint.COSTS_STEP.name: joint.COSTS_STEP} | {
     module.STEP.name: module.STEP
     for module in (
         layers,

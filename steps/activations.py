@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from mlorq.activations.calibrate import calibrate
 from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.costs.measured import spread_batches
+from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Progress, Step, StepSpec
-from steps.context import PLAN, PLAN_TENSORS, Workbench
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 
-def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
-    """Depends on the float model, the calibration data, the layers and the settings of the ``activations`` method."""
-    chosen = bench.config.activations
+@dataclass(frozen=True)
+class Params:
+    """How ranges are found.
+
+    Attributes:
+        method: as ``activations.method``.
+        settings: what the method reads of the ``activations`` section.
+        seed: of the tokens that are drawn.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model as given, the calibration data, and the ``layers`` artifact."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+
+
+def spec(session: Session, layers: ArtifactRef) -> StepSpec:
+    """Depends on the float model, the calibration data, the layers and the ``activations`` section."""
+    chosen = session.config.activations
     assert chosen is not None
     # What the choice of widths may cost in all is the program's to know.
-    params = {**chosen.own.model_dump(mode="json", exclude={"compute"}), "seed": bench.config.seed}
-    inputs: dict[str, ArtifactRef | str] = {
-        "model": bench.float_model.key,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-    }
-    return STEP.spec(params, inputs)
+    values = chosen.own.model_dump(mode="json", exclude={"compute"})
+    params = Params(chosen.method, values, session.config.seed)
+    return STEP.spec(params, Inputs(session.model_ref, session.calibration_ref, layers))
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = dict(spec.params)
-    seed = params.pop("seed")
-    settings = ACTIVATION_METHODS[params["method"]].settings.model_validate(params)
-    plan = calibrate(
-        bench.float_model,
-        bench.layer_list(spec.artifact("layers")).layers,
-        bench.batches(settings.samples),
-        settings,
-        seed=seed,
-        device=bench.device,
-        progress=progress,
-    )
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    model = context.model(inputs.model)
+    # The compute budget belongs with the choice of widths, and was checked with the configuration.
+    settings = ACTIVATION_METHODS[params.method].settings.model_validate(params.settings)
+    batches = spread_batches(context.calibration(inputs.calibration).batches, settings.samples)
+    layers = context.artifacts.layers(inputs.layers).layers
+    plan = calibrate(model, layers, batches, settings, seed=params.seed, device=context.device, progress=progress)
     return {PLAN: json_bytes(plan.to_json()), PLAN_TENSORS: tensors_bytes(dict(plan.tensors))}
 
 
-STEP = Step("activations", 2, run)
+STEP = Step("activations", 3, Params, Inputs, run)

@@ -3,57 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mlorq.allocation.choices import Choices, allocation_table, choices_from_tables, smallest_bytes
-from mlorq.allocation.program import Program, solve
+from mlorq.allocation.choices import Choices, allocation_table, smallest_bytes
+from mlorq.allocation.program import Objective, Program, SolverName, solve
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
-from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.artifacts import ArtifactReader
+from steps.base import Needs, Progress, Step, StepSpec
+from steps.context import Context
+from steps.session import Session
 
-SOLVER = ("solver", "time_limit", "gap")
-PROGRAM = ("objective", *SOLVER)
+
+@dataclass(frozen=True)
+class Params:
+    """The layers, the budget (as asked for, and in bytes), and the solver's settings."""
+
+    layers: tuple[str, ...]
+    budget: str
+    budget_bytes: int
+    objective: Objective
+    solver: SolverName
+    time_limit: float
+    gap: float
+
+    @property
+    def solver_settings(self) -> dict[str, Any]:
+        """Keyword arguments of ``mlorq.allocation.program.solve``."""
+        return {"solver": self.solver, "time_limit": self.time_limit, "gap": self.gap}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The ``candidates`` and ``sensitivity`` artifacts by layer."""
+
+    candidates: Mapping[str, ArtifactRef]
+    sensitivity: Mapping[str, ArtifactRef]
 
 
 def spec(
-    bench: Workbench,
+    session: Session,
     budget: str,
     budget_bytes: int,
-    layers: list[str],
+    layers: Sequence[str],
     candidates: Mapping[str, ArtifactRef],
     sensitivity: Mapping[str, ArtifactRef],
 ) -> StepSpec:
     """Depends on every layer's candidates and costs, the budget in bytes, and the solver's settings."""
-    search = bench.config.search
-    params = {
-        "layers": layers,
-        "budget": budget,
-        "budget_bytes": budget_bytes,
-        **{name: getattr(search, name) for name in PROGRAM},
-    }
-    return STEP.spec(params, layer_inputs(layers, candidates, sensitivity), device=False)
+    search = session.config.search
+    params = Params(tuple(layers), budget, budget_bytes, search.objective, search.solver, search.time_limit, search.gap)
+    return STEP.spec(params, Inputs(candidates, sensitivity), needs=Needs(device=False))
 
 
-def layer_inputs(
-    layers: Sequence[str], candidates: Mapping[str, ArtifactRef], sensitivity: Mapping[str, ArtifactRef]
-) -> dict[str, ArtifactRef | str]:
-    """What ``joined`` reads."""
-    inputs: dict[str, ArtifactRef | str] = {}
-    for name in layers:
-        inputs[f"candidates/{name}"] = candidates[name]
-        inputs[f"sensitivity/{name}"] = sensitivity[name]
-    return inputs
-
-
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    choices, rows = joined(spec, bench)
-    program = Program(choices, params["budget_bytes"], objective=params["objective"])
-    solution = solve(program, **{name: params[name] for name in SOLVER})
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    choices, rows = joined(context.artifacts, params.layers, inputs.candidates, inputs.sensitivity)
+    solution = solve(Program(choices, params.budget_bytes, objective=params.objective), **params.solver_settings)
     table = allocation_table(choices, solution.picked, rows)
     info = {
-        "budget": params["budget"],
-        "budget_bytes": params["budget_bytes"],
+        "budget": params.budget,
+        "budget_bytes": params.budget_bytes,
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": float(sum(table["global_cost"].to_pylist())),
@@ -63,15 +71,15 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 
 
-def joined(spec: StepSpec, bench: Workbench) -> tuple[list[Choices], dict[str, list[dict[str, Any]]]]:
-    """What the program chooses from: the candidates of a step's layers with their costs, and their rows."""
-    choices, rows = [], {}
-    for name in spec.params["layers"]:
-        candidates = bench.store.read_table(spec.artifact(f"candidates/{name}"), "candidates.parquet")
-        sensitivity = bench.store.read_table(spec.artifact(f"sensitivity/{name}"), "sensitivity.parquet")
-        choice, rows[name] = choices_from_tables(name, candidates, sensitivity)
-        choices.append(choice)
-    return choices, rows
+def joined(
+    artifacts: ArtifactReader,
+    layers: Sequence[str],
+    candidates: Mapping[str, ArtifactRef],
+    sensitivity: Mapping[str, ArtifactRef],
+) -> tuple[list[Choices], Mapping[str, Sequence[Mapping[str, Any]]]]:
+    """What the program chooses from: the candidates of layers with their costs, and their rows by layer."""
+    space = artifacts.search_space(layers, candidates, sensitivity)
+    return list(space.choices), space.rows
 
 
-STEP = Step("allocate", 1, run)
+STEP = Step("allocate", 1, Params, Inputs, run)

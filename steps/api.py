@@ -116,9 +116,10 @@ def compress(
     from mlorq.models import from_module
     from mlorq.models.custom import IN_MEMORY
     from steps.base import Outcome
-    from steps.context import Workbench, devices, open_store, reachable_checkpoint
+    from steps.devices import devices
     from steps.inprocess import InProcess
     from steps.pipeline import result_json, run_pipeline
+    from steps.session import Session, open_store
 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -158,19 +159,19 @@ def compress(
         evaluate=wrapped,
     )
     opened = open_store(config)
-    bench = Workbench(
+    session = Session(
         config, opened, devices(config)[0], model=float_model, calibration=calibration, evaluation=evaluation
     )
     outcomes: list[Outcome] = []
-    executor = InProcess(bench, _reporter(progress), outcomes.append)
+    executor = InProcess(session, _reporter(progress), outcomes.append)
     started = time.perf_counter()
     try:
-        (result,) = run_pipeline(bench, executor, config.budgets)
-        summary = result_json(bench, result)
+        (result,) = run_pipeline(session, executor, config.budgets)
+        summary = result_json(session, result)
         assert result.checkpoint is not None
         files = {name: opened.read_bytes(result.checkpoint, name) for name in ("model.safetensors", "config.json")}
-        with reachable_checkpoint(opened, result.checkpoint) as location:
-            compressed = load(location, model=float_model.module, device=bench.device)
+        with session.artifacts.checkpoint(result.checkpoint) as location:
+            compressed = load(location, model=float_model.module, device=session.device)
         allocation = opened.read_table(result.allocation, "allocation.parquet")
     finally:
         if store is None and opened.fs.exists(opened.root):

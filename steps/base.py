@@ -1,8 +1,9 @@
-"""What a step is: a name, a version, a pure function from artifacts to the files of one artifact.
+"""What a step is: a name, a version, and a pure function from parameters and inputs to the files of one artifact.
 
-A step's key is the hash of all that can change its result: its name, its version, the parameters it reads and the keys
-of its inputs. It looks its key up in the store itself, so a hit needs no database and holds in any process. Paths,
-devices, thread counts and log levels are in no key.
+A step declares two frozen records: its parameters, which are plain values, and its inputs, which are handles
+(``steps.handles``). Its key is the hash of its name, its version, its parameters and the keys of its inputs, and its
+function reaches nothing else. It looks its key up in the store itself, so a hit needs no database and holds in any
+process. Paths, devices, thread counts and log levels are in no key.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import TypeAdapter
 
 from mlorq.artifacts.hashing import digest_json
-from mlorq.artifacts.store import ArtifactRef
+from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.errors import ConfigError
+from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
 
 if TYPE_CHECKING:
     from mlorq.models.layers import Layer
-    from steps.context import Workbench
+    from steps.context import Context, Worker
 
 Progress = Callable[[int, int], None]
+Params = TypeVar("Params")
+
+
+@dataclass(frozen=True)
+class NoParams:
+    """Of a step whose result depends on its inputs alone."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,8 @@ class StepSpec:
     Attributes:
         step: registered name.
         version: of the step's code; a change of results is a change of version.
-        params: the parameters the step reads, JSON values.
-        inputs: key of everything it reads, by role: artifacts as ``ArtifactRef``, the model and data sets as
-            plain keys.
+        params: the step's parameters as JSON values.
+        inputs: handles of everything it reads, by role.
         layer: the layer it is about, for people; a step that depends on it has it in ``params`` too.
         needs: for whoever places it; not in its key, and not in its message.
     """
@@ -61,7 +71,7 @@ class StepSpec:
     step: str
     version: int
     params: dict[str, Any]
-    inputs: dict[str, ArtifactRef | str] = field(default_factory=dict)
+    inputs: dict[str, Handle] = field(default_factory=dict)
     layer: str | None = None
     needs: Needs = Needs()
 
@@ -73,9 +83,7 @@ class StepSpec:
                 "step": self.step,
                 "version": self.version,
                 "params": self.params,
-                "inputs": {
-                    role: value.key if isinstance(value, ArtifactRef) else value for role, value in self.inputs.items()
-                },
+                "inputs": {role: key_of(handle) for role, handle in self.inputs.items()},
             }
         )
 
@@ -89,15 +97,11 @@ class StepSpec:
         """``step`` or ``step layer``, for logs and task names."""
         return self.step if self.layer is None else f"{self.step} {self.layer}"
 
-    def artifact(self, role: str) -> ArtifactRef:
-        """An input that is an artifact."""
-        value = self.inputs[role]
-        assert isinstance(value, ArtifactRef), f"input {role} is no artifact"
-        return value
-
-    def optional_artifact(self, role: str) -> ArtifactRef | None:
-        """An input that is an artifact, where the step has it."""
-        return self.artifact(role) if role in self.inputs else None
+    @property
+    def artifacts(self) -> list[ArtifactRef]:
+        """The artifacts that it reads, that of its model's activations among them."""
+        found = [handle.activations if isinstance(handle, ModelRef) else handle for handle in self.inputs.values()]
+        return [handle for handle in found if isinstance(handle, ArtifactRef)]
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, read back by ``from_json``."""
@@ -105,55 +109,75 @@ class StepSpec:
             "step": self.step,
             "version": self.version,
             "params": self.params,
-            "inputs": {
-                role: value.to_json() if isinstance(value, ArtifactRef) else value
-                for role, value in self.inputs.items()
-            },
+            "inputs": {role: handle_to_json(handle) for role, handle in self.inputs.items()},
             "layer": self.layer,
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StepSpec:
         """The inverse of ``to_json``."""
-        inputs = {
-            role: ArtifactRef.from_json(item) if isinstance(item, dict) else item
-            for role, item in value["inputs"].items()
-        }
+        inputs = {role: handle_from_json(item) for role, item in value["inputs"].items()}
         return cls(value["step"], value["version"], value["params"], inputs, value["layer"])
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[Params, Inputs]):
     """A registered step.
 
     Attributes:
         name: also the first folder of its artifacts.
         version: see ``StepSpec``.
-        run: ``run(spec, bench, progress)`` gives the artifact's files, ``{name: bytes}``.
+        params: class of its parameters: a frozen dataclass or pydantic model of plain values.
+        inputs: class of its inputs: a frozen dataclass of handles.
+        run: ``run(params, inputs, context, progress)`` gives the artifact's files, ``{name: bytes}``.
     """
 
     name: str
     version: int
-    run: Callable[[StepSpec, Workbench, Progress], dict[str, bytes]]
+    params: type[Params]
+    inputs: type[Inputs]
+    run: Callable[[Params, Inputs, Context, Progress], dict[str, bytes]]
 
     def spec(
         self,
-        params: dict[str, Any],
-        inputs: dict[str, ArtifactRef | str],
+        params: Params,
+        inputs: Inputs,
         layer: Layer | None = None,
         *,
-        device: bool = True,
+        label: str | None = None,
+        needs: Needs | None = None,
     ) -> StepSpec:
         """A step to run, with this step's name and version.
 
         Args:
             params: that it reads.
             inputs: that it reads.
-            layer: that it is about.
-            device: whether it computes on the run's device.
+            layer: that it is about; it decides what the step needs.
+            label: what it is about, for people, where that is no layer.
+            needs: instead of the run's device, and of the memory that its layer takes.
         """
-        needs = Needs(device) if layer is None else Needs.of_layer(layer)
-        return StepSpec(self.name, self.version, params, inputs, None if layer is None else layer.name, needs)
+        values: dict[str, Any] = self._adapter.dump_python(params, mode="json")
+        if needs is None:
+            needs = Needs() if layer is None else Needs.of_layer(layer)
+        about = label if layer is None else layer.name
+        return StepSpec(self.name, self.version, values, roles_of(inputs), about, needs)
+
+    def read(self, spec: StepSpec) -> tuple[Params, Inputs]:
+        """The records of a step to run: the inverse of ``spec``.
+
+        Raises:
+            StoreError: its inputs are not those of this step.
+            ValidationError: its parameters are not.
+        """
+        return self._adapter.validate_python(spec.params), inputs_of(self.inputs, spec.inputs)
+
+    def ref(self, params: Params, inputs: Inputs) -> ArtifactRef:
+        """The artifact that the step makes of these parameters and inputs."""
+        return self.spec(params, inputs).ref
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Params]:
+        return TypeAdapter(self.params)
 
 
 @dataclass(frozen=True)
@@ -171,23 +195,28 @@ class Outcome:
     seconds: float
 
 
-def find(spec: StepSpec, bench: Workbench) -> Outcome | None:
-    """The step's artifact where the store has it."""
-    if not bench.store.exists(spec.ref):
+def find(spec: StepSpec, store: Store) -> Outcome | None:
+    """The step's artifact if the store has it."""
+    if not store.exists(spec.ref):
         return None
-    manifest = bench.store.manifest(spec.ref) or {}
+    manifest = store.manifest(spec.ref) or {}
     return Outcome(spec.ref, True, float(manifest.get("seconds") or 0.0))
 
 
-def execute(spec: StepSpec, bench: Workbench, progress: Progress | None = None) -> Outcome:
+def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) -> Outcome:
     """Run a step unless its artifact is there, and write the artifact.
+
+    Args:
+        spec: the step.
+        worker: where it runs.
+        progress: called with (done, total).
 
     Raises:
         MlorqError: the input is at fault; nothing is written then.
     """
     from steps import REGISTRY
 
-    found = find(spec, bench)
+    found = find(spec, worker.store)
     if found is not None:
         return found
     step = REGISTRY[spec.step]
@@ -196,14 +225,12 @@ def execute(spec: StepSpec, bench: Workbench, progress: Progress | None = None) 
             f"step {spec.step} is of version {step.version} here, version {spec.version} was asked for: "
             "the process or image that runs the step holds another version of mlorq than the flow"
         )
-    bench.use_threads()
-    activations = spec.inputs.get("activations")
-    if isinstance(activations, ArtifactRef):
-        bench.use_activations(activations)
+    params, inputs = step.read(spec)
+    worker.context.use_threads()
     started = time.perf_counter()
-    files = step.run(spec, bench, progress or (lambda done, total: None))
+    files = step.run(params, inputs, worker.context, progress or (lambda done, total: None))
     # Whole milliseconds from the start: sums of what was just computed and of what a manifest says then agree.
     seconds = round(time.perf_counter() - started, 3)
     details = {"layer": spec.layer, "params": spec.params, "inputs": spec.to_json()["inputs"]}
-    ref = bench.store.write(spec.step, spec.key, files, details=details, seconds=seconds)
+    ref = worker.store.write(spec.step, spec.key, files, details=details, seconds=seconds)
     return Outcome(ref, False, seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pyarrow as pa
 import torch
 
@@ -9,19 +11,34 @@ from mlorq.artifacts.schemas import matrix_table
 from mlorq.artifacts.store import json_bytes, table_bytes
 from mlorq.data.base import Dataset
 from mlorq.evaluation.outputs import model_outputs
-from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.base import NoParams, Progress, Step, StepSpec
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 
-def spec(bench: Workbench) -> StepSpec:
+@dataclass(frozen=True)
+class Inputs:
+    """The model as given, and the data; calibration data only if the evaluation data gives no batches."""
+
+    model: ModelRef
+    evaluation: DataRef
+    calibration: DataRef | None = None
+
+
+def spec(session: Session) -> StepSpec:
     """Depends on the model and the evaluation data."""
-    inputs = {"model": bench.float_model.key, "evaluation": bench.evaluation.key, "nmse": nmse_data(bench).key}
-    return STEP.spec({}, dict(inputs))
+    return STEP.spec(NoParams(), Inputs(session.model_ref, session.evaluation_ref, stand_in(session)))
 
 
-def nmse_data(bench: Workbench) -> Dataset:
-    """Where the output NMSE is measured: the evaluation data, or calibration data where that gives no batches."""
-    return bench.evaluation if bench.evaluation.batches else bench.calibration
+def stand_in(session: Session) -> DataRef | None:
+    """Data on which the output NMSE is measured if evaluation data gives no batches; None if it does."""
+    return None if session.evaluation.batches else session.calibration_ref
+
+
+def nmse_data(session: Session) -> Dataset:
+    """Where the output NMSE is measured: the evaluation data, or calibration data if that gives no batches."""
+    return session.evaluation if session.evaluation.batches else session.calibration
 
 
 def measure(data: Dataset, outputs: torch.Tensor, module: torch.nn.Module) -> dict[str, float]:
@@ -31,15 +48,16 @@ def measure(data: Dataset, outputs: torch.Tensor, module: torch.nn.Module) -> di
     return {} if data.metric is None else data.metric(outputs)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    model = bench.float_model
-    outputs = model_outputs(model, model.module, nmse_data(bench).batches, device=bench.device, progress=progress)
-    metrics = measure(bench.evaluation, outputs, model.module)
+def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    model, evaluation = context.model(inputs.model), context.evaluation(inputs.evaluation)
+    data = evaluation if inputs.calibration is None else context.calibration(inputs.calibration)
+    outputs = model_outputs(model, model.module, data.batches, device=context.device, progress=progress)
+    metrics = measure(evaluation, outputs, model.module)
     index = {"sample": torch.arange(outputs.shape[0])}
     return {
         "outputs.parquet": table_bytes(matrix_table(outputs, "output", index, pa.float32())),
-        "metrics.json": json_bytes({"name": bench.evaluation.metric_name, "metrics": metrics}),
+        "metrics.json": json_bytes({"name": evaluation.metric_name, "metrics": metrics}),
     }
 
 
-STEP = Step("baseline", 1, run)
+STEP = Step("baseline", 2, NoParams, Inputs, run)

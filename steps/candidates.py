@@ -2,49 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, table_bytes
-from mlorq.codecs.base import Storage
+from mlorq.calibration.covariance import moments_of_tensors
+from mlorq.codecs.base import Accounting, Storage
 from mlorq.config.layer_overrides import layer_search
-from mlorq.config.sections import SearchConfig
 from mlorq.costs.local import candidate_table
+from mlorq.fitting.base import LayerFit
+from mlorq.fitting.covariance_fit import covariance_fit
+from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.fitting.settings import FitSettings
-from mlorq.forms.base import FORMS, Shape
-from mlorq.models.layers import Layer
+from mlorq.forms import FORMS, Shape
+from mlorq.models.layers import Layer, weight_matrix
 from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.context import Context
+from steps.handles import ModelRef
+from steps.session import Session
 
 
-def candidate_params(search: SearchConfig) -> dict[str, Any]:
-    """The parameters that decide a layer's candidates."""
-    return {
-        "forms": {name: settings.model_dump(mode="json") for name, settings in search.form_settings.items()},
-        "accounting": search.accounting,
-        "fit": fit_params(search),
-    }
+@dataclass(frozen=True)
+class Params:
+    """What decides a layer's candidates.
+
+    Attributes:
+        layer: which.
+        forms: settings of every form that it may take, by the form's name.
+        accounting: how bytes are counted.
+        fit: what decides the matrices of one given candidate.
+    """
+
+    layer: str
+    forms: Mapping[str, Mapping[str, Any]]
+    accounting: Accounting
+    fit: FitSettings
 
 
-def fit_params(search: SearchConfig) -> dict[str, Any]:
-    """The parameters that decide the matrices of one given candidate."""
-    return search.fit.model_dump(mode="json")
+@dataclass(frozen=True)
+class Inputs:
+    """The ``capture`` and ``layers`` artifacts, and the model whose weights are compressed."""
+
+    capture: ArtifactRef
+    layers: ArtifactRef
+    model: ModelRef
 
 
-def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
+@dataclass(frozen=True)
+class Fits:
+    """The fits of one layer.
+
+    Attributes:
+        search: of its candidates, in the metric of the settings.
+        hessian: under the label-free Hessian, where rounding starts.
+    """
+
+    search: LayerFit
+    hessian: HessianFit
+
+
+def params_of(session: Session, layer: Layer) -> Params:
+    """What a configuration says of a layer's candidates."""
+    search = layer_search(session.config.search, layer)
+    forms = {name: settings.model_dump(mode="json") for name, settings in search.form_settings.items()}
+    return Params(layer.name, forms, search.accounting, search.fit)
+
+
+def spec(session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
     """Depends on the layer's weight and Hessian (by the capture's key) and the candidates' settings."""
-    params = {"layer": layer.name, **candidate_params(layer_search(bench.config.search, layer))}
-    return STEP.spec(params, {"capture": capture, "layers": layers, **bench.model_inputs}, layer)
+    return STEP.spec(params_of(session, layer), Inputs(capture, layers, model), layer)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    layer = bench.layer_list(spec.artifact("layers"))[params["layer"]]
-    settings = FitSettings.model_validate(params["fit"])
-    fit, _ = bench.fits(layer, spec.artifact("capture"), settings)
-    forms = {name: FORMS[name].settings.model_validate(values) for name, values in params["forms"].items()}
+def fits_of(context: Context, model: ModelRef, capture: ArtifactRef, layer: Layer, settings: FitSettings) -> Fits:
+    """The fits of a layer.
+
+    Args:
+        context: of the worker.
+        model: whose weight is compressed.
+        capture: the ``capture`` artifact, with the layer's Hessian and moments.
+        layer: which.
+        settings: what decides a candidate's matrices.
+    """
+    weight = weight_matrix(context.model(model).module.get_submodule(layer.name))
+    tensors = context.artifacts.moments(capture, layer.name)
+    hessian = HessianFit(weight, tensors["hessian"].to(context.device), settings)
+    if settings.metric == "moments" and "inputs" in tensors:
+        return Fits(covariance_fit(weight, moments_of_tensors(tensors, context.device), settings), hessian)
+    return Fits(hessian, hessian)
+
+
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    layer = context.artifacts.layers(inputs.layers)[params.layer]
+    fit = fits_of(context, inputs.model, inputs.capture, layer, params.fit).search
+    forms = {name: FORMS[name].settings.model_validate(values) for name, values in params.forms.items()}
     shape = Shape(layer.out_features, layer.in_features, layer.groups)
-    table = candidate_table(fit, shape, forms, Storage(params["accounting"], settings.zero_point))
+    table = candidate_table(fit, shape, forms, Storage(params.accounting, params.fit.zero_point))
     return {"candidates.parquet": table_bytes(table)}
 
 
-STEP = Step("candidates", 5, run)
+STEP = Step("candidates", 5, Params, Inputs, run)

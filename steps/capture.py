@@ -7,6 +7,8 @@ inputs and output gradients in two folds) and, where asked for, ``importance.saf
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pyarrow as pa
 import torch
 
@@ -14,84 +16,119 @@ from mlorq.artifacts.schemas import matrix_table
 from mlorq.artifacts.store import ArtifactRef, table_bytes, tensors_bytes
 from mlorq.calibration.collect import capture
 from mlorq.calibration.covariance import OuterProducts, moments_tensors
-from mlorq.calibration.label_free_hessian import label_free_hessian
+from mlorq.calibration.label_free_hessian import Mode, label_free_hessian
 from mlorq.calibration.token_importance import PASSES, importance_tensors, token_importance
+from mlorq.costs.measured import spread_batches
+from steps.artifacts import IMPORTANCE, moments_file
 from steps.base import Progress, Step, StepSpec
-from steps.context import IMPORTANCE, Workbench, moments_file
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 ACTIVATION_ROWS = 256
 
 
-def spec(bench: Workbench, layers: ArtifactRef) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """What is collected.
+
+    Attributes:
+        rows: tokens kept of each layer's inputs.
+        samples: calibration samples of the label-free Hessian.
+        probes, min_probes, tolerance, mode: of its estimate (``mlorq.calibration.label_free_hessian``).
+        moments: whether moments of inputs and output gradients are summed.
+        token_weights: the power of the tokens' weights in them; False: all tokens weigh the same.
+        seed: of the choice of rows, and of the probes.
+    """
+
+    rows: int
+    samples: int
+    probes: int
+    min_probes: int
+    tolerance: float
+    mode: Mode
+    moments: bool
+    token_weights: bool | float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the calibration data, and the ``layers`` artifact."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+
+
+def spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
     """Depends on the model, the calibration data, the layers and the Hessian's settings."""
-    search = bench.config.search
-    params = {
-        "rows": ACTIVATION_ROWS,
-        "samples": search.hessian_samples,
-        "probes": search.hessian_probes,
-        "min_probes": search.hessian_min_probes,
-        "tolerance": search.hessian_tolerance,
-        "mode": search.hessian_mode,
-        "moments": search.metric == "moments",
-        "token_weights": search.metric == "moments" and search.token_weights,
-        "seed": bench.config.seed,
-    }
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-    }
-    return STEP.spec(params, inputs)
+    search = session.config.search
+    moments = search.metric == "moments"
+    params = Params(
+        rows=ACTIVATION_ROWS,
+        samples=search.hessian_samples,
+        probes=search.hessian_probes,
+        min_probes=search.hessian_min_probes,
+        tolerance=search.hessian_tolerance,
+        mode=search.hessian_mode,
+        moments=moments,
+        token_weights=moments and search.token_weights,
+        seed=session.config.seed,
+    )
+    return STEP.spec(params, Inputs(model, session.calibration_ref, layers))
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    listed = bench.layer_list(spec.artifact("layers"))
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    model = context.model(inputs.model)
+    listed = context.artifacts.layers(inputs.layers)
     layers = listed.layers
-    hessian_batches = bench.batches(params["samples"])
-    batches = bench.calibration.batches
-    # One unit of progress a pass; a backward pass costs about two forwards.
-    weighing = (1 + PASSES) * len(batches) if params["token_weights"] else 0
+    batches = context.calibration(inputs.calibration).batches
+    hessian_batches = spread_batches(batches, params.samples)
+    # One unit of progress per pass; a backward pass costs about two forwards.
+    weighing = (1 + PASSES) * len(batches) if params.token_weights else 0
     before = weighing + len(batches)
-    unknown = before + len(hessian_batches) * params["probes"]
+    unknown = before + len(hessian_batches) * params.probes
     progress(0, unknown)
     importance = None
-    if params["token_weights"]:
+    if params.token_weights:
         importance = token_importance(
-            bench.model,
+            model,
             layers,
             listed.blocks,
             batches,
-            power=float(params["token_weights"]),
-            seed=params["seed"],
-            device=bench.device,
+            power=float(params.token_weights),
+            seed=params.seed,
+            device=context.device,
             progress=lambda done, _: progress((1 + PASSES) * done, unknown),
         )
     captured = capture(
-        bench.model,
+        model,
         layers,
         batches,
-        rows=params["rows"],
-        seed=params["seed"],
-        moments=params["moments"],
+        rows=params.rows,
+        seed=params.seed,
+        moments=params.moments,
         importance=importance,
-        device=bench.device,
+        device=context.device,
         progress=lambda done, _: progress(weighing + done, unknown),
     )
     gradients = {
-        layer.name: OuterProducts(layer.out_features, bench.device) for layer in layers if layer.name in captured.inputs
+        layer.name: OuterProducts(layer.out_features, context.device)
+        for layer in layers
+        if layer.name in captured.inputs
     }
     hessian = label_free_hessian(
-        bench.model,
+        model,
         layers,
         hessian_batches,
-        probes=params["probes"],
-        min_probes=params["min_probes"],
-        tolerance=params["tolerance"],
-        mode=params["mode"],
-        seed=params["seed"],
+        probes=params.probes,
+        min_probes=params.min_probes,
+        tolerance=params.tolerance,
+        mode=params.mode,
+        seed=params.seed,
         gradients=gradients,
-        device=bench.device,
+        device=context.device,
         progress=lambda done, total: progress(before + done, before + total),
     )
     index = {"sample": torch.arange(captured.reference.shape[0])}
@@ -109,4 +146,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return files
 
 
-STEP = Step("capture", 4, run)
+STEP = Step("capture", 4, Params, Inputs, run)

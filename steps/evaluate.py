@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from mlorq.artifacts.schemas import table_matrix
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.checkpoint.io import load
 from mlorq.evaluation.outputs import model_outputs, output_nmse
-from steps.base import Progress, Step, StepSpec
-from steps.baseline import measure, nmse_data
-from steps.context import Workbench, reachable_checkpoint
+from steps.base import NoParams, Progress, Step, StepSpec
+from steps.baseline import measure, stand_in
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 
-def spec(bench: Workbench, checkpoint: ArtifactRef, float_evaluation: ArtifactRef) -> StepSpec:
-    """Depends on the checkpoint, the evaluation data, and the float model's outputs there."""
-    return STEP.spec({}, {"checkpoint": checkpoint, "baseline": float_evaluation, "evaluation": bench.evaluation.key})
+@dataclass(frozen=True)
+class Inputs:
+    """The checkpoint, the float model's ``baseline``, and what that was made from."""
+
+    checkpoint: ArtifactRef
+    baseline: ArtifactRef
+    model: ModelRef
+    evaluation: DataRef
+    calibration: DataRef | None = None
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    model = bench.float_model
+def spec(session: Session, checkpoint: ArtifactRef, baseline: ArtifactRef) -> StepSpec:
+    """Depends on the checkpoint, the evaluation data, and the float model and its outputs there."""
+    inputs = Inputs(checkpoint, baseline, session.model_ref, session.evaluation_ref, stand_in(session))
+    return STEP.spec(NoParams(), inputs)
+
+
+def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    model, evaluation = context.model(inputs.model), context.evaluation(inputs.evaluation)
+    data = evaluation if inputs.calibration is None else context.calibration(inputs.calibration)
     # Loaded into a copy of the float model's structure only where the architecture alone cannot rebuild it.
     instance = None if model.rebuilds else model.module
-    with reachable_checkpoint(bench.store, spec.artifact("checkpoint")) as location:
-        module = load(location, model=instance, device=bench.device)
-    outputs = model_outputs(model, module, nmse_data(bench).batches, device=bench.device, progress=progress)
-    reference = table_matrix(bench.store.read_table(spec.artifact("baseline"), "outputs.parquet"), "output")
+    with context.artifacts.checkpoint(inputs.checkpoint) as location:
+        module = load(location, model=instance, device=context.device)
+    outputs = model_outputs(model, module, data.batches, device=context.device, progress=progress)
+    reference = table_matrix(context.artifacts.table(inputs.baseline, "outputs.parquet"), "output")
     info = {
         "nmse": output_nmse(outputs, torch.from_numpy(reference.copy())),
-        "nmse_data": "evaluation" if bench.evaluation.batches else "calibration",
-        "name": bench.evaluation.metric_name,
-        "metrics": measure(bench.evaluation, outputs, module),
+        "nmse_data": "evaluation" if inputs.calibration is None else "calibration",
+        "name": evaluation.metric_name,
+        "metrics": measure(evaluation, outputs, module),
     }
     return {"metrics.json": json_bytes(info)}
 
 
-STEP = Step("evaluate", 1, run)
+STEP = Step("evaluate", 2, NoParams, Inputs, run)

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from steps.base import Outcome, StepSpec, execute
-from steps.context import Workbench
+from steps.session import Session
 
 
 class InProcess:
-    """Runs steps on one workbench.
+    """Runs steps on the first worker of a run.
 
     Args:
-        bench: model, data, store and device.
+        session: of the run.
         progress: called with (label, steps done, steps) of the current phase after every step.
         record: called with every outcome.
     """
 
     def __init__(
         self,
-        bench: Workbench,
+        session: Session,
         progress: Callable[[str, int, int], None] | None = None,
         record: Callable[[Outcome], object] | None = None,
     ) -> None:
-        self.bench = bench
+        self.session = session
         self._progress = progress
         self._record = record
         self._done, self._total = 0, 1
@@ -34,7 +34,7 @@ class InProcess:
 
     def run(self, spec: StepSpec) -> Outcome:
         """Run one step unless its artifact is there."""
-        outcome = execute(spec, self.bench)
+        outcome = execute(spec, self.session.worker)
         self.tell(spec, outcome)
         return outcome
 

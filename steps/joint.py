@@ -7,9 +7,9 @@ widths decided as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,44 +18,67 @@ import torch
 from mlorq.activations.compute import parse_compute
 from mlorq.activations.plan import ActivationPlan
 from mlorq.allocation.choices import Group, WidthChoices, allocation_table, smallest_bytes
-from mlorq.allocation.program import Program, solve
+from mlorq.allocation.program import Objective, Program, SolverName, solve
 from mlorq.allocation.weight_load import weight_load
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
 from mlorq.costs.output_cost import OutputCost
-from mlorq.forms.base import Candidate
+from mlorq.forms import Candidate
 from mlorq.models.base import move_batch
 from mlorq.models.layers import Layer
-from steps.allocate import PROGRAM, SOLVER, joined, layer_inputs
-from steps.base import Progress, Step, StepSpec
-from steps.context import PLAN, PLAN_TENSORS, Workbench, read_plan
-from steps.sensitivity import cost_params
+from steps.allocate import joined
+from steps.artifacts import PLAN, PLAN_TENSORS
+from steps.base import Needs, Progress, Step, StepSpec
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.measuring import Measuring, measuring
+from steps.session import Session
 
 COSTS = "costs.json"
 
 
-def costs_spec(bench: Workbench) -> StepSpec:
-    """Depends on the plan of all widths (by the model's inputs) and the samples that costs are measured on."""
-    search = bench.config.search
-    params = {"samples": search.samples, "held_out": search.metric == "moments", **cost_params(bench)}
-    return COSTS_STEP.spec(params, {**bench.model_inputs, "calibration": bench.calibration.key})
+@dataclass(frozen=True)
+class CostsParams:
+    """How the costs of activations' code widths are measured."""
+
+    measuring: Measuring
 
 
-def run_costs(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    assert bench.plan is not None
-    model, groups = bench.model, bench.plan.groups()
-    batches, labels = bench.measuring(params["samples"], held_out=params["held_out"])
-    moved = [move_batch(batch, bench.device, model.dtype) for batch in batches]
+@dataclass(frozen=True)
+class CostsInputs:
+    """The model with the plan of all widths, and the calibration data."""
+
+    model: ModelRef
+    calibration: DataRef
+
+
+def costs_spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
+    """Depends on the plan of all widths and the samples that costs are measured on.
+
+    Args:
+        session: of the run.
+        model: with the plan of all widths.
+        layers: the ``layers`` artifact.
+    """
+    params = CostsParams(measuring(session, session.artifacts.layers(layers).layers))
+    return COSTS_STEP.spec(params, CostsInputs(model, session.calibration_ref))
+
+
+def run_costs(params: CostsParams, inputs: CostsInputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    model, plan = context.model(inputs.model), context.plan(inputs.model)
+    assert plan is not None
+    groups = plan.groups()
+    batches, labels = params.measuring.of(context.calibration(inputs.calibration))
+    moved = [move_batch(batch, context.device, model.dtype) for batch in batches]
     with torch.no_grad():
         references = [model.outputs(model.module, batch) for batch in moved]
-        cost = OutputCost(params["cost"], references, labels)
+        cost = OutputCost(params.measuring.cost, references, labels)
         todo = {name: widths_of(sites) for name, sites in groups.items()}
         total, done = sum(len(widths) for widths in todo.values()), 0
         found: dict[str, dict[str, float]] = {name: {} for name in groups}
         for width in sorted({width for widths in todo.values() for width in widths}):
             module = deepcopy(model.module)
             chosen = {name: width for name, widths in todo.items() if width in widths}
-            installed = bench.plan.at(chosen).install(module)
+            installed = plan.at(chosen).install(module)
             for quantizer in installed.values():
                 quantizer.enabled = False
             for name in chosen:
@@ -75,55 +98,88 @@ def widths_of(sites: list[Any]) -> list[int]:
     return sorted({int(sites[0].quantizer["bits"]), *map(int, sites[0].variants)})
 
 
+@dataclass(frozen=True)
+class Params:
+    """The layers, both budgets (of bytes also as asked for), and the solver's settings."""
+
+    layers: tuple[str, ...]
+    budget: str
+    budget_bytes: int
+    compute: str
+    objective: Objective
+    solver: SolverName
+    time_limit: float
+    gap: float
+
+    @property
+    def solver_settings(self) -> dict[str, Any]:
+        """Keyword arguments of ``mlorq.allocation.program.solve``."""
+        return {"solver": self.solver, "time_limit": self.time_limit, "gap": self.gap}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The layers, the plan of all widths and its costs, and the ``candidates`` and ``sensitivity`` by layer."""
+
+    layers: ArtifactRef
+    plan: ArtifactRef
+    costs: ArtifactRef
+    candidates: Mapping[str, ArtifactRef]
+    sensitivity: Mapping[str, ArtifactRef]
+
+
 def spec(
-    bench: Workbench,
+    session: Session,
     budget: str,
     budget_bytes: int,
     layers: ArtifactRef,
-    names: list[str],
+    names: Sequence[str],
     candidates: Mapping[str, ArtifactRef],
     sensitivity: Mapping[str, ArtifactRef],
     plan: ArtifactRef,
     costs: ArtifactRef,
 ) -> StepSpec:
     """Depends on all costs, both budgets, and the solver's settings."""
-    search, activations = bench.config.search, bench.config.activations
+    search, activations = session.config.search, session.config.activations
     assert activations is not None
-    params = {
-        "layers": names,
-        "budget": budget,
-        "budget_bytes": budget_bytes,
-        "compute": activations.compute,
-        **{name: getattr(search, name) for name in PROGRAM},
-    }
-    # Not in the role ``activations``: this step works with no model.
-    inputs: dict[str, ArtifactRef | str] = {"layers": layers, "plan": plan, "costs": costs}
-    return STEP.spec(params, inputs | layer_inputs(names, candidates, sensitivity), device=False)
+    assert activations.compute is not None
+    params = Params(
+        tuple(names),
+        budget,
+        budget_bytes,
+        activations.compute,
+        search.objective,
+        search.solver,
+        search.time_limit,
+        search.gap,
+    )
+    inputs = Inputs(layers, plan, costs, candidates, sensitivity)
+    return STEP.spec(params, inputs, needs=Needs(device=False))
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params, store = spec.params, bench.store
-    choices, rows = joined(spec, bench)
-    listed = bench.layer_list(spec.artifact("layers"))
-    layers = [listed[name] for name in params["layers"]]
-    plan = read_plan(store, spec.artifact("plan"))
-    costs = store.read_json(spec.artifact("costs"), COSTS)
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    artifacts = context.artifacts
+    choices, rows = joined(artifacts, params.layers, inputs.candidates, inputs.sensitivity)
+    listed = artifacts.layers(inputs.layers)
+    layers = [listed[name] for name in params.layers]
+    plan = artifacts.plan(inputs.plan)
+    assert plan is not None
+    costs = artifacts.json(inputs.costs, COSTS)
     groups, group_of = program_groups(plan, costs, layers)
     choices = [
         replace(choice, load=np.array([weight_load(layer, Candidate.of_row(row)) for row in rows[layer.name]]))
         for choice, layer in zip(choices, layers, strict=True)
     ]
     product_macs = float(sum(site.macs for site in plan.sites))
-    compute = parse_compute(params["compute"], float(sum(layer.macs for layer in layers)), product_macs)
-    program = Program(
-        choices, params["budget_bytes"], WidthChoices(groups, group_of, compute), objective=params["objective"]
-    )
-    solution = solve(program, **{name: params[name] for name in SOLVER})
+    compute = parse_compute(params.compute, float(sum(layer.macs for layer in layers)), product_macs)
+    widths = WidthChoices(groups, group_of, compute)
+    program = Program(choices, params.budget_bytes, widths, objective=params.objective)
+    solution = solve(program, **params.solver_settings)
     decided = {group.name: int(group.widths[place]) for group, place in zip(groups, solution.widths, strict=True)}
     table = allocation_table(choices, solution.picked, rows)
     info = {
-        "budget": params["budget"],
-        "budget_bytes": params["budget_bytes"],
+        "budget": params.budget,
+        "budget_bytes": params.budget_bytes,
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": program.cost_of(solution.picked, solution.widths),
@@ -162,5 +218,5 @@ def program_groups(
     return found, [reading[layer.name] for layer in layers]
 
 
-COSTS_STEP = Step("width_costs", 1, run_costs)
-STEP = Step("joint", 2, run)
+COSTS_STEP = Step("width_costs", 2, CostsParams, CostsInputs, run_costs)
+STEP = Step("joint", 2, Params, Inputs, run)

@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mlorq.artifacts.store import json_bytes, table_bytes
 from mlorq.models.layers import LayerList, find_layers, layers_table
 from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 
-def spec(bench: Workbench) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """Name patterns of the layers to compress, and of those to leave alone."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model as given, and the data whose first batch it is run on."""
+
+    model: ModelRef
+    calibration: DataRef
+
+
+def records(session: Session) -> tuple[Params, Inputs]:
+    """What the step reads of a run."""
+    search = session.config.search
+    params = Params(tuple(search.include), tuple(search.exclude))
+    return params, Inputs(session.model_ref, session.calibration_ref)
+
+
+def spec(session: Session) -> StepSpec:
     """Depends on the model, one batch of the calibration data, and the layer patterns."""
-    search = bench.config.search
-    return STEP.spec(
-        {"include": search.include, "exclude": search.exclude},
-        {"model": bench.float_model.key, "calibration": bench.calibration.key},
-    )
+    return STEP.spec(*records(session))
 
 
-def discover(bench: Workbench) -> LayerList:
+def discover(session: Session) -> LayerList:
     """List the layers without reading or writing the store (for a dry run)."""
-    search = bench.config.search
+    return _discover(*records(session), session.worker.context)
+
+
+def _discover(params: Params, inputs: Inputs, context: Context) -> LayerList:
     return find_layers(
-        bench.float_model,
-        bench.calibration.batches[0],
-        include=search.include,
-        exclude=search.exclude,
-        device=bench.device,
+        context.model(inputs.model),
+        context.calibration(inputs.calibration).batches[0],
+        include=params.include,
+        exclude=params.exclude,
+        device=context.device,
     )
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    found = discover(bench)
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    found = _discover(params, inputs, context)
     return {
         "layers.parquet": table_bytes(layers_table(found.layers)),
         "model.json": json_bytes(
             {
-                "architecture": bench.float_model.architecture,
+                "architecture": context.model(inputs.model).architecture,
                 "blocks": found.blocks,
                 "skipped": [list(item) for item in found.skipped],
             }
@@ -43,4 +69,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     }
 
 
-STEP = Step("layers", 2, run)
+STEP = Step("layers", 2, Params, Inputs, run)

@@ -4,114 +4,148 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.checkpoint.float_sizes import rest_by_kind
 from mlorq.checkpoint.format import checkpoint_files, float_rest, rest_upper_bound
+from mlorq.codecs.base import Accounting
 from mlorq.config.layer_overrides import search_json
 from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
+from mlorq.models.base import FloatModel
 from mlorq.models.layers import Layer
 from steps import embeddings
-from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.base import Needs, Progress, Step, StepSpec
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.session import Session
 
 
-def spec(bench: Workbench, layers: ArtifactRef, allocation: ArtifactRef, rounded: Sequence[ArtifactRef]) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """What a checkpoint says of itself: how bytes are counted, and the digest of the configuration."""
+
+    accounting: Accounting
+    configuration: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the artifacts that changed each layer last, and what the checkpoint says it was made from."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    allocation: ArtifactRef
+    rounded: tuple[ArtifactRef, ...]
+    embeddings: ArtifactRef | None = None
+
+
+def spec(
+    session: Session,
+    model: ModelRef,
+    layers: ArtifactRef,
+    allocation: ArtifactRef,
+    rounded: Sequence[ArtifactRef],
+) -> StepSpec:
     """Depends on the artifacts that changed each layer last and, for what it says of itself, the allocation."""
-    search = bench.config.search
-    activations = bench.config.activations
+    config = session.config
     configuration = {
-        "preset": bench.config.preset,
-        "search": search_json(search),
-        "rounding": bench.config.rounding.model_dump(mode="json"),
-        "seed": bench.config.seed,
-        **({} if activations is None else {"activations": activations.model_dump(mode="json")}),
+        "preset": config.preset,
+        "search": search_json(config.search),
+        "rounding": config.rounding.model_dump(mode="json"),
+        "seed": config.seed,
+        **({} if config.activations is None else {"activations": config.activations.model_dump(mode="json")}),
     }
-    if bench.config.embeddings is not None:
-        configuration["embeddings"] = bench.config.embeddings.model_dump(mode="json")
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-        "allocation": allocation,
-        **embeddings.inputs(bench),
-    }
-    inputs |= {f"round/{index}": ref for index, ref in enumerate(rounded)}
-    return STEP.spec(
-        {"accounting": search.accounting, "configuration": digest_json(configuration)}, inputs, device=False
-    )
+    if config.embeddings is not None:
+        configuration["embeddings"] = config.embeddings.model_dump(mode="json")
+    inputs = Inputs(model, session.calibration_ref, layers, allocation, tuple(rounded), embeddings.artifact(session))
+    return STEP.spec(Params(config.search.accounting, digest_json(configuration)), inputs, needs=Needs(device=False))
 
 
-def describe(bench: Workbench) -> dict[str, Any]:
-    """What a checkpoint of this model says of itself, as far as it is known before a budget is."""
-    model = bench.model
+def describe(model: FloatModel, plan: ActivationPlan | None) -> dict[str, Any]:
+    """What a checkpoint of a model says of itself, as far as it is known before a budget is."""
     found = {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
-    return found if bench.plan is None else found | {"activations": bench.plan.without_folds().to_json()}
+    return found if plan is None else found | {"activations": plan.without_folds().to_json()}
 
 
-def tables(bench: Workbench) -> dict[str, int]:
+def tables(session: Session) -> dict[str, int]:
     """Bits of the embedding tables that are quantized, by name."""
-    settings = bench.config.embeddings
+    settings = session.config.embeddings
     if settings is None:
         return {}
-    return dict.fromkeys(find_tables(bench.model.module, settings.smallest).tables, settings.bits)
+    return dict.fromkeys(find_tables(session.model.module, settings.smallest).tables, settings.bits)
 
 
-def _with_quantizers(bench: Workbench) -> nn.Module:
-    """The float model with its activation quantizers, where it has any."""
-    module = bench.model.module
-    if bench.plan is not None:
+def _with_quantizers(session: Session, ref: ModelRef) -> nn.Module:
+    """The float model with its activation quantizers, if it has any."""
+    module, plan = session.worker.context.model(ref).module, session.artifacts.plan(ref.activations)
+    if plan is not None:
         module = deepcopy(module)
-        bench.plan.install(module)
+        plan.install(module)
     return module
 
 
-def rest_kinds(bench: Workbench, layers: Sequence[Layer]) -> dict[str, int]:
-    """What of a checkpoint stays float, in bytes by kind."""
+def rest_kinds(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> dict[str, int]:
+    """What of a checkpoint stays float, in bytes by kind; ``model`` as in ``rest_bytes_bound``."""
     aliases = {layer.name: layer.aliases for layer in layers}
-    return rest_by_kind(float_rest(_with_quantizers(bench), aliases, tables(bench)))
+    return rest_by_kind(float_rest(_with_quantizers(session, model or session.model_ref), aliases, tables(session)))
 
 
-def rest_bytes_bound(bench: Workbench, layers: Sequence[Layer]) -> int:
-    """Most bytes of a checkpoint that are not the compressible layers' weights."""
+def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> int:
+    """Most bytes of a checkpoint that are not the compressible layers' weights.
+
+    Args:
+        session: of the run.
+        layers: that are compressed.
+        model: with its plan of activations, where that is known; default: as given.
+    """
+    ref = model or session.model_ref
     aliases = {layer.name: layer.aliases for layer in layers}
-    module = _with_quantizers(bench)
-    accounting = bench.config.search.accounting
-    return rest_upper_bound(module, aliases, describe(bench), accounting=accounting, tables=tables(bench))
+    description = describe(session.worker.context.model(ref), session.artifacts.plan(ref.activations))
+    return rest_upper_bound(
+        _with_quantizers(session, ref),
+        aliases,
+        description,
+        accounting=session.config.search.accounting,
+        tables=tables(session),
+    )
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    layers = bench.layer_list(spec.artifact("layers"))
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    artifacts, model, plan = context.artifacts, context.model(inputs.model), context.plan(inputs.model)
+    layers = artifacts.layers(inputs.layers)
     compressed = {}
-    for index, layer in enumerate(layers.layers):
-        found, _ = bench.rounded(spec.artifact(f"round/{index}"))
+    for index, (layer, ref) in enumerate(zip(layers.layers, inputs.rounded, strict=True)):
+        found, _ = artifacts.rounded(ref)
         compressed[layer.name] = next(item for item in found if item.layer == layer.name)
         progress(index + 1, len(layers.layers))
-    module = deepcopy(bench.model.module).to("cpu")
+    module = deepcopy(model.module).to("cpu")
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
-    replace_tables(module, bench.tables(spec.optional_artifact("embeddings")))
-    if bench.plan is not None:
-        bench.plan.install(module)
-    allocation = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
+    replace_tables(module, artifacts.tables(inputs.embeddings))
+    if plan is not None:
+        plan.install(module)
+    allocation = artifacts.json(inputs.allocation, "allocation.json")
     description = {
-        **describe(bench),
+        **describe(model, plan),
         "budget": {
             "asked": allocation["budget"],
             "budget_bytes": allocation["budget_bytes"],
-            "accounting": spec.params["accounting"],
+            "accounting": params.accounting,
         },
         "hashes": {
-            "model": bench.float_model.key,
-            "calibration": spec.inputs["calibration"],
-            "configuration": spec.params["configuration"],
+            "model": inputs.model.key,
+            "calibration": inputs.calibration.key,
+            "configuration": params.configuration,
         },
     }
     return checkpoint_files(module, description)
 
 
-STEP = Step("compressed", 2, run)
+STEP = Step("compressed", 3, Params, Inputs, run)

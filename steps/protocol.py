@@ -20,8 +20,9 @@ from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.run import RunConfig
 from mlorq.errors import KINDS, MlorqError, StoreError, TransientError
 from steps.base import Outcome, StepSpec, execute
-from steps.context import Workbench, open_store
+from steps.context import Worker
 from steps.faults import can_pass
+from steps.session import open_worker
 
 Event = dict[str, Any]
 
@@ -78,21 +79,21 @@ class Desk:
     """Carries descriptions out in this process; successive ones of the same run share model and data."""
 
     def __init__(self) -> None:
-        self._bench: Workbench | None = None
+        self._last: tuple[RunConfig, str, str] | None = None
+        self._worker: Worker | None = None
 
-    def bench(self, description: Description) -> Workbench:
-        """A workbench for a description: the last one where configuration and device are the same.
+    def worker(self, description: Description) -> Worker:
+        """A worker for a description: the last one if configuration and device are the same.
 
         Raises:
             StoreError: the store lives in one process only.
         """
         config, device = description.config, description.device
-        last = self._bench
-        if last is None or (last.config, last.config.folder, last.device) != (config, config.folder, device):
+        run = (config, config.folder, device)
+        if self._worker is None or self._last != run:
             refuse_memory_store(config)
-            self._bench = Workbench(config, open_store(config), device)
-        assert self._bench is not None
-        return self._bench
+            self._worker, self._last = open_worker(config, device), run
+        return self._worker
 
     def carry_out(self, uri: str, step: str, emit: Callable[[Event], None]) -> Event:
         """Run the step of a description; gives the last event, which is not emitted.
@@ -106,7 +107,7 @@ class Desk:
             description = Description.read(uri, step)
             outcome = execute(
                 description.spec,
-                self.bench(description),
+                self.worker(description),
                 lambda done, total: emit({"event": "progress", "done": done, "total": total}),
             )
         except Exception as error:

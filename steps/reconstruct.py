@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.config.compose import part
 from mlorq.fitting.settings import FitSettings
-from mlorq.forms.base import FORMS
+from mlorq.forms import FORMS
 from mlorq.models.layers import Layer, LayerList
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.trainable import Trained
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.candidates import fit_params
-from steps.context import Workbench
+from steps.candidates import fits_of
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.paired_cache import PairedState
+from steps.session import Session
+
+
+@dataclass(frozen=True)
+class Params:
+    """How a block is reconstructed.
+
+    Attributes:
+        block: its index.
+        training: which samples are trained on.
+        seed: of every random choice.
+        method: as ``rounding.method``.
+        settings: what the method reads of the ``rounding`` section.
+        fit: what decides the candidates' matrices; None for a method that starts from codes alone.
+    """
+
+    block: int
+    training: TrainingSettings
+    seed: int
+    method: str
+    settings: Mapping[str, Any]
+    fit: FitSettings | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the data, and the last layer that was rounded."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    previous: ArtifactRef
+    embeddings: ArtifactRef | None = None
 
 
 def members(layers: LayerList, block: int) -> list[Layer]:
@@ -25,83 +63,80 @@ def members(layers: LayerList, block: int) -> list[Layer]:
 
 
 def spec(
-    bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, block: int, name: str, previous: ArtifactRef
+    session: Session,
+    model: ModelRef,
+    capture: ArtifactRef,
+    layers: ArtifactRef,
+    block: int,
+    name: str,
+    previous: ArtifactRef,
 ) -> StepSpec:
     """Depends on all layers rounded so far (the block's own among them), the model and the calibration data.
 
     Args:
-        bench: of the run.
+        session: of the run.
+        model: that is compressed.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         block: index of the block.
         name: of the block, for people.
         previous: the last layer that was rounded.
     """
-    rounding = bench.config.rounding
-    method = METHODS[rounding.method]
-    assert method.blocks is not None
-    params = {
-        "block": block,
-        **part(rounding, TrainingSettings).model_dump(mode="json"),
-        "seed": bench.config.seed,
-        "method": rounding.method,
-        "settings": part(rounding, method.blocks.settings).model_dump(mode="json"),
-        **({"fit": fit_params(bench.config.search)} if method.blocks.needs_parts else {}),
-    }
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-        "capture": capture,
-        "previous": previous,
-        **embeddings.inputs(bench),
-    }
-    return replace(STEP.spec(params, inputs), layer=name)
-
-
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    layers = bench.layer_list(spec.artifact("layers"))
-    own = {layer.name: layer for layer in members(layers, params["block"])}
-    previous = spec.artifact("previous")
-    paired = bench.paired(
-        layers,
-        spec.artifact("capture"),
-        previous,
-        params["samples"],
-        params["batch_size"],
-        spec.optional_artifact("embeddings"),
-    )
-    rounded = bench.all_rounded(previous, own)
-    blocks = METHODS[params["method"]].blocks
+    rounding = session.config.rounding
+    blocks = METHODS[rounding.method].blocks
     assert blocks is not None
-    pairs = [(layer, rounded[name]) for name, layer in own.items()]
+    params = Params(
+        block,
+        part(rounding, TrainingSettings),
+        session.config.seed,
+        rounding.method,
+        part(rounding, blocks.settings).model_dump(mode="json"),
+        session.config.search.fit if blocks.needs_parts else None,
+    )
+    inputs = Inputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
+    return STEP.spec(params, inputs, label=name)
+
+
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    layers = context.artifacts.layers(inputs.layers)
+    own = {layer.name: layer for layer in members(layers, params.block)}
+    state = PairedState(
+        inputs.model,
+        inputs.calibration,
+        inputs.layers,
+        inputs.capture,
+        inputs.embeddings,
+        params.training.samples,
+        params.training.batch_size,
+    )
+    paired = context.paired.get(state, inputs.previous)
+    rounded = context.artifacts.all_rounded(inputs.previous, own)
+    blocks = METHODS[params.method].blocks
+    assert blocks is not None
     parts = None
-    if blocks.needs_parts:
-        settings = FitSettings.model_validate(params["fit"])
+    if params.fit is not None:
         parts = {}
         for name, layer in own.items():
-            _, plain = bench.fits(layer, spec.artifact("capture"), settings)
-            candidate = rounded[name].candidate
-            found = FORMS[candidate.form].fit(plain, candidate)
+            fit = fits_of(context, inputs.model, inputs.capture, layer, params.fit).hessian
+            found = FORMS[rounded[name].candidate.form].fit(fit, rounded[name].candidate)
             parts[name] = {key: (one.values, one.quantizer) for key, one in found.items()}
     result = blocks.reconstruct(
         paired,
-        params["block"],
-        pairs,
-        blocks.settings.model_validate(params["settings"]),
-        seed=params["seed"],
+        params.block,
+        [(layer, rounded[name]) for name, layer in own.items()],
+        blocks.settings.model_validate(params.settings),
+        seed=params.seed,
         parts=parts,
         progress=progress,
     )
     for compressed in result.layers:
         paired.set(own[compressed.layer], compressed)
-    bench.keep_paired(paired, spec.ref, params["samples"], params["batch_size"])
-    return trained_files(result, previous)
+    context.paired.keep(paired, state, STEP.ref(params, inputs))
+    return trained_files(result, inputs.previous)
 
 
 def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
-    """What ``Workbench.rounded`` reads: trained layers, and the artifact whose layers they were."""
+    """What ``ArtifactReader.rounded`` reads: trained layers, and the artifact whose layers they were."""
     files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
     files["block.json"] = json_bytes(
         {
@@ -117,4 +152,4 @@ def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
     return files
 
 
-STEP = Step("reconstruct", 4, run)
+STEP = Step("reconstruct", 4, Params, Inputs, run)

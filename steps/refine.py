@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,79 +14,108 @@ from mlorq.allocation.refinement import POWERS, WholeModel, refine
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
 from mlorq.costs.measured import dense_of
 from mlorq.fitting.settings import FitSettings
-from steps.allocate import SOLVER, joined
+from steps import allocate as program
+from steps.allocate import joined
 from steps.base import Needs, Progress, Step, StepSpec
-from steps.candidates import fit_params
-from steps.context import Workbench
-from steps.sensitivity import cost_params
+from steps.candidates import fits_of
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.measuring import Measuring, measuring
+from steps.session import Session
 
 WHOLE_SAMPLES = 4  # times those that a layer's costs are measured on
 
 
-def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, allocation: StepSpec) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """How an allocation is improved.
+
+    Attributes:
+        program: parameters of the ``allocate`` step whose result is refined.
+        rounds: of measuring the whole model and solving the program around it.
+        measuring: of the cost.
+        fit: what decides the candidates' matrices.
+    """
+
+    program: program.Params
+    rounds: int
+    measuring: Measuring
+    fit: FitSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the data, the allocation, and all that it was made from."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    allocation: ArtifactRef
+    candidates: Mapping[str, ArtifactRef]
+    sensitivity: Mapping[str, ArtifactRef]
+
+
+def spec(
+    session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, allocation: StepSpec
+) -> StepSpec:
     """Depends on all that the allocation depends on, the model and the calibration data.
 
     Args:
-        bench: of the run.
+        session: of the run.
+        model: that is compressed.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         allocation: the ``allocate`` step whose result is refined.
     """
-    search = bench.config.search
-    params = {
-        **allocation.params,
-        "rounds": search.rounds,
-        "samples": search.samples,
-        **cost_params(bench),
-        "fit": fit_params(search),
-    }
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-        "capture": capture,
-        "allocation": allocation.ref,
-        **allocation.inputs,
-    }
-    listed = bench.layer_list(layers).layers
+    search = session.config.search
+    solved, made_from = program.STEP.read(allocation)
+    listed = session.artifacts.layers(layers).layers
+    params = Params(solved, search.rounds, measuring(session, listed), search.fit)
+    inputs = Inputs(
+        model,
+        session.calibration_ref,
+        layers,
+        capture,
+        allocation.ref,
+        made_from.candidates,
+        made_from.sensitivity,
+    )
     numbers = sum(layer.params for layer in listed)
     hardest = max(Needs.of_layer(layer).memory_bytes for layer in listed)
     # Two copies of the model, and of each layer the weights that were tried: three or four in all runs looked at.
-    return replace(STEP.spec(params, inputs), needs=Needs(True, 4 * (2 + 4) * numbers + hardest))
+    return STEP.spec(params, inputs, needs=Needs(True, 4 * (2 + 4) * numbers + hardest))
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    listed = bench.layer_list(spec.artifact("layers"))
-    layers = [listed[name] for name in params["layers"]]
-    settings = FitSettings.model_validate(params["fit"])
-    choices, rows = joined(spec, bench)
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    artifacts, budget_bytes = context.artifacts, params.program.budget_bytes
+    listed = artifacts.layers(inputs.layers)
+    layers = [listed[name] for name in params.program.layers]
+    choices, rows = joined(artifacts, params.program.layers, inputs.candidates, inputs.sensitivity)
     ordered = [rows[layer.name] for layer in layers]
-    first = bench.store.read_table(spec.artifact("allocation"), "allocation.parquet").to_pylist()
+    first = artifacts.table(inputs.allocation, "allocation.parquet").to_pylist()
     chosen = {row["layer"]: row["candidate_id"] for row in first}
     start = [
         next(index for index, row in enumerate(layer_rows) if row["candidate_id"] == chosen[layer.name])
         for layer, layer_rows in zip(layers, ordered, strict=True)
     ]
-    fitted = bench.fits(layers[0], spec.artifact("capture"), settings)[0].held_out
+    data = context.calibration(inputs.calibration)
     # Differences between whole allocations are small and few are measured; of single layers there are many.
     whole, part = (
         WholeModel(
-            bench.model,
+            context.model(inputs.model),
             listed.blocks,
             batches,
-            bench.device,
-            cost=params["cost"],
+            context.device,
+            cost=params.measuring.cost,
             labels=labels,
-            activations=bench.plan,
+            activations=context.plan(inputs.model),
         )
-        for batches, labels in (
-            bench.measuring(times * params["samples"], held_out=fitted) for times in (WHOLE_SAMPLES, 1)
-        )
+        for batches, labels in (params.measuring.of(data, times) for times in (WHOLE_SAMPLES, 1))
     )
     weights: dict[tuple[str, int], Tensor] = {}
     # Allocations: the program's, the uniform one, codes alone, powers, and in each round one and its contributions.
-    total = ((3 + len(POWERS) if params["rounds"] else 2) + 2 * params["rounds"]) * len(layers)
+    total = ((3 + len(POWERS) if params.rounds else 2) + 2 * params.rounds) * len(layers)
     done = 0
 
     def advance() -> None:
@@ -98,7 +127,7 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         found = {}
         for layer, index, layer_rows in zip(layers, picked, ordered, strict=True):
             if (layer.name, index) not in weights:
-                fit, _ = bench.fits(layer, spec.artifact("capture"), settings)
+                fit = fits_of(context, inputs.model, inputs.capture, layer, params.fit).search
                 weights[layer.name, index] = dense_of(fit, layer_rows[index])
             found[layer.name] = weights[layer.name, index]
             model.set(layer, found[layer.name])
@@ -114,14 +143,14 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
         return part.contributions(layers, set_all(part, picked), lambda _: advance())
 
     def solve(costs: Sequence[Choices]) -> list[int]:
-        program = Program(costs, params["budget_bytes"], objective=params["objective"])
-        return solve_program(program, **{name: params[name] for name in SOLVER}).picked
+        return solve_program(Program(costs, budget_bytes, objective=params.program.objective), **solver).picked
 
-    measured = refine(choices, ordered, params["budget_bytes"], start, solve, measure, contributions, params["rounds"])
+    solver = params.program.solver_settings
+    measured = refine(choices, ordered, budget_bytes, start, solve, measure, contributions, params.rounds)
     progress(total, total)
     kept = measured[0]
     table = allocation_table(choices, kept.picked, rows)
-    before = bench.store.read_json(spec.artifact("allocation"), "allocation.json")
+    before = artifacts.json(inputs.allocation, "allocation.json")
     info = before | {
         "bytes": kept.bytes,
         "smallest_bytes": smallest_bytes(choices),
@@ -132,4 +161,4 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
 
 
-STEP = Step("refine", 5, run)
+STEP = Step("refine", 5, Params, Inputs, run)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
 
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.config.compose import part
@@ -12,12 +16,47 @@ from mlorq.models.layers import Layer
 from mlorq.rounding import METHODS, RoundingTask
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.candidates import fit_params
-from steps.context import Workbench
+from steps.candidates import fits_of
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.paired_cache import PairedState
+from steps.session import Session
+
+
+@dataclass(frozen=True)
+class Params:
+    """How a layer is rounded.
+
+    Attributes:
+        layer: which.
+        candidate: what it becomes.
+        method: as ``rounding.method``.
+        fit: what decides the candidate's matrices.
+        settings: what the method reads of the ``rounding`` section.
+    """
+
+    layer: str
+    candidate: Candidate
+    method: str
+    fit: FitSettings
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model and what is known of the layer; of a sequential method also the data and what was rounded before."""
+
+    model: ModelRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    calibration: DataRef | None = None
+    embeddings: ArtifactRef | None = None
+    previous: ArtifactRef | None = None
 
 
 def spec(
-    bench: Workbench,
+    session: Session,
+    model: ModelRef,
     capture: ArtifactRef,
     layers: ArtifactRef,
     layer: Layer,
@@ -28,50 +67,48 @@ def spec(
 
     Not on the allocation's key: another budget that chooses the same candidates so far reuses what is rounded.
     """
-    config = bench.config
-    method = METHODS[config.rounding.method]
-    params = {
-        "layer": layer.name,
-        "candidate": asdict(candidate),
-        "method": method.name,
-        "fit": fit_params(config.search),
-    }
-    inputs: dict[str, ArtifactRef | str] = {**bench.model_inputs, "layers": layers, "capture": capture}
+    rounding = session.config.rounding
+    method = METHODS[rounding.method]
+    settings = part(rounding, method.layer_settings).model_dump(mode="json") if method.sequential else {}
+    params = Params(layer.name, candidate, method.name, session.config.search.fit, settings)
+    inputs = Inputs(model, layers, capture)
     if method.sequential:
-        params |= {"settings": part(config.rounding, method.layer_settings).model_dump(mode="json")}
-        inputs |= {"calibration": bench.calibration.key, **embeddings.inputs(bench)}
-        if previous is not None:
-            inputs["previous"] = previous
+        tables = embeddings.artifact(session)
+        inputs = Inputs(model, layers, capture, session.calibration_ref, tables, previous)
     return STEP.spec(params, inputs, layer)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    method = METHODS[params["method"]]
-    settings = method.layer_settings.model_validate(params.get("settings", {}))
-    layers = bench.layer_list(spec.artifact("layers"))
-    layer = layers[params["layer"]]
-    candidate = Candidate(**params["candidate"])
-    fit, plain = bench.fits(layer, spec.artifact("capture"), FitSettings.model_validate(params["fit"]))
-    task = RoundingTask(layer.name, candidate, plain, fit.output_metric, bias=bench.bias(layer))
-    previous = spec.artifact("previous") if "previous" in spec.inputs else None
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    method = METHODS[params.method]
+    settings = method.layer_settings.model_validate(params.settings)
+    layer = context.artifacts.layers(inputs.layers)[params.layer]
+    fits = fits_of(context, inputs.model, inputs.capture, layer, params.fit)
+    bias = own_bias(context.model(inputs.model).module, layer)
+    task = RoundingTask(layer.name, params.candidate, fits.hessian, fits.search.output_metric, bias=bias)
     if not method.needs_inputs:
         result = method.round(task, settings, progress)
     else:
-        samples, batch_size = settings.samples, getattr(settings, "batch_size", None)
-        paired = bench.paired(
-            layers, spec.artifact("capture"), previous, samples, batch_size, spec.optional_artifact("embeddings")
+        assert inputs.calibration is not None
+        state = PairedState(
+            inputs.model,
+            inputs.calibration,
+            inputs.layers,
+            inputs.capture,
+            inputs.embeddings,
+            settings.samples,
+            getattr(settings, "batch_size", None),
         )
+        paired = context.paired.get(state, inputs.previous)
         # A grouped convolution's rows see different inputs: methods round it to nearest.
         moments = paired.moments(layer) if layer.groups == 1 else None
         result = method.round(replace(task, moments=moments), settings, progress)
         paired.set(layer, result.layer)
-        bench.keep_paired(paired, spec.ref, samples, batch_size)
+        context.paired.keep(paired, state, STEP.ref(params, inputs))
     info = {
         "layer": layer.name,
-        "candidate": asdict(candidate),
-        "previous": None if previous is None else previous.to_json(),
-        "method": method.name,
+        "candidate": asdict(params.candidate),
+        "previous": None if inputs.previous is None else inputs.previous.to_json(),
+        "method": params.method,
         "error_before": result.error_before,
         "error_after": result.error_after,
         "iterations": result.iterations,
@@ -79,4 +116,10 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     return {"codes.safetensors": tensors_bytes(result.layer.tensors()), "layer.json": json_bytes(info)}
 
 
-STEP = Step("round", 6, run)
+def own_bias(module: nn.Module, layer: Layer) -> Tensor | None:
+    """The bias that a layer may change: its own, unless another module has the weight too."""
+    bias = module.get_submodule(layer.name).bias
+    return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
+
+
+STEP = Step("round", 6, Params, Inputs, run)

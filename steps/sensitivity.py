@@ -2,83 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, table_bytes
-from mlorq.config.layer_overrides import layer_search
+from mlorq.config.run import Sensitivity
 from mlorq.costs.calibrated import scaled_sensitivity
 from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
-from mlorq.errors import DataError
-from mlorq.fitting.settings import FitSettings
 from mlorq.models.layers import Layer
+from steps import candidates as enumeration
 from steps.base import Progress, Step, StepSpec
-from steps.candidates import candidate_params
-from steps.context import Workbench
+from steps.candidates import fits_of
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.measuring import Measuring, measuring
+from steps.session import Session
+
+
+@dataclass(frozen=True)
+class Params:
+    """How local costs of a layer become global ones.
+
+    Attributes:
+        candidates: what decides the layer's candidates.
+        how: as ``search.sensitivity``.
+        measuring: of the cost; None where ``how`` is ``local``, which measures none.
+        points: candidates to measure.
+        tolerance: of ``auto``: no further measurements where costs were predicted this well.
+    """
+
+    candidates: enumeration.Params
+    how: Sensitivity
+    measuring: Measuring | None = None
+    points: int | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the calibration data, and the layer's candidates with what they were made from."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    candidates: ArtifactRef
 
 
 def spec(
-    bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, candidates: ArtifactRef, layer: Layer
+    session: Session,
+    model: ModelRef,
+    capture: ArtifactRef,
+    layers: ArtifactRef,
+    candidates: ArtifactRef,
+    layer: Layer,
 ) -> StepSpec:
     """Depends on the layer's candidates, the model and the calibration data."""
-    search = bench.config.search
-    params = {
-        "layer": layer.name,
-        "how": search.sensitivity,
-        **({} if search.sensitivity == "local" else {"samples": search.samples, "points": search.points}),
-        **({"tolerance": search.tolerance} if search.sensitivity == "auto" else {}),
-        **({} if search.sensitivity == "local" else cost_params(bench)),
-        **candidate_params(layer_search(search, layer)),
-    }
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-        "capture": capture,
-        "candidates": candidates,
-    }
-    return STEP.spec(params, inputs, layer)
+    search = session.config.search
+    made_from = enumeration.params_of(session, layer)
+    params = Params(made_from, search.sensitivity)
+    if search.sensitivity != "local":
+        tolerance = search.tolerance if search.sensitivity == "auto" else None
+        measured = measuring(session, [layer])
+        params = Params(made_from, search.sensitivity, measured, search.points, tolerance)
+    return STEP.spec(params, Inputs(model, session.calibration_ref, layers, capture, candidates), layer)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    layers = bench.layer_list(spec.artifact("layers"))
-    layer = layers[spec.params["layer"]]
-    if spec.params["how"] == "local":
-        table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    layers = context.artifacts.layers(inputs.layers)
+    layer = layers[params.candidates.layer]
+    table = context.artifacts.table(inputs.candidates, "candidates.parquet")
+    if params.measuring is None or params.points is None:
         return {"sensitivity.parquet": table_bytes(local_sensitivity(table))}
-    fit, _ = bench.fits(layer, spec.artifact("capture"), FitSettings.model_validate(spec.params["fit"]))
-    table = bench.store.read_table(spec.artifact("candidates"), "candidates.parquet")
-    params = spec.params
-    how, points = params["how"], params["points"]
-    # Candidates in the metric of moments are fitted on one fold: they are measured on samples of the other.
-    batches, labels = bench.measuring(params["samples"], held_out=fit.held_out)
+    fit = fits_of(context, inputs.model, inputs.capture, layer, params.candidates.fit).search
+    batches, labels = params.measuring.of(context.calibration(inputs.calibration))
+    model, points = context.model(inputs.model), params.points
     with LayerProbe(
-        bench.model, layer, layers.blocks, batches, bench.device, cost=params["cost"], labels=labels
+        model, layer, layers.blocks, batches, context.device, cost=params.measuring.cost, labels=labels
     ) as probe:
-        if how == "measured":
+        if params.how == "measured":
             costs = measured_sensitivity(probe, fit, table, points=points, progress=progress)
-        elif how == "closed_form":
+        elif params.how == "closed_form":
             costs = scaled_sensitivity(probe, fit, table, points=1, progress=progress)
         else:
-            costs = scaled_sensitivity(
-                probe, fit, table, points=points, tolerance=params["tolerance"], progress=progress
-            )
+            assert params.tolerance is not None
+            costs = scaled_sensitivity(probe, fit, table, points=points, tolerance=params.tolerance, progress=progress)
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-def cost_params(bench: Workbench) -> dict[str, Any]:
-    """What the measured cost of an output depends on beside the samples: which one it is, and the labels it reads.
-
-    Raises:
-        DataError: the cost reads labels, and there are none.
-    """
-    cost = bench.config.search.cost
-    if cost != "task":
-        return {"cost": cost}
-    labels = bench.calibration.labels
-    if labels is None:
-        raise DataError("search.cost: task needs calibration data with labels; use nmse or kl")
-    return {"cost": cost, "labels": digest_json([part.tolist() for part in labels])}
-
-
-STEP = Step("sensitivity", 5, run)
+STEP = Step("sensitivity", 5, Params, Inputs, run)

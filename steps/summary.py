@@ -7,52 +7,101 @@ computes nothing writes nothing.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.evaluation.report import front_picture, render_report
-from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.artifacts import ArtifactReader
+from steps.base import Needs, Progress, Step, StepSpec
+from steps.context import Context
+from steps.handles import roles_of
+from steps.session import Session
 
 
-def spec(bench: Workbench, artifacts: dict[str, ArtifactRef], budget: str) -> StepSpec:
+@dataclass(frozen=True)
+class QuantizedActivations:
+    """What a result says of activations: their code width, and how they are quantized."""
+
+    bits: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Params:
+    """The model's name, the budget as asked for, and how activations are quantized, if they are."""
+
+    model: str
+    budget: str
+    activations: QuantizedActivations | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Every artifact of the run."""
+
+    layers: ArtifactRef
+    plan: ArtifactRef | None = None
+    widths: ArtifactRef | None = None
+    embeddings: ArtifactRef | None = None
+    capture: ArtifactRef
+    allocation: ArtifactRef
+    program: ArtifactRef | None = None
+    checkpoint: ArtifactRef
+    baseline: ArtifactRef
+    evaluation: ArtifactRef
+    candidates: Mapping[str, ArtifactRef]
+    sensitivity: Mapping[str, ArtifactRef]
+    round: Mapping[str, ArtifactRef]
+    reconstruct: Mapping[str, ArtifactRef]
+    tune: ArtifactRef | None = None
+
+
+def params_of(session: Session, budget: str) -> Params:
+    """What a result says of its run beside its artifacts."""
+    chosen = session.config.activations
+    activations = None if chosen is None else QuantizedActivations(chosen.bits, chosen.method)
+    return Params(session.config.model.display_name, budget, activations)
+
+
+def spec(session: Session, inputs: Inputs, budget: str) -> StepSpec:
     """Depends on every artifact of the run."""
-    return STEP.spec({"model": bench.config.model.display_name, "budget": budget}, dict(artifacts), device=False)
+    return STEP.spec(params_of(session, budget), inputs, needs=Needs(device=False))
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    store = bench.store
-    info = store.read_json(spec.artifact("allocation"), "allocation.json")
-    rows = store.read_table(spec.artifact("allocation"), "allocation.parquet").to_pylist()
-    sizes = store.read_json(spec.artifact("checkpoint"), "config.json")["sizes"]
-    manifest = store.manifest(spec.artifact("checkpoint")) or {"files": {}}
-    float_info = store.read_json(spec.artifact("baseline"), "metrics.json")
-    metrics = store.read_json(spec.artifact("evaluation"), "metrics.json")
-    result = allocation_json(bench, spec.artifact("allocation"), info, rows)
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    artifacts = context.artifacts
+    info = artifacts.json(inputs.allocation, "allocation.json")
+    rows = artifacts.table(inputs.allocation, "allocation.parquet").to_pylist()
+    sizes = artifacts.json(inputs.checkpoint, "config.json")["sizes"]
+    float_info = artifacts.json(inputs.baseline, "metrics.json")
+    metrics = artifacts.json(inputs.evaluation, "metrics.json")
+    result = _allocation_json(params, inputs.allocation, info, rows)
     result |= {
         "solver": {**info["solver"], "seconds": None},
-        "run": f"{spec.params['model']}-{spec.params['budget']}-{spec.key[:8]}",
+        "run": f"{params.model}-{params.budget}-{STEP.ref(params, inputs).key[:8]}",
         "bytes": sizes["bytes"],
         "rest_bytes": sizes["rest_bytes"],
         "overhead_bytes": sizes["overhead_bytes"],
-        "file_bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "file_bytes": sum(artifacts.sizes(inputs.checkpoint).values()),
         "float_bytes": sizes["float_bytes"],
-        **_embeddings(spec, store, sizes),
+        **_embeddings(artifacts, inputs.embeddings, sizes),
         "nmse": metrics["nmse"],
         "nmse_data": metrics["nmse_data"],
         "metric": _metric(float_info, metrics),
         "metrics": {"float": float_info["metrics"], "compressed": metrics["metrics"]},
-        "artifacts": {role: ref.to_json() for role, ref in spec.inputs.items() if isinstance(ref, ArtifactRef)},
+        "artifacts": {role: ref.to_json() for role, ref in roles_of(inputs).items() if isinstance(ref, ArtifactRef)},
     }
     fronts = {
         row["layer"]: (
-            store.read_table(spec.artifact(f"candidates/{row['layer']}"), "candidates.parquet"),
-            store.read_table(spec.artifact(f"sensitivity/{row['layer']}"), "sensitivity.parquet"),
+            artifacts.table(inputs.candidates[row["layer"]], "candidates.parquet"),
+            artifacts.table(inputs.sensitivity[row["layer"]], "sensitivity.parquet"),
         )
         for row in rows
     }
-    params = {layer.name: layer.params for layer in bench.layer_list(spec.artifact("layers")).layers}
-    picture = front_picture(rows, fronts, params, result)
+    weights = {layer.name: layer.params for layer in artifacts.layers(inputs.layers).layers}
+    picture = front_picture(rows, fronts, weights, result)
     return {
         "run.json": json_bytes(result),
         "report.png": picture,
@@ -60,14 +109,21 @@ def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes
     }
 
 
-def allocation_json(
-    bench: Workbench, allocation: ArtifactRef, info: dict[str, Any], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
+def allocation_json(session: Session, allocation: ArtifactRef) -> dict[str, Any]:
     """The result object as far as the allocation alone decides it; the rest is null."""
-    name = bench.config.model.display_name
+    info = session.artifacts.json(allocation, "allocation.json")
+    rows = session.artifacts.table(allocation, "allocation.parquet").to_pylist()
+    result = _allocation_json(params_of(session, info["budget"]), allocation, info, rows)
+    result["solver"]["seconds"] = made_in(session.store, allocation)
+    return result
+
+
+def _allocation_json(
+    params: Params, allocation: ArtifactRef, info: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
-        "run": f"{name}-{info['budget']}-{allocation.key[:8]}",
-        "model": name,
+        "run": f"{params.model}-{info['budget']}-{allocation.key[:8]}",
+        "model": params.model,
         "budget": info["budget"],
         "budget_bytes": info["budget_bytes"],
         "bytes": info["bytes"],
@@ -77,30 +133,25 @@ def allocation_json(
         "smallest_bytes": info["smallest_bytes"],
         "predicted_cost": info["predicted_cost"],
         "measured_cost": info.get("measured_cost"),
-        **_activations(bench, info),
+        **_activations(params.activations, info),
         "nmse": None,
         "metric": None,
         "allocation": rows,
         "seconds": {},
         "checkpoint": None,
-        "solver": {**info["solver"], "seconds": made_in(bench.store, allocation)},
+        "solver": {**info["solver"], "seconds": None},
     }
 
 
-def _embeddings(spec: StepSpec, store: Store, sizes: dict[str, int]) -> dict[str, Any]:
-    """What became of the embedding tables; nothing where they were left alone."""
-    ref = spec.optional_artifact("embeddings")
+def _embeddings(artifacts: ArtifactReader, ref: ArtifactRef | None, sizes: dict[str, int]) -> dict[str, Any]:
+    """What became of the embedding tables; nothing if they were left alone."""
     if ref is None:
         return {}
-    return {
-        "embedding_bytes": sizes.get("embedding_bytes", 0),
-        "embeddings": store.read_json(ref, "embeddings.json"),
-    }
+    return {"embedding_bytes": sizes.get("embedding_bytes", 0), "embeddings": artifacts.json(ref, "embeddings.json")}
 
 
-def _activations(bench: Workbench, info: dict[str, Any]) -> dict[str, Any]:
-    """How activations are quantized; nothing where they stay float."""
-    chosen = bench.config.activations
+def _activations(chosen: QuantizedActivations | None, info: dict[str, Any]) -> dict[str, Any]:
+    """How activations are quantized; nothing if they stay float."""
     if chosen is None:
         return {}
     decided = {name: info[name] for name in ("compute", "bit_operations", "activation_bits") if name in info}
@@ -145,4 +196,4 @@ def made_in(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 2, run)
+STEP = Step("summary", 3, Params, Inputs, run)

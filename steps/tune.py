@@ -2,69 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.compose import part
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import TrainingSettings
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
-from steps.context import Workbench
+from steps.context import Context
+from steps.handles import DataRef, ModelRef
+from steps.paired_cache import PairedState, rounding_batches
 from steps.reconstruct import trained_files
+from steps.session import Session
 
 
-def spec(bench: Workbench, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef) -> StepSpec:
+@dataclass(frozen=True)
+class Params:
+    """How all layers are trained together.
+
+    Attributes:
+        training: which samples are trained on.
+        seed: of their order.
+        method: as ``rounding.method``.
+        settings: what the method reads of the ``rounding`` section.
+    """
+
+    training: TrainingSettings
+    seed: int
+    method: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model, the data, and the last artifact of the rounded layers."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    previous: ArtifactRef
+    embeddings: ArtifactRef | None = None
+
+
+def spec(
+    session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef
+) -> StepSpec:
     """Depends on all rounded layers, the model and the calibration data.
 
     Args:
-        bench: of the run.
+        session: of the run.
+        model: that is compressed.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         previous: the last artifact of the rounded layers.
     """
-    rounding = bench.config.rounding
+    rounding = session.config.rounding
     tuning = METHODS[rounding.method].tuning
     assert tuning is not None
-    params = {
-        **part(rounding, TrainingSettings).model_dump(mode="json"),
-        "seed": bench.config.seed,
-        "method": rounding.method,
-        "settings": part(rounding, tuning.settings).model_dump(mode="json"),
-    }
-    inputs: dict[str, ArtifactRef | str] = {
-        **bench.model_inputs,
-        "calibration": bench.calibration.key,
-        "layers": layers,
-        "capture": capture,
-        "previous": previous,
-        **embeddings.inputs(bench),
-    }
+    settings = part(rounding, tuning.settings).model_dump(mode="json")
+    params = Params(part(rounding, TrainingSettings), session.config.seed, rounding.method, settings)
+    inputs = Inputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
     return STEP.spec(params, inputs)
 
 
-def run(spec: StepSpec, bench: Workbench, progress: Progress) -> dict[str, bytes]:
-    params = spec.params
-    listed = bench.layer_list(spec.artifact("layers"))
-    previous = spec.artifact("previous")
-    rounded = bench.all_rounded(previous)
-    batches, importance = bench.rounding_batches(spec.artifact("capture"), params["samples"], params["batch_size"])
-    tuning = METHODS[params["method"]].tuning
+def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    listed = context.artifacts.layers(inputs.layers)
+    rounded = context.artifacts.all_rounded(inputs.previous)
+    state = PairedState(
+        inputs.model,
+        inputs.calibration,
+        inputs.layers,
+        inputs.capture,
+        inputs.embeddings,
+        params.training.samples,
+        params.training.batch_size,
+    )
+    batches, importance = rounding_batches(context, state)
+    tuning = METHODS[params.method].tuning
     assert tuning is not None
-    pairs = [(layer, rounded[layer.name]) for layer in listed.layers]
-    tables = bench.tables(spec.optional_artifact("embeddings"))
     result = tuning.tune(
-        bench.model,
+        context.model(inputs.model),
         listed.blocks,
-        pairs,
+        [(layer, rounded[layer.name]) for layer in listed.layers],
         batches,
-        tuning.settings.model_validate(params["settings"]),
-        seed=params["seed"],
-        device=bench.device,
+        tuning.settings.model_validate(params.settings),
+        seed=params.seed,
+        device=context.device,
         progress=progress,
         importance=importance,
-        activations=bench.plan,
-        tables=tables,
+        activations=context.plan(inputs.model),
+        tables=context.artifacts.tables(inputs.embeddings),
     )
-    return trained_files(result, previous)
+    return trained_files(result, inputs.previous)
 
 
-STEP = Step("tune", 2, run)
+STEP = Step("tune", 2, Params, Inputs, run)

@@ -12,7 +12,7 @@ import yaml
 
 from flows.cli import main
 from flows.dry_run import smallest_layer_bytes
-from flows.run import known_layers, open_bench
+from flows.run import known_layers, open_session
 from flows.template import template
 from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig, SearchConfig
 from mlorq.models import FAMILIES
@@ -135,7 +135,7 @@ def test_set_takes_yaml_values(project: Path, capsys: pytest.CaptureFixture[str]
     plan = prints_json(capsys, "compress", project, "--dry-run", *settings)
     search = SearchConfig(bits=[3, 4], factor_bits=[])
     assert plan["layers"][0]["smallest_bytes"] == 16 * (3 * 8 // 8 + 3)
-    layers = known_layers(open_bench(RunConfig.from_yaml(project))).layers
+    layers = known_layers(open_session(RunConfig.from_yaml(project))).layers
     assert plan["smallest_bytes"] == sum(smallest_layer_bytes(layer, search) for layer in layers)
 
 
@@ -242,8 +242,8 @@ def test_a_dry_run_estimates_on_the_device_that_steps_will_have(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     config = RunConfig.from_yaml(project, {"engine": engine})
-    assert str(open_bench(config).device) == flow
-    assert str(open_bench(config, to_estimate=True).device) == estimate
+    assert str(open_session(config).device) == flow
+    assert str(open_session(config, to_estimate=True).device) == estimate
 
 
 # -- init -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
 from flows.comparison import chosen, configured, known_methods, notes, plan, uniform_bytes, width_for
-from flows.run import known_layers, open_bench
+from flows.run import known_layers, open_session
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_budgets_and_settings_of_methods(tmp_path: Path) -> None:
     config = RunConfig.from_yaml(write_project(tmp_path, **SETTINGS))
-    layers = known_layers(open_bench(config)).layers
+    layers = known_layers(open_session(config)).layers
     assert width_for(parse_budget("3bit"), 0, layers, config) == 3
     assert width_for(parse_budget("3.0 bits"), 0, layers, config) == 3
     assert width_for(parse_budget("25%"), 10**9, layers, config) == 8
@@ -137,11 +137,11 @@ def test_budgets_and_settings_of_methods(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["3bit", "4 bits", "5.5bit", "20%", "100kB"])
 def test_all_methods_have_the_very_same_bytes(tmp_path: Path, text: str) -> None:
     config = RunConfig.from_yaml(write_project(tmp_path, **SETTINGS))
-    bench = open_bench(config)
-    layers = known_layers(bench).layers
+    session = open_session(config)
+    layers = known_layers(session).layers
     values = {"model": {"family": "custom", "factory": "tiny_project:build"}, **SETTINGS}
     values["data"] = config.data.model_dump()
-    planned = plan(bench, values, parse_budgets(text), chosen(NAMES), None)
+    planned = plan(session, values, parse_budgets(text), chosen(NAMES), None)
     assert [one.method.name for one in planned] == NAMES
     budgets = {one.budget for one in planned}
     (bits,) = {tuple(one.config.search.bits) for one in planned if one.method.uniform}

@@ -21,9 +21,9 @@ from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms.base import uniform_candidate
 from mlorq.forms.embedding_tables import find_tables, quantize_table, replace_tables, set_tables
 from mlorq.forms.modules import CompressedEmbedding, replace_layers
-from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
 from tests import zoo
 from tests.layers import size_of
 
@@ -140,13 +140,13 @@ def values(**changes: Any) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, budget: str = "5bit", **changes: Any) -> tuple[dict[str, Any], list[tuple[str, bool]], Workbench]:
+def run(folder: Path, budget: str = "5bit", **changes: Any) -> tuple[dict[str, Any], list[tuple[str, bool]], Session]:
     config = RunConfig.from_mapping(values(**changes), str(folder))
-    bench = Workbench(config, Store(config.resolve(config.store)))
+    session = Session(config, Store(config.resolve(config.store)))
     done: list[tuple[str, bool]] = []
-    executor = InProcess(bench, record=lambda outcome: done.append((outcome.ref.step, outcome.reused)))
-    (result,) = run_pipeline(bench, executor, [parse_budget(budget)])
-    return result_json(bench, result), done, bench
+    executor = InProcess(session, record=lambda outcome: done.append((outcome.ref.step, outcome.reused)))
+    (result,) = run_pipeline(session, executor, [parse_budget(budget)])
+    return result_json(session, result), done, session
 
 
 def test_a_run_with_quantized_embeddings(folder):
@@ -155,7 +155,7 @@ def test_a_run_with_quantized_embeddings(folder):
     assert not any(step == "embeddings" for step, _ in done)
     sizes = {}
     for bits in (8, 4):
-        result, done, bench = run(folder, embeddings={"bits": bits, "smallest": 700})
+        result, done, session = run(folder, embeddings={"bits": bits, "smallest": 700})
         computed = {step for step, reused in done if not reused}
         # The search is that of the float model: nothing of it is computed anew.
         assert computed == {"embeddings", "round", "compressed", "evaluate", "summary"}
@@ -171,17 +171,17 @@ def test_a_run_with_quantized_embeddings(folder):
         )
         sizes[bits] = result["file_bytes"]
         # Loaded from the folder alone: the outputs of the float model with rounded layers and tables in memory.
-        refs = {role: bench.store for role in ()} or result["artifacts"]
+        refs = result["artifacts"]
         last = max(
             (role for role in refs if role.startswith("round/")),
-            key=lambda role: bench.layer_list(_ref(refs["layers"]))[role.removeprefix("round/")].order,
+            key=lambda role: session.artifacts.layers(_ref(refs["layers"]))[role.removeprefix("round/")].order,
         )
-        in_memory = deepcopy(bench.model.module)
-        replace_layers(in_memory, bench.all_rounded(_ref(refs[last])))
-        set_tables(in_memory, bench.tables(_ref(refs["embeddings"])))
-        batch = bench.evaluation.batches[0]
+        in_memory = deepcopy(session.model.module)
+        replace_layers(in_memory, session.artifacts.all_rounded(_ref(refs[last])))
+        set_tables(in_memory, session.artifacts.tables(_ref(refs["embeddings"])))
+        batch = session.evaluation.batches[0]
         loaded = mlorq.load(result["checkpoint"])
-        assert torch.equal(bench.model.outputs(loaded, batch), bench.model.outputs(in_memory, batch))
+        assert torch.equal(session.model.outputs(loaded, batch), session.model.outputs(in_memory, batch))
     assert sizes[4] < sizes[8] < plain["file_bytes"]
     again, done, _ = run(folder)
     assert all(reused for _, reused in done)
@@ -196,16 +196,16 @@ def _ref(value: dict[str, str]) -> Any:
 
 def test_rounding_makes_up_for_quantized_tables(folder):
     """4-bit tables: rounding that sees them loses less than the same codes put beside them afterwards."""
-    plain, _, bench = run(folder, budget="8bit")
+    plain, _, session = run(folder, budget="8bit")
     seen, _, _ = run(folder, budget="8bit", embeddings={"bits": 4, "smallest": 700})
-    module = deepcopy(bench.model.module)
+    module = deepcopy(session.model.module)
     tables = {name: quantize_table(name, module.get_submodule(name), 4, PERCENTILES) for name in
               (f"bert.{name}" for name in TABLES)}  # fmt: skip
     afterwards = mlorq.load(plain["checkpoint"])
     set_tables(afterwards, tables)
-    data = bench.evaluation.batches
+    data = session.evaluation.batches
     wanted, without = (
-        torch.cat([bench.model.outputs(one, batch) for batch in data]) for one in (bench.model.module, afterwards)
+        torch.cat([session.model.outputs(one, batch) for batch in data]) for one in (session.model.module, afterwards)
     )
     lost = float((without - wanted).square().sum() / wanted.square().sum())
     assert seen["nmse"] < lost

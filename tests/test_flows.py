@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import steps
 from flows.cli import main
 from flows.executor import PrefectExecutor
 from flows.progress import Observers
-from flows.run import open_bench
+from flows.run import open_session
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError
 from steps import layers
-from steps.base import Step, StepSpec, execute
+from steps.base import execute
 from steps.faults import can_pass
 from tests.test_cli import LAYERS, fails, prints_json, write_project
 
@@ -298,14 +299,14 @@ def break_step(monkeypatch: pytest.MonkeyPatch, name: str, layer: str, error: Ex
     step = steps.REGISTRY[name]
     tries: list[int] = []
 
-    def run(spec: StepSpec, bench: Any, progress: Any) -> dict[str, bytes]:
-        if spec.layer == layer:
+    def run(params: Any, inputs: Any, context: Any, progress: Any) -> dict[str, bytes]:
+        if params.layer == layer:
             tries.append(1)
             if len(tries) <= times:
                 raise error
-        return step.run(spec, bench, progress)
+        return step.run(params, inputs, context, progress)
 
-    monkeypatch.setitem(steps.REGISTRY, name, Step(step.name, step.version, run))
+    monkeypatch.setitem(steps.REGISTRY, name, replace(step, run=run))
     return tries
 
 
@@ -372,8 +373,8 @@ def test_mistakes_are_found_before_the_run(
     assert not contents(tmp_path / "store")
     # Also where the layers are known already, and before anything is computed.
     config = RunConfig.from_yaml(project)
-    bench = open_bench(config)
-    execute(layers.spec(bench), bench)
+    session = open_session(config)
+    execute(layers.spec(session), session.worker)
     before = contents(tmp_path / "store")
     assert f"the smallest possible is {smallest} bytes" in fails(capsys, "compress", project, "--budget", "1bit")
     assert contents(tmp_path / "store") == before
@@ -395,14 +396,16 @@ def test_a_damaged_artifact_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_workers_have_models_of_their_own_and_hits_load_none(finished: Finished) -> None:
     config = RunConfig.from_yaml(finished.config)
-    bench = open_bench(config)
-    executor = PrefectExecutor(bench, Observers([]), ["cpu", "cpu"])
-    first, second = (runner.bench for runner in executor._runners)
-    assert first is bench
-    assert "model" not in vars(second)  # loaded when a step first needs it
-    assert second.model.module is not first.model.module
-    for ours, theirs in zip(second.model.module.parameters(), first.model.module.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    session = open_session(config)
+    executor = PrefectExecutor(session, Observers([]), ["cpu", "cpu"])
+    first, second = (runner.worker for runner in executor._runners)
+    assert first is session.worker
+    assert "model" not in vars(second.context._sources)  # loaded when a step first needs it
+    ours, theirs = (worker.context.model(session.model_ref).module for worker in (second, first))
+    assert ours is not theirs
+    assert theirs is session.model.module
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(own, other)
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
-from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
 from tests.test_cli import fails, prints_json, write_project
 
 KEY = "0123456789abcdef" * 2
@@ -141,9 +141,9 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     """A project with a run at each of two budgets."""
     path = write_project(tmp_path_factory.mktemp("runs"), rounding={"method": "nearest"})
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, Store(config.resolve(config.store)))
-    results = run_pipeline(bench, InProcess(bench), parse_budgets(["3bit", "4bit"]))
-    return path, [result_json(bench, result) for result in results]
+    session = Session(config, Store(config.resolve(config.store)))
+    results = run_pipeline(session, InProcess(session), parse_budgets(["3bit", "4bit"]))
+    return path, [result_json(session, result) for result in results]
 
 
 def test_store_commands(two_runs: tuple[Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,11 +166,11 @@ def test_store_commands(two_runs: tuple[Path, list[dict[str, Any]]], capsys: pyt
     assert prints_json(capsys, "store", "ls", path)["artifacts"] == listed["artifacts"] - planned["artifacts"]
     assert [row["run"] for row in prints_json(capsys, "runs", path)["runs"]] == [four["run"]]
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, Store(config.resolve(config.store)))
+    session = Session(config, Store(config.resolve(config.store)))
     outcomes: list[Any] = []
-    (again,) = run_pipeline(bench, InProcess(bench, record=outcomes.append), parse_budgets("4bit"))
+    (again,) = run_pipeline(session, InProcess(session, record=outcomes.append), parse_budgets("4bit"))
     assert all(outcome.reused for outcome in outcomes)
-    assert result_json(bench, again) == four
+    assert result_json(session, again) == four
 
     (damaged,) = (path.parent / "store").glob("capture/*/reference.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-1])

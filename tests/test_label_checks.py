@@ -13,9 +13,9 @@ import torch
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from mlorq.errors import DataError
-from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import run_pipeline
+from steps.session import Session
 from tests import zoo
 
 FEW = {
@@ -50,12 +50,12 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def bench(place: Path, model: dict, calibration: dict, evaluation: dict, **search) -> Workbench:
+def session(place: Path, model: dict, calibration: dict, evaluation: dict, **search) -> Session:
     values = {"model": model, "data": {"calibration": calibration, "evaluation": evaluation}, **FEW}
     values["search"] = {**zoo.QUICK, **search}
     values["store"] = "memory://label-checks"
     config = RunConfig.from_mapping(values, str(place))
-    return Workbench(config, Store(config.store))
+    return Session(config, Store(config.store))
 
 
 def images(name: str) -> dict:
@@ -80,22 +80,22 @@ KINDS += [(TWO, texts, ["bad.csv, row 6, column 1", "label 2", "the model has 2 
 
 @pytest.mark.parametrize(("model", "source", "named"), KINDS)
 def test_wrong_labels_are_found_before_any_work(place, model, source, named):
-    made = bench(place, model, source("good"), source("bad"))
+    made = session(place, model, source("good"), source("bad"))
     with pytest.raises(DataError) as caught:
         _ = made.evaluation
     assert all(part in str(caught.value) for part in named), str(caught.value)
     # Of calibration data only the task's loss reads labels.
-    assert bench(place, model, source("bad"), source("good")).calibration.labels is not None
-    made = bench(place, model, source("bad"), source("good"), cost="task")
+    assert session(place, model, source("bad"), source("good")).calibration.labels is not None
+    made = session(place, model, source("bad"), source("good"), cost="task")
     with pytest.raises(DataError) as caught:
         _ = made.calibration
     assert all(part in str(caught.value) for part in named), str(caught.value)
-    made = bench(place, model, source("good"), source("good"), cost="task")
+    made = session(place, model, source("good"), source("good"), cost="task")
     assert made.calibration.samples == made.evaluation.samples
 
 
 def test_a_run_stops_before_its_first_step(place):
-    made = bench(place, TWO, texts("bad"), texts("good"), cost="task")
+    made = session(place, TWO, texts("bad"), texts("good"), cost="task")
     done: list = []
     with pytest.raises(DataError, match="row 6"):
         run_pipeline(made, InProcess(made, None, done.append), made.config.budgets)
@@ -105,24 +105,24 @@ def test_a_run_stops_before_its_first_step(place):
 def test_only_rows_that_are_used_are_looked_at(place):
     (place / "rows.txt").write_text("1\n2\n3\n4\n")
     source = texts("bad", list="rows.txt")
-    made = bench(place, TWO, source, source, cost="task")
+    made = session(place, TWO, source, source, cost="task")
     assert made.calibration.samples == made.evaluation.samples == 4
     # Errors name the row of the file, not that of the choice.
     (place / "other.txt").write_text("8\n6\n1\n")
     with pytest.raises(DataError, match="row 6"):
-        _ = bench(place, TWO, texts("good"), texts("bad", list="other.txt")).evaluation
+        _ = session(place, TWO, texts("good"), texts("bad", list="other.txt")).evaluation
 
 
 def test_a_regressor_is_told_by_its_one_output(place):
     """Scores as of STS-B: no class numbers, and the correlation of values is the metric."""
-    made = bench(place, ONE, texts("scores"), texts("scores"), cost="task")
+    made = session(place, ONE, texts("scores"), texts("scores"), cost="task")
     assert made.evaluation.metric_name == "pearson"
     labels = torch.cat(list(made.calibration.labels))
     assert sorted(labels.tolist()) == [index / 2 + 0.25 for index in range(8)]
     with pytest.raises(DataError, match="one output"):
-        _ = bench(place, ONE, texts("scores"), texts("good", metric="accuracy")).evaluation
+        _ = session(place, ONE, texts("scores"), texts("good", metric="accuracy")).evaluation
     with pytest.raises(DataError, match="one output"):
-        _ = bench(place, TWO, texts("good"), texts("good", metric="spearman")).evaluation
+        _ = session(place, TWO, texts("good"), texts("good", metric="spearman")).evaluation
 
 
 def test_a_run_of_a_regressor_on_its_labelled_loss(place):

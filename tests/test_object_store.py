@@ -22,10 +22,10 @@ from mlorq.artifacts.transfer import CHUNK_BYTES
 from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
 from steps.base import Outcome
-from steps.context import Workbench, open_store
 from steps.faults import can_pass, patiently
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session, open_store
 from tests.s3 import KEY as USER
 from tests.s3 import SECRET, S3Server, changed_environment, s3_server
 from tests.test_cli import prints_json, write_project
@@ -243,10 +243,10 @@ def test_patience_ends(server: S3Server, url: str, monkeypatch: pytest.MonkeyPat
 def run(path: Path, store: Store | None = None) -> tuple[dict[str, Any], list[Outcome], Store]:
     """One run without Prefect, as a new process would do it."""
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, store or open_store(config))
+    session = Session(config, store or open_store(config))
     outcomes: list[Outcome] = []
-    (result,) = run_pipeline(bench, InProcess(bench, record=outcomes.append), config.budgets)
-    return result_json(bench, result), outcomes, bench.store
+    (result,) = run_pipeline(session, InProcess(session, record=outcomes.append), config.budgets)
+    return result_json(session, result), outcomes, session.store
 
 
 def test_the_same_run_on_a_folder_and_on_s3(url: str, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_the_same_run_on_a_folder_and_on_s3(url: str, tmp_path: Path) -> None:
 def test_a_run_gets_over_a_store_that_is_down(step: str, server: S3Server, url: str, tmp_path: Path) -> None:
     path = write_project(tmp_path, store=url, engine={"devices": "cpu", "threads": 1, "cache": None})
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, open_store(config))
+    session = Session(config, open_store(config))
     outcomes: list[Outcome] = []
     timers: list[threading.Timer] = []
 
@@ -297,7 +297,7 @@ def test_a_run_gets_over_a_store_that_is_down(step: str, server: S3Server, url: 
             timers.append(threading.Timer(4, server.mend))
             timers[0].start()
 
-    run_pipeline(bench, InProcess(bench, record=fault), config.budgets)
+    run_pipeline(session, InProcess(session, record=fault), config.budgets)
     timers[0].join()
     assert verify(Store(url)).damaged == []
     _, again, _ = run(path)
@@ -311,14 +311,14 @@ def test_a_step_of_its_own_and_the_command_line(
     """Credentials reach other processes by fsspec's variables alone."""
     path = write_project(tmp_path, store=url, engine={"devices": "cpu", "threads": 1, "cache": str(tmp_path / "cache")})
     config = RunConfig.from_yaml(path)
-    bench = Workbench(config, open_store(config))
+    session = Session(config, open_store(config))
     from steps import layers
     from steps.protocol import Description
 
-    spec = layers.spec(bench)
+    spec = layers.spec(session)
     description = Description(spec, config).to_bytes()
     assert SECRET.encode() not in description
-    bench.store.fs.pipe_file(f"{url}-work/step.json", description)
+    session.store.fs.pipe_file(f"{url}-work/step.json", description)
     done = subprocess.run(
         [sys.executable, "-m", "steps", "layers", "--spec", f"{url}-work/step.json"],
         capture_output=True,
@@ -328,7 +328,7 @@ def test_a_step_of_its_own_and_the_command_line(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["key"] == spec.key
-    assert bench.store.exists(spec.ref)
+    assert session.store.exists(spec.ref)
     listed = prints_json(capsys, "store", "ls", path)
     assert {row["step"] for row in listed["steps"]} == {"layers"}
     assert prints_json(capsys, "store", "verify", "--store", url)["artifacts"] == 1

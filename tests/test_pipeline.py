@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, DataError, ModelError, StoreError
 from steps import REGISTRY
-from steps.base import Outcome, Step, StepSpec, execute
-from steps.context import Workbench
+from steps.base import Outcome, StepSpec, execute
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
 
 MODEL = """
 import torch
@@ -74,11 +75,11 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, budgets: list[str] | None = None, **overrides) -> tuple[list[dict], list[tuple[str, bool]]]:
     """One run as a new process would do it: everything loaded afresh."""
     config = RunConfig.from_yaml(folder / "run.yaml", {k.replace("__", "."): v for k, v in overrides.items()})
-    bench = Workbench(config, Store(config.resolve(config.store)))
+    session = Session(config, Store(config.resolve(config.store)))
     outcomes: list[Outcome] = []
-    results = run_pipeline(bench, InProcess(bench, record=outcomes.append), parse_budgets(budgets or config.budget))
+    results = run_pipeline(session, InProcess(session, record=outcomes.append), parse_budgets(budgets or config.budget))
     done = [(outcome.ref.step, outcome.reused) for outcome in outcomes]
-    return [result_json(bench, result) for result in results], done
+    return [result_json(session, result) for result in results], done
 
 
 def fingerprint(store: Path) -> dict[str, tuple[int, str]]:
@@ -108,12 +109,12 @@ def test_second_run_touches_nothing(folder):
 
 def test_a_step_found_again_says_the_seconds_that_making_it_took(folder, monkeypatch):
     config = RunConfig.from_yaml(folder / "run.yaml")
-    bench = Workbench(config, Store(config.resolve(config.store)))
+    session = Session(config, Store(config.resolve(config.store)))
     clock = itertools.count()
     # Times that rounding twice (four digits, then three) and rounding once tell apart.
     monkeypatch.setattr("steps.base.time.perf_counter", lambda: 0.0425367 * next(clock))
-    spec = pipeline.layers.spec(bench)
-    made, found = execute(spec, bench), execute(spec, bench)
+    spec = pipeline.layers.spec(session)
+    made, found = execute(spec, session.worker), execute(spec, session.worker)
     assert (made.reused, found.reused) == (False, True)
     assert made.seconds == found.seconds == 0.043
 
@@ -192,7 +193,7 @@ def test_a_changed_evaluation_recomputes_no_search(folder, monkeypatch):
 def test_a_step_of_a_new_version_recomputes_it_and_what_reads_it(folder, name, monkeypatch):
     run(folder)
     module = next(m for m in vars(pipeline).values() if getattr(getattr(m, "STEP", None), "name", None) == name)
-    new = Step(name, module.STEP.version + 1, module.STEP.run)
+    new = replace(module.STEP, version=module.STEP.version + 1)
     monkeypatch.setattr(module, "STEP", new)
     monkeypatch.setitem(REGISTRY, name, new)
     _, done = run(folder)
@@ -352,8 +353,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, after, monkeypatch)
     real = execute
     seen: list[str] = []
 
-    def dies(spec: StepSpec, bench, progress=None):
-        outcome = real(spec, bench, progress)
+    def dies(spec: StepSpec, worker, progress=None):
+        outcome = real(spec, worker, progress)
         seen.append(spec.step)
         if seen.count(after) == (2 if after in ("candidates", "sensitivity", "round") else 1):
             raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flows.pipeline import show
 from flows.render import budgets_table, location_markdown, picture_markdown, result_line, result_markdown
-from flows.run import open_bench
+from flows.run import open_session
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.evaluation.report import (
@@ -37,9 +37,11 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.config = write_project(folder, rounding={"method": "nearest"})
-        bench = open_bench(RunConfig.from_yaml(self.config))
-        executor = InProcess(bench)
-        self.results = [result_json(bench, found) for found in run_pipeline(bench, executor, parse_budgets(BUDGETS))]
+        session = open_session(RunConfig.from_yaml(self.config))
+        executor = InProcess(session)
+        self.results = [
+            result_json(session, found) for found in run_pipeline(session, executor, parse_budgets(BUDGETS))
+        ]
 
 
 @pytest.fixture(scope="module")

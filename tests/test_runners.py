@@ -13,7 +13,7 @@ import pytest
 
 import steps.pipeline as pipeline
 from flows.dask_pool import resources_of
-from flows.run import open_bench
+from flows.run import open_session
 from flows.runners import ChildRunner, InProcessRunner, make_runner
 from flows.runners.child import child_environment
 from mlorq.config.run import RunConfig
@@ -30,9 +30,9 @@ def project(folder: Path, **changes: Any) -> RunConfig:
 
 def first_steps(config: RunConfig) -> tuple[StepSpec, StepSpec]:
     """The ``layers`` and ``capture`` steps of a run."""
-    bench = open_bench(config)
-    layers = pipeline.layers.spec(bench)
-    return layers, pipeline.capture.spec(bench, layers.ref)
+    session = open_session(config)
+    layers = pipeline.layers.spec(session)
+    return layers, pipeline.capture.spec(session, session.model_ref, layers.ref)
 
 
 def files(store: Path) -> dict[str, bytes]:
@@ -48,7 +48,7 @@ def test_a_child_makes_the_same_artifacts_and_serves_many_steps(tmp_path: Path) 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     ours, theirs = project(tmp_path / "a"), project(tmp_path / "b")
-    inside, child = InProcessRunner(open_bench(ours)), ChildRunner(theirs, "cpu")
+    inside, child = InProcessRunner(open_session(ours).worker), ChildRunner(theirs, "cpu")
     watch = Watch()
     try:
         for spec in first_steps(ours):
@@ -73,13 +73,13 @@ def test_a_childs_error_comes_back_as_what_it_was(tmp_path: Path) -> None:
     child = ChildRunner(broken, "cpu")
     try:
         with pytest.raises(ModelError, match="no compressible layers left by include"):
-            child.run(pipeline.layers.spec(open_bench(broken)), Watch())
+            child.run(pipeline.layers.spec(open_session(broken)), Watch())
         with pytest.raises(StoreError, match="is not in the store"):
             child.run(capture, Watch())
         other = StepSpec("layers", 999, layers.params, layers.inputs)
         with pytest.raises(ConfigError, match="another version of mlorq"):
             child.run(other, Watch())
-        with pytest.raises(RuntimeError, match="KeyError"):  # a defect, with the child's traceback
+        with pytest.raises(RuntimeError, match="ValidationError"):  # a defect, with the child's traceback
             child.run(StepSpec("capture", capture.version, {}, {}), Watch())
     finally:
         child.close()
@@ -133,10 +133,10 @@ def test_a_store_in_memory_is_refused(
 
 
 def test_make_runner_follows_the_configuration(tmp_path: Path) -> None:
-    bench = open_bench(project(tmp_path))
-    assert isinstance(make_runner(bench.config, "cpu", lambda: bench), InProcessRunner)
+    session = open_session(project(tmp_path))
+    assert isinstance(make_runner(session.config, "cpu", lambda: session.worker), InProcessRunner)
     config = project(tmp_path, engine={"steps": "subprocess"})
-    assert isinstance(make_runner(config, "cpu", lambda: bench), ChildRunner)
+    assert isinstance(make_runner(config, "cpu", lambda: session.worker), ChildRunner)
 
 
 # -- whole runs ---------------------------------------------------------------------------------------------------

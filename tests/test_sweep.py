@@ -99,15 +99,15 @@ def test_impossible_budgets_are_named_before_any_work(
 
 
 def test_default_budgets(tmp_path: Path) -> None:
-    bench = prepare(RunConfig.from_yaml(write_project(tmp_path, search={"bits": [2], "factor_bits": []})), [])
+    session = prepare(RunConfig.from_yaml(write_project(tmp_path, search={"bits": [2], "factor_bits": []})), [])
     # Layers as small as these have a bit and more of scales a weight.
-    assert ladder(bench, None) == (parse_budgets(["4bit", "6bit"]), parse_budgets(["2bit", "2.5bit", "3bit"]))
-    assert ladder(bench, parse_budgets(["6bit", "4bit", "6bit"])) == (parse_budgets(["6bit", "4bit"]), [])
+    assert ladder(session, None) == (parse_budgets(["4bit", "6bit"]), parse_budgets(["2bit", "2.5bit", "3bit"]))
+    assert ladder(session, parse_budgets(["6bit", "4bit", "6bit"])) == (parse_budgets(["6bit", "4bit"]), [])
     with pytest.raises(BudgetError, match="none is given"):
-        ladder(bench, [])
-    bench = prepare(RunConfig.from_yaml(write_project(tmp_path, search={"bits": [8], "factor_bits": []})), [])
+        ladder(session, [])
+    session = prepare(RunConfig.from_yaml(write_project(tmp_path, search={"bits": [8], "factor_bits": []})), [])
     with pytest.raises(BudgetError, match=", ".join(LADDER)):
-        ladder(bench, None)
+        ladder(session, None)
 
 
 def test_the_flow_by_itself(swept: Swept) -> None:
@@ -126,10 +126,10 @@ def test_a_store_that_cannot_take_the_curve_fails_nothing(
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise StoreError("read-only")
 
-    bench = prepare(RunConfig.from_yaml(swept.config), [])
+    session = prepare(RunConfig.from_yaml(swept.config), [])
     monkeypatch.setattr(Store, "write", refuse)
     monkeypatch.setattr("flows.sweep.get_run_logger", lambda: logging.getLogger("flows.sweep"))
-    assert keep_curve(bench, swept.result["results"][:1]) is None
+    assert keep_curve(session, swept.result["results"][:1]) is None
     assert "read-only" in caplog.text
 
 

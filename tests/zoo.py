@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
-from steps.context import Workbench
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
 
 VIT = "vit_tiny_patch16_224"
 VIT_ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -119,6 +119,6 @@ def run(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         **values,
     }
     config = RunConfig.from_mapping(values, str(folder))
-    bench = Workbench(config, Store(config.resolve(config.store)))
-    (result,) = run_pipeline(bench, InProcess(bench), config.budgets)
-    return result_json(bench, result)
+    session = Session(config, Store(config.resolve(config.store)))
+    (result,) = run_pipeline(session, InProcess(session), config.budgets)
+    return result_json(session, result)

@@ -12,18 +12,18 @@ from flows.runners.base import Runner, Watch
 from flows.runners.child import ChildRunner
 from flows.runners.inprocess import InProcessRunner
 from mlorq.config.run import RunConfig
-from steps.context import Workbench
+from steps.context import Worker
 
 __all__ = ["ChildRunner", "InProcessRunner", "Runner", "Watch", "make_runner"]
 
 
-def make_runner(config: RunConfig, device: str, bench: Callable[[], Workbench]) -> Runner:
+def make_runner(config: RunConfig, device: str, worker: Callable[[], Worker]) -> Runner:
     """The runner that ``engine.steps`` names, for one device.
 
     Args:
         config: the run's.
         device: ``cpu``, ``cuda:0`` …
-        bench: gives a workbench on that device, for runners that work in this process.
+        worker: gives a worker on that device, for runners that work in this process.
 
     Raises:
         ConfigError: what the runner needs is not there.
@@ -35,4 +35,4 @@ def make_runner(config: RunConfig, device: str, bench: Callable[[], Workbench]) 
         from flows.runners.container import ContainerRunner  # imports docker
 
         return ContainerRunner(config, device)
-    return InProcessRunner(bench())
+    return InProcessRunner(worker())

@@ -38,8 +38,8 @@ from flows.runners.container_setup import (
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, TransientError
 from steps.base import Outcome, StepSpec
-from steps.context import open_store
 from steps.protocol import Description, outcome_of, refuse_memory_store
+from steps.session import open_store
 
 try:
     import docker

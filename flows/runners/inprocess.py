@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from flows.runners.base import Watch
 from steps.base import Outcome, StepSpec, execute
-from steps.context import Workbench
+from steps.context import Worker
 
 
 class InProcessRunner:
-    """Runs steps on one workbench.
+    """Runs steps on one worker.
 
     Args:
-        bench: with the device, and a model of its own.
+        worker: with the device, and a model of its own.
     """
 
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
 
     @property
     def place(self) -> str:
         """The device."""
-        return self.bench.device
+        return self.worker.device
 
     def run(self, spec: StepSpec, watch: Watch) -> Outcome:
         """Run a step here and now."""
-        return execute(spec, self.bench, watch.progress)
+        return execute(spec, self.worker, watch.progress)
 
     def close(self) -> None:
-        """Nothing to let go of: the workbench is the flow's."""
+        """Nothing to let go of: the worker is the flow's."""

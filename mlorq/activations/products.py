@@ -100,13 +100,13 @@ class ProductQuantizers(nn.Module):
             return first, second
 
         mode = ProductMode(quantized)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes.append(mode)
 
     def leave(self, *_: Any) -> None:
         """Forward hook, also called where the module raised."""
         if self._modes:
-            self._modes.pop().__exit__(None, None, None)
+            self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def forward(self) -> None:
         """Not called: the hooks do the work."""

@@ -110,7 +110,7 @@ class Store:
 
     def uri(self, ref: ArtifactRef, *names: str) -> str:
         """Full URI of an artifact or of a file in it."""
-        return self.fs.unstrip_protocol(self.path(ref, *names))
+        return str(self.fs.unstrip_protocol(self.path(ref, *names)))
 
     # -- existence --------------------------------------------------------------------------------------------
 

@@ -328,7 +328,8 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _canonical(description: Mapping[str, Any]) -> dict[str, Any]:
     """The description as JSON reads it back, keys in one order whatever order they were given in."""
     try:
-        return json.loads(json.dumps(description, sort_keys=True, allow_nan=False))
+        found: dict[str, Any] = json.loads(json.dumps(description, sort_keys=True, allow_nan=False))
+        return found
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"description: {error}") from error
 

@@ -264,7 +264,8 @@ def _agree(location: Location, what: str, true: int, said: Any) -> None:
 
 def _open(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
-        return url_to_fs(os.fspath(location))
+        fs, root = url_to_fs(os.fspath(location))
+        return fs, str(root)
     except (ValueError, ImportError) as error:
         raise CheckpointError(f"checkpoint {location}: {error}") from error
 
@@ -272,7 +273,7 @@ def _open(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
 def _read(location: Location, name: str) -> bytes:
     fs, root = _open(location)
     try:
-        return fs.cat_file(posixpath.join(root, name))
+        return bytes(fs.cat_file(posixpath.join(root, name)))
     except (FileNotFoundError, NotADirectoryError) as error:
         there = f"the folder has no {name}" if fs.isdir(root) else "there is no such folder"
         raise CheckpointError(f"checkpoint {location}: {there}") from error

@@ -33,7 +33,8 @@ class Choice(Settings):
     @property
     def own(self) -> Settings:
         """The settings of the implementation that was chosen, with what the section says of them."""
-        return part(self, self.registry[getattr(self, self.chooser)].settings)
+        settings: type[Settings] = self.registry[getattr(self, self.chooser)].settings
+        return part(self, settings)
 
     @model_validator(mode="after")
     def _check_own(self) -> Choice:

@@ -36,7 +36,8 @@ def scaled_closed_form(local: np.ndarray, known: np.ndarray, values: np.ndarray)
     logs = np.log(np.maximum(local, TINY))
     order = np.argsort(logs[known], kind="stable")
     at, factor = logs[known][order], np.log(np.maximum(values, TINY))[order] - logs[known][order]
-    return np.exp(np.minimum(logs + np.interp(logs, at, factor), 700.0))
+    scaled: np.ndarray = np.exp(np.minimum(logs + np.interp(logs, at, factor), 700.0))
+    return scaled
 
 
 def measure_where_needed(

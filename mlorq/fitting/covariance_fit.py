@@ -70,7 +70,8 @@ class Metric:
     @cached_property
     def right(self) -> Tensor:
         """``L_Σ``, lower triangular."""
-        return torch.linalg.cholesky(self.inputs)
+        found: Tensor = torch.linalg.cholesky(self.inputs)
+        return found
 
     @cached_property
     def rows(self) -> RowHessian:

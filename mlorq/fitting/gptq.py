@@ -47,7 +47,9 @@ class RowHessian:
         h = h + DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * torch.eye(
             len(h), dtype=torch.float64, device=h.device
         )
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+        inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return factor.float()
 
     def norms(self, rows: Tensor) -> Tensor:
         """``w H wᵀ`` of every row, ``(rows,)`` float64."""

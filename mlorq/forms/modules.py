@@ -194,7 +194,7 @@ class CompressedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_cache()
         before = self.stored_tensors()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             after = self.get_buffer(name)
             if after.dtype != tensor.dtype:

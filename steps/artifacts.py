@@ -1,0 +1,189 @@
+"""Reading artifacts: what steps and flows take out of the store, by reference, as the records they work with."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from mlorq.activations.plan import ActivationPlan
+from mlorq.allocation.choices import SearchSpace
+from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.calibration.token_importance import Importance, importance_of_tensors
+from mlorq.checkpoint.format import CONFIG, TENSORS
+from mlorq.forms import Candidate, uniform_candidate
+from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.layers import LayerList, layers_from_table
+
+IMPORTANCE = "importance.safetensors"
+PLAN, PLAN_TENSORS = "activations.json", "activations.safetensors"
+
+
+def moments_file(layer: str) -> str:
+    """File of a layer's moments in a ``capture`` artifact."""
+    return f"moments/{layer}.safetensors"
+
+
+class ArtifactReader:
+    """Reads artifacts of one store; the last of those that several steps need are kept in memory.
+
+    Args:
+        store: that holds them.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._layers: dict[str, LayerList] = {}
+        self._importance: tuple[str, Sequence[Importance] | None] | None = None
+        self._plan: tuple[ArtifactRef, ActivationPlan] | None = None
+        self._tables: tuple[str, dict[str, CompressedLayer]] | None = None
+        self._space: tuple[tuple[ArtifactRef, ...], SearchSpace] | None = None
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def table(self, ref: ArtifactRef, name: str) -> pa.Table:
+        """A Parquet file of an artifact."""
+        return self._store.read_table(ref, name)
+
+    def json(self, ref: ArtifactRef, name: str) -> Any:
+        """A JSON file of an artifact."""
+        return self._store.read_json(ref, name)
+
+    def sizes(self, ref: ArtifactRef) -> dict[str, int]:
+        """Bytes of an artifact's files by name."""
+        manifest = self._store.manifest(ref) or {"files": {}}
+        return {name: int(file["bytes"]) for name, file in manifest["files"].items()}
+
+    # -- records ----------------------------------------------------------------------------------------------
+
+    def layers(self, ref: ArtifactRef) -> LayerList:
+        """The layers that a ``layers`` artifact lists."""
+        if ref.key not in self._layers:
+            extra = self._store.read_json(ref, "model.json")
+            layers = layers_from_table(self._store.read_table(ref, "layers.parquet"))
+            skipped = [(name, reason) for name, reason in extra["skipped"]]
+            self._layers[ref.key] = LayerList(layers, extra["blocks"], skipped)
+        return self._layers[ref.key]
+
+    def moments(self, capture: ArtifactRef, layer: str) -> dict[str, Tensor]:
+        """A layer's Hessian, and the moments that a ``capture`` artifact has of it, by name, on the CPU."""
+        return self._store.read_tensors(capture, moments_file(layer))
+
+    def importance(self, capture: ArtifactRef, batches: int) -> Sequence[Importance] | None:
+        """Weights of the calibration data's tokens, a mapping per batch; None if the capture has none.
+
+        Args:
+            capture: the ``capture`` artifact.
+            batches: how many the calibration data has.
+        """
+        if self._importance is None or self._importance[0] != capture.key:
+            found = None
+            if IMPORTANCE in self.sizes(capture):
+                found = importance_of_tensors(self._store.read_tensors(capture, IMPORTANCE), batches)
+            self._importance = (capture.key, found if found and all(found) else None)
+        return self._importance[1]
+
+    def plan(self, ref: ArtifactRef | None) -> ActivationPlan | None:
+        """The plan that an ``activations`` or ``joint`` artifact holds; None without one."""
+        if ref is None:
+            return None
+        if self._plan is None or self._plan[0] != ref:
+            self._plan = (ref, read_plan(self._store, ref))
+        return self._plan[1]
+
+    def tables(self, ref: ArtifactRef | None) -> dict[str, CompressedLayer]:
+        """The quantized embedding tables of an ``embeddings`` artifact by name; none without one."""
+        if ref is None:
+            return {}
+        if self._tables is None or self._tables[0] != ref.key:
+            found = {}
+            for row in self._store.read_json(ref, "embeddings.json")["tables"]:
+                tensors = self._store.read_tensors(ref, f"{row['table']}.safetensors")
+                candidate = uniform_candidate(row["bits"])
+                found[row["table"]] = CompressedLayer.from_tensors(row["table"], candidate, tensors)
+            self._tables = (ref.key, found)
+        return self._tables[1]
+
+    def search_space(
+        self,
+        layers: Sequence[str],
+        candidates: Mapping[str, ArtifactRef],
+        sensitivity: Mapping[str, ArtifactRef],
+    ) -> SearchSpace:
+        """The candidates of layers with their costs; the last one is kept, for the next budget.
+
+        Args:
+            layers: names, in execution order.
+            candidates, sensitivity: the artifacts by layer.
+        """
+        refs = tuple(refs[name] for name in layers for refs in (candidates, sensitivity))
+        if self._space is None or self._space[0] != refs:
+            tables = (
+                (
+                    name,
+                    self.table(candidates[name], "candidates.parquet"),
+                    self.table(sensitivity[name], "sensitivity.parquet"),
+                )
+                for name in layers
+            )
+            self._space = (refs, SearchSpace.from_tables(tables))
+        return self._space[1]
+
+    # -- chains of rounded layers -----------------------------------------------------------------------------
+
+    def rounded(self, ref: ArtifactRef) -> tuple[list[CompressedLayer], ArtifactRef | None]:
+        """The layers that a step which rounds wrote, and the artifact before it, if its inputs depended on any."""
+        blockwise = ref.step in ("reconstruct", "tune")
+        info = self._store.read_json(ref, "block.json" if blockwise else "layer.json")
+        layers = []
+        for row in info["layers"] if blockwise else [info]:
+            name = f"{row['layer']}.safetensors" if blockwise else "codes.safetensors"
+            tensors = self._store.read_tensors(ref, name)
+            layers.append(CompressedLayer.from_tensors(row["layer"], Candidate(**row["candidate"]), tensors))
+        return layers, ArtifactRef.from_json(info["previous"]) if info["previous"] else None
+
+    def all_rounded(
+        self, last: ArtifactRef | None, wanted: Collection[str] | None = None
+    ) -> dict[str, CompressedLayer]:
+        """The layers of a chain of artifacts by name, each as the last of them left it; all, or the wanted ones."""
+        found: dict[str, CompressedLayer] = {}
+        while last is not None and not (wanted is not None and found.keys() >= set(wanted)):
+            layers, last = self.rounded(last)
+            for layer in layers:
+                found.setdefault(layer.layer, layer)
+        return found
+
+    def rounded_since(self, key: str | None, last: ArtifactRef | None) -> dict[str, CompressedLayer] | None:
+        """The layers that a chain's artifacts after ``key`` wrote, by name; None if ``key`` is not in the chain."""
+        found: dict[str, CompressedLayer] = {}
+        while last is not None and last.key != key:
+            layers, last = self.rounded(last)
+            for layer in layers:
+                found.setdefault(layer.layer, layer)
+        return found if (None if last is None else last.key) == key else None
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def checkpoint(self, ref: ArtifactRef) -> Iterator[str]:
+        """Where a ``compressed`` artifact can be loaded from.
+
+        That of a remote store is read through the store, with its cache and patience.
+        """
+        if not self._store.is_remote:
+            yield self._store.uri(ref)
+            return
+        with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
+            for name in (TENSORS, CONFIG):
+                Path(folder, name).write_bytes(self._store.read_bytes(ref, name))
+            yield folder
+
+
+def read_plan(store: Store, ref: ArtifactRef) -> ActivationPlan:
+    """The plan that an ``activations`` or ``joint`` artifact holds."""
+    return ActivationPlan.from_json(store.read_json(ref, PLAN), store.read_tensors(ref, PLAN_TENSORS))

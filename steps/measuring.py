@@ -1,0 +1,82 @@
+"""On which calibration samples global costs are measured, and what cost of the output.
+
+Fits in the metric of moments look at the first of two folds of the calibration data (``mlorq.fitting.covariance_fit``);
+costs of what was fitted there are measured on samples of the second fold. Grouped convolutions have no such moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mlorq.artifacts.hashing import digest_json
+from mlorq.config.run import Cost
+from mlorq.costs.measured import spread_batches
+from mlorq.data.base import Dataset
+from mlorq.errors import DataError
+from mlorq.models.base import fold_batches
+from mlorq.models.layers import Layer
+from steps.session import Session
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a global cost is measured.
+
+    Attributes:
+        samples: about how many calibration samples, spread evenly.
+        held_out: whether they are taken from the second fold, to which nothing was fitted.
+        cost: of the output.
+        labels: digest of the labels that the cost reads; None if it reads none.
+    """
+
+    samples: int
+    held_out: bool
+    cost: Cost
+    labels: str | None = None
+
+    def of(self, data: Dataset, times: int = 1) -> tuple[list[Any], list[Tensor] | None]:
+        """The batches to measure on, and their labels if there are any.
+
+        Args:
+            data: the calibration data.
+            times: multiplies the number of samples.
+        """
+
+        def chosen(parts: Sequence[Any]) -> list[Any]:
+            held_out = fold_batches(parts, 1) if self.held_out else []
+            return spread_batches(held_out or parts, times * self.samples)
+
+        return chosen(data.batches), None if data.labels is None else chosen(data.labels)
+
+
+def measuring(session: Session, layers: Sequence[Layer]) -> Measuring:
+    """How the costs of candidates are measured.
+
+    Args:
+        session: of the run.
+        layers: whose candidates are measured.
+
+    Raises:
+        DataError: the cost reads labels, and there are none.
+    """
+    search = session.config.search
+    held_out = search.metric == "moments" and any(layer.groups == 1 for layer in layers)
+    return Measuring(search.samples, held_out, search.cost, labels_digest(session))
+
+
+def labels_digest(session: Session) -> str | None:
+    """Digest of the labels that the configured cost reads; None if it reads none.
+
+    Raises:
+        DataError: the cost reads labels, and there are none.
+    """
+    if session.config.search.cost != "task":
+        return None
+    labels = session.calibration.labels
+    if labels is None:
+        raise DataError("search.cost: task needs calibration data with labels; use nmse or kl")
+    return digest_json([part.tolist() for part in labels])

@@ -1,0 +1,115 @@
+"""The float and the partly rounded model side by side, kept from one step of sequential rounding to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlorq.artifacts.store import ArtifactRef
+from mlorq.calibration.token_importance import Importance, leaders
+from mlorq.costs.measured import spread_batches
+from mlorq.forms.embedding_tables import set_tables
+from mlorq.models.base import split_batches
+from mlorq.rounding.paired_forward import PairedForward
+from steps.handles import DataRef, ModelRef
+
+if TYPE_CHECKING:
+    from steps.context import Context
+
+
+@dataclass(frozen=True)
+class PairedState:
+    """All that a pair depends on beside the layers that are rounded in it.
+
+    Attributes:
+        model: the float model; its activations are quantized in the compressed copy.
+        calibration: the data that runs through both.
+        layers: the ``layers`` artifact.
+        capture: the ``capture`` artifact, which may have weights of the data's tokens.
+        embeddings: the ``embeddings`` artifact, if tables are quantized: the compressed copy has theirs.
+        samples: most calibration samples used.
+        batch_size: samples in a batch; None: as the data comes.
+    """
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    embeddings: ArtifactRef | None
+    samples: int
+    batch_size: int | None = None
+
+
+class PairedCache:
+    """The last pair of a worker, and up to which artifact its layers are rounded.
+
+    Args:
+        context: of the worker.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._kept: tuple[PairedState, str | None, PairedForward] | None = None
+
+    def get(self, state: PairedState, previous: ArtifactRef | None) -> PairedForward:
+        """A pair in which all layers up to ``previous`` are rounded.
+
+        A run that goes on layer by layer advances the kept pair; one that resumes in the middle, or in another process,
+        builds it from the chain of rounded artifacts.
+
+        Args:
+            state: what it depends on.
+            previous: the last artifact of the chain; None at its start.
+        """
+        artifacts = self._context.artifacts
+        layers = artifacts.layers(state.layers)
+        if self._kept is not None and self._kept[0] == state:
+            _, last, paired = self._kept
+            later = artifacts.rounded_since(last, previous)
+            if later is not None:
+                for name, compressed in later.items():
+                    paired.set(layers[name], compressed)
+                return paired
+        self._kept = None  # before there is another one
+        paired = self._build(state)
+        for compressed in artifacts.all_rounded(previous).values():
+            paired.set(layers[compressed.layer], compressed)
+        return paired
+
+    def keep(self, paired: PairedForward, state: PairedState, last: ArtifactRef) -> None:
+        """Remember a pair in which every layer up to ``last`` is rounded."""
+        self._kept = (state, last.key, paired)
+
+    def _build(self, state: PairedState) -> PairedForward:
+        context = self._context
+        layers = context.artifacts.layers(state.layers)
+        batches, importance = rounding_batches(context, state)
+        paired = PairedForward(
+            context.model(state.model),
+            layers.blocks,
+            batches,
+            context.device,
+            importance=importance,
+            leaders=leaders(layers.layers),
+            activations=context.plan(state.model),
+        )
+        set_tables(paired.compressed, context.artifacts.tables(state.embeddings))
+        return paired
+
+
+def rounding_batches(context: Context, state: PairedState) -> tuple[list[Any], Sequence[Importance] | None]:
+    """Calibration batches that rounding sees, and the weights of their tokens if there are any.
+
+    Args:
+        context: of the worker.
+        state: which data, how many samples, in batches of which size.
+    """
+    data = context.calibration(state.calibration)
+    weights = context.artifacts.importance(state.capture, len(data.batches))
+
+    def chosen(parts: Sequence[Any]) -> list[Any]:
+        spread = spread_batches(parts, state.samples)
+        return spread if state.batch_size is None else split_batches(spread, state.batch_size)
+
+    return chosen(data.batches), None if weights is None else chosen(weights)

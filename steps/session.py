@@ -1,0 +1,142 @@
+"""What whoever plans a run works with: its configuration, its store, and the handles of its model and data.
+
+Functions that make specs (``steps.*.spec``) and the pipeline read a session; the steps' own functions never see one.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cached_property
+
+from mlorq.artifacts.store import Store
+from mlorq.config.run import RunConfig, SourceConfig
+from mlorq.data import load_dataset
+from mlorq.data.base import Dataset
+from mlorq.data.source import Role
+from mlorq.models import load_model
+from mlorq.models.base import FloatModel
+from steps.artifacts import ArtifactReader
+from steps.context import Context, Sources, Worker
+from steps.handles import DataRef, ModelRef
+
+
+class Session:
+    """A run on this machine: what it is told, and its first worker, whose model and data it shares.
+
+    Args:
+        config: the run's configuration.
+        store: where artifacts are.
+        device: of the first worker: ``cpu``, ``cuda:0`` …
+        model, calibration, evaluation: given in memory instead of being loaded from the configuration.
+
+    Attributes:
+        config, store, device: as given.
+        artifacts: reads the store.
+        worker: the first worker. Nothing is loaded before it is needed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        device: str = "cpu",
+        *,
+        model: FloatModel | None = None,
+        calibration: Dataset | None = None,
+        evaluation: Dataset | None = None,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.device = device
+        self.artifacts = ArtifactReader(store)
+        self._model = model
+        self._sources = Sources(
+            lambda: model or load_model(config.model, config.folder),
+            lambda loaded: calibration or self._load(config.data.calibration, "calibration", loaded),
+            lambda loaded: evaluation or self._load(config.data.evaluation, "evaluation", loaded),
+            device,
+        )
+        self.worker = Worker(store, Context(self._sources, self.artifacts, config.engine.threads))
+
+    def worker_on(self, device: str) -> Worker:
+        """Another worker, with a model of its own and the same data."""
+        config, model = self.config, deepcopy(self._model)
+        sources = Sources(
+            lambda: model or load_model(config.model, config.folder),
+            lambda _: self._sources.calibration,
+            lambda _: self._sources.evaluation,
+            device,
+        )
+        return Worker(self.store, Context(sources, ArtifactReader(self.store), config.engine.threads))
+
+    def _load(self, source: SourceConfig, role: Role, model: FloatModel) -> Dataset:
+        config = self.config
+        return load_dataset(source, role, model, config.model, config.folder, config.seed)
+
+    # -- model and data ---------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> FloatModel:
+        """The float model as given, on the first worker's device.
+
+        Raises:
+            ModelError: it cannot be loaded, or weights are not finite.
+        """
+        return self._sources.model
+
+    @cached_property
+    def calibration(self) -> Dataset:
+        """The calibration data.
+
+        Raises:
+            DataError: it cannot be loaded, is empty, or has labels that do not fit the model and are needed.
+        """
+        data = self._sources.calibration
+        if self.config.search.cost == "task":  # no other cost looks at the labels
+            data.check_labels(self.model)
+        return data
+
+    @property
+    def evaluation(self) -> Dataset:
+        """The evaluation data.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        return self._sources.evaluation
+
+    # -- handles ----------------------------------------------------------------------------------------------
+
+    @property
+    def model_ref(self) -> ModelRef:
+        """The float model as given."""
+        return ModelRef(self.model.key)
+
+    @property
+    def calibration_ref(self) -> DataRef:
+        """The calibration data."""
+        return DataRef(self.calibration.key)
+
+    @property
+    def evaluation_ref(self) -> DataRef:
+        """The evaluation data."""
+        return DataRef(self.evaluation.key)
+
+
+def open_store(config: RunConfig) -> Store:
+    """The run's store, with its cache where it is remote; nothing is contacted yet.
+
+    Raises:
+        StoreError: its URL is of no known kind.
+    """
+    cache = config.engine.cache
+    return Store(config.resolve(config.store), cache=cache if cache in (None, "auto") else config.resolve(cache))
+
+
+def open_worker(config: RunConfig, device: str) -> Worker:
+    """A worker that loads everything by itself, in a process of its own.
+
+    Raises:
+        StoreError: the store's URL is of no known kind.
+    """
+    return Session(config, open_store(config), device).worker
