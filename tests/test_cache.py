@@ -97,7 +97,7 @@ def test_threads_wait_for_one_download(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed_holds_no_lock(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from mlorq.cache import Cache; "
+        "import os, sys; from mlorq.artifacts.cache import Cache; "
         f"Cache({str(tmp_path)!r}).fetch({DIGEST!r}, {len(DATA)}, lambda: os.kill(os.getpid(), 9))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -14,8 +14,10 @@ from flows.cli import main
 from flows.dry_run import smallest_layer_bytes
 from flows.run import known_layers, open_session
 from flows.template import template
-from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig, SearchConfig
+from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig
+from mlorq.config.sections import rounding_section, search_section
 from mlorq.models import FAMILIES
+from tests.layers import search_config
 
 FACTORY = """
 import torch
@@ -133,7 +135,7 @@ def test_wrong_arguments_are_status_two(argv: list[str], capsys: pytest.CaptureF
 def test_set_takes_yaml_values(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--set", "search.bits=[3, 4]", "--set", "search.factor_bits=[]", "--budget", "8bit"]
     plan = prints_json(capsys, "compress", project, "--dry-run", *settings)
-    search = SearchConfig(bits=[3, 4], factor_bits=[])
+    search = search_config(bits=[3, 4], factor_bits=[])
     assert plan["layers"][0]["smallest_bytes"] == 16 * (3 * 8 // 8 + 3)
     layers = known_layers(open_session(RunConfig.from_yaml(project))).layers
     assert plan["smallest_bytes"] == sum(smallest_layer_bytes(layer, search) for layer in layers)
@@ -264,7 +266,8 @@ def test_template_is_a_valid_configuration(family: str, tmp_path: Path) -> None:
 
 def test_template_has_every_key() -> None:
     text = template()
-    for name in (*SearchConfig.model_fields, *RunConfig.model_fields):
+    sections = (search_section(), rounding_section(), RunConfig)
+    for name in (name for section in sections for name in section.model_fields):
         if name != "folder":
             assert re.search(rf"^\s*(# )?{name}:", text, re.MULTILINE), name
     for name in (*ActivationsConfig.model_fields, *EmbeddingsConfig.model_fields):
