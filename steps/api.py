@@ -113,6 +113,7 @@ def compress(
     from mlorq.checkpoint.io import load
     from mlorq.data import from_batches
     from mlorq.data.base import Dataset
+    from mlorq.data.custom import IN_MEMORY as IN_MEMORY_DATA
     from mlorq.models import from_module
     from mlorq.models.custom import IN_MEMORY
     from steps.base import Outcome
@@ -128,7 +129,7 @@ def compress(
     settings |= {} if accounting is None else {"accounting": accounting}
     chosen: dict[str, Any] = {} if rounding is None else {"method": rounding}
     chosen |= {} if rounding_iterations is None else {"iterations": rounding_iterations}
-    in_memory = {"source": "custom", "factory": "given:in_memory"}
+    in_memory = IN_MEMORY_DATA
     config = RunConfig.from_mapping(
         {
             "model": IN_MEMORY,

@@ -36,6 +36,11 @@ class Params:
     points: int | None = None
     tolerance: float | None = None
 
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        return self.candidates.layer
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -69,7 +74,7 @@ def spec(
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     layers = context.artifacts.layers(inputs.layers)
-    layer = layers[params.candidates.layer]
+    layer = layers[params.layer]
     table = context.artifacts.table(inputs.candidates, "candidates.parquet")
     if params.measuring is None or params.points is None:
         return {"sensitivity.parquet": table_bytes(local_sensitivity(table))}

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mlorq.data.base import Dataset
 
 
+NAME = "custom"
+IN_MEMORY = {"source": NAME, "factory": "given:in_memory"}  # the section where data is passed in
+
+
 class CustomSettings(MetricSettings):
     """Keys of data from the user's own code."""
 
@@ -36,7 +40,7 @@ class CustomSettings(MetricSettings):
 class CustomSource(DataSource[CustomSettings]):
     """Batches, or an evaluation, of the user's own functions."""
 
-    name = "custom"
+    name = NAME
     settings = CustomSettings
     needed = ("factory",)
 
