@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, StoreError
 from steps import REGISTRY
@@ -50,7 +51,7 @@ class Noting(InProcess):
 
 def specs_of(made: Session, budgets: Sequence[str]) -> list[StepSpec]:
     executor = Noting(made)
-    run_pipeline(made, executor, budgets)
+    run_pipeline(made, executor, parse_budgets(budgets))
     return executor.specs
 
 
@@ -161,7 +162,7 @@ def test_keys_do_not_depend_on_what_the_process_ran_before(folder):  # noqa: F81
         found = {}
         for budget in budgets:
             executor.specs.clear()
-            (result,) = run_allocations(made, executor, search, [budget])
+            (result,) = run_allocations(made, executor, search, parse_budgets(budget))
             with pytest.raises(StoreError):  # the evaluation, which has no baseline here
                 run_budget(made, executor, search, result, baseline)
             found[budget] = [spec.key for spec in executor.specs]
@@ -175,10 +176,10 @@ def test_keys_do_not_depend_on_what_the_process_ran_before(folder):  # noqa: F81
     # In one session: after a budget has decided widths, the model as given and the plan of all widths are as before.
     made = session(folder, **widths)
     executor = Noting(made)
-    run_pipeline(made, executor, ["4bit"])
+    run_pipeline(made, executor, parse_budgets("4bit"))
     first = [spec.key for spec in executor.specs]
     executor.specs.clear()
-    run_pipeline(made, executor, ["4bit"])
+    run_pipeline(made, executor, parse_budgets("4bit"))
     assert [spec.key for spec in executor.specs] == first
     plain = [spec.key for spec in specs_of(session(folder, **BEST), ["4bit"])]
     again = Session(session(folder, **BEST).config, made.store, model=made.model, calibration=made.calibration)

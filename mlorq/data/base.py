@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from mlorq.errors import DataError
 from mlorq.models.base import FloatModel
-from mlorq.models.family import FAMILIES, InputKind, takers
+from mlorq.models.family import FAMILIES
 
 Batch = Any
-Found = TypeVar("Found")
 OutputMetric = Callable[[Tensor], dict[str, float]]
 ModelMetric = Callable[[nn.Module], dict[str, float]]
 
@@ -56,17 +55,6 @@ class LabelCheck:
 def classes_of(model: FloatModel) -> int | None:
     """How many classes a model tells apart (one: a regressor), as its library has it; None where that is not known."""
     return FAMILIES[model.family].classes(model)
-
-
-def required(found: Found | None, source: str, kind: InputKind) -> Found:
-    """What a model's family says of a kind of inputs.
-
-    Raises:
-        DataError: the model does not take them; the families that do are named.
-    """
-    if found is None:
-        raise DataError(f"source {source} is for models of {takers(kind)}; use source custom for others")
-    return found
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlorq.data.base import required
-from mlorq.models.family import FAMILIES, TextInputs
+from mlorq.errors import DataError
+from mlorq.models.family import FAMILIES, InputKind, TextInputs, takers
 
 if TYPE_CHECKING:
     from mlorq.data.source import ModelSettings
     from mlorq.models.detector import Detector
+
+
+Found = TypeVar("Found")
 
 
 def image_inputs(model: ModelSettings, source: str) -> dict[str, Any]:
@@ -37,3 +40,14 @@ def detector(model: ModelSettings, folder: str, source: str) -> Detector:
         DataError: the model is not a detector; the source is named.
     """
     return required(FAMILIES[model.family].detector(model.own, folder), source, "objects")
+
+
+def required(found: Found | None, source: str, kind: InputKind) -> Found:
+    """What a model's family says of a kind of inputs.
+
+    Raises:
+        DataError: the model does not take them; the families that do are named.
+    """
+    if found is None:
+        raise DataError(f"source {source} is for models of {takers(kind)}; use source custom for others")
+    return found

@@ -5,8 +5,12 @@
 """
 
 from mlorq.forms.base import FORMS, Candidate, Form, MatrixSpec, Shape, uniform_candidate, uniform_form
-from mlorq.forms.lr import LR
+
+# Registered in the order in which tables show them.
+# isort: off
 from mlorq.forms.q import Q
+from mlorq.forms.lr import LR
 from mlorq.forms.qlr import QLR
 
+# isort: on
 __all__ = ["FORMS", "LR", "QLR", "Candidate", "Form", "MatrixSpec", "Q", "Shape", "uniform_candidate", "uniform_form"]
