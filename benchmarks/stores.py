@@ -20,8 +20,8 @@ from steps.base import Outcome
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session, open_store
+from tests.flows.test_cli import write_project
 from tests.s3 import s3_server
-from tests.test_cli import write_project
 
 
 def run(path: Path) -> tuple[set[tuple[str, str]], list[Outcome], Store, float]:

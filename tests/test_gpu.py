@@ -17,9 +17,9 @@ from mlorq.fitting.scale_search import search_quantizer
 from mlorq.forms.base import Candidate
 from mlorq.rounding import adaptive_rounding
 from tests import zoo
+from tests.fitting.test_covariance_fit import PERCENTILES, covariance, row_errors, weights
 from tests.layers import dense, round_layer
-from tests.test_closed_form import PERCENTILES, covariance, row_errors, weights
-from tests.test_rounding import correlated_tokens, fitted, moments_of
+from tests.rounding.test_rounding import correlated_tokens, fitted, moments_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -15,8 +15,8 @@ from mlorq.artifacts.gc import verify
 from mlorq.artifacts.store import Store
 from scripts.prefect_stack import Stack
 from tests.engine import docker_engine, mlorq_image  # noqa: F401
+from tests.flows.test_cli import FACTORY, write_project
 from tests.s3 import s3_server
-from tests.test_cli import FACTORY, write_project
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

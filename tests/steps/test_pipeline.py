@@ -1,0 +1,478 @@
+"""A whole run on a small custom model: what is reused, what is recomputed, and what a resumed run still has to do."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mlorq
+import steps.pipeline as pipeline
+from mlorq.allocation.refinement import TIE
+from mlorq.artifacts.store import ArtifactRef, Store
+from mlorq.config.budget import parse_budgets
+from mlorq.config.run import RunConfig
+from mlorq.errors import BudgetError, DataError, ModelError, StoreError
+from steps import REGISTRY
+from steps.base import Outcome, StepSpec, execute
+from steps.inprocess import InProcess
+from steps.pipeline import result_json, run_pipeline
+from steps.session import Session
+
+MODEL = """
+import torch
+from tests.nets import TokenNet, images
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    return TokenNet(width=16, blocks=2)
+
+def calibration_batches():
+    return [images(4, 1), images(4, 2), images(4, 3)]
+
+def evaluate(model):
+    return {"mean": float(model(images(8, 9)).mean()), "other": 1.0}
+"""
+
+CONFIG = {
+    "model": {"family": "custom", "factory": "small_model:build"},
+    "data": {
+        "calibration": {"source": "custom", "factory": "small_model:calibration_batches"},
+        "evaluation": {"source": "custom", "factory": "small_model:evaluate"},
+    },
+    "budget": "4bit",
+    "preset": "quick",
+    "search": {"samples": 8, "points": 2, "hessian_mode": "exact", "factor_bits": [4, 8]},
+    "rounding": {"iterations": 20},
+    "engine": {"devices": "cpu", "threads": 1},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a configuration and the code it names, imported afresh."""
+    (tmp_path / "small_model.py").write_text(MODEL)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    _forget(monkeypatch)
+    return tmp_path
+
+
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+    import sys
+
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "small_model", raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
+def run(folder: Path, budgets: list[str] | None = None, **overrides) -> tuple[list[dict], list[tuple[str, bool]]]:
+    """One run as a new process would do it: everything loaded afresh."""
+    config = RunConfig.from_yaml(folder / "run.yaml", {k.replace("__", "."): v for k, v in overrides.items()})
+    session = Session(config, Store(config.resolve(config.store)))
+    outcomes: list[Outcome] = []
+    results = run_pipeline(session, InProcess(session, record=outcomes.append), parse_budgets(budgets or config.budget))
+    done = [(outcome.ref.step, outcome.reused) for outcome in outcomes]
+    return [result_json(session, result) for result in results], done
+
+
+def fingerprint(store: Path) -> dict[str, tuple[int, str]]:
+    """Every file and folder of a store with its time of change, and every file's content."""
+    return {
+        str(path.relative_to(store)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+        )
+        for path in sorted(store.rglob("*"))
+    }
+
+
+def computed(done: list[tuple[str, bool]]) -> set[str]:
+    return {step for step, reused in done if not reused}
+
+
+def test_second_run_touches_nothing(folder):
+    first, done = run(folder)
+    assert computed(done) == ALL
+    before = fingerprint(folder / ".mlorq")
+    second, done = run(folder)
+    assert computed(done) == set()
+    assert fingerprint(folder / ".mlorq") == before
+    assert second == first
+
+
+def test_a_step_found_again_says_the_seconds_that_making_it_took(folder, monkeypatch):
+    config = RunConfig.from_yaml(folder / "run.yaml")
+    session = Session(config, Store(config.resolve(config.store)))
+    clock = itertools.count()
+    # Times that rounding twice (four digits, then three) and rounding once tell apart.
+    monkeypatch.setattr("steps.base.time.perf_counter", lambda: 0.0425367 * next(clock))
+    spec = pipeline.layers.spec(session)
+    made, found = execute(spec, session.worker), execute(spec, session.worker)
+    assert (made.reused, found.reused) == (False, True)
+    assert made.seconds == found.seconds == 0.043
+
+
+def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_factory):
+    run(folder)
+    other = tmp_path_factory.mktemp("elsewhere")
+    for name in ("small_model.py", "run.yaml"):
+        shutil.copy(folder / name, other / name)
+    run(other)
+    files = {
+        store: {
+            name: digest
+            for name, (_, digest) in fingerprint(store / ".mlorq").items()
+            if digest and not name.endswith("manifest.json")  # which holds times
+        }
+        for store in (folder, other)
+    }
+    assert files[folder] == files[other]
+
+
+ALL = set(REGISTRY) - {
+    "activations",
+    "embeddings",
+    "joint",
+    "reconstruct",
+    "refine",
+    "tune",
+    "width_costs",
+}  # which other settings bring
+FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected", "allowed"),
+    [
+        ({"search__bits": [2, 4, 8]}, FROM_CANDIDATES, ALL - {"layers", "capture", "baseline"}),
+        ({"search__points": 3}, {"sensitivity", "allocate"}, ALL - {"layers", "capture", "candidates", "baseline"}),
+        ({"search__hessian_samples": 4}, {"capture", *FROM_CANDIDATES}, ALL - {"layers", "baseline"}),
+        ({"search__exclude": ["head"]}, {"layers", "capture", *FROM_CANDIDATES}, ALL - {"baseline"}),
+        ({"search__objective": "sqnr"}, {"allocate"}, {"allocate", "round", "compressed", "evaluate", "summary"}),
+        ({"rounding__iterations": 21}, {"round", "compressed"}, {"round", "compressed", "evaluate", "summary"}),
+        ({"rounding__method": "nearest"}, {"round", "compressed"}, {"round", "compressed", "evaluate", "summary"}),
+        ({"seed": 5}, {"capture"}, ALL - {"layers", "baseline"}),
+        ({"engine__threads": 2}, set(), set()),
+        ({"model__arguments": {"seed": 1}}, ALL, ALL),
+    ],
+)
+def test_a_change_recomputes_what_depends_on_it(folder, overrides, expected, allowed):
+    run(folder)
+    before = fingerprint(folder / ".mlorq")
+    _, done = run(folder, **overrides)
+    assert expected <= computed(done) <= allowed
+    after = fingerprint(folder / ".mlorq")
+    assert all(after[name] == entry for name, entry in before.items() if entry[1]), "nothing computed is lost"
+
+
+def test_a_changed_calibration_sample_recomputes_all_but_the_baseline(folder, monkeypatch):
+    run(folder)
+    (folder / "small_model.py").write_text(MODEL.replace("images(4, 3)", "images(4, 30)"))
+    _forget(monkeypatch)
+    _, done = run(folder)
+    # The NMSE is measured on calibration data here, so the float outputs are new too.
+    assert computed(done) == ALL
+
+
+def test_a_changed_evaluation_recomputes_no_search(folder, monkeypatch):
+    run(folder)
+    (folder / "small_model.py").write_text(MODEL.replace("images(8, 9)", "images(8, 10)"))
+    _forget(monkeypatch)
+    _, done = run(folder)
+    assert computed(done) == {"baseline", "evaluate", "summary"}
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_a_step_of_a_new_version_recomputes_it_and_what_reads_it(folder, name, monkeypatch):
+    run(folder)
+    module = next(m for m in vars(pipeline).values() if getattr(getattr(m, "STEP", None), "name", None) == name)
+    new = replace(module.STEP, version=module.STEP.version + 1)
+    monkeypatch.setattr(module, "STEP", new)
+    monkeypatch.setitem(REGISTRY, name, new)
+    _, done = run(folder)
+    after = {
+        "layers": ALL - {"baseline"},
+        "capture": ALL - {"layers", "baseline"},
+        "candidates": ALL - {"layers", "capture", "baseline"},
+        "sensitivity": ALL - {"layers", "capture", "candidates", "baseline"},
+        "allocate": {"allocate", "compressed", "evaluate", "summary"},
+        "round": {"round", "compressed", "evaluate", "summary"},
+        "compressed": {"compressed", "evaluate", "summary"},
+        "baseline": {"baseline", "evaluate", "summary"},
+        "evaluate": {"evaluate", "summary"},
+        "summary": {"summary"},
+    }[name]
+    if name in ("candidates", "sensitivity"):
+        # The same candidates are chosen, and rounding depends on the choice alone.
+        after = after - {"round"}
+    assert computed(done) == after
+
+
+BEST = {
+    "preset": "best",
+    "search__sum_ranks": [2, 4],
+    "search__samples": 8,
+    "rounding__iterations": 8,
+    "rounding__batch_size": 2,
+    "rounding__tuning": 6,
+}
+
+
+def test_the_best_preset_reconstructs_blocks_and_goes_on_where_it_was_stopped(folder):
+    (first,), done = run(folder, **BEST)
+    assert computed(done) == set(REGISTRY) - {"activations", "embeddings", "joint", "width_costs"}
+    assert sum(step == "reconstruct" for step, _ in done) == 2
+    assert first["bytes"] <= first["budget_bytes"]
+    assert run(folder, **BEST)[1] == [(step, True) for step, _ in done]
+    store = folder / ".mlorq"
+    before = fingerprint(store)
+    # The second block and all after it are gone: float and compressed model are rebuilt from what is there.
+    by_age = sorted(store.glob("reconstruct/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+    for step in ("tune", "compressed", "evaluate", "summary"):
+        shutil.rmtree(store / step)
+    shutil.rmtree(by_age[-1].parent)
+    _, done = run(folder, **BEST)
+    assert computed(done) == {"reconstruct", "tune", "compressed", "evaluate", "summary"}
+    after = fingerprint(store)
+    for name, (_, digest) in before.items():
+        if name.endswith((".safetensors", ".parquet")):
+            assert after[name][1] == digest, name
+
+
+def test_held_out_costs_are_measured_and_scaled_in_the_best_preset(folder):
+    config = {"search__sensitivity": "auto", "search__bits": [2, 3, 4, 5, 6, 8], "search__points": 2}
+    for overrides in (BEST | config, BEST | config | {"search__sensitivity": "closed_form"}):
+        (result,), _ = run(folder, **overrides)
+        store = Store(f"file://{folder / '.mlorq'}")
+        how: dict[str, int] = {}
+        for role, value in result["artifacts"].items():
+            if role.startswith("sensitivity/"):
+                table = store.read_table(ArtifactRef(value["step"], value["key"]), "sensitivity.parquet")
+                for row in table.to_pylist():
+                    how[row["how"]] = how.get(row["how"], 0) + 1
+                    assert row["global_cost"] >= 0
+        assert set(how) == {"measured", "closed_form"}
+
+
+def test_local_costs_are_taken_as_they_are_where_asked(folder):
+    (result,), _ = run(folder, **BEST, search__sensitivity="local", search__rounds=0)
+    store = Store(f"file://{folder / '.mlorq'}")
+    references = {role: ArtifactRef(value["step"], value["key"]) for role, value in result["artifacts"].items()}
+    for layer in (role.removeprefix("sensitivity/") for role in references if role.startswith("sensitivity/")):
+        rows = store.read_table(references[f"candidates/{layer}"], "candidates.parquet").to_pylist()
+        local = {row["candidate_id"]: row["local_cost"] for row in rows if row["on_front"]}
+        found = store.read_table(references[f"sensitivity/{layer}"], "sensitivity.parquet").to_pylist()
+        assert {row["candidate_id"]: row["global_cost"] for row in found} == local
+        assert {row["how"] for row in found} == {"local"}
+
+
+def test_allocations_are_measured_and_never_worse_than_the_program_or_the_best_uniform_one(folder):
+    (result,), done = run(folder, **BEST, search__rounds=2)
+    assert {"allocate", "refine"} <= computed(done)
+    store = Store(f"file://{folder / '.mlorq'}")
+    reference = {role: ArtifactRef(value["step"], value["key"]) for role, value in result["artifacts"].items()}
+    info = store.read_json(reference["allocation"], "allocation.json")
+    assert info["measured_cost"] == result["measured_cost"] == info["measured"][0]["measured"]
+    assert all(info["measured_cost"] <= (1 + TIE) * one["measured"] for one in info["measured"])
+    assert all(info["measured_cost"] <= one["measured"] for one in info["measured"] if "uniform" in one["origin"])
+    assert {"program"} <= {one["origin"] for one in info["measured"]}
+    assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"] <= result["budget_bytes"]
+    assert reference["program"].step == "allocate"
+    assert reference["allocation"].step == "refine"
+    assert result["solver"]["status"] == "optimal"
+
+    (without,), done = run(folder, **BEST, search__rounds=0)
+    assert "refine" not in computed(done)
+    assert without["measured_cost"] is None
+    assert without["artifacts"]["allocation"] == result["artifacts"]["program"]
+
+
+def test_other_costs_of_the_output_change_costs_and_nothing_before_them(folder):
+    run(folder)
+    (result,), done = run(folder, search__cost="kl")
+    assert computed(done) >= {"sensitivity", "allocate"}
+    assert not computed(done) & {"layers", "capture", "candidates", "baseline"}
+    assert result["predicted_cost"] > 0
+    with pytest.raises(DataError, match="task needs calibration data with labels"):
+        run(folder, search__cost="task", seed=1)
+
+
+def test_another_budget_computes_only_what_depends_on_it(folder):
+    run(folder)
+    results, done = run(folder, ["4bit", "30%", "3.5bit"])
+    assert computed(done) <= {"allocate", "round", "compressed", "evaluate", "summary"}
+    assert [result["budget"] for result in results] == ["4bit", "30%", "3.5bit"]
+    for result in results:
+        assert result["bytes"] <= result["budget_bytes"]
+        assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"]
+        assert result["bytes"] + result["rest_bytes"] + result["overhead_bytes"] == result["file_bytes"]
+
+
+def test_result_object_has_what_it_promises(folder):
+    (result,), _ = run(folder)
+    for name in [
+        "run",
+        "budget",
+        "budget_bytes",
+        "bytes",
+        "rest_bytes",
+        "file_bytes",
+        "float_bytes",
+        "predicted_cost",
+        "nmse",
+        "metric",
+        "allocation",
+        "seconds",
+        "checkpoint",
+        "solver",
+    ]:
+        assert result[name] is not None, name
+    assert result["metric"]["name"] == "mean"
+    assert set(result["solver"]) == {"name", "status", "objective", "bound", "gap", "seconds"}
+    files = {path.name: path.stat().st_size for path in Path(result["checkpoint"].removeprefix("file://")).iterdir()}
+    assert files["model.safetensors"] + files["config.json"] == result["file_bytes"]
+
+
+def test_the_checkpoint_gives_the_outputs_that_were_evaluated(folder):
+    (result,), _ = run(folder)
+    import small_model
+
+    model = mlorq.load(result["checkpoint"], model=small_model.build())
+    assert small_model.evaluate(model)["mean"] == result["metric"]["compressed"]
+
+
+@pytest.mark.parametrize("after", ["layers", "capture", "candidates", "sensitivity", "round", "compressed"])
+def test_an_interrupted_run_goes_on_where_it_stopped(folder, after, monkeypatch):
+    real = execute
+    seen: list[str] = []
+
+    def dies(spec: StepSpec, worker, progress=None):
+        outcome = real(spec, worker, progress)
+        seen.append(spec.step)
+        if seen.count(after) == (2 if after in ("candidates", "sensitivity", "round") else 1):
+            raise KeyboardInterrupt
+        return outcome
+
+    monkeypatch.setattr("steps.inprocess.execute", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    monkeypatch.undo()
+    before = fingerprint(folder / ".mlorq")
+    (resumed,), done = run(folder)
+    assert sum(reused for _, reused in done) == len(seen)
+    now = fingerprint(folder / ".mlorq")
+    assert all(now[name] == entry for name, entry in before.items() if entry[1])
+    shutil.rmtree(folder / ".mlorq")
+    (whole,), _ = run(folder)
+    for name in ("nmse", "metric", "allocation", "bytes"):
+        assert resumed[name] == whole[name]
+
+
+def test_impossible_budget_names_the_smallest_and_keeps_the_search(folder):
+    with pytest.raises(BudgetError, match="smallest possible is"):
+        run(folder, ["0.5bit"])
+    _, done = run(folder)
+    assert not computed(done) & {"layers", "capture", "candidates", "sensitivity"}
+    with pytest.raises(BudgetError, match="3 bits please"):
+        run(folder, ["3 bits please"])
+    with pytest.raises(BudgetError):
+        run(folder, ["1kB"])
+
+
+def test_a_damaged_artifact_is_named(folder):
+    run(folder)
+    victim = next((folder / ".mlorq" / "candidates").glob("*/candidates.parquet"))
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(StoreError, match=victim.parent.name):
+        run(folder)
+    shutil.rmtree(victim.parent)
+    _, done = run(folder)
+    assert [step for step, reused in done if not reused] == ["candidates"]
+
+
+def test_models_and_data_at_fault_are_named_before_any_artifact(folder, monkeypatch):
+    (folder / "small_model.py").write_text(
+        MODEL.replace(
+            "return TokenNet(width=16, blocks=2)",
+            "net = TokenNet(); net.head.weight.data[0, 0] = float('nan'); return net",
+        )
+    )
+    _forget(monkeypatch)
+    with pytest.raises(ModelError, match=r"head\.weight"):
+        run(folder)
+    (folder / "small_model.py").write_text(
+        MODEL.replace("[images(4, 1), images(4, 2), images(4, 3)]", "[images(1, 1)]")
+    )
+    _forget(monkeypatch)
+    with pytest.raises(DataError, match="1 samples"):
+        run(folder)
+    (folder / "small_model.py").write_text(MODEL.replace("TokenNet(width=16, blocks=2)", "torch.nn.LayerNorm(6)"))
+    _forget(monkeypatch)
+    with pytest.raises(ModelError, match="no compressible layers"):
+        run(folder)
+    assert not (folder / ".mlorq").exists()
+
+
+def test_a_step_in_a_process_of_its_own_makes_the_same_artifact(folder, tmp_path_factory):
+    import json
+    import os
+    import subprocess
+    import sys
+
+    run(folder)
+    config = RunConfig.from_yaml(folder / "run.yaml")
+    store = Store(config.resolve(config.store))
+    ref = next(store.refs("sensitivity"))
+    manifest = store.manifest(ref)
+    spec = StepSpec("sensitivity", REGISTRY["sensitivity"].version, manifest["details"]["params"], {}, "x")
+    spec = StepSpec.from_json({**spec.to_json(), "inputs": manifest["details"]["inputs"]})
+    assert spec.ref == ref
+    before = store.read_bytes(ref, "sensitivity.parquet")
+    shutil.rmtree(folder / ".mlorq" / "sensitivity" / ref.key)
+    message = tmp_path_factory.mktemp("spec") / "spec.json"
+    values = config.model_dump(mode="json", exclude={"folder"})
+    message.write_text(json.dumps({"config": values, "folder": str(folder), "device": "cpu", "spec": spec.to_json()}))
+    found = subprocess.run(
+        [sys.executable, "-m", "steps", "sensitivity", "--spec", str(message)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert json.loads(found.stdout)["key"] == ref.key
+    assert store.read_bytes(ref, "sensitivity.parquet") == before
+
+
+def test_nothing_in_the_library_knows_of_prefect_or_docker():
+    import ast
+
+    root = Path(mlorq.__file__).parents[1]
+    for package in ("mlorq", "steps"):
+        for file in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
+                for name in names:
+                    assert name.split(".")[0] not in ("prefect", "docker", "flows"), (file, name)
+                    if package == "mlorq":
+                        # The front door alone: ``mlorq.compress`` is that of ``steps.api``.
+                        front = file == root / "mlorq" / "__init__.py" and name == "steps.api"
+                        assert front or name.split(".")[0] != "steps", (file, name)
+
+
+def test_outputs_do_not_depend_on_hash_seeds(folder):
+    (first,), _ = run(folder)
+    assert torch.tensor(first["nmse"]).isfinite()
+    assert first["nmse"] > 0
