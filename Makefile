@@ -10,8 +10,8 @@ help: ## list the targets
 demo: setup-demo ## compress a small sentence encoder on this machine
 	$(BIN)/mlorq compress examples/minilm.yaml
 
-test: check ## what CI runs: check, then the tests that are not marked long
-	$(BIN)/python -m pytest
+test: check ## what CI runs: check, then the tests that are not marked long, a process per core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-long: setup-dev ## only the tests marked long
 	$(BIN)/python -m pytest -m long

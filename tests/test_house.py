@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -362,6 +365,51 @@ def test_the_configuration_offers_them(additions: None, capsys: pytest.CaptureFi
     assert "family: tiny" in shown
     assert "residual_bits" in shown
     assert RunConfig.from_mapping(VALUES).rounding.own == ShrunkSettings(shrinkage=0.001)
+
+
+PLUGIN = """
+from mlorq.export_targets import TARGETS, ExportTarget
+from mlorq.registry import Settings
+
+class Plugged(ExportTarget):
+    name, title, settings = "plugged", "from another package", Settings
+
+    def write(self, checkpoint, output, settings):
+        return []
+
+TARGETS.register(Plugged())
+"""
+ENTRY_POINT = "[mlorq.plugins]\nmine = my_targets\n"
+
+
+def test_an_installed_package_adds_to_the_registries(tmp_path: Path) -> None:
+    """In a process of its own, as a child process or a container that runs steps does it."""
+    installed = tmp_path / "my_targets-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my-targets\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(ENTRY_POINT)
+    module = tmp_path / "my_targets.py"
+    module.write_text(PLUGIN)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+
+    def run(code: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run("from mlorq.export_targets import TARGETS; print(TARGETS['plugged'].title)") == "from another package"
+    module.write_text("import a_module_that_is_missing")
+    failing = """
+from mlorq.errors import ConfigError
+from mlorq.export_targets import TARGETS
+try:
+    TARGETS.names()
+except ConfigError as error:
+    print(error)
+"""
+    message = run(failing)
+    assert message.startswith("plugin mine (my_targets) cannot be imported")
+    assert "a_module_that_is_missing" in message
 
 
 def test_afterwards_they_are_gone() -> None:
