@@ -41,6 +41,13 @@ class Inputs:
     sensitivity: Mapping[str, ArtifactRef]
 
 
+def program_values(session: Session, budget: str, budget_bytes: int, layers: Sequence[str]) -> dict[str, Any]:
+    """The parameters of a program by name."""
+    search = session.config.search
+    solver = {name: getattr(search, name) for name in ("objective", "solver", "time_limit", "gap")}
+    return {"layers": tuple(layers), "budget": budget, "budget_bytes": budget_bytes, **solver}
+
+
 def spec(
     session: Session,
     budget: str,
@@ -50,8 +57,7 @@ def spec(
     sensitivity: Mapping[str, ArtifactRef],
 ) -> StepSpec:
     """Depends on every layer's candidates and costs, the budget in bytes, and the solver's settings."""
-    search = session.config.search
-    params = Params(tuple(layers), budget, budget_bytes, search.objective, search.solver, search.time_limit, search.gap)
+    params = Params(**program_values(session, budget, budget_bytes, layers))
     return STEP.spec(params, Inputs(candidates, sensitivity), needs=Needs(device=False))
 
 

@@ -18,14 +18,15 @@ import torch
 from mlorq.activations.compute import parse_compute
 from mlorq.activations.plan import ActivationPlan
 from mlorq.allocation.choices import Group, WidthChoices, allocation_table, smallest_bytes
-from mlorq.allocation.program import Objective, Program, SolverName, solve
+from mlorq.allocation.program import Program, solve
 from mlorq.allocation.weight_load import weight_load
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
 from mlorq.costs.output_cost import OutputCost
 from mlorq.forms import Candidate
 from mlorq.models.base import move_batch
 from mlorq.models.layers import Layer
-from steps.allocate import joined
+from steps.allocate import Params as ProgramParams
+from steps.allocate import joined, program_values
 from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
@@ -99,22 +100,10 @@ def widths_of(sites: list[Any]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Params:
-    """The layers, both budgets (of bytes also as asked for), and the solver's settings."""
+class Params(ProgramParams):
+    """As of the program without widths, and the most bit operations per sample (as asked for)."""
 
-    layers: tuple[str, ...]
-    budget: str
-    budget_bytes: int
     compute: str
-    objective: Objective
-    solver: SolverName
-    time_limit: float
-    gap: float
-
-    @property
-    def solver_settings(self) -> dict[str, Any]:
-        """Keyword arguments of ``mlorq.allocation.program.solve``."""
-        return {"solver": self.solver, "time_limit": self.time_limit, "gap": self.gap}
 
 
 @dataclass(frozen=True)
@@ -140,19 +129,10 @@ def spec(
     costs: ArtifactRef,
 ) -> StepSpec:
     """Depends on all costs, both budgets, and the solver's settings."""
-    search, activations = session.config.search, session.config.activations
+    activations = session.config.activations
     assert activations is not None
     assert activations.compute is not None
-    params = Params(
-        tuple(names),
-        budget,
-        budget_bytes,
-        activations.compute,
-        search.objective,
-        search.solver,
-        search.time_limit,
-        search.gap,
-    )
+    params = Params(**program_values(session, budget, budget_bytes, names), compute=activations.compute)
     inputs = Inputs(layers, plan, costs, candidates, sensitivity)
     return STEP.spec(params, inputs, needs=Needs(device=False))
 

@@ -11,6 +11,7 @@ from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.costs.measured import spread_batches
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.models.base import split_batches
+from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.paired_forward import PairedForward
 from steps.handles import DataRef, ModelRef
 
@@ -39,6 +40,30 @@ class PairedState:
     embeddings: ArtifactRef | None
     samples: int
     batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Inputs of a step that trains rounded layers: the model, the data, and the last artifact of the rounded layers."""
+
+    model: ModelRef
+    calibration: DataRef
+    layers: ArtifactRef
+    capture: ArtifactRef
+    previous: ArtifactRef
+    embeddings: ArtifactRef | None = None
+
+    def state(self, training: TrainingSettings) -> PairedState:
+        """What a pair depends on that is trained on these samples."""
+        return PairedState(
+            self.model,
+            self.calibration,
+            self.layers,
+            self.capture,
+            self.embeddings,
+            training.samples,
+            training.batch_size,
+        )
 
 
 class PairedCache:

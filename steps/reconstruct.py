@@ -18,8 +18,8 @@ from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import fits_of
 from steps.context import Context
-from steps.handles import DataRef, ModelRef
-from steps.paired_cache import PairedState
+from steps.handles import ModelRef
+from steps.paired_cache import TrainingInputs
 from steps.session import Session
 
 
@@ -42,18 +42,6 @@ class Params:
     method: str
     settings: Mapping[str, Any]
     fit: FitSettings | None = None
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The model, the data, and the last layer that was rounded."""
-
-    model: ModelRef
-    calibration: DataRef
-    layers: ArtifactRef
-    capture: ArtifactRef
-    previous: ArtifactRef
-    embeddings: ArtifactRef | None = None
 
 
 def members(layers: LayerList, block: int) -> list[Layer]:
@@ -93,22 +81,14 @@ def spec(
         part(rounding, blocks.settings).model_dump(mode="json"),
         session.config.search.fit if blocks.needs_parts else None,
     )
-    inputs = Inputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
+    inputs = TrainingInputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
     return STEP.spec(params, inputs, label=name)
 
 
-def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+def run(params: Params, inputs: TrainingInputs, context: Context, progress: Progress) -> dict[str, bytes]:
     layers = context.artifacts.layers(inputs.layers)
     own = {layer.name: layer for layer in members(layers, params.block)}
-    state = PairedState(
-        inputs.model,
-        inputs.calibration,
-        inputs.layers,
-        inputs.capture,
-        inputs.embeddings,
-        params.training.samples,
-        params.training.batch_size,
-    )
+    state = inputs.state(params.training)
     paired = context.paired.get(state, inputs.previous)
     rounded = context.artifacts.all_rounded(inputs.previous, own)
     blocks = METHODS[params.method].blocks
@@ -152,4 +132,4 @@ def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
     return files
 
 
-STEP = Step("reconstruct", 4, Params, Inputs, run)
+STEP = Step("reconstruct", 4, Params, TrainingInputs, run)

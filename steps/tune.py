@@ -13,8 +13,8 @@ from mlorq.rounding.base import TrainingSettings
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
-from steps.handles import DataRef, ModelRef
-from steps.paired_cache import PairedState, rounding_batches
+from steps.handles import ModelRef
+from steps.paired_cache import TrainingInputs, rounding_batches
 from steps.reconstruct import trained_files
 from steps.session import Session
 
@@ -36,18 +36,6 @@ class Params:
     settings: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The model, the data, and the last artifact of the rounded layers."""
-
-    model: ModelRef
-    calibration: DataRef
-    layers: ArtifactRef
-    capture: ArtifactRef
-    previous: ArtifactRef
-    embeddings: ArtifactRef | None = None
-
-
 def spec(
     session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef
 ) -> StepSpec:
@@ -65,22 +53,14 @@ def spec(
     assert tuning is not None
     settings = part(rounding, tuning.settings).model_dump(mode="json")
     params = Params(part(rounding, TrainingSettings), session.config.seed, rounding.method, settings)
-    inputs = Inputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
+    inputs = TrainingInputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
     return STEP.spec(params, inputs)
 
 
-def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+def run(params: Params, inputs: TrainingInputs, context: Context, progress: Progress) -> dict[str, bytes]:
     listed = context.artifacts.layers(inputs.layers)
     rounded = context.artifacts.all_rounded(inputs.previous)
-    state = PairedState(
-        inputs.model,
-        inputs.calibration,
-        inputs.layers,
-        inputs.capture,
-        inputs.embeddings,
-        params.training.samples,
-        params.training.batch_size,
-    )
+    state = inputs.state(params.training)
     batches, importance = rounding_batches(context, state)
     tuning = METHODS[params.method].tuning
     assert tuning is not None
@@ -100,4 +80,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     return trained_files(result, inputs.previous)
 
 
-STEP = Step("tune", 2, Params, Inputs, run)
+STEP = Step("tune", 2, Params, TrainingInputs, run)
