@@ -10,7 +10,9 @@ The method is MLoRQ (arXiv 2507.09616). ``README.md`` shows how to run it as a P
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlorq.lazy import lazy_exports
 
 __version__ = "0.1.0"
 __all__ = ["CompressionResult", "__version__", "compress", "export", "load"]
@@ -27,11 +29,5 @@ _HOMES = {
     "load": "mlorq.checkpoint.io",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: `import mlorq` stays quick, and the command line answers before torch is imported.
-    if name in _HOMES:
-        import importlib
-
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'mlorq' has no attribute {name!r}")
+# `import mlorq` stays quick, and the command line answers before torch is imported.
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -10,12 +10,12 @@ The files of the sources are read for every command and import torch only when t
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Registered in the order in which a configuration lists them.
 from mlorq.data import image_folder, image_parquet, coco, table, glue, custom  # noqa: F401  # isort: skip
 from mlorq.data.source import SOURCES, DataSource, SourceSettings, load_dataset
+from mlorq.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -25,8 +25,4 @@ __all__ = ["SOURCES", "DataSource", "Dataset", "SourceSettings", "from_batches",
 
 _HOMES = {"Dataset": "mlorq.data.base", "from_batches": "mlorq.data.memory"}
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:  # on first use: both import torch
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'mlorq.data' has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -10,9 +10,9 @@ Importing this package does not import torch: the functions below are loaded on 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlorq.lazy import lazy_exports
 from mlorq.models import custom, detection, timm, transformers
 from mlorq.models.family import FAMILIES, ModelFamily
 from mlorq.models.known import known_models
@@ -32,9 +32,4 @@ _HOMES = {
     "load_model": "mlorq.models.loading",
     "rebuild": "mlorq.models.loading",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'mlorq.models' has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -233,6 +233,13 @@ class ModelFamily(ABC, Generic[Own]):
 FAMILIES: Registry[ModelFamily[Any]] = Registry("model family")
 
 
+def load(section: ModelSection, folder: str = "") -> FloatModel:
+    """The float model that a ``model`` section names (``mlorq.models.load_model``); every family's module has it."""
+    from mlorq.models.loading import load_model
+
+    return load_model(section, folder)
+
+
 def takers(kind: InputKind) -> str:
     """The families whose models take a kind of inputs, for messages: ``family a, or family b with task c``."""
     found = [(family.name, family.inputs[kind]) for family in FAMILIES if kind in family.inputs]

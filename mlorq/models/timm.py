@@ -13,7 +13,9 @@ from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.errors import ModelError
+from mlorq.lazy import lazy_exports
 from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
+from mlorq.models.family import load as load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 NAME = "timm"
 _IMAGES = {"source": "image_folder", "root": "images/", "labels": "labels.tsv"}
+
+__getattr__ = lazy_exports(__name__, {"load_weights": "mlorq.models.state_dict"})
 
 
 class TimmSettings(LibrarySettings):

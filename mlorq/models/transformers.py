@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError
 from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily, TextInputs
+from mlorq.models.family import load as load
 
 if TYPE_CHECKING:
     from torch import nn
