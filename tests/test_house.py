@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -410,6 +411,19 @@ except ConfigError as error:
     message = run(failing)
     assert message.startswith("plugin mine (my_targets) cannot be imported")
     assert "a_module_that_is_missing" in message
+
+
+def test_the_map_names_what_is_there() -> None:
+    """Files and registries that docs/ARCHITECTURE.md sends people to exist, and every folder is on the map."""
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "ARCHITECTURE.md").read_text()
+    for path in re.findall(r"`((?:mlorq|steps|flows|tests|scripts)/[\w/]+\.py)`", text):
+        assert (root / path).is_file(), path
+    registered = set(re.findall(r"`([A-Z_]+)\.register\(", text))
+    registries = {"FORMS", "METHODS", "FAMILIES", "SOURCES", "ACTIVATION_METHODS", "TARGETS"}
+    assert registered == registries
+    folders = {folder.name for folder in (root / "mlorq").iterdir() if (folder / "__init__.py").exists()}
+    assert folders <= set(re.findall(r"^  (\w+)/", text, re.MULTILINE))
 
 
 def test_afterwards_they_are_gone() -> None:
