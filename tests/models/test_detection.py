@@ -571,7 +571,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
             found.append(str(error))
     assert len(found) == 2
     assert any("1.png cannot be decoded" in text for text in found)
-    assert any("2.png is 20 × 20, the annotations say 60 × 40" in text for text in found)
+    assert any("2.png is 20 × 20, but 60 × 40 in the annotations" in text for text in found)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycocotools" else real(name))
     assert "mlorq[detection]" in refusal(DataError, dataset, folder)
