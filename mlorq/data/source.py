@@ -160,7 +160,7 @@ class DataSource(ABC, Generic[Own]):
     Attributes:
         name: its name in configurations.
         settings: class of its configuration keys.
-        needed: the required keys.
+        needed: names of the required keys.
         package: an optional package that some of its settings need.
     """
 
@@ -176,8 +176,8 @@ class DataSource(ABC, Generic[Own]):
         Args:
             settings: of this source.
             role: calibration or evaluation; the latter has a metric.
-            model: the model section: the family and task decide what a batch is.
-            folder: where relative paths start.
+            model: the ``model`` section; its family and task determine the form of batches.
+            folder: base of relative paths.
             seed: of the choice of ``samples``.
 
         Raises:
@@ -224,7 +224,7 @@ def load_dataset(
         role: the section that it is; evaluation data has a metric.
         model: the float model.
         model_settings: the ``model`` section (preprocessing, tokenizer, task).
-        folder: where relative paths start.
+        folder: base of relative paths.
         seed: of the choice of ``samples``.
 
     Raises:

@@ -553,7 +553,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     assert "category 77" in changed(annotations=lambda rows: rows[0].update(category_id=77))
     assert "image 99" in changed(annotations=lambda rows: rows[0].update(image_id=99))
     assert "'file_name'" in changed(images=lambda rows: rows[0].pop("file_name"))
-    assert "7 samples are asked for" in refusal(DataError, dataset, folder, samples=7)
+    assert "7 samples are requested" in refusal(DataError, dataset, folder, samples=7)
     assert "choose box_ap or mask_ap" in refusal(DataError, dataset, folder, metric="accuracy")
     vit = ModelConfig(family="timm", name=zoo.VIT, checkpoint="unused")
     assert "detection" in refusal(DataError, dataset, folder, model=vit)
