@@ -1,4 +1,4 @@
-"""One compressed layer's entry in a checkpoint's ``config.json``: what it says, and what it implies for the tensors."""
+"""Entries of compressed layers in a checkpoint's ``config.json``, and the tensors that belong to them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class LayerEntry:
 
     Attributes:
         layer: name in the model.
-        kind: ``linear`` or ``conv2d``.
+        kind: ``linear``, ``conv2d`` or ``embedding``.
         shape: of the float weight.
-        candidate: form, bits and rank.
-        zero_point: how zero-points are stored.
-        dtype: what the layer computes in.
-        bytes: of its tensors in ``model.safetensors``.
-        aliases: further names of the layer, or of layers with the same weight.
+        candidate: form, bit-widths and rank.
+        zero_point: storage of zero-points.
+        dtype: dtype in which the layer computes.
+        bytes: size of its tensors in ``model.safetensors``.
+        aliases: other names of the layer, and names of layers with the same weight.
     """
 
     layer: str
@@ -44,7 +44,7 @@ class LayerEntry:
         return self.shape[0], torch.Size(self.shape[1:]).numel()
 
     def tensor_names(self, path: str) -> list[str]:
-        """Names in the state dict of the stored tensors of this layer, seen at one of its names."""
+        """State-dict names of this layer's stored tensors, for one of the layer's names."""
         return [
             f"{path}.{name}_{part}"
             for name, (rows, columns, codec) in self._matrices().items()
@@ -52,10 +52,10 @@ class LayerEntry:
         ]
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight in the float layer's shape, in the dtype in which the layer computes.
+        """The dequantized weight, in the float layer's shape and the dtype in which the layer computes.
 
         Args:
-            tensors: the stored tensors by their names in the state dict.
+            tensors: the stored tensors by state-dict name.
         """
         form, values = FORMS[self.candidate.form], {}
         for name, (_, columns, codec) in self._matrices().items():
@@ -71,7 +71,7 @@ class LayerEntry:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> LayerEntry:
-        """Raises ValueError, KeyError, TypeError, … where a value is missing or cannot be meant."""
+        """The entry of a row of ``layers``; ValueError, KeyError or TypeError if a value is missing or invalid."""
         candidate = Candidate.of_row(row)
         if candidate.form not in FORMS:
             raise ValueError(f"unknown form {candidate.form!r}; {FORMS.hint(candidate.form)}")
@@ -79,9 +79,9 @@ class LayerEntry:
         entry = cls(candidate=candidate, shape=tuple(row["shape"]), aliases=tuple(row["aliases"]), **own)
         for rows, columns, codec in entry._matrices().values():
             if min(rows, columns, codec.bits) < 1:
-                raise ValueError(f"layer {entry.layer!r} is an empty matrix")
+                raise ValueError(f"layer {entry.layer!r} has an empty matrix")
         if entry.zero_point not in ZERO_POINT_DTYPES or not dtype_of(entry.dtype).is_floating_point:
-            raise ValueError(f"layer {entry.layer!r}: zero_point {entry.zero_point!r}, dtype {entry.dtype!r}")
+            raise ValueError(f"layer {entry.layer!r}: invalid zero_point {entry.zero_point!r} or dtype {entry.dtype!r}")
         return entry
 
     def _matrices(self) -> dict[str, MatrixSpec]:
@@ -94,8 +94,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The inverse of ``dtype_name``; ValueError or AttributeError for names of no dtype."""
+    """The inverse of ``dtype_name``; ValueError or AttributeError for other names."""
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
+        raise ValueError(f"{name!r} is not a dtype")
     return dtype

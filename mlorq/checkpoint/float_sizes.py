@@ -1,7 +1,7 @@
-"""What of a model stays float, in bytes by kind: told from the names and shapes of its tensors.
+"""Bytes of the tensors of a model that stay float, by kind.
 
-Names and shapes are all that a checkpoint's header has, and they are enough: the weight of a norm has one axis, and a
-table of positions says so in its name. Nothing depends on the answer but what people read.
+The kinds are inferred from names and shapes, the only contents of a checkpoint's header: the weight of a norm has one
+axis, and position tables are recognised by name. They are used for reports only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EMBEDDINGS = ("embed", "wte", "shared", "tokens")
 
 
 class TensorSize(NamedTuple):
-    """Shape of a tensor, and its bytes."""
+    """Shape and bytes of a tensor."""
 
     shape: Sequence[int]
     bytes: int
@@ -26,11 +26,11 @@ def rest_by_kind(tensors: Mapping[str, TensorSize]) -> dict[str, int]:
     """Bytes of float tensors by kind.
 
     Args:
-        tensors: all that is not compressed, by name in the state dict.
+        tensors: all tensors that are not compressed, by state-dict name.
 
     Returns:
         Bytes of ``embeddings``; ``position_tables``, absolute or relative; ``norms`` with their statistics; ``biases``;
-        ``layers`` that were left alone; ``activation_quantizers``; ``other``.
+        uncompressed ``layers``; ``activation_quantizers``; ``other``.
     """
     found = dict.fromkeys(KINDS, 0)
     norms = {name.rpartition(".")[0] for name, size in tensors.items() if _is_norm(name, size)}

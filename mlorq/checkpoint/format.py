@@ -1,17 +1,15 @@
-"""What a compressed model is on disk: the bytes of ``model.safetensors`` and ``config.json``, and their sizes.
+"""The checkpoint format: the bytes of ``model.safetensors`` and ``config.json``, and their sizes.
 
-The tensors are the state dict of the compressed module: packed codes, scales and zero-points of the
-compressed layers, and everything else in its own dtype, each shared tensor once. ``config.json`` says how the
-float architecture is rebuilt and which of its layers are replaced. Both files are functions of the model
-alone: no date, no machine, no pickle. What the folder weighs is known to the byte:
+The tensors are the state dict of the compressed module: packed codes, scales and zero-points of the compressed layers,
+and all other tensors in their own dtypes; shared tensors are stored once. ``config.json`` describes how to rebuild the
+float architecture and which of its layers to replace. Both files depend on the model alone: they contain no date, no
+machine name and no pickle. The size of the folder in bytes is exactly
 
-    sizes.bytes (compressed layers' tensors) + sizes.rest_bytes (all other tensors) + sizes.overhead_bytes
+    sizes.bytes (compressed layers) + sizes.rest_bytes (all other tensors) + sizes.overhead_bytes
 
-and sizes.embedding_bytes where embedding tables are quantized;
-
-where the overhead is the header of ``model.safetensors`` and the whole of ``config.json``. The last two are
-bounded by ``rest_upper_bound`` before any layer is compressed, so that the size of a whole checkpoint can be
-a budget (METHOD 2).
+plus ``sizes.embedding_bytes`` if embedding tables are quantized. The overhead is the header of ``model.safetensors``
+and all of ``config.json``. ``rest_upper_bound`` bounds all but ``sizes.bytes`` before any layer is compressed, so that
+a budget can limit the size of the whole checkpoint (METHOD 2).
 """
 
 from __future__ import annotations
@@ -36,26 +34,26 @@ from mlorq.forms.modules import CompressedModule, compressed_class, get_layer, s
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
-EMBEDDING = "embedding"  # kind of an entry that is a table and no layer of the search
+EMBEDDING = "embedding"  # kind of entry of embedding tables, which are not layers of the search
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
 HASH_KEYS = ("model", "calibration", "configuration")
-MOST = 10**15  # as long as any number of bytes
+MOST = 10**15  # has at least as many digits as any number of bytes
 
 
 def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[str, bytes]:
-    """The two files of a compressed model; equal models and descriptions give equal bytes.
+    """The contents of a compressed model's two files, by name; equal models and descriptions give equal bytes.
 
     Args:
         module: the model with its layers replaced (``mlorq.forms.modules.replace_layers``).
-        description: JSON values. ``architecture`` (``{"family": …}`` and what that family rebuilds from) is
-            needed; ``dtype`` (default: that of the first floating parameter), ``budget`` (``asked``,
-            ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
-            ``activations`` (``ActivationPlan.to_json``, of the quantizers that the module has) and ``extra``
-            (anything) may be left out.
+        description: JSON values. ``architecture`` (``{"family": …}`` and the values from which that family rebuilds
+            it) is required. Optional are ``dtype`` (default: that of the first floating parameter), ``budget``
+            (``asked``, ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
+            ``activations`` (``ActivationPlan.to_json`` of the module's quantizers) and ``extra`` (anything).
 
     Raises:
-        CheckpointError: the description is not JSON or has other keys; a part of the state is no tensor.
+        CheckpointError: the description is not JSON or has other keys, a part of the state is not a tensor, or two
+            layers of one name differ.
     """
     entries, weights = _compressed_entries(module)
     taken = {name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)}
@@ -64,7 +62,7 @@ def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[
     data = tensors_bytes(_unshared({**weights, **rest}))
     sizes = sizes_of(entries, sum(tensor.nbytes for tensor in rest.values()), 0)
     header = len(data) - sizes["bytes"] - sizes.get("embedding_bytes", 0) - sizes["rest_bytes"]
-    while True:  # config.json counts itself, and grows with the count by a digit at most
+    while True:  # config.json contains its own size; iterate until the number of digits is stable
         config = _config_bytes(module, entries, aliases, sizes, description)
         if sizes["overhead_bytes"] == header + len(config):
             return {TENSORS: data, CONFIG: config}
@@ -80,20 +78,20 @@ def rest_upper_bound(
     tables: Mapping[str, int] | None = None,
     extra_bytes: int = 4096,
 ) -> int:
-    """Most bytes that a checkpoint holds beside its compressible layers' weights, whatever these become.
+    """Upper bound in bytes of a checkpoint without its compressible layers' weights, for any allocation.
 
-    For every allocation ``folder <= rest_upper_bound(…) + Σ candidate_bytes(…, accounting, …)``. It is the
-    sum of the tensors that stay float and of the headers in the case that each layer takes the form with the longest
-    description, with all numbers as long as they can be: some hundred bytes per layer too much.
+    For every allocation ``folder <= rest_upper_bound(…) + Σ candidate_bytes(…, accounting, …)``. The bound is the sum
+    of the tensors that stay float and of the headers if each layer has the form with the longest description and all
+    numbers have the most digits. It exceeds the exact size by some hundred bytes per layer.
 
     Args:
         module: the float model, in the dtype in which it will be saved.
         layers: the names of the compressible layers, each with its aliases.
         description: as for ``checkpoint_files``, as far as it is known.
-        accounting: how candidates will be counted; with ``paper`` this bound has to hold the scales,
-            zero-points and padding that the count leaves out.
-        tables: bits of the embedding tables that will be quantized, by name; they are part of this bound.
-        extra_bytes: room for what the final description adds, beside the keys of budget and hashes.
+        accounting: how the bytes of candidates are counted; with ``paper`` this bound includes the scales, zero-points
+            and padding that the count omits.
+        tables: bit-widths of the embedding tables to be quantized, by name; this bound includes their bytes.
+        extra_bytes: room for additions of the final description, other than the keys of budget and hashes.
 
     Raises:
         ModelError: a layer is not in the model.
@@ -103,7 +101,7 @@ def rest_upper_bound(
     state = _float_state(module, names, tables or {})
     rest, aliases = _stored_once(state)
     for name, stored in aliases.items():
-        # Only one and the same parameter stays shared when a module is moved.
+        # Moving a module keeps parameters shared only if they are the same object.
         if state[name] is not state[stored] or not isinstance(state[name], nn.Parameter):
             rest[name] = state[name]
     entries = [_longest_entry(module, name, further) for name, (_, *further) in names.items()]
@@ -124,7 +122,7 @@ def rest_upper_bound(
 
 
 def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> LayerEntry:
-    """The longest description that a layer may get, whatever form it takes."""
+    """The entry with the longest description, over all forms that suit the layer."""
     layer = get_layer(module, name)
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -139,7 +137,7 @@ def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> Laye
 
 
 def _table_entry(module: nn.Module, name: str, bits: int) -> LayerEntry:
-    """The description of an embedding table."""
+    """The entry of a quantized embedding table."""
     weight = get_layer(module, name).weight
     assert isinstance(weight, Tensor)
     candidate = uniform_candidate(bits)
@@ -148,7 +146,7 @@ def _table_entry(module: nn.Module, name: str, bits: int) -> LayerEntry:
 
 
 def _header_bound(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Most bytes of the header of ``model.safetensors``: longest dtype, largest offsets, length and alignment."""
+    """Upper bound in bytes of the header of ``model.safetensors``: longest dtype, largest offsets, length, padding."""
     tensors = {
         name: {"dtype": "F8_E5M2FNUZ", "shape": shape, "data_offsets": [MOST, MOST]} for name, shape in shapes.items()
     }
@@ -156,19 +154,19 @@ def _header_bound(shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def _longest(description: Mapping[str, Any]) -> dict[str, Any]:
-    """A description with everything that is not known yet as long as it can be."""
+    """The description, with missing values replaced by the longest ones."""
     budget = {"asked": "x" * 32, "budget_bytes": MOST, "accounting": "exact"} | (description.get("budget") or {})
     hashes = dict.fromkeys(HASH_KEYS, "x" * 64) | (description.get("hashes") or {})
     return {**description, "budget": budget, "hashes": hashes}
 
 
 def _described_bytes(entry: LayerEntry) -> int:
-    """How much a layer's description takes: its entry, and its tensors in the header."""
+    """Approximate bytes of a layer's description: its entry, and its tensors in the header."""
     return len(json.dumps(entry.to_json())) + sum(len(name) + 100 for name in entry.tensor_names(entry.layer))
 
 
 def _unpaid(entry: LayerEntry) -> int:
-    """Most bytes of a layer in any form that ``paper`` does not count; ranks end at ``min(m, n)``."""
+    """Most bytes of a layer that ``paper`` accounting omits, over all forms and ranks up to ``min(m, n)``."""
     shape = Shape(*entry.matrix_shape)
     most = 0
     for form in FORMS:
@@ -184,12 +182,12 @@ def _unpaid(entry: LayerEntry) -> int:
 def float_rest(
     module: nn.Module, layers: Mapping[str, Sequence[str]], tables: Collection[str] = ()
 ) -> dict[str, TensorSize]:
-    """The tensors that stay as they are in a checkpoint of a float model.
+    """Sizes of the tensors of a float model that a checkpoint stores unchanged, by state-dict name.
 
     Args:
         module: the float model.
         layers: the names of the compressible layers, each with its aliases.
-        tables: embedding tables that are quantized.
+        tables: names of the embedding tables that are quantized.
     """
     rest, _ = _stored_once(_float_state(module, shared_names(module, layers, layers), tables))
     return {name: TensorSize(tuple(tensor.shape), tensor.nbytes) for name, tensor in rest.items()}
@@ -212,7 +210,7 @@ def _config_bytes(
     unknown = set(given) - DESCRIPTION_KEYS
     if unknown or not isinstance(given.get("architecture"), dict):
         raise CheckpointError(
-            f"description: needs architecture and may have {sorted(DESCRIPTION_KEYS)}, not {sorted(given)}"
+            f"description: has keys {sorted(given)}; give architecture (an object) and only {sorted(DESCRIPTION_KEYS)}"
         )
     persistent = set(module.state_dict(keep_vars=True))
     buffers = {
@@ -239,7 +237,7 @@ def _config_bytes(
 
 
 def sizes_of(entries: Sequence[LayerEntry], rest_bytes: int, overhead_bytes: int) -> dict[str, int]:
-    """``config.json``'s ``sizes``; ``embedding_bytes`` is there where embedding tables are quantized."""
+    """The object ``sizes`` of ``config.json``; it has ``embedding_bytes`` if embedding tables are quantized."""
     layers = [entry for entry in entries if entry.kind != EMBEDDING]
     stored = sum(entry.bytes for entry in layers)
     tables = {} if len(layers) == len(entries) else {"embedding_bytes": sum(entry.bytes for entry in entries) - stored}
@@ -253,7 +251,7 @@ def sizes_of(entries: Sequence[LayerEntry], rest_bytes: int, overhead_bytes: int
 
 
 def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, Tensor]]:
-    """The compressed layers of a module in its own order, and their tensors by name."""
+    """Entries of a module's compressed layers, in the module's order, and their tensors by name."""
     found: dict[str, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, CompressedModule):
@@ -261,7 +259,7 @@ def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, 
     entries: list[LayerEntry] = []
     weights: dict[str, Tensor] = {}
     for name, paths in found.items():
-        # A module that is saved as a part of another, or wrapped, has other paths than its layers remember.
+        # In a wrapped module, or a part of one, paths differ from the names that the layers store.
         first = name if name in paths else paths[0]
         layer = get_layer(module, first)
         assert isinstance(layer, CompressedModule)
@@ -289,10 +287,10 @@ def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, 
 
 
 def tensor_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict, which must be tensors alone.
+    """The state dict of a module, with parameters and buffers themselves as values.
 
     Raises:
-        CheckpointError: a part of it is none.
+        CheckpointError: a value is not a tensor.
     """
     state = module.state_dict(keep_vars=True)
     for name, value in state.items():
@@ -302,7 +300,7 @@ def tensor_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by the first of their names, and ``{further name: first name}`` of those that are one in memory."""
+    """Tensors by their first names, and ``{other name: first name}`` of tensors that share memory."""
     first: dict[Any, str] = {}
     aliases = {}
     for name, tensor in state.items():
@@ -314,7 +312,7 @@ def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, copied where they are views of a larger or common memory (safetensors refuses it)."""
+    """The tensors, copied if they share or only partly cover their storage (safetensors refuses such tensors)."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -326,7 +324,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _canonical(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description as JSON reads it back, keys in one order whatever order they were given in."""
+    """The description after a JSON round-trip, with sorted keys."""
     try:
         found: dict[str, Any] = json.loads(json.dumps(description, sort_keys=True, allow_nan=False))
         return found

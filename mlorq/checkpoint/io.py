@@ -1,7 +1,4 @@
-"""Compressed models in folders, or at any fsspec URL: written, loaded, inspected.
-
-What the two files hold is in ``checkpoint_files.py``.
-"""
+"""Writing, loading and inspection of checkpoints in folders or at fsspec URLs; ``format`` defines the two files."""
 
 from __future__ import annotations
 
@@ -35,9 +32,10 @@ Location = str | os.PathLike[str]
 
 
 def save(files: Mapping[str, bytes], location: Location) -> None:
-    """Write a checkpoint's files into a folder, made where needed; other files there are left alone.
+    """Write a checkpoint's files into a folder, which is created if missing; other files in it are kept.
 
-    An older ``config.json`` is removed first and the new one comes last: a folder is never half of each.
+    An older ``config.json`` is removed first and the new one is written last, so that the folder never mixes files of
+    two checkpoints.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -56,17 +54,17 @@ def save(files: Mapping[str, bytes], location: Location) -> None:
 def load(location: Location, model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """The compressed model of a checkpoint, in eval mode.
 
-    Its outputs are those of the module that was saved, bit for bit on one device.
+    On the same device its outputs are bitwise equal to those of the saved module.
 
     Args:
         location: folder or fsspec URL.
-        model: a float instance of the architecture, of which a copy is filled; needed where the architecture is
-            the user's own code, taken instead of the rebuilt one elsewhere.
-        device: where the model is moved to.
+        model: a float instance of the architecture, which is copied before the layers are replaced; required if the
+            architecture is user code. By default the architecture is rebuilt from ``config.json``.
+        device: device of the returned model.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or does not fit the model; it names the file,
-            layer or tensor at fault.
+        CheckpointError: the checkpoint is missing or damaged, or does not fit the model; the message names the file,
+            layer or tensor.
     """
     config, entries = _read_config(location)
     if model is not None:
@@ -91,14 +89,14 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
 
 
 def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
-    """The state dict of the float architecture with dense weights, from the files alone: no module is built.
+    """The state dict of the float architecture with dequantized weights, from the files without building a module.
 
     Returns:
-        The tensors by name, in the dtype in which each layer computes, and whether quantizers of activations were left
-        out.
+        The tensors by name, weights in the dtype in which their layers compute, and whether the checkpoint has
+        activation quantizers, which are left out.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged; it names the file, layer or tensor at fault.
+        CheckpointError: the checkpoint is missing or damaged; the message names the file, layer or tensor.
     """
     config, entries = _read_config(location)
     tensors = _read_tensors(location)
@@ -117,14 +115,13 @@ def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
 
 
 def inspect(location: Location) -> dict[str, Any]:
-    """What a checkpoint holds: its ``config.json``, with ``files`` (bytes of each), ``file_bytes`` and ``rest`` added.
+    """The contents of ``config.json``, with ``files`` (bytes of each), ``file_bytes`` (their sum) and ``rest`` added.
 
-    ``rest`` is what stays float, in bytes by kind (``mlorq.checkpoint.float_sizes``).
-
-    Only ``config.json`` and the header of ``model.safetensors`` are read; all sizes are held against the files.
+    ``rest`` has the bytes of the tensors that stay float, by kind (``mlorq.checkpoint.float_sizes``). Only
+    ``config.json`` and the header of ``model.safetensors`` are read, and all sizes are compared with the files.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or a size in ``config.json`` is not true.
+        CheckpointError: the checkpoint is missing or damaged, or a size in ``config.json`` is wrong.
     """
     config, entries = _read_config(location)
     fs, root = _open(location)
@@ -138,21 +135,21 @@ def inspect(location: Location) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {location}: {TENSORS} is damaged: {error}") from error
     tensor_bytes = max((end for _, end in spans.values()), default=0)
-    _agree(location, f"{TENSORS} has", files[TENSORS], 8 + length + tensor_bytes)
+    _check_size(location, f"{TENSORS} has", files[TENSORS], 8 + length + tensor_bytes)
     for entry in entries:
         stored = sum(sizes.get(name, 0) for name in entry.tensor_names(entry.layer))
-        _agree(location, f"layer {entry.layer!r} has", stored, entry.bytes)
+        _check_size(location, f"layer {entry.layer!r} has", stored, entry.bytes)
     rest_bytes = tensor_bytes - sum(entry.bytes for entry in entries)
-    true = sizes_of(entries, rest_bytes, sum(files.values()) - tensor_bytes)
-    for key, value in true.items():
-        _agree(location, f"sizes.{key} is", value, config["sizes"].get(key))
+    actual_sizes = sizes_of(entries, rest_bytes, sum(files.values()) - tensor_bytes)
+    for key, value in actual_sizes.items():
+        _check_size(location, f"sizes.{key} is", value, config["sizes"].get(key))
     taken = {name for entry in entries for name in entry.tensor_names(entry.layer)}
     rest = {name: TensorSize(shapes[name], size) for name, size in sizes.items() if name not in taken}
     return {**config, "files": files, "file_bytes": sum(files.values()), "rest": rest_by_kind(rest)}
 
 
 def _install(module: nn.Module, entry: LayerEntry) -> None:
-    """Replace one layer of a float model by an empty compressed one."""
+    """Replace a layer of a float model by an empty compressed one."""
 
     def make(layer: nn.Module, path: str) -> CompressedModule:
         cls = compressed_class(layer, path)
@@ -160,8 +157,8 @@ def _install(module: nn.Module, entry: LayerEntry) -> None:
         assert isinstance(weight, Tensor)
         if cls.kind != entry.kind or tuple(weight.shape) != entry.shape:
             raise CheckpointError(
-                f"layer {path!r} of the model is {cls.kind} {tuple(weight.shape)}, "
-                f"that of the checkpoint {entry.kind} {entry.shape}"
+                f"layer {path!r} is {cls.kind} {tuple(weight.shape)} in the model, "
+                f"but {entry.kind} {entry.shape} in the checkpoint"
             )
         new = cls.placeholder(layer, path, entry.candidate, entry.zero_point)
         new.compute_dtype = dtype_of(entry.dtype)
@@ -173,12 +170,12 @@ def _install(module: nn.Module, entry: LayerEntry) -> None:
 def _fill(
     module: nn.Module, tensors: Mapping[str, Tensor], entries: Sequence[LayerEntry], config: Mapping[str, Any]
 ) -> None:
-    """Load the tensors into a model with compressed layers; all must be there, and nothing else."""
+    """Load the tensors into a model with compressed layers; their names must be exactly the model's."""
     quantized = {name for entry in entries for name in entry.tensor_names(entry.layer)}
     given = _named_tensors(tensors, entries, config["aliases"])
     expected = tensor_state(module)
-    _require_names("lacks tensors that the model has", set(expected) - set(given))
-    _require_names("has tensors that the model lacks", set(given) - set(expected))
+    _refuse_names("lacks tensors that the model has", set(expected) - set(given))
+    _refuse_names("has tensors that the model lacks", set(given) - set(expected))
     held: dict[int, Tensor] = {}
     for name, target in expected.items():
         value = given[name]
@@ -188,7 +185,7 @@ def _fill(
         if value.dtype != target.dtype:
             target.data = target.data.to(value.dtype)
     for name, buffer in module.named_buffers(remove_duplicate=False):
-        if name in config["buffers"]:  # not stored, but cast with the model that was saved
+        if name in config["buffers"]:  # not stored, but cast like those of the saved model
             buffer.data = buffer.data.to(dtype_of(config["buffers"][name]))
     module.load_state_dict(given, strict=True)
 
@@ -196,7 +193,7 @@ def _fill(
 def _named_tensors(
     tensors: Mapping[str, Tensor], entries: Sequence[LayerEntry], aliases: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Stored tensors by all names that they have in the model."""
+    """Stored tensors by all of their names in the model."""
     stored_as = dict(aliases)
     for entry in entries:
         for path in entry.aliases:
@@ -204,21 +201,28 @@ def _named_tensors(
     return dict(tensors) | {name: tensors[stored] for name, stored in stored_as.items() if stored in tensors}
 
 
-def _require_names(problem: str, names: set[str]) -> None:
+def _refuse_names(problem: str, names: set[str]) -> None:
     if names:
         shown = ", ".join(repr(name) for name in sorted(names)[:5]) + (", …" if len(names) > 5 else "")
         raise CheckpointError(f"{TENSORS} {problem}: {shown}")
 
 
 def _fault(value: Tensor, target: Tensor, first: Tensor, *, is_quantized: bool) -> str | None:
-    """Why a stored tensor does not fit the model's; ``first`` is the first one stored for the same tensor there."""
+    """Mismatch of a stored tensor and the model's, or None.
+
+    Args:
+        value: the stored tensor.
+        target: the model's tensor of that name.
+        first: the first stored tensor of those that share ``target``.
+        is_quantized: whether it is part of a compressed layer, whose dtypes must be equal.
+    """
     floating = value.is_floating_point() and target.is_floating_point()
     if value.shape != target.shape:
-        return f"has shape {tuple(value.shape)}, the model's {tuple(target.shape)}"
+        return f"has shape {tuple(value.shape)}; the model needs {tuple(target.shape)}"
     if value.dtype != target.dtype and (not floating or is_quantized):
-        return f"is {value.dtype}, the model's {target.dtype}"
+        return f"is {value.dtype}; the model needs {target.dtype}"
     if is_quantized and floating and not (value.isfinite() & (value > 0)).all():
-        return "holds scales that are not positive and finite"
+        return "has scales that are not positive and finite"
     if first is not value and not torch.equal(first, value):
         return "is shared in the model but not in the checkpoint"
     return None
@@ -241,22 +245,22 @@ def _read_config(location: Location) -> tuple[dict[str, Any], list[LayerEntry]]:
             types = {"architecture": dict, "sizes": dict, "aliases": dict, "buffers": dict}
             wrong = [key for key, kind in types.items() if not isinstance(config[key], kind)]
             if wrong:
-                raise ValueError(f"{wrong} are not what they should be")
+                raise ValueError(f"{', '.join(wrong)} must be an object")
             for dtype in config["buffers"].values():
                 dtype_of(dtype)
             ActivationPlan.from_json(config.get("activations") or {"sites": [], "folds": []}).check()
             return config, [LayerEntry.from_json(row) for row in config["layers"]]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"checkpoint {location}: {CONFIG} is damaged: {reason}") from error
     raise CheckpointError(
-        f"checkpoint {location} has format version {version!r}; this software reads version {FORMAT_VERSION}"
+        f"checkpoint {location} has format version {version!r}; this version of mlorq reads {FORMAT_VERSION}"
     )
 
 
-def _agree(location: Location, what: str, true: int, said: Any) -> None:
-    if true != said:
-        raise CheckpointError(f"checkpoint {location} is damaged: {what} {true} bytes, not the {said} it should")
+def _check_size(location: Location, subject: str, actual: int, expected: Any) -> None:
+    if actual != expected:
+        raise CheckpointError(f"checkpoint {location} is damaged: {subject} {actual} bytes instead of {expected}")
 
 
 # -- files and names ----------------------------------------------------------------------------------------
@@ -275,7 +279,7 @@ def _read(location: Location, name: str) -> bytes:
     try:
         return bytes(fs.cat_file(posixpath.join(root, name)))
     except (FileNotFoundError, NotADirectoryError) as error:
-        there = f"the folder has no {name}" if fs.isdir(root) else "there is no such folder"
+        there = f"the folder has no {name}" if fs.isdir(root) else "the folder does not exist"
         raise CheckpointError(f"checkpoint {location}: {there}") from error
     except OSError as error:
         raise CheckpointError(f"checkpoint {location}: {name} cannot be read: {error}") from error

@@ -1,11 +1,12 @@
 """Calibration and evaluation data: one file per source, each a record in the registry ``SOURCES``.
 
-``source`` says what a source is and has the keys that several share; ``base`` has what one gives, a ``Dataset``.
-``images`` makes batches of images for classifiers, ``coco_images`` for detectors, ``texts`` of texts, and ``memory``
-takes batches as they are. ``choose`` picks samples, ``model_inputs`` asks the model's family for preprocessing and
-tokenizers, and ``metrics`` and ``average_precision`` compare outputs with labels.
+``source`` defines sources and the keys that several of them share; ``base`` defines ``Dataset``, the result of loading
+one. ``images`` builds batches of images for classifiers, ``coco_images`` builds them for detectors, ``texts`` builds
+batches of tokens, and ``memory`` wraps batches that exist already. ``choose`` selects samples, ``model_inputs`` gets
+preprocessing and tokenizers from the model's family, and ``metrics`` and ``average_precision`` compare outputs with
+labels.
 
-The files of the sources are read for every command and import torch only when they load.
+Every command imports the modules of the sources; they import torch only when they load data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Average precision of boxes and masks by pycocotools, the reference implementation of COCO's metric."""
+"""Average precision of boxes and masks, by pycocotools, the reference implementation of COCO's metrics."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mlorq.errors import DataError
 from mlorq.models.detector import Detections
 
 KINDS = {"box": "bbox", "mask": "segm"}
-# The first six numbers of pycocotools' summary: over IoU 0.5 … 0.95, at 0.5, at 0.75, and by the objects' size.
+# The first six numbers of pycocotools' summary: AP at IoU 0.5:0.95, 0.5 and 0.75, and by object size.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 def result_rows(image: int, found: Detections, categories: Mapping[int, int]) -> list[dict[str, Any]]:
-    """Detections of one image as COCO result rows; labels without a category are left out.
+    """COCO result rows of the detections in one image; labels without a category are left out.
 
     Args:
-        image: its id.
-        found: in the image's pixels.
+        image: id of the image.
+        found: detections in pixels of the image.
         categories: ``{label: category id}``.
     """
     rows = []
@@ -43,16 +43,16 @@ def result_rows(image: int, found: Detections, categories: Mapping[int, int]) ->
 def average_precisions(
     truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], images: Iterable[int], *, masks: bool
 ) -> dict[str, float]:
-    """``box_ap``, ``box_ap50``, … and ``mask_ap``, …; sizes of which there are no objects are left out.
+    """``box_ap``, ``box_ap50``, … and ``mask_ap``, … in [0, 1], without those of sizes that have no objects.
 
     Args:
-        truth: COCO's instances: ``images``, ``annotations``, ``categories``.
-        results: COCO's result rows, with ``bbox`` and, for masks, ``segmentation``.
-        images: ids of the images that are looked at; rows of others are left out.
-        masks: whether there are masks.
+        truth: COCO instances: ``images``, ``annotations``, ``categories``.
+        results: COCO result rows, with ``bbox`` and, for masks, ``segmentation``.
+        images: ids of the images to evaluate; rows of others are left out.
+        masks: whether to compute the AP of masks too.
 
     Raises:
-        DataError: pycocotools is not installed, or refuses an annotation.
+        DataError: pycocotools is not installed, or cannot read an annotation.
     """
     PYCOCOTOOLS.require("average precision")
     from pycocotools.coco import COCO
@@ -63,14 +63,14 @@ def average_precisions(
     results = [row for row in results if row["image_id"] in wanted]
     found: dict[str, float] = {}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             known = COCO()
             known.dataset = _part(truth, chosen)
             known.createIndex()
             for name, kind in list(KINDS.items())[: 2 if masks else 1]:
                 figures = np.zeros(len(FIGURES))
                 if results:
-                    # Without the box, so that the areas of masks are those of their pixels.
+                    # Without the box, so that areas of masks are computed from their pixels.
                     kept = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
                     rows = known.loadRes([{key: row[key] for key in kept} for row in results])
                     evaluation = COCOeval(known, rows, kind)
@@ -87,7 +87,7 @@ def average_precisions(
 
 
 def _part(truth: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
-    """The annotations of some images; copies, since pycocotools writes into them."""
+    """The annotations of some images, copied because pycocotools modifies them."""
     wanted = set(images)
     return {
         "info": {},
@@ -98,7 +98,7 @@ def _part(truth: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
 
 
 def _sized(boxes: Tensor) -> list[list[float]]:
-    """Left, top, width and height."""
+    """Boxes as left, top, width and height, from corners ``(boxes, 4)``."""
     if not len(boxes):
         return []
     values = boxes.double().cpu()

@@ -1,4 +1,4 @@
-"""What a data source gives the rest of the library: batches that the model takes, a key, and a metric."""
+"""Data sets as sources return them: batches that the model takes, a key, and a metric."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ModelMetric = Callable[[nn.Module], dict[str, float]]
 
 @dataclass(frozen=True)
 class LabelCheck:
-    """The labels of a data set as its files have them, to be compared with the model before hours of work.
+    """Labels of a data set, compared with the model's outputs before hours of work.
 
     Attributes:
-        values: ``(samples,)`` class numbers, or a regressor's values.
-        where: names the file and row of a label.
-        classes: whether they are class numbers.
+        values: ``(samples,)`` class numbers, or target values of a regression.
+        where: maps the index of a label to the text that locates it in errors (file and row).
+        classes: whether the values are class numbers.
     """
 
     values: np.ndarray
@@ -36,14 +36,19 @@ class LabelCheck:
         """Compare the labels with a model's number of outputs.
 
         Raises:
-            DataError: names the first label that is out of range; or values meet a classifier, or classes a regressor.
+            DataError: a label is out of range (the first one is named), the labels are target values and the model is a
+                classifier, or they are classes and the model is a regressor.
         """
         if not self.classes:
             if outputs != 1:
-                raise DataError(f"{self.where(0)}: values as labels need a model with one output, this has {outputs}")
+                raise DataError(
+                    f"{self.where(0)}: the labels are values, which need a model with one output; this has {outputs}"
+                )
             return
         if outputs == 1:
-            raise DataError(f"{self.where(0)}: a model with one output has no classes; use metric pearson or spearman")
+            raise DataError(
+                f"{self.where(0)}: the labels are classes, but the model has one output; use metric pearson or spearman"
+            )
         wrong = np.flatnonzero((self.values < 0) | (self.values >= outputs))
         if len(wrong):
             label = int(self.values[wrong[0]])
@@ -53,7 +58,7 @@ class LabelCheck:
 
 
 def classes_of(model: FloatModel) -> int | None:
-    """How many classes a model tells apart (one: a regressor), as its library has it; None where that is not known."""
+    """Number of classes of a model according to its library: 1 for a regressor, None if unknown."""
     return FAMILIES[model.family].classes(model)
 
 
@@ -62,16 +67,16 @@ class Dataset:
     """Samples ready for the model.
 
     Attributes:
-        batches: what the model takes, on the CPU, in a fixed order.
-        samples: how many samples they hold in all.
-        key: hash of the samples (contents, labels, preprocessing, batching); never of paths.
-        metric_name: the metric that stands for the task (``accuracy``, ``spearman`` …); None without labels.
+        batches: inputs of the model, on the CPU, in a fixed order.
+        samples: number of samples in all batches.
+        key: hash of the samples (contents, labels, preprocessing, batching), independent of paths.
+        metric_name: the task's main metric (``accuracy``, ``spearman`` …); None without labels.
         metric: maps f(x) of all samples, ``(samples, outputs)``, to ``{name: value}``; None without labels.
-        evaluate: called with the model instead of ``metric``: user code, whose results are reported as they are, or a
+        evaluate: called with the model instead of ``metric``: user code, whose results are reported unchanged, or a
             metric that needs more than f(x), such as a detector's average precision.
-        labels: of calibration data, ``(samples,)`` per batch: class numbers (int64) or a regressor's values (float);
-            None where there are none.
-        label_check: compares the labels with the model; None where there are none, or they stand for no output.
+        labels: of calibration data, ``(samples,)`` per batch: class numbers (int64) or target values of a regression
+            (float); None without labels.
+        label_check: compares the labels with the model; None without labels, or if they do not correspond to outputs.
     """
 
     batches: Sequence[Batch]
@@ -84,10 +89,10 @@ class Dataset:
     label_check: LabelCheck | None = None
 
     def check_labels(self, model: FloatModel) -> None:
-        """Refuse labels that the model cannot give, as far as its number of classes is known.
+        """Refuse labels that the model cannot predict, if its number of classes is known.
 
         Raises:
-            DataError: names the file and row of the first one.
+            DataError: a label does not fit; the first one's file and row are named.
         """
         if self.label_check is not None and (outputs := classes_of(model)) is not None:
             self.label_check.check(outputs)

@@ -1,7 +1,7 @@
-"""Which samples of a source are used: a seeded choice of some, or an explicit list, and where Parquet shards are.
+"""Selection of a source's files and samples: a seeded choice, an explicit list, and the Parquet shards of a split.
 
-A list is a text file with one sample per line, by its name or by its row number. Row numbers are those that errors
-name: they count from 1 and, in a CSV or TSV file, the header is row 1.
+A list is a text file that gives one sample per line, by its name or by its row number. Row numbers are the same as in
+error messages: they count from 1, and the header of a CSV or TSV file is row 1.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from mlorq.artifacts.locations import resolve_location
 from mlorq.data.source import ListSettings
 from mlorq.errors import DataError
 
-READERS = 8  # threads that wait for a file system
+READERS = 8  # threads that read files
 
 
-def seeded_choice(count: int, samples: int | None, seed: int, origin: str, what: str = "") -> Sequence[int]:
-    """Indices of ``samples`` of ``count`` things, in order; all of them for None.
+def seeded_choice(count: int, samples: int | None, seed: int, origin: str, kind: str = "") -> Sequence[int]:
+    """Indices of a random choice of samples, in ascending order; all indices if ``samples`` is None.
 
     Args:
-        count: how many there are.
-        samples: how many are wanted.
+        count: number of samples to choose from.
+        samples: number of samples to choose.
         seed: of the choice.
-        origin: where they are from, for the error.
-        what: what they are, for the error.
+        origin: the data set's name in the error.
+        kind: what is counted, in the error, with a space before it.
 
     Raises:
-        DataError: there are fewer.
+        DataError: ``count`` is less than ``samples``.
     """
     if samples is None:
         return range(count)
     if samples > count:
-        raise DataError(f"{origin}: {samples} samples are asked for, there are {count}{what}")
+        raise DataError(f"{origin}: {samples} samples are requested, but there are only {count}{kind}")
     import numpy as np
 
     picked: list[int] = np.sort(np.random.default_rng(seed).choice(count, samples, replace=False)).tolist()
@@ -44,10 +44,10 @@ def seeded_choice(count: int, samples: int | None, seed: int, origin: str, what:
 
 
 def listed_samples(settings: ListSettings, folder: str) -> tuple[str, list[str]] | None:
-    """Where a source's list is, and its lines; None without a list.
+    """Location and lines of a source's list of samples; None without a list.
 
     Raises:
-        DataError: the file is missing, not text, or empty, or names a sample twice.
+        DataError: the file is missing, not text, or empty, or lists a sample twice.
     """
     if settings.list is None:
         return None
@@ -65,20 +65,20 @@ def listed_samples(settings: ListSettings, folder: str) -> tuple[str, list[str]]
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise DataError(f"list {location} names {twice!r} twice")
+        raise DataError(f"list {location} contains {twice!r} twice")
     return location, names
 
 
 def indices_of(listed: tuple[str, list[str]], known: Mapping[str, int], origin: str) -> list[int]:
-    """Where the samples of a list are, in the list's order.
+    """Indices of a list's samples, in the order of the list.
 
     Args:
-        listed: the list's place and lines.
+        listed: location and lines of the list.
         known: ``{name or row number: index}``.
-        origin: of the samples, for the error.
+        origin: the data set's name in the error.
 
     Raises:
-        DataError: names the first sample that is not there.
+        DataError: a sample is missing; the first one is named.
     """
     location, names = listed
     for name in names:
@@ -88,18 +88,18 @@ def indices_of(listed: tuple[str, list[str]], known: Mapping[str, int], origin: 
 
 
 def row_names(numbers: Sequence[int]) -> dict[str, int]:
-    """``{row number: index}`` of rows that have no names."""
+    """``{row number: index}`` for rows without names."""
     return {str(number): index for index, number in enumerate(numbers)}
 
 
 def parquet_files(location: str, split: str | None) -> tuple[Any, list[str]]:
     """The Parquet files of a location, sorted, with their file system.
 
-    A location is one file, a folder of shards or a glob. A split's shards are told by their names, as the hub writes
-    them (``validation-00000-of-00002.parquet``, ``validation.parquet``), or by a folder of the split's name.
+    A location is one file, a folder of shards or a glob. Shards belong to a split if their file names begin with it, as
+    on the hub (``validation-00000-of-00002.parquet``, ``validation.parquet``), or if a folder has the split's name.
 
     Raises:
-        DataError: there are none, or none of that split.
+        DataError: the location does not exist, or has no Parquet files (of that split).
     """
     fs, path = url_to_fs(location)
     if any(mark in path for mark in "*?["):
@@ -124,13 +124,26 @@ def parquet_files(location: str, split: str | None) -> tuple[Any, list[str]]:
 
 
 def _splits_of(name: str) -> list[str]:
-    """What a shard's split may be called: by its file name, then by the folders that it is in."""
+    """Possible names of a shard's split: from its file name, then from its folders."""
     *folders, file = name.split("/")
     return [re.sub(r"(-\d+-of-\d+.*)?\.parquet$", "", file), *folders]
 
 
+def read_image(fs: Any, path: str) -> bytes:
+    """The encoded bytes of an image file.
+
+    Raises:
+        DataError: the file does not exist.
+    """
+    try:
+        data: bytes = fs.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"image {path} does not exist") from None
+    return data
+
+
 def before_glob(location: str | None) -> str | None:
-    """The folder that a glob starts from; other locations as they are."""
+    """The folder before a glob's first pattern; other locations unchanged."""
     if location is None or not re.search(r"[*?\[]", location):
         return location
     return re.split(r"[*?\[]", location, maxsplit=1)[0].rpartition("/")[0] or "."

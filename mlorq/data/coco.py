@@ -1,4 +1,4 @@
-"""Images with COCO instance annotations, for detectors."""
+"""Source ``coco``: images with COCO instance annotations, for detectors."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 class CocoSettings(BatchSettings, SamplesSettings, MetricSettings, RootSettings):
     """Keys of images with COCO annotations."""
 
-    annotations: str | None = Field(None, description="instances JSON, local path or fsspec URL")
+    annotations: str | None = Field(None, description="JSON file of COCO instances, local path or fsspec URL")
 
 
 class CocoSource(DataSource[CocoSettings]):
-    """Images with COCO annotations; pycocotools computes their metric."""
+    """Images with COCO annotations; pycocotools computes the metrics."""
 
     name = "coco"
     settings = CocoSettings
@@ -43,7 +43,7 @@ class CocoSource(DataSource[CocoSettings]):
         return settings.root, settings.annotations
 
     def load(self, settings: CocoSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """Images as batches of the model's detector; for evaluation with box and mask AP."""
+        """Load images as batches for a detector; evaluation data has box AP and mask AP. See ``DataSource.load``."""
         from mlorq.data.coco_images import coco_dataset
 
         detector = model_inputs.detector(model, folder, self.name)

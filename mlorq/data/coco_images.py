@@ -1,9 +1,9 @@
-"""Images with COCO instance annotations, for detectors: batches for f(x), and average precision of real detection.
+"""Images with COCO instance annotations, for detectors: batches for f(x), and average precision of the full detector.
 
-A batch holds images that are resized one by one and padded to one size; images are ordered by their shape, so that
-little of a batch is padding. Calibration ignores the labels. Evaluation runs the whole detector, including non-maximum
-suppression, over every image; the output NMSE is measured on at most ``NMSE_SAMPLES`` of them, because f(x) of
-thousands of images would take gigabytes.
+The images of a batch are resized one by one and padded to one size; images are sorted by aspect ratio, so that batches
+need little padding. Calibration ignores the labels. Evaluation runs the whole detector, including non-maximum
+suppression, on every image; the output NMSE is measured on about ``NMSE_SAMPLES`` of them, because f(x) of thousands of
+images would take gigabytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from fsspec.core import url_to_fs
 from torch import nn
@@ -25,7 +24,7 @@ from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.data.base import Dataset
-from mlorq.data.choose import READERS
+from mlorq.data.choose import READERS, read_image, seeded_choice
 from mlorq.data.coco import CocoSettings
 from mlorq.data.metrics import DETECTION
 from mlorq.data.packages import PYCOCOTOOLS
@@ -34,7 +33,7 @@ from mlorq.errors import DataError
 from mlorq.models.base import move_batch
 from mlorq.models.detector import Detector
 
-NMSE_SAMPLES = 128
+NMSE_SAMPLES = 128  # rounded down to whole batches, at least one
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,19 @@ class _Image:
 def coco_dataset(
     settings: CocoSettings, detector: Detector, role: Role, model: ModelSettings, folder: str, seed: int
 ) -> Dataset:
-    """Images as batches of the model's detector; for evaluation with box and mask AP.
+    """A data set of batches for a detector; evaluation data has box AP and mask AP.
 
     Args:
-        settings: of the source.
-        detector: of the model.
+        settings: keys of the source.
+        detector: preprocessing and postprocessing of the model.
         role: calibration or evaluation.
-        model: the model section, whose task is part of the key.
-        folder: where relative paths start.
+        model: the ``model`` section, whose task is part of the key.
+        folder: base of relative paths.
         seed: of the choice of samples.
 
     Raises:
-        DataError: the annotations or an image are missing or malformed, or their categories are not the model's.
+        DataError: the annotations or an image are missing or malformed, the categories or the metric do not fit the
+            model, or pycocotools is not installed.
     """
     assert settings.root is not None
     assert settings.annotations is not None
@@ -76,7 +76,7 @@ def coco_dataset(
     if not fs.isdir(path):
         raise DataError(f"image folder {root} does not exist")
     with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(lambda image: _read(fs, posixpath.join(path, image.path)), images))
+        contents = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
     images = [
         _Image(image.id, image.path, image.height, image.width, data)
         for image, data in zip(images, contents, strict=True)
@@ -109,7 +109,7 @@ def coco_dataset(
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Runs a module over all images and compares what it finds with the annotations."""
+    """Average precision of a module's detections in all images."""
 
     batches: _LazyBatches
     detector: Detector
@@ -131,21 +131,21 @@ class _Evaluation:
 
 
 class _LazyBatches(Sequence[Any]):
-    """Decoded and preprocessed when they are asked for; kept where ``keep`` is set, for data that is run many times."""
+    """Batches decoded and preprocessed on access; kept afterwards if ``keep``, for data that is used many times."""
 
     def __init__(self, images: Sequence[_Image], detector: Detector, size: int, *, keep: bool = False) -> None:
-        # By shape, then by id: landscapes first.
+        # By aspect ratio, landscapes first, then by id.
         self.images = sorted(images, key=lambda image: (image.height / image.width, image.id))
         self._detector, self._size, self._keep = detector, size, keep
         self._kept: dict[int, Any] = {}
 
     @property
     def samples(self) -> int:
-        """Images in all batches."""
+        """Number of images in all batches."""
         return len(self.images)
 
     def spread(self, batches: int) -> _LazyBatches:
-        """Some of the batches, spread evenly."""
+        """``batches`` of the batches, evenly spaced."""
         picked = [int((index + 0.5) * len(self) / batches) for index in range(batches)]
         return _LazyBatches([image for index in picked for image in self.images_of(index)], self._detector, self._size)
 
@@ -171,10 +171,11 @@ class _LazyBatches(Sequence[Any]):
 
 
 def read_annotations(location: str) -> dict[str, Any]:
-    """COCO's instances file, checked as far as images and categories are concerned.
+    """The contents of a file of COCO instances, with references to images and categories checked.
 
     Raises:
-        DataError: the file is missing, is not JSON, lacks a part, or names an image or category that it does not list.
+        DataError: the file is missing, is not JSON, lacks a list, or refers to an image or category that it does not
+            list.
     """
     fs, path = url_to_fs(location)
     try:
@@ -193,14 +194,14 @@ def read_annotations(location: str) -> dict[str, Any]:
             if row["category_id"] not in categories:
                 raise DataError(
                     f"annotations {location}: annotation {row['id']} has category {row['category_id']}, which is not "
-                    "among the categories"
+                    "listed"
                 )
             if row["image_id"] not in images:
                 raise DataError(
-                    f"annotations {location}: annotation {row['id']} is of image {row['image_id']}, which is not listed"
+                    f"annotations {location}: annotation {row['id']} has image {row['image_id']}, which is not listed"
                 )
     except (KeyError, TypeError) as error:
-        raise DataError(f"annotations {location}: an entry has no {error}") from error
+        raise DataError(f"annotations {location}: an entry lacks {error}") from error
     return truth
 
 
@@ -208,28 +209,15 @@ def _image(row: Mapping[str, Any], location: str) -> _Image:
     try:
         return _Image(int(row["id"]), str(row["file_name"]), int(row["height"]), int(row["width"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"annotations {location}: image {row.get('id')} has no proper {error}") from error
+        raise DataError(f"annotations {location}: image {row.get('id')} is malformed: {error}") from error
 
 
 def _choose(images: list[_Image], samples: int | None, seed: int, location: str) -> list[_Image]:
-    """All images, or a seeded choice, by id."""
+    """All images or a seeded choice of them, sorted by id."""
     images = sorted(images, key=lambda image: image.id)
     if not images:
         raise DataError(f"annotations {location} list no images")
-    if samples is None:
-        return images
-    if samples > len(images):
-        raise DataError(f"annotations {location}: {samples} samples are asked for, there are {len(images)} images")
-    picked = np.sort(np.random.default_rng(seed).choice(len(images), samples, replace=False))
-    return [images[index] for index in picked]
-
-
-def _read(fs: Any, path: str) -> bytes:
-    try:
-        data: bytes = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"image {path} does not exist") from None
-    return data
+    return [images[index] for index in seeded_choice(len(images), samples, seed, f"annotations {location}", " images")]
 
 
 def _decode(image: _Image) -> Any:
@@ -242,5 +230,7 @@ def _decode(image: _Image) -> Any:
         raise DataError(f"image {image.path} cannot be decoded: {error}") from error
     if found.size != (image.width, image.height):
         width, height = found.size
-        raise DataError(f"image {image.path} is {width} × {height}, the annotations say {image.width} × {image.height}")
+        raise DataError(
+            f"image {image.path} is {width} × {height}, but {image.width} × {image.height} in the annotations"
+        )
     return found

@@ -1,4 +1,4 @@
-"""Columns of CSV, TSV and Parquet tables, with the numbers that their rows have in the file."""
+"""Columns of CSV, TSV and Parquet tables, with the row numbers in the file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from mlorq.errors import DataError
 
 
 def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | str, list[Any]], Sequence[int]]:
-    """Columns of a table, by number where it has no header, else by name, and the number of each row in the file.
+    """Columns of a table, and the number of each row in the file, counted from 1.
+
+    Args:
+        location: local path or fsspec URL.
+        names: columns by name, or by number from 0. A CSV or TSV table has a header if any of them is a name.
 
     Raises:
-        DataError: the file is missing or empty, or has no such column.
+        DataError: the file is missing, empty or malformed, or a column is missing.
     """
     fs, path = url_to_fs(location)
     try:
@@ -46,11 +50,11 @@ def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | 
 def _delimited(
     location: str, data: bytes, tabs: bool, names: Sequence[int | str]
 ) -> tuple[dict[int | str, list[Any]], list[int]]:
-    # Quotes are text in tab-separated files (GLUE's), and delimiters of fields in comma-separated ones.
+    # In tab-separated files (GLUE) quotes are part of the text; in comma-separated ones they delimit fields.
     quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig")), delimiter="\t" if tabs else ",", quoting=quoting)
-        rows = [(number, row) for number, row in enumerate(reader, 1) if row]  # blank lines hold nothing
+        rows = [(number, row) for number, row in enumerate(reader, 1) if row]  # skips blank lines
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"table {location} cannot be read: {error}") from error
     if not rows:
@@ -67,7 +71,9 @@ def _delimited(
         values = []
         for number, row in rows:
             if column >= len(row):
-                raise DataError(f"table {location}, row {number}: there is no column {name!r}, only {len(row)} columns")
+                raise DataError(
+                    f"table {location}, row {number}: column {name!r} is missing; the row has {len(row)} columns"
+                )
             values.append(row[column])
         found[name] = values
     return found, [number for number, _ in rows]

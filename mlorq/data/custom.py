@@ -1,4 +1,4 @@
-"""Data from the user's own code, named as ``package:function``."""
+"""Source ``custom``: data from user code, given as ``package:function``."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
 
 
 NAME = "custom"
-IN_MEMORY = {"source": NAME, "factory": "given:in_memory"}  # the section where data is passed in
+IN_MEMORY = {"source": NAME, "factory": "given:in_memory"}  # the section if the caller passes the data
 
 
 class CustomSettings(MetricSettings):
-    """Keys of data from the user's own code."""
+    """Keys of data from user code."""
 
     factory: str | None = Field(
         None,
-        description="package:function; for calibration it returns batches, for evaluation it is called with the model "
-        "and returns a dict of metrics",
+        description="package:function; for calibration it returns batches, for evaluation it takes the model and "
+        "returns a dict of metrics",
     )
     batches: Annotated[str | None, RefusedElsewhere()] = Field(
         None,
-        description="for evaluation: package:function that returns held-out batches, on which the output NMSE is "
-        "measured; without it, on the calibration data",
+        description="for evaluation: package:function that returns held-out batches for the output NMSE; default: the "
+        "calibration data",
     )
 
 
 class CustomSource(DataSource[CustomSettings]):
-    """Batches, or an evaluation, of the user's own functions."""
+    """Batches or an evaluation from user functions."""
 
     name = NAME
     settings = CustomSettings
     needed = ("factory",)
 
     def check_role(self, settings: CustomSettings, role: Role) -> None:
-        """Refuse a second function of batches for calibration."""
+        """Refuse ``batches`` for calibration."""
         if role == "calibration" and settings.batches is not None:
-            raise ValueError("batches: the batches of calibration are what its factory returns")
+            raise ValueError("batches is for evaluation: the factory of calibration returns its batches; leave it out")
 
     def load(self, settings: CustomSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """Calibration: call the function for its batches. Evaluation: keep it, to be called with the model.
+        """Load calibration batches from the function, or store it as the evaluation of a model.
 
-        The key of an evaluation function is its name and source text; code that it calls is not part of it. The
-        optional batches are those that the output NMSE is measured on.
+        The key of an evaluation function covers its name and source text, but not the code that it calls. The optional
+        ``batches`` are for the output NMSE.
         """
         import torch
 
@@ -75,7 +75,9 @@ class CustomSource(DataSource[CustomSettings]):
             try:
                 return {str(name): float(value) for name, value in values.items()}
             except (TypeError, ValueError, RuntimeError) as error:
-                raise DataError(f"factory {factory!r} returned no numbers: {describe_error(error)}") from error
+                raise DataError(
+                    f"factory {factory!r} returned other values than numbers: {describe_error(error)}"
+                ) from error
 
         try:
             text = inspect.getsource(function)
@@ -90,7 +92,13 @@ class CustomSource(DataSource[CustomSettings]):
 
 
 def _batches(key: str, named: str, folder: str) -> list[Any]:
-    """What the function named by a key of the configuration returns."""
+    """The batches that a configured function returns.
+
+    Args:
+        key: the configuration key, for errors.
+        named: ``package:function``.
+        folder: from which modules are imported too.
+    """
     from torch import Tensor
 
     from mlorq.models.custom import describe_error, import_function, importable

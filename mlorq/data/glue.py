@@ -1,10 +1,10 @@
-"""The tasks of GLUE by name: each has its own text columns, classes and metrics (Wang et al. 2018, arXiv 1804.07461).
+"""GLUE tasks by name, each with its text columns, classes and metrics (Wang et al. 2018, arXiv 1804.07461).
 
-They come from the hub through the ``datasets`` library, or from a local copy: a file, a folder of the hub's Parquet
-shards (``sst2/validation-00000-of-00001.parquet``), or what ``datasets`` saved to disk.
+The data is loaded from the hub with the ``datasets`` library, or from a local copy: a file, a folder of the hub's
+Parquet shards (``sst2/validation-00000-of-00001.parquet``), or a folder written by ``save_to_disk`` of ``datasets``.
 
-Classes are those of the hub's copy. Many models of NLI number theirs another way; where a model's configuration names
-its classes as the task does, they are matched by name.
+Class numbers are those of the hub's copy. Many NLI models number the classes differently; if a model's configuration
+names its classes as the task does, classes are matched by name.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 HUB = "nyu-mll/glue"
 DATASETS = OptionalPackage("datasets", "hub")
 LABEL = "label"
-HIDDEN = -1  # the label of test splits
+HIDDEN = -1  # the label in test splits, whose labels are secret
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of GLUE.
+    """A GLUE task.
 
     Attributes:
-        text: its text columns.
-        metrics: the one that stands for it first, as in the paper's table of tasks.
-        classes: their names in the order of the hub's class numbers; empty: labels are values.
-        validation: splits of evaluation data, with what the metric's name ends in.
+        text: names of its text columns.
+        metrics: names of its metrics, the main one first (Table 1 of the paper).
+        classes: names in the order of the hub's class numbers; empty for a regression.
+        validation: splits of the evaluation data, with the suffix of the metric's name.
     """
 
     text: tuple[str, ...]
@@ -83,13 +83,13 @@ else:
 
 
 class GlueSettings(TextSettings, SplitSettings, PathSettings):
-    """Keys of a task of GLUE."""
+    """Keys of a GLUE task."""
 
-    task: TaskName | None = Field(None, description="the task; decides on text columns and metrics")
+    task: TaskName | None = Field(None, description="GLUE task; it sets the text columns and metrics")
 
 
 class GlueSource(DataSource[GlueSettings]):
-    """A task of GLUE, from the hub or a local copy."""
+    """A GLUE task, from the hub or a local copy."""
 
     name = "glue"
     settings = GlueSettings
@@ -97,23 +97,23 @@ class GlueSource(DataSource[GlueSettings]):
     package = DATASETS
 
     def check(self, section: Settings) -> None:
-        """Refuse columns: a task has its own."""
+        """Refuse column names: the task sets them."""
         super().check(section)
         for key in ("text", "label"):
             if getattr(section, key, None) is not None:
                 task = getattr(section, "task", None)
-                raise ValueError(f"{key} is not for source glue: task {task!r} knows its own columns")
+                raise ValueError(f"{key} is not for source glue: task {task!r} sets its columns; leave {key} out")
 
     def locations(self, settings: GlueSettings) -> Sequence[str | None]:
         """The local copy and the list of samples."""
         return before_glob(settings.path), settings.list
 
     def from_hub(self, settings: GlueSettings) -> bool:
-        """Unless there is a local copy."""
+        """Whether no local copy is given."""
         return settings.path is None
 
     def load(self, settings: GlueSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """The texts of a task's split, its labels and its metrics."""
+        """Load texts, labels and metrics of a task's split; see ``DataSource.load``."""
         import numpy as np
 
         from mlorq.data.texts import Rows, checked_texts, text_dataset
@@ -125,14 +125,14 @@ class GlueSource(DataSource[GlueSettings]):
         metrics = _metrics(settings, task)
         if pairs and role == "evaluation" and task.classes:
             raise DataError(
-                f"GLUE task {settings.task!r} has classes, which a sentence encoder does not tell; choose stsb"
+                f"GLUE task {settings.task!r} is a classification, which a sentence encoder cannot do; choose stsb"
             )
         splits: Sequence[tuple[str, str]] = [("train", "")] if role == "calibration" else task.validation
         if settings.split:
             splits = [(settings.split, "")]
         location = None if settings.path is None else resolve_location(settings.path, folder)
         if location is not None and settings.split is None and url_to_fs(location)[0].isfile(url_to_fs(location)[1]):
-            splits = [(splits[0][0], "")]  # one file is one split
+            splits = [(splits[0][0], "")]  # a file holds one split
         read = [_read(settings.task, split, location) for split, _ in splits]
         sizes = [len(columns[LABEL]) for columns in read]
         starts = np.cumsum([0, *sizes])
@@ -158,7 +158,7 @@ class GlueSource(DataSource[GlueSettings]):
 
 
 def _metrics(settings: GlueSettings, task: Task) -> list[str]:
-    """The task's metrics; one that the configuration names comes first."""
+    """The task's metrics, with the configured one first."""
     if settings.metric is None:
         return list(task.metrics)
     fitting = CLASSIFICATION if task.classes else CORRELATION
@@ -169,7 +169,7 @@ def _metrics(settings: GlueSettings, task: Task) -> list[str]:
 
 
 def _labels(values: Sequence[Any], where: Any, role: Role, task: Task) -> np.ndarray | None:
-    """The labels; calibration data may be of a split that keeps them secret, and is without labels then."""
+    """The labels; None for calibration data from a split with secret labels."""
     import numpy as np
 
     from mlorq.data.texts import checked_labels
@@ -177,12 +177,14 @@ def _labels(values: Sequence[Any], where: Any, role: Role, task: Task) -> np.nda
     labels = checked_labels(values, where, classes=bool(task.classes))
     hidden = np.flatnonzero(labels == HIDDEN)
     if len(hidden) and role == "evaluation":
-        raise DataError(f"{where(int(hidden[0]))}: label -1: GLUE keeps the labels of its test splits secret")
+        raise DataError(
+            f"{where(int(hidden[0]))}: label -1: the labels of GLUE's test splits are secret; choose another split"
+        )
     return None if len(hidden) else labels
 
 
 def _to_model(task: Task, inputs: TextInputs) -> tuple[int, ...] | None:
-    """The model's class of each class of the task, where its configuration names them in another order."""
+    """The model's class number of each class of the task; None if they are equal or cannot be matched by name."""
     names = [name.lower().replace("-", "_") for name in inputs.class_names()] if task.classes else []
     if sorted(names) != sorted(task.classes) or names == list(task.classes):
         return None
@@ -193,7 +195,7 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
     """The columns of a task's split.
 
     Raises:
-        DataError: it is not there, or a column is missing.
+        DataError: the data or a column is missing.
     """
     import pyarrow.parquet as pq
 
@@ -236,7 +238,7 @@ def _from_hub(name: str, split: str) -> pa.Table:
     datasets.disable_progress_bars()
     try:
         found = datasets.load_dataset(HUB, name, split=split)
-    except Exception as error:  # whatever a network, a proxy or a cache raises
+    except Exception as error:  # network, proxy and cache errors have many types
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"GLUE task {name!r}, split {split!r}: {HUB} cannot be loaded: {reason}; {instead}") from error
     finally:
@@ -246,13 +248,13 @@ def _from_hub(name: str, split: str) -> pa.Table:
 
 
 def _from_disk(location: str, path: str, split: str) -> pa.Table:
-    """A split of what ``save_to_disk`` wrote: one data set, or several by split."""
+    """A split of a folder written by ``save_to_disk``: of one data set, or of a dictionary of splits."""
     if is_remote(location):
-        raise DataError(f"data set {location} was saved by datasets: copy it here, or give Parquet files")
+        raise DataError(f"data set {location} was saved by datasets: copy it to a local folder, or give Parquet files")
     datasets = DATASETS.require("source glue", "give path: Parquet files")
     try:
         found = datasets.load_from_disk(path)
-    except Exception as error:  # whatever a damaged file makes of itself
+    except Exception as error:  # errors of damaged files have many types
         raise DataError(f"data set {location} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:

@@ -1,4 +1,4 @@
-"""Images in a folder, local or at any fsspec URL, with labels from a table or from the names of subfolders."""
+"""Source ``image_folder``: images in a local or remote folder, with labels from a table or from subfolder names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.data.choose import READERS, indices_of, listed_samples, seeded_choice
+from mlorq.data.choose import READERS, indices_of, listed_samples, read_image, seeded_choice
 from mlorq.data.source import SOURCES, DataSource, ImageSettings, ModelSettings, Role, RootSettings, SplitSettings
 from mlorq.errors import DataError
 
@@ -27,7 +27,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 class ImageFolderSettings(ImageSettings, SplitSettings, RootSettings):
     """Keys of a folder of images."""
 
-    labels: str | None = Field(None, description="TSV or CSV with file, label[, split]")
+    labels: str | None = Field(None, description="TSV or CSV table with columns file, label[, split]")
 
 
 class ImageFolderSource(DataSource[ImageFolderSettings]):
@@ -42,7 +42,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
         return settings.root, settings.labels, settings.list
 
     def load(self, settings: ImageFolderSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """The images of a folder, all of them or those that were chosen; no other file is read."""
+        """Load the chosen images of a folder; other files are not read. See ``DataSource.load``."""
         from mlorq.data.images import Image, check_images, image_dataset
 
         described = check_images(settings, model, self.name)
@@ -53,7 +53,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             raise DataError(f"image folder {root} does not exist")
         if settings.split and not settings.labels:
             raise DataError(
-                f"split {settings.split!r} of image folder {root} needs labels: a table with a split column"
+                f"split {settings.split!r} of image folder {root}: give labels, a table with a column split"
             )
         images = _listed(settings, folder) if settings.labels else _found(fs, path)
         of_split = f" of split {settings.split!r}" if settings.split else ""
@@ -67,7 +67,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             picked = indices_of(chosen, places, f"image folder {root}{of_split}")
         images = [images[index] for index in picked]
         with ThreadPoolExecutor(READERS) as pool:
-            contents = list(pool.map(lambda image: _read(fs, posixpath.join(path, image.path)), images))
+            contents = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
         pairs = zip(images, contents, strict=True)
         return image_dataset(
             [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs],
@@ -85,7 +85,7 @@ class _Named:
 
 
 def _listed(settings: ImageFolderSettings, folder: str) -> list[_Named]:
-    """Images named by a table with columns file, label and perhaps split."""
+    """Images in a table with columns file, label and, if a split is chosen, split."""
     assert settings.labels is not None
     location = resolve_location(settings.labels, folder)
     fs, path = url_to_fs(location)
@@ -118,7 +118,7 @@ def _listed(settings: ImageFolderSettings, folder: str) -> list[_Named]:
 
 
 def _found(fs: Any, root: str) -> list[_Named]:
-    """Images under a folder; with subfolders, the sorted subfolder names are the classes."""
+    """Images under a folder; if all are in subfolders, the sorted subfolders are the classes."""
     files = sorted(file for file in fs.find(root) if file.lower().endswith(SUFFIXES))
     relative = [posixpath.relpath(file, root.rstrip("/")) for file in files]
     parents = sorted({posixpath.dirname(name) for name in relative})
@@ -126,14 +126,6 @@ def _found(fs: Any, root: str) -> list[_Named]:
         return [_Named(name, None) for name in relative]
     classes = {parent: index for index, parent in enumerate(parents)}
     return [_Named(name, classes[posixpath.dirname(name)], f"image {name} (its folder)") for name in relative]
-
-
-def _read(fs: Any, path: str) -> bytes:
-    try:
-        data: bytes = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"image {path} does not exist") from None
-    return data
 
 
 SOURCES.register(ImageFolderSource())

@@ -1,4 +1,4 @@
-"""Encoded images in Parquet shards as the hub has them: a column of ``{bytes, path}`` and one of class numbers."""
+"""Source ``image_parquet``: encoded images and class numbers in Parquet shards of the hub's layout."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ImageParquetSettings(ImageSettings, LabelSettings, SplitSettings, PathSett
     image: str = Field("image", description="column of encoded images")
 
     def check(self) -> None:
-        """Refuse a column by number."""
+        """Refuse a column number."""
         super().check()
         if isinstance(self.label, int):
-            raise ValueError(f"label {self.label}: columns of images have names, give one")
+            raise ValueError(f"label {self.label} is a number: give the name of the label column")
 
 
 class ImageParquetSource(DataSource[ImageParquetSettings]):
@@ -47,7 +47,7 @@ class ImageParquetSource(DataSource[ImageParquetSettings]):
         return before_glob(settings.path), settings.list
 
     def load(self, settings: ImageParquetSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """The images of a file, of a folder of shards or of a glob, all of them or those that were chosen."""
+        """Load the chosen images of a file, a folder of shards or a glob; see ``DataSource.load``."""
         from mlorq.data.images import check_images, image_dataset
         from mlorq.data.parquet_images import read_images
 

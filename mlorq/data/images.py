@@ -1,8 +1,9 @@
-"""Encoded images as batches for a timm model, decoded once, when they are first wanted; image sources end here.
+"""Batches of encoded images for a timm model, decoded once on first use; used by all sources of images for classifiers.
 
-A batch is decoded by worker threads (decoders and resampling run outside Python's lock) and the one after it is begun
-at once, so that it is ready when the model asks for it. The cropped pixels are kept, one byte per value; scaling and
-normalisation are repeated at every use, which costs little of a forward pass and saves three quarters of the memory.
+Worker threads decode a batch (decoding and resampling release Python's global lock) and start on the next one at once,
+so that it is ready when the model needs it. The cropped pixels are kept at one byte per value; scaling and
+normalisation are repeated at every use, which costs little beside a forward pass and saves three quarters of the
+memory.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Image:
     """One encoded image.
 
     Attributes:
-        name: of its file, or its row, for errors.
+        name: file or row, for errors.
         data: the encoded bytes.
-        label: its class; None where it has none.
-        where: names its label in errors.
-        identity: what the data's key has of its name.
+        label: its class number; None without a label.
+        where: file and row of its label, for errors.
+        identity: part of its name that enters the data set's key; None: only the contents do.
     """
 
     name: str
@@ -47,10 +48,10 @@ class Image:
 
 
 def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> dict[str, Any]:
-    """The model's preprocessing; models and metrics that images do not fit are refused.
+    """The model's image preprocessing, after checking that model and metric fit images.
 
     Raises:
-        DataError: names what does not fit.
+        DataError: the model does not take images, or the metric is not ``accuracy``.
     """
     described = image_inputs(model, source)
     if settings.metric not in (None, "accuracy"):
@@ -59,10 +60,10 @@ def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> 
 
 
 def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, described: dict[str, Any]) -> Dataset:
-    """Images as a data set of batches ``(samples, channels, height, width)``, preprocessed for the model.
+    """A data set of batches ``(samples, channels, height, width)``, preprocessed for the model.
 
     Args:
-        images: those that were chosen, in their order.
+        images: the chosen images, in order.
         settings: with the batch size.
         role: calibration or evaluation; the latter has metrics.
         described: the model's preprocessing.
@@ -85,13 +86,13 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
 
 
 class ImageBatches(Sequence[Tensor]):
-    """Batches that are decoded on first use, the next one ahead; a run that reuses everything decodes nothing.
+    """Batches that are decoded on first use, each together with the next one.
 
     Args:
-        images: all of them.
+        images: the images of all batches.
         described: timm's preprocessing.
         size: images per batch.
-        workers: threads that decode; default: one per core.
+        workers: number of decoding threads; default: one per core.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class ImageBatches(Sequence[Tensor]):
         return self._normalised(self._pixels(place))
 
     def _pixels(self, place: int) -> Tensor:
-        """A batch as it is kept."""
+        """Cropped pixels of a batch, ``(samples, channels, height, width)`` uint8."""
         with self._lock:
             if place in self._kept:
                 return self._kept[place]
@@ -137,7 +138,7 @@ class ImageBatches(Sequence[Tensor]):
         return found
 
     def _begin(self, place: int) -> list[Future[Tensor]]:
-        """Have a batch decoded that is neither kept nor begun."""
+        """Start decoding a batch, unless it is decoded already."""
         if place in self._kept:
             return []
         if place not in self._begun:
@@ -152,12 +153,12 @@ class ImageBatches(Sequence[Tensor]):
         if pixels.is_floating_point():
             return pixels
         mean, std = (torch.tensor(self._described[name])[:, None, None] for name in ("mean", "std"))
-        # The very operations of torchvision's ToTensor and Normalize, in their order.
+        # Same operations and order as torchvision's ToTensor and Normalize.
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def decoder(described: dict[str, Any]) -> tuple[Callable[[Any], Any], str]:
-    """timm's evaluation transform up to the pixels as bytes, and the mode that its images have."""
+    """timm's evaluation transform without normalisation, and the mode of its images (``RGB`` or ``L``)."""
     from timm.data.transforms_factory import create_transform
 
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -170,7 +171,7 @@ def decode(image: Image, transform: Callable[[Any], Any], mode: str) -> Tensor:
     """The pixels of an image, ``(channels, height, width)`` uint8.
 
     Raises:
-        DataError: names the image that cannot be decoded.
+        DataError: the image, which is named, cannot be decoded.
     """
     from PIL import Image as Pillow
 

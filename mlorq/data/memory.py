@@ -1,4 +1,4 @@
-"""Batches in memory as a data set: those of the Python interface and of the user's own functions."""
+"""Data sets from batches in memory, given by the Python interface or by user functions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ FEWEST_SAMPLES = 2
 
 
 def from_batches(batches: Iterable[Any], role: Role = "calibration") -> Dataset:
-    """Batches in memory as calibration data or as held-out data.
+    """A data set of batches in memory.
 
     Args:
-        batches: of samples, each a tensor, a tuple or a mapping of tensors.
-        role: what messages call them.
+        batches: each a tensor, or a tuple or mapping of tensors; the first axis of a tensor counts samples.
+        role: names the data in errors.
 
     Raises:
-        DataError: there are none, they do not hold tensors, or values that are not finite.
+        DataError: there are fewer than ``FEWEST_SAMPLES`` samples, a batch does not hold tensors, or values are not
+            finite.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise DataError("batches must be a sequence of batches, each a tensor, a tuple or a mapping of tensors")
@@ -38,19 +39,19 @@ def from_batches(batches: Iterable[Any], role: Role = "calibration") -> Dataset:
             raise DataError(f"{role} batch {index}: {error}") from error
         for name, tensor in _tensors(batch):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise DataError(f"{role} batch {index}: {name} holds NaN or infinite values")
+                raise DataError(f"{role} batch {index}: {name} contains NaN or infinite values")
     check_size(samples, role)
     return Dataset(listed, samples, digest_json([digest_batch(batch) for batch in listed]))
 
 
 def check_size(samples: int, role: Role) -> None:
-    """Refuse data with too few samples to tell anything from.
+    """Refuse data with too few samples.
 
     Raises:
         DataError: there are fewer than ``FEWEST_SAMPLES``.
     """
     if samples < FEWEST_SAMPLES:
-        raise DataError(f"the {role} data has {samples} samples; at least {FEWEST_SAMPLES} are needed")
+        raise DataError(f"the {role} data has {samples} samples; give at least {FEWEST_SAMPLES}")
 
 
 def _tensors(batch: Any) -> Sequence[tuple[str, Tensor]]:

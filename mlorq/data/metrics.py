@@ -1,6 +1,6 @@
 """Task metrics as pure functions of predictions and labels, and the names of all metrics.
 
-Configurations offer the names, so numpy is imported when something is computed.
+Configurations need the names alone, so the functions import numpy themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
         logits: ``(samples, classes)``.
         labels: ``(samples,)`` class numbers.
-        k: how many classes count.
+        k: number of top classes; at most all of them count.
     """
     import numpy as np
 
@@ -27,24 +27,24 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of equal entries."""
+    """Share of predictions ``(samples,)`` that equal their labels."""
     return float((predicted == labels).mean())
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """F1 of class 1; 0 where neither is ever 1."""
+    """F1 score of class 1; 0 if class 1 occurs in neither predictions nor labels."""
     hits = float(((predicted == 1) & (labels == 1)).sum())
     total = float((predicted == 1).sum() + (labels == 1).sum())
     return 2 * hits / total if total else 0.0
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation of two classes; 0 where either side is constant."""
+    """Matthews correlation coefficient of classes 0 and 1; 0 if either argument is constant."""
     return pearson((predicted == 1).astype(float), (labels == 1).astype(float))
 
 
 def pearson(values: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson correlation; 0 where either side is constant."""
+    """Pearson correlation; 0 if either argument is constant."""
     import numpy as np
 
     if np.ptp(values) == 0 or np.ptp(labels) == 0:
@@ -53,12 +53,12 @@ def pearson(values: np.ndarray, labels: np.ndarray) -> float:
 
 
 def spearman(values: np.ndarray, labels: np.ndarray) -> float:
-    """Spearman rank correlation, ties by their mean rank; 0 where either side is constant."""
+    """Spearman rank correlation, with the mean rank for ties; 0 if either argument is constant."""
     import numpy as np
 
     if np.ptp(values) == 0 or np.ptp(labels) == 0:
         return 0.0
-    import scipy.stats  # takes a second or two
+    import scipy.stats  # the import takes a second or two
 
     return float(scipy.stats.spearmanr(values, labels).statistic)
 
@@ -66,5 +66,5 @@ def spearman(values: np.ndarray, labels: np.ndarray) -> float:
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
-DETECTION = ("box_ap", "mask_ap")  # of average_precision
+DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
 METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION)

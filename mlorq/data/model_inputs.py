@@ -1,4 +1,4 @@
-"""What sources ask of the model's family: preprocessing of images, tokenizers, names of classes, detectors."""
+"""Input requirements of a model, from its family: image preprocessing, tokenizers, class names, detectors."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ Found = TypeVar("Found")
 
 
 def image_inputs(model: ModelSettings, source: str) -> dict[str, Any]:
-    """Preprocessing of an image classifier's inputs: input size, interpolation, mean, std, crop.
+    """Image preprocessing of a classifier: input size, interpolation, mean, std, crop.
 
     Raises:
-        DataError: the model does not take images; the source is named.
+        DataError: the model does not take images.
     """
     return required(FAMILIES[model.family].image_inputs(model.own), source, "images")
 
 
 def text_inputs(model: ModelSettings, folder: str, source: str) -> TextInputs:
-    """How the model reads texts.
+    """Tokenizer, kind and class names of a text model.
 
     Raises:
-        DataError: it does not; the source is named.
+        DataError: the model does not take texts.
     """
     return required(FAMILIES[model.family].text_inputs(model.own, folder), source, "texts")
 
 
 def detector(model: ModelSettings, folder: str, source: str) -> Detector:
-    """How images become batches of a detector, and its outputs detections.
+    """A detector's conversion of images to batches and of outputs to detections.
 
     Raises:
-        DataError: the model is not a detector; the source is named.
+        DataError: the model is not a detector.
     """
     return required(FAMILIES[model.family].detector(model.own, folder), source, "objects")
 
 
 def required(found: Found | None, source: str, kind: InputKind) -> Found:
-    """What a model's family says of a kind of inputs.
+    """``found``, unless it is None.
 
     Raises:
-        DataError: the model does not take them; the families that do are named.
+        DataError: it is None: the model does not take this kind of inputs. The source and the fitting families are
+            named.
     """
     if found is None:
         raise DataError(f"source {source} is for models of {takers(kind)}; use source custom for others")

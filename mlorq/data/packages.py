@@ -1,4 +1,4 @@
-"""Packages that mlorq runs without, and what to say where one is missing."""
+"""Optional packages, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mlorq.errors import DataError
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """A package that only some data needs.
+    """A package that only some data sources need.
 
     Attributes:
-        module: its name.
+        module: its import name.
         extra: the extra of mlorq that installs it.
     """
 
@@ -26,8 +26,8 @@ class OptionalPackage:
         """The imported module.
 
         Args:
-            needed_by: what needs it, for the error.
-            instead: what else the user can do.
+            needed_by: the feature that needs it, for the error.
+            instead: an alternative for the user, for the error.
 
         Raises:
             DataError: it cannot be imported.

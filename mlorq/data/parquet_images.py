@@ -1,7 +1,7 @@
-"""Encoded images in Parquet shards as the hub has them: a column of ``{bytes, path}`` and one of class numbers.
+"""Reader of encoded images in Parquet shards of the hub's layout: a column ``{bytes, path}`` and one of class numbers.
 
-Rows are chosen by their numbers, counted from 1 over all shards in the order of their names; the footers say which row
-group a row is in, and only the groups with chosen rows are read, one at a time per shard, of the two columns alone.
+Rows are chosen by number, counted from 1 over all shards in the order of their names. The footers give the row group of
+each row; only the two columns of row groups with chosen rows are read, one group at a time per shard.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mlorq.data.images import Image
 from mlorq.data.source import Role
 from mlorq.errors import DataError
 
-LABEL = "label"  # the hub's name of the column
-HIDDEN = -1  # what the hub has as label where a split's labels are kept secret
+LABEL = "label"  # the column's usual name on the hub
+HIDDEN = -1  # the hub's label in splits with secret labels
 
 
 @dataclass(frozen=True)
 class _Shard:
     path: str
-    first: int  # number of rows in the shards before
+    first: int  # number of rows in the earlier shards
     groups: tuple[int, ...]  # rows of each row group
     bytes_column: str
     path_column: str | None
@@ -41,14 +41,14 @@ class _Shard:
         return sum(self.groups)
 
     def where(self, row: int) -> str:
-        """A row of the shard for people, counted from 1."""
+        """File and row, counted from 1, for errors."""
         return f"{posixpath.basename(self.path)}, row {row + 1}"
 
 
 def read_images(settings: ImageParquetSettings, role: Role, folder: str, seed: int) -> list[Image]:
-    """The images of a file, of a folder of shards or of a glob, all of them or those that were chosen.
+    """The chosen images of a file, a folder of shards or a glob.
 
-    Labels are None where the split keeps its labels secret.
+    Labels are None for calibration data from a split with secret labels.
 
     Raises:
         DataError: a file, row or column is missing or malformed, or evaluation data has secret labels.
@@ -86,21 +86,21 @@ def read_images(settings: ImageParquetSettings, role: Role, folder: str, seed: i
     hidden = next((image for image in images if image.label == HIDDEN), None)
     if hidden is not None:
         if role == "evaluation":
-            raise DataError(f"{hidden.where}: label -1: the labels of this split are kept secret")
+            raise DataError(f"{hidden.where}: label -1: the labels of this split are secret; choose another split")
         images = [replace(image, label=None) for image in images]
     return images
 
 
 def _open(fs: Any, path: str) -> pq.ParquetFile:
     try:
-        # One request per column chunk instead of one of the whole file.
+        # One request per column chunk instead of one for the whole file.
         return pq.ParquetFile(fs.open(path, "rb"), pre_buffer=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _shard(fs: Any, path: str, settings: ImageParquetSettings) -> _Shard:
-    """What a shard's footer says."""
+    """The description of a shard, from its footer."""
     with _open(fs, path) as file:
         schema, metadata = file.schema_arrow, file.metadata
         groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
@@ -157,16 +157,16 @@ def _read(fs: Any, shard: _Shard, rows: Sequence[int]) -> dict[int, Image]:
 def _image(shard: _Shard, row: int, data: bytes | None, label: int | None) -> Image:
     where = shard.where(row)
     if data is None:
-        raise DataError(f"{where} has no bytes of an image: it only names a file elsewhere")
+        raise DataError(f"{where}: the image has a path but no bytes; store the encoded images in the table")
     if shard.label is not None and label is None:
-        raise DataError(f"{where}: there is no label")
+        raise DataError(f"{where}: the label is missing")
     return Image(where, data, label, f"{where}, column {shard.label!r}")
 
 
 def _listed_rows(
     fs: Any, shards: Sequence[_Shard], listed: tuple[str, list[str]], total: int, origin: str
 ) -> list[int]:
-    """The rows of a list: by number, or by the path that is stored with an image."""
+    """The rows in a list of samples, by number or by the path stored with an image."""
     if all(name.isdigit() for name in listed[1]):
         return indices_of(listed, row_names(range(1, total + 1)), origin)
     known: dict[str, int] = {}
@@ -178,7 +178,7 @@ def _listed_rows(
         names = (column.field("path") if pa.types.is_struct(column.type) else column).to_pylist()
         for row, name in enumerate(names):
             if name in known and name in listed[1]:
-                raise DataError(f"list {listed[0]}: two images are called {name!r}; give row numbers")
+                raise DataError(f"list {listed[0]}: two images have the path {name!r}; give row numbers")
             if name is not None:
                 known[name] = shard.first + row
     return indices_of(listed, {**row_names(range(1, total + 1)), **known}, origin)

@@ -1,4 +1,4 @@
-"""What a data source is, the registry of them, and the keys that several of them share.
+"""Data sources: the interface, the registry, and the configuration keys that several of them share.
 
 A source is one file: a settings class with its configuration keys, and a record that loads a data set from them:
 
@@ -42,7 +42,7 @@ Role = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class RefusedElsewhere:
-    """Marks a key that sources without it refuse; they ignore the other keys of other sources."""
+    """Marks a key that sources without it refuse; other keys of other sources are ignored."""
 
 
 class SourceSettings(Settings):
@@ -70,8 +70,8 @@ class SplitSettings(SourceSettings):
 
     split: str | None = Field(
         None,
-        description="value of the split column, name of the shards, or a task's split (default: train for calibration, "
-        "validation for evaluation)",
+        description="value of the split column, name of the shards, or split of a task (default: train for "
+        "calibration, validation for evaluation)",
     )
 
 
@@ -94,25 +94,25 @@ class MetricSettings(SourceSettings):
 class SamplesSettings(SourceSettings):
     """Sources that can be sampled."""
 
-    samples: int | None = Field(None, ge=1, description="use a seeded random choice of this many samples")
+    samples: int | None = Field(None, ge=1, description="number of samples, a seeded random choice; default: all")
 
 
 class ListSettings(SamplesSettings):
-    """Sources whose samples have names or row numbers."""
+    """Sources whose samples can be listed by name or row number."""
 
     list: Annotated[str | None, RefusedElsewhere()] = Field(
         None, description="text file that names the samples to use, one per line: a file's name, or a row number from 1"
     )
 
     def check(self) -> None:
-        """Refuse two choices of samples."""
+        """Refuse ``samples`` together with ``list``."""
         super().check()
         if self.list is not None and self.samples is not None:
-            raise ValueError("samples and list both choose samples: give one of them")
+            raise ValueError("samples and list exclude each other: give one of them")
 
 
 class BatchSettings(SourceSettings):
-    """Sources that build the batches."""
+    """Sources that build batches from samples."""
 
     batch_size: int = Field(32, ge=1, description="samples per forward pass")
 
@@ -120,7 +120,7 @@ class BatchSettings(SourceSettings):
 class TextSettings(BatchSettings, ListSettings, MetricSettings):
     """Sources of texts, which are tokenized."""
 
-    max_length: int = Field(128, ge=8, description="longest token sequence; longer ones are cut")
+    max_length: int = Field(128, ge=8, description="maximum number of tokens per sequence; longer ones are truncated")
 
 
 class ImageSettings(BatchSettings, ListSettings, MetricSettings):
@@ -128,7 +128,7 @@ class ImageSettings(BatchSettings, ListSettings, MetricSettings):
 
 
 class ModelSettings(Protocol):
-    """What sources read of the ``model`` section."""
+    """The keys of the ``model`` section that sources read."""
 
     @property
     def family(self) -> str:
@@ -158,10 +158,10 @@ class DataSource(ABC, Generic[Own]):
     """One kind of data source.
 
     Attributes:
-        name: as a configuration writes it.
-        settings: its keys.
-        needed: those that must be given.
-        package: an optional package that it needs for some of its settings.
+        name: its name in configurations.
+        settings: class of its configuration keys.
+        needed: names of the required keys.
+        package: an optional package that some of its settings need.
     """
 
     name: str
@@ -176,8 +176,8 @@ class DataSource(ABC, Generic[Own]):
         Args:
             settings: of this source.
             role: calibration or evaluation; the latter has a metric.
-            model: the model section: the family and task decide what a batch is.
-            folder: where relative paths start.
+            model: the ``model`` section; its family and task determine the form of batches.
+            folder: base of relative paths.
             seed: of the choice of ``samples``.
 
         Raises:
@@ -185,7 +185,7 @@ class DataSource(ABC, Generic[Own]):
         """
 
     def locations(self, settings: Own) -> Sequence[str | None]:
-        """Files and folders that the settings name, local or URLs, as they are written."""
+        """Files and folders that the settings name (local paths or URLs), as written there."""
         return ()
 
     def from_hub(self, settings: Own) -> bool:
@@ -193,13 +193,13 @@ class DataSource(ABC, Generic[Own]):
         return False
 
     def check_role(self, settings: Own, role: Role) -> None:
-        """Raise ValueError, which starts with the key, where values do not fit what the data is for."""
+        """Raise ValueError, with the key first, if a value does not fit the role."""
 
     def check(self, section: Settings) -> None:
-        """Check a flat section, which has the keys of all sources.
+        """Check a flat section that has the keys of all sources.
 
         Raises:
-            ValueError: a needed key is missing, or a key is set that this source refuses.
+            ValueError: a required key is missing, or a key is set that this source refuses.
         """
         for key in self.needed:
             if getattr(section, key) is None:
@@ -221,15 +221,15 @@ def load_dataset(
 
     Args:
         section: the ``calibration`` or ``evaluation`` section.
-        role: which of the two; evaluation data has a metric.
+        role: the section that it is; evaluation data has a metric.
         model: the float model.
         model_settings: the ``model`` section (preprocessing, tokenizer, task).
-        folder: where relative paths start.
+        folder: base of relative paths.
         seed: of the choice of ``samples``.
 
     Raises:
-        DataError: the data is missing, malformed or too small, or the model cannot give the labels of evaluation data.
-            Labels of calibration data, which few costs read, are for the caller to check.
+        DataError: the data is missing, malformed or too small, or the model cannot predict the labels of evaluation
+            data. Labels of calibration data, which few costs read, are not checked here.
     """
     from mlorq.data.memory import check_size
 

@@ -1,4 +1,4 @@
-"""Texts in a CSV, TSV or Parquet table, tokenized for the model."""
+"""Source ``table``: texts in a CSV, TSV or Parquet table, tokenized for the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlorq.models.family import TextInputs
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
 
-Columns = list[int | str]  # named here: in the class below, ``list`` is one of the keys
+Columns = list[int | str]  # defined here because ``list`` is a key in the class below
 
 
 class TableSettings(TextSettings, LabelSettings, PathSettings):
@@ -27,14 +27,14 @@ class TableSettings(TextSettings, LabelSettings, PathSettings):
     text: Columns | None = Field(None, description="text columns, by name (header) or number (no header)")
 
     def check(self) -> None:
-        """Refuse an empty list of columns."""
+        """Refuse an empty list of text columns."""
         super().check()
         if self.text == []:
-            raise ValueError("text names no column: give one or two")
+            raise ValueError("text is an empty list: give one or two columns")
 
 
 class TableSource(DataSource[TableSettings]):
-    """Texts of a table's columns, and its labels."""
+    """Texts and labels in columns of a table."""
 
     name = "table"
     settings = TableSettings
@@ -45,7 +45,7 @@ class TableSource(DataSource[TableSettings]):
         return settings.path, settings.list
 
     def load(self, settings: TableSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """Texts as batches of tokens; see ``DataSource.load``."""
+        """Load the texts as batches of tokens; see ``DataSource.load``."""
         from mlorq.data.columns import read_columns
         from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 
@@ -55,7 +55,7 @@ class TableSource(DataSource[TableSettings]):
         location = resolve_location(settings.path, folder)
         pairs = inputs.pairs
         if not pairs and len(settings.text) > 2:
-            raise DataError("a classifier reads one text column or two")
+            raise DataError(f"source table: {len(settings.text)} text columns; a classifier takes one or two")
         wanted = [*settings.text, *([] if settings.label is None else [settings.label])]
         columns, numbers = read_columns(location, wanted)
 

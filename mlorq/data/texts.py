@@ -1,7 +1,8 @@
-"""Rows of texts as batches of tokens, and the metrics of what a model makes of them; tables and GLUE both end here.
+"""Batches of tokens from rows of texts, with metrics; used by tables and GLUE.
 
-For a sentence encoder every text is a sample; for a classifier every row is one, two texts of it a pair. A text is run
-once, however often it occurs, and batches are ordered by length so that little of them is padding: ``order`` maps back.
+For a sentence encoder each text is a sample; for a classifier each row is one, and two texts of a row are a pair. Equal
+samples are run once. Samples are sorted by length, so that batches need little padding, and metrics map the outputs
+back to the rows.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from mlorq.data.source import ListSettings, Role, TextSettings
 from mlorq.errors import DataError
 from mlorq.models.family import TextInputs
 
-Text = tuple[str, ...]  # one text, or a pair that is read together
+Text = tuple[str, ...]  # one text, or a pair that is tokenized together
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of texts, perhaps with labels.
+    """Rows of texts, with or without labels.
 
     Attributes:
-        origin: what they are from, for errors: ``table dev.tsv``, ``GLUE task mrpc``.
+        origin: the data set's name in errors: ``table dev.tsv``, ``GLUE task mrpc``.
         texts: one list per text column.
-        labels: ``(rows,)`` numbers; None where there are none.
-        where: names a row's label in errors.
-        numbers: the rows' numbers in a list of samples.
-        parts: ``(suffix, rows)`` of a metric that is taken of parts of the rows, as matched and mismatched.
-        to_model: the model's class of each class of the labels; None: they are the same.
+        labels: ``(rows,)`` class numbers or values; None without labels.
+        where: maps the index of a row to the text that locates its label in errors.
+        numbers: row numbers, as used in a list of samples.
+        parts: ``(suffix, rows)`` of metrics that are computed for parts of the rows, such as MNLI's matched and
+            mismatched ones.
+        to_model: the model's class number of each class of the labels; None if they are equal.
     """
 
     origin: str
@@ -48,16 +50,16 @@ class Rows:
     to_model: tuple[int, ...] | None = None
 
     def listed(self, settings: ListSettings, folder: str) -> Rows:
-        """The rows that a source's list names; all of them without one.
+        """The rows in the source's list of samples; all rows without a list.
 
         Raises:
-            DataError: a row is not there.
+            DataError: a listed row is missing, or the rows come from several splits.
         """
         found = listed_samples(settings, folder)
         if found is None:
             return self
         if self.parts:
-            raise DataError(f"list and {self.origin}: give the split that the list is about")
+            raise DataError(f"{self.origin}: row numbers of a list are ambiguous; give the split")
         rows = indices_of(found, row_names(self.numbers), self.origin)
         return Rows(
             self.origin,
@@ -70,7 +72,7 @@ class Rows:
 
     @property
     def model_labels(self) -> np.ndarray | None:
-        """The labels as the model numbers its classes; those that are no class at all stay as they are."""
+        """The labels in the model's class numbers; labels out of range are unchanged."""
         if self.labels is None or self.to_model is None:
             return self.labels
         known = (self.labels >= 0) & (self.labels < len(self.to_model))
@@ -80,19 +82,19 @@ class Rows:
 def text_dataset(
     rows: Rows, settings: TextSettings, role: Role, inputs: TextInputs, folder: str, seed: int, metrics: list[str]
 ) -> Dataset:
-    """Rows of texts as a data set.
+    """A data set of tokenized rows.
 
     Args:
-        rows: of texts; the source's list is taken into account here.
-        settings: how many samples, how long they are, and the batch size.
+        rows: all rows of the source; a list of samples is applied here.
+        settings: number of samples or list, maximum length, and batch size.
         role: calibration or evaluation; the latter has metrics.
-        inputs: how the model reads texts.
-        folder: where relative paths start.
+        inputs: tokenizer and kind of the model.
+        folder: base of relative paths.
         seed: of the choice of samples.
-        metrics: their names, the one that stands for the task first.
+        metrics: names of metrics, the main one first.
 
     Raises:
-        DataError: there are too few rows, or a metric does not fit.
+        DataError: there are too few rows, or a metric does not fit the model.
     """
     rows = rows.listed(settings, folder)
     pairs = inputs.pairs
@@ -107,13 +109,13 @@ def text_dataset(
         chosen = [chosen[index] for index in picked]
     elif settings.samples is not None:
         raise DataError(
-            f"data.evaluation.samples is not available for {rows.origin}: a metric is taken of all rows, or of a list"
+            f"data.evaluation.samples is not available for {rows.origin}: metrics need all rows or a list; use list"
         )
     batches, order = _tokenize(inputs.tokenizer(), chosen, settings)
     classes = metrics[0] in CLASSIFICATION
     labels, metric, known, check = rows.model_labels, None, None, None
     if labels is not None and role == "calibration":
-        # No part of the key: what does not look at labels is reused whatever they are.
+        # The key leaves calibration labels out, so that results that do not depend on them are reused.
         if not pairs:
             row_of = {sample: row for row, sample in enumerate(samples)}
             own = [row_of[text] for text in order]
@@ -122,7 +124,9 @@ def text_dataset(
             check = LabelCheck(labels[own], lambda index: rows.where(own[index]), classes)
     elif rows.labels is not None and labels is not None:
         if pairs and len(rows.texts) != 2:
-            raise DataError("a sentence encoder's metric needs two text columns")
+            raise DataError(
+                f"{rows.origin}: metrics of a sentence encoder need two text columns; there are {len(rows.texts)}"
+            )
         place = {text: row for row, text in enumerate(order)}
         at = np.array([place[sample] for sample in samples])
         metric = _metric(rows, metrics, pairs, at)
@@ -146,10 +150,10 @@ def text_dataset(
 
 @dataclass(frozen=True)
 class _Similarity:
-    """Correlations of cosine similarities with labels."""
+    """Correlations of the cosine similarities of embedding pairs with labels."""
 
     names: Sequence[str]
-    rows: np.ndarray  # (2, pairs): where either side's embedding is among the outputs
+    rows: np.ndarray  # (2, pairs): output rows of the embeddings of either side
     labels: np.ndarray
 
     def __call__(self, outputs: Tensor) -> dict[str, float]:
@@ -162,7 +166,7 @@ class _Similarity:
 
 @dataclass(frozen=True)
 class _Classification:
-    """Metrics of predicted classes, or of a regressor's values."""
+    """Metrics of predicted classes or, for a regression, of predicted values."""
 
     names: Sequence[str]
     rows: np.ndarray
@@ -176,11 +180,11 @@ class _Classification:
         LabelCheck(self.labels, lambda _: "evaluation data", not regression).check(values.shape[1])
         two = [name for name in self.names if name in TWO_CLASSES]
         if two and values.shape[1] > 2:
-            raise DataError(f"metric {two[0]!r} is for two classes, the model has {values.shape[1]}")
+            raise DataError(f"metric {two[0]!r} is for two classes; the model has {values.shape[1]}: choose accuracy")
         if regression:
             predicted = values[:, 0]
         else:
-            # The classes of the labels, of which the first may be called another number by the model.
+            # Columns of the outputs in the order of the labels' class numbers.
             order = list(range(values.shape[1])) if self.to_model is None else list(self.to_model)
             predicted = values[:, order].argmax(1)
         found = {}
@@ -205,22 +209,22 @@ def _metric(rows: Rows, names: Sequence[str], pairs: bool, at: np.ndarray) -> _S
 
 
 def checked_texts(values: Sequence[Any], where: Callable[[int], str]) -> list[str]:
-    """A column of texts.
+    """The texts of a column.
 
     Raises:
-        DataError: names the first row without one.
+        DataError: a text is missing; the first row without one is named.
     """
     for index, value in enumerate(values):
         if value is None:
-            raise DataError(f"{where(index)}: there is no text")
+            raise DataError(f"{where(index)}: the text is missing")
     return [str(value) for value in values]
 
 
 def checked_labels(values: Sequence[Any], where: Callable[[int], str], *, classes: bool) -> np.ndarray:
-    """A column of class numbers or values, ``(rows,)`` float64.
+    """The class numbers or values of a column, ``(rows,)`` float64.
 
     Raises:
-        DataError: names the first row whose label is none.
+        DataError: a label is not a class number or a finite number; the first row with one is named.
     """
     labels = np.empty(len(values))
     for index, value in enumerate(values):
@@ -229,12 +233,14 @@ def checked_labels(values: Sequence[Any], where: Callable[[int], str], *, classe
         except (TypeError, ValueError):
             labels[index] = np.nan
         if not np.isfinite(labels[index]) or (classes and labels[index] % 1):
-            raise DataError(f"{where(index)}: label {value!r} is not a {'class number' if classes else 'number'}")
+            raise DataError(
+                f"{where(index)}: label {value!r} is not a {'class number' if classes else 'finite number'}"
+            )
     return labels
 
 
 def _tokenize(tokens: Any, texts: list[Text], settings: TextSettings) -> tuple[list[dict[str, Tensor]], list[Text]]:
-    """Batches in the order of length, and the texts in that order."""
+    """Batches of tokens sorted by length, and the texts in the same order."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokens(*columns, truncation=True, max_length=min(settings.max_length, tokens.model_max_length))
     lengths = [len(ids) for ids in encoded["input_ids"]]

@@ -1,4 +1,4 @@
-"""Running a model over a data set, and how far a compressed model's outputs are from the float model's."""
+"""Outputs of a model for a data set, and the NMSE of a compressed model's outputs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def model_outputs(
     """f(x) of all samples, ``(samples, outputs)`` float32 on the CPU.
 
     Args:
-        model: tells how to call the module.
+        model: the float model, which defines f(x) for a module.
         module: the float module or a compressed one, on ``device``.
-        batches: what the model takes.
-        device: where to run.
+        batches: inputs of the model.
+        device: device of the computation.
         progress: called with (batches done, batches).
     """
     outputs = []
@@ -40,7 +40,7 @@ def model_outputs(
 
 
 def output_nmse(outputs: Tensor, reference: Tensor) -> float:
-    """``E‖f̂(x) - f(x)‖² / E‖f(x)‖²`` in float64.
+    """NMSE of the outputs, ``E‖f̂(x) - f(x)‖² / E‖f(x)‖²``, in float64 (METHOD 5).
 
     Args:
         outputs: of the compressed model, ``(samples, outputs)``.

@@ -1,4 +1,4 @@
-"""Pictures and one page of a run's result: what was chosen for every layer, and what it costs."""
+"""Pictures and HTML pages of results: the allocation with its costs, sweeps, and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from mlorq.costs.pareto import pareto_front
 from mlorq.forms.base import FORMS
 
-PLAIN, MARKED = "#2f6fb0", "#d1662f"  # colours of runs
+PLAIN, MARKED = "#2f6fb0", "#d1662f"  # colours of ordinary and highlighted runs
 
 
 def front_picture(
@@ -23,10 +23,10 @@ def front_picture(
     params: Mapping[str, int],
     result: Mapping[str, Any],
 ) -> bytes:
-    """A PNG: bits a weight of every layer by form, and the global cost of all layers' fronts with the choice.
+    """A PNG of each layer's bits per weight, and of the global costs on all layers' fronts with the chosen candidates.
 
     Args:
-        rows: of the allocation, in execution order.
+        rows: the allocation, in execution order.
         fronts: each layer's candidate and sensitivity tables.
         params: each layer's number of weights.
         result: the run's result object; ``budget``, ``bytes`` and ``nmse`` go into the title.
@@ -44,7 +44,7 @@ def front_picture(
         left.text(bits[index], index, f" {row['candidate_id']}", va="center", fontsize=6.5)
     left.set_yticks(position, [row["layer"] for row in rows], fontsize=6.5)
     left.invert_yaxis()
-    left.set_xlabel("bits a weight, scales and zero-points included")
+    left.set_xlabel("bits per weight, with scales and zero-points")
     left.set_xlim(0, max(bits) * 1.2)
     left.set_title(
         f"{result['model']} at {result['budget']}: {result['bytes']:,} bytes, output NMSE {result['nmse']:.4f}"
@@ -55,7 +55,7 @@ def front_picture(
         names = sensitivity["candidate_id"].to_pylist()
         x = np.array([8 * size[name] / params[row["layer"]] for name in names])
         y = sensitivity["global_cost"].to_numpy()
-        if not (y > 0).any():  # a layer that cannot affect the output has no place on a logarithmic axis
+        if not (y > 0).any():  # a logarithmic axis cannot show a layer without effect on the output
             continue
         order = np.argsort(x)
         right.plot(x[order], np.minimum.accumulate(y[order]), color="0.8", linewidth=0.7, zorder=1)
@@ -64,11 +64,11 @@ def front_picture(
         cost = [rows[index]["global_cost"] or np.nan for index in chosen]
         label = f"{form.name}, {form.label} ({len(chosen)})"
         right.scatter([bits[i] for i in chosen], cost, color=form.colour, s=22, label=label, zorder=2)
-    if right.lines:  # none where no layer can affect the output
+    if right.lines:  # empty if no layer affects the output
         right.set_yscale("log")
-    right.set_xlabel("bits a weight")
-    right.set_ylabel("global cost: output NMSE with this layer alone compressed")
-    right.set_title("fronts of all layers (grey) and what was chosen")
+    right.set_xlabel("bits per weight")
+    right.set_ylabel("global cost: output NMSE with only this layer compressed")
+    right.set_title("fronts of all layers (grey) and chosen candidates")
     right.legend()
     figure.tight_layout()
     buffer = io.BytesIO()
@@ -79,9 +79,9 @@ def front_picture(
 
 
 def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, highlight: str | None = None) -> bytes:
-    """A PNG: the task's metric (where there is one) and the output NMSE of several runs against their size.
+    """A PNG of the task's metric, if there is one, and the output NMSE of several runs against their size.
 
-    The float model's metric is a dashed line. Grey lines join the runs that no smaller or equal one beats in NMSE.
+    The float model's metric is a dashed line. Grey lines join the runs that are Pareto-optimal in NMSE and size.
 
     Args:
         results: the runs' result objects, of one model and one evaluation set.
@@ -135,31 +135,31 @@ def _number(value: float | None) -> float:
 
 
 def small_picture(picture: bytes, width: int = 1000, colours: int = 48) -> bytes:
-    """A picture as a PNG of at most so many columns and colours, for pages that hold it in their text."""
+    """The picture as a PNG of at most ``width`` columns and ``colours`` colours, for embedding in pages."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    # Of the ways to choose colours, one that keeps those of a few small dots.
+    # This way of choosing colours keeps those of a few small dots.
     few = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def data_url(picture: bytes) -> str:
-    """A PNG as a URL that holds it."""
+    """A PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
 def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None = None) -> bytes:
-    """One HTML page with the totals, the picture and the allocation; it needs no other file.
+    """A self-contained HTML page with the totals, the picture and the allocation of a run.
 
     Args:
         result: the run's result object.
-        picture: of its allocation.
-        curve: its size and accuracy among other runs, where there are any.
+        picture: its allocation as a PNG (``front_picture``).
+        curve: size and accuracy of this and other runs as a PNG (``size_accuracy_picture``); None without others.
     """
     metric = result["metric"]
     totals = {
@@ -190,12 +190,12 @@ def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None
 
 
 def render_sweep(title: str, rows: Sequence[Mapping[str, Any]], curve: bytes) -> bytes:
-    """One HTML page with the size–accuracy curve and a row a budget; it needs no other file."""
+    """A self-contained HTML page with the size–accuracy curve and a table with one row per budget."""
     return _page(title, f"<img alt='size and accuracy' src='{data_url(curve)}'>{_table(rows)}")
 
 
 def render_table(title: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """One HTML page with a table of equal rows."""
+    """A self-contained HTML page with a table of rows that have the same columns."""
     return _page(title, _table(rows))
 
 

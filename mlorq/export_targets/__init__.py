@@ -1,4 +1,7 @@
-"""Export targets: files in which other software reads or runs a compressed model. One file each, in ``TARGETS``."""
+"""Export targets: file formats in which other software reads or runs a compressed model.
+
+Each target is one file and a record in the registry ``TARGETS``.
+"""
 
 from mlorq.export_targets import dense as dense  # imported to be registered
 from mlorq.export_targets.base import TARGETS, ExportTarget, export

@@ -1,4 +1,4 @@
-"""What an export target is, and the one call that exports a checkpoint."""
+"""The interface and registry of export targets, and ``export``, which converts a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Config = TypeVar("Config", bound=Settings)
 
 
 class ExportTarget(ABC, Generic[Config]):
-    """One kind of file that a checkpoint becomes.
+    """A file format to which checkpoints are converted.
 
     Attributes:
-        name: as the command line has it.
-        title: for people.
-        settings: options of the target.
-        suffixes: endings of output paths that mean this target where none is named.
-        packages: importable packages that it needs.
+        name: its name on the command line.
+        title: a short description for help texts.
+        settings: class of its options.
+        suffixes: suffixes of output paths that select this target by default.
+        packages: import names of the packages that it needs.
     """
 
     name: str
@@ -42,7 +42,7 @@ class ExportTarget(ABC, Generic[Config]):
             settings: options.
 
         Returns:
-            Where the files are.
+            Locations of the written files.
 
         Raises:
             CheckpointError: the checkpoint is missing or damaged, or the target cannot hold it.
@@ -55,19 +55,19 @@ TARGETS: Registry[ExportTarget[Any]] = Registry("export target")
 def export(
     checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], to: str | None = None, **options: Any
 ) -> list[str]:
-    """Turn a checkpoint into files for other software.
+    """Convert a checkpoint to files for other software.
 
     Args:
         checkpoint: folder or fsspec URL of a compressed model.
-        output: path or fsspec URL of what is written.
-        to: name of the target; default: the one that the ending of ``output`` means.
-        options: of the target.
+        output: path or fsspec URL of the file or folder to write.
+        to: name of the target; default: selected by the suffix of ``output``.
+        options: options of the target.
 
     Returns:
-        Where the files are.
+        Locations of the written files.
 
     Raises:
-        ConfigError: no such target or option, no target for the ending, or a package is missing.
+        ConfigError: the target or an option is unknown, the suffix selects no target, or a package is missing.
         CheckpointError: the checkpoint is missing or damaged, or the target cannot hold it.
     """
     target = TARGETS[to] if to is not None else _by_suffix(os.fspath(output))
@@ -91,4 +91,4 @@ def _by_suffix(output: str) -> ExportTarget[Any]:
     for target in TARGETS:
         if output.lower().endswith(target.suffixes):
             return target
-    raise ConfigError(f"export: the ending of {output!r} names no target; give one: {', '.join(TARGETS.names())}")
+    raise ConfigError(f"export: the suffix of {output!r} selects no target; give one: {', '.join(TARGETS.names())}")

@@ -1,7 +1,7 @@
-"""Target ``dense``: the float model's own state dict, with the weights that the codes give, in one safetensors file.
+"""Target ``dense``: the state dict of the float architecture with dequantized weights, in one safetensors file.
 
-It has the size of the float model. Any code that loads the float model's weights loads it, so that a compressed model
-can be tried, or converted further, without this software. Quantized activations are not part of a state dict.
+The file is as large as the float model. Any code that loads weights of the float model can load it, to evaluate or
+convert the compressed model without this software. A state dict cannot represent quantized activations.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class DenseSettings(Settings):
     """Options of the target."""
 
     dtype: Literal["stored", "float32", "float16", "bfloat16"] = Field(
-        "stored", description="of floating tensors; stored: that in which each layer computes"
+        "stored", description="dtype of floating tensors; stored: the dtype in which each layer computes"
     )
 
 
 class Dense(ExportTarget[DenseSettings]):
-    """A state dict of dense weights."""
+    """State dict of dequantized weights."""
 
     name = "dense"
     title = "state dict of the float architecture (safetensors)"
@@ -42,7 +42,7 @@ class Dense(ExportTarget[DenseSettings]):
         state, dropped = dense_state(checkpoint)
         if dropped:
             raise CheckpointError(
-                f"checkpoint {checkpoint} quantizes its activations, which a state dict of weights cannot hold: "
+                f"checkpoint {checkpoint} has quantized activations, which a state dict cannot represent: "
                 "load it with mlorq.load"
             )
         if settings.dtype != "stored":

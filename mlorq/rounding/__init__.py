@@ -1,8 +1,8 @@
-"""Rounding: the codes of the candidates that the allocation chose. One file per method; ``METHODS`` knows them all.
+"""Rounding: computes the codes of the chosen candidates. One file per method, registered in ``METHODS``.
 
-``base`` says what a method is. ``paired_forward`` gives a layer's inputs in the float and in the partly compressed
-model; ``error_feedback``, ``adaptive_rounding``, ``ridge_rounding``, ``reconstruction`` and ``finetune`` hold the
-numerics.
+``base`` defines the interface of methods. ``paired_forward`` provides a layer's inputs in the float and in the partly
+compressed model; ``error_feedback``, ``adaptive_rounding``, ``ridge_rounding``, ``reconstruction`` and ``finetune``
+contain the numerics.
 """
 
 # Imported to be registered, in the order in which tables show them.

@@ -1,13 +1,13 @@
 """Low-rank-aware adaptive rounding (METHOD 6; MLoRQ, arXiv 2507.09616; AdaRound, arXiv 2004.10568).
 
-Every code is ``floor(w/s) + h(α) + z`` with a rectified sigmoid ``h(α) = clamp(σ(α)(ζ-γ)+γ, 0, 1)``, ``γ = -0.1``,
-``ζ = 1.1``; α starts where h(α) is the fractional part and the final code rounds up where ``α ≥ 0``. The α of all
-matrices that a form stores are learned jointly, those of both factors through ``A B x̃``. The loss is the output error
-plus ``λ Σ mean(1 - |2h(α)-1|^β)``.
+Every code is ``floor(w/s) + h(α) + z`` with the rectified sigmoid ``h(α) = clamp(σ(α)(ζ-γ)+γ, 0, 1)``, ``γ = -0.1``,
+``ζ = 1.1``. Initially h(α) is the fractional part of w/s; final codes round up if ``α ≥ 0``. The α of all matrices of a
+form are learned jointly, those of both factors through ``A B x̃``. The loss is the output error plus the regulariser
+``λ Σ mean(1 - |2h(α)-1|^β)``.
 
-The output error is quadratic in Ŵ = Â B̂, so its gradient is written with the second moments of the inputs: every step
-sees all calibration tokens, where the published code draws 32 images a step, at a cost that does not depend on their
-number, and the optimiser has no sampling noise to average out.
+The output error is quadratic in Ŵ = Â B̂, so its gradient depends on the inputs only through their second moments. Every
+iteration uses all calibration tokens at a cost independent of their number and without sampling noise; the published
+code draws 32 images per iteration.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments
 from mlorq.rounding.rectified_sigmoid import GAMMA, ZETA
 
-CHECK_EVERY = 50  # iterations between looks at the exact loss
+CHECK_EVERY = 50  # iterations between evaluations of the exact loss
 
 
 @dataclass
 class _SoftMatrix:
-    """One matrix with learnable rounding.
+    """A matrix with learnable rounding.
 
     Attributes:
         base: ``floor(w/s) + z``, ``(rows, columns)``.
-        quantizer: its scales and zero-points.
+        quantizer: scales and zero-points of the rows.
         alpha: ``(rows, columns)``, learned.
     """
 
@@ -55,7 +55,7 @@ class _SoftMatrix:
         return cls(floor + quantizer.zero_point.unsqueeze(1), quantizer, torch.logit(fraction).contiguous())
 
     def soft(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Dequantized values, h(α), and the derivative of the values by h (0 where the code is clamped)."""
+        """Dequantized values, h(α), and the derivative of the values by h (0 if the code is clamped)."""
         h = (self.alpha.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp_(0, 1)
         codes = self.base + h
         top = 2**self.quantizer.bits - 1
@@ -64,21 +64,21 @@ class _SoftMatrix:
         return self.quantizer.dequantize(codes.clamp_(0, top)), h, slope
 
     def hard_codes(self) -> Tensor:
-        """Final codes: up where ``α ≥ 0``."""
+        """Final codes, rounded up if ``α ≥ 0``."""
         return (self.base + (self.alpha >= 0)).clamp(0, 2**self.quantizer.bits - 1)
 
-    def alpha_gradient(self, values: Tensor, h: Tensor, slope: Tensor, beta: float, weight: float) -> Tensor:
-        """Gradient by α of loss and regulariser, given the loss's gradient by the dequantized values."""
+    def alpha_gradient(self, by_values: Tensor, h: Tensor, slope: Tensor, beta: float, weight: float) -> Tensor:
+        """Gradient of loss and regulariser by α, given the gradient of the loss by the dequantized values."""
         centred = 2 * h - 1
         # d/dh of mean(1 - |2h-1|^β)
         pull = -2 * beta * centred.sign() * centred.abs().pow(beta - 1) / h.numel()
         sigmoid = self.alpha.sigmoid()
         rising = (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1))
-        return (values * slope + weight * pull) * rising
+        return (by_values * slope + weight * pull) * rising
 
 
 class _Objective:
-    """Gradient of ``E‖W x - Ŵ x̃‖² / out_features`` by the stored matrices."""
+    """The output error ``E‖W x - Ŵ x̃‖² / out_features`` and its gradient by the stored matrices."""
 
     def __init__(self, weight: Tensor, moments: InputMoments, form: Form[Any]) -> None:
         w = weight.double()
@@ -86,14 +86,14 @@ class _Objective:
         self.weight = weight
         self.moments = moments
         self.compressed = moments.compressed.float()
-        # E[W x x̃ᵀ] = W (Σ̃ + C): what Ŵ Σ̃ is pulled towards.
+        # E[W x x̃ᵀ] = W (Σ̃ + C), the value of Ŵ Σ̃ at which the gradient is 0.
         self.target = (w @ (moments.compressed + moments.drift_cross)).float()
         self.offset = (w @ moments.drift_cross).float()
         self.factor = 2.0 / weight.shape[0]
 
     def gradients(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By each of the matrices that the form stores."""
-        if [len(term) for term in self.form.terms] == [2]:  # one product alone: W Σ̃ is never formed
+        """Gradients by the matrices of the form, given their values."""
+        if [len(term) for term in self.form.terms] == [2]:  # one product alone: Ŵ Σ̃ is not formed
             left, right = self.form.terms[0]
             a, b = values[left], values[right]
             projected = b @ self.compressed  # (rank, in_features)
@@ -114,7 +114,7 @@ class _Objective:
         return found
 
     def exact(self, values: dict[str, Tensor]) -> float:
-        """The output error itself, in float64."""
+        """The output error, in float64."""
         dense = self.form.combine({key: value.double() for key, value in values.items()})
         return output_error(self.weight, dense, self.moments)
 
@@ -122,12 +122,12 @@ class _Objective:
 def round_adaptively(
     task: RoundingTask, parts: Parts, settings: LraSettings, progress: Progress | None = None
 ) -> RoundingResult:
-    """Learn the rounding of one layer's codes; nearest rounding is kept where learning does not lower the error.
+    """Learn the rounding of one layer's codes; nearest rounding is kept if learning does not reduce the error.
 
     Args:
         task: the layer, with moments of its inputs.
-        parts: the matrices to round with their quantizers, by the names of the form.
-        settings: iterations, step size, regulariser.
+        parts: float matrices and quantizers, by the form's names.
+        settings: iterations, step size and regulariser.
         progress: called with (iterations done, iterations).
     """
     assert task.moments is not None
@@ -170,7 +170,7 @@ def _optimise(
 def _step(
     matrices: dict[str, _SoftMatrix], objective: _Objective, settings: LraSettings, betas: list[float]
 ) -> Callable[[], None]:
-    """What does the next iteration."""
+    """A function that performs the next iteration."""
     optimiser = torch.optim.RAdam([matrix.alpha for matrix in matrices.values()], lr=settings.learning_rate)
     exponents = iter(betas)
 
@@ -189,7 +189,7 @@ def _step(
 def _fused_step(
     matrices: dict[str, _SoftMatrix], objective: _Objective, settings: LraSettings, betas: list[float]
 ) -> Callable[[], None]:
-    """The same by kernels for CUDA, recorded."""
+    """The same with Triton kernels, recorded as a CUDA graph."""
     from mlorq.rounding.adaptive_rounding_kernels import FusedMatrix, Iterations
 
     iterations = Iterations(betas, settings.learning_rate, objective.weight.device)

@@ -1,9 +1,9 @@
-"""Iterations of ``mlorq.rounding.adaptive_rounding`` as Triton kernels, for CUDA.
+"""Iterations of ``mlorq.rounding.adaptive_rounding`` as Triton kernels, for CUDA (METHOD 6).
 
-An iteration is some dozens of operations a matrix, each a kernel too small to be worth its launch. Here it is two a
-matrix beside the products of matrices: the dequantized values, and everything from their gradient to the next α
-(derivative of the soft rounding, regulariser, RAdam). The iterations' scalars are in a table on the device, so that an
-iteration can be recorded once and replayed (``mlorq.fitting.cuda``).
+In PyTorch an iteration launches some dozens of small kernels per matrix. Here it launches two per matrix in addition to
+the matrix products: one for the dequantized values, and one for all operations from their gradient to the next α
+(derivative of the soft rounding, regulariser, RAdam). The scalars of all iterations are in a table on the device, so
+that an iteration can be recorded once and replayed (``mlorq.fitting.cuda``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlorq.rounding.rectified_sigmoid import DECAYS, EPSILON, GAMMA, ZETA, radam_scalars
 
-BLOCK = 1024  # entries a program
+BLOCK = 1024  # entries per program
 LEAST, STRETCH = tl.constexpr(GAMMA), tl.constexpr(ZETA - GAMMA)
 FIRST, SECOND, TINY = tl.constexpr(DECAYS[0]), tl.constexpr(DECAYS[1]), tl.constexpr(EPSILON)
 
@@ -51,7 +51,7 @@ def _descend(  # type: ignore[no-untyped-def]
     code = tl.load(base + entry, mask=inside, other=0.0) + h
     slope = tl.load(scale + entry // columns, mask=inside, other=0.0)
     slope = tl.where((code >= 0.0) & (code <= top), slope, 0.0)
-    # d/dh of mean(1 - |2h-1|^β); pull is -2 λ over the number of entries.
+    # d/dh of mean(1 - |2h-1|^β); pull is -2 λ divided by the number of entries.
     centred = 2.0 * h - 1.0
     power = tl.exp2((beta - 1.0) * tl.log2(tl.maximum(tl.abs(centred), 1e-30)))
     sign = tl.where(centred > 0.0, 1.0, tl.where(centred < 0.0, -1.0, 0.0))
@@ -66,12 +66,12 @@ def _descend(  # type: ignore[no-untyped-def]
 
 
 class Iterations:
-    """Iterations on one device.
+    """The scalars of all iterations on a device, and a counter of iterations.
 
     Args:
-        betas: exponent of the regulariser, by iteration.
-        learning_rate: of RAdam.
-        device: where.
+        betas: exponent β of the regulariser, by iteration.
+        learning_rate: RAdam's step size.
+        device: device of the table.
     """
 
     def __init__(self, betas: Sequence[float], learning_rate: float, device: torch.device) -> None:
@@ -80,17 +80,17 @@ class Iterations:
         self.iteration = torch.zeros((), dtype=torch.int32, device=device)
 
     def done(self) -> None:
-        """Go on to the next iteration's scalars."""
+        """Advance to the next iteration."""
         self.iteration.add_(1)
 
 
 class FusedMatrix:
-    """α of one matrix, with what RAdam keeps of it.
+    """α of one matrix, with the state of RAdam.
 
     Args:
-        alpha: ``(rows, columns)`` float32, contiguous; changed by every iteration.
+        alpha: ``(rows, columns)`` float32, contiguous; modified by every iteration.
         base: ``floor(w/s) + z``, same shape.
-        scale, zero: of the rows.
+        scale, zero: scales and zero-points of the rows, ``(rows,)``.
         top: the largest code.
     """
 
@@ -100,7 +100,7 @@ class FusedMatrix:
         self.mean, self.square = torch.zeros_like(alpha), torch.zeros_like(alpha)
 
     def values(self) -> Tensor:
-        """Dequantized, softly rounded."""
+        """Dequantized values with soft rounding, ``(rows, columns)``."""
         found = torch.empty_like(self.alpha)
         count, columns = found.numel(), found.shape[1]
         with torch.cuda.device_of(found):
@@ -110,7 +110,7 @@ class FusedMatrix:
         return found
 
     def descend(self, gradient: Tensor, iterations: Iterations, regularisation: float) -> None:
-        """One step of RAdam, given the loss's gradient by the values."""
+        """One step of RAdam, given the gradient of the loss by the values."""
         count, columns = self.alpha.numel(), self.alpha.shape[1]
         with torch.cuda.device_of(gradient):
             _descend[(triton.cdiv(count, BLOCK),)](

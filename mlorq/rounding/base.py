@@ -1,7 +1,7 @@
-"""What a rounding method is: it finds the codes of a chosen candidate, and says what it reads and costs.
+"""The interface of rounding methods, which compute the codes of a chosen candidate, and their registry.
 
-A method is a record in ``METHODS``: the configuration keys that it reads, whether it looks at the layer's inputs in the
-partly compressed model, its function for one layer, and those for a block and for the whole model where it has any.
+A method is a record in ``METHODS``: the configuration keys that it reads, whether it needs the layer's inputs in the
+partly compressed model, its function for one layer, and optional functions for a block and for the whole model.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class RoundingTask:
     """One layer to round.
 
     Attributes:
-        layer: its name.
-        candidate: its form.
-        fit: its weight, and nearest rounding under the label-free Hessian.
-        output_metric: G, the second moment of the output's gradients or what stands for it, for closed forms.
-        moments: second moments of its inputs in the float and in the partly compressed model; None where the method
-            does not ask for them, and for grouped convolutions, whose rows see different inputs.
-        bias: the layer's, ``(out_features,)`` float32, where the layer has one of its own.
+        layer: name of the layer.
+        candidate: form, bit-widths and rank.
+        fit: the layer's weight, and nearest rounding under the label-free Hessian.
+        output_metric: returns G, ``(out_features, out_features)``, the second moment of the output gradients or a
+            substitute for it, for closed forms.
+        moments: second moments of the inputs in the float and in the partly compressed model; None if the method does
+            not need them, and for grouped convolutions, whose rows have different inputs.
+        bias: the layer's bias, ``(out_features,)`` float32; None if it has none, or shares it.
     """
 
     layer: str
@@ -56,7 +57,7 @@ class RoundingTask:
     bias: Tensor | None = None
 
     def rounded(self, fit: LayerFit | None = None) -> dict[str, Rounded]:
-        """The candidate's matrices, rounded by a fit; default: to nearest."""
+        """The candidate's matrices as rounded by a fit; default: nearest rounding."""
         return FORMS[self.candidate.form].fit(self.fit if fit is None else fit, self.candidate)
 
 
@@ -66,8 +67,8 @@ class RoundingResult:
 
     Attributes:
         layer: the stored layer.
-        error_before: ``E‖W x - Ŵ x̃‖² / out_features`` with nearest rounding; None where no inputs were looked at.
-        error_after: the same with the codes (and the bias) returned.
+        error_before: ``E‖W x - Ŵ x̃‖² / out_features`` with nearest rounding; None without moments of the inputs.
+        error_after: the same with the codes (and the bias) of ``layer``.
         iterations: optimiser steps taken.
     """
 
@@ -78,43 +79,43 @@ class RoundingResult:
 
 
 class InputSettings(Settings):
-    """Of methods that look at the layers' inputs."""
+    """Keys of methods that use the layers' inputs."""
 
-    samples: int = Field(1024, ge=1, description="most calibration samples used")
+    samples: int = Field(1024, ge=1, description="maximum number of calibration samples used")
 
 
 class IterationSettings(Settings):
-    """Of methods that iterate."""
+    """Keys of iterative methods."""
 
-    iterations: int = Field(500, ge=1, description="iterations per layer (of the paper: 20000), or steps per block")
+    iterations: int = Field(500, ge=1, description="iterations per layer (paper: 20000), or steps per block")
 
 
 class BatchSettings(Settings):
-    """Of methods that train on blocks."""
+    """Keys of methods that train on batches of samples."""
 
     batch_size: int = Field(8, ge=1, description="samples per step")
 
 
 class TrainingSettings(InputSettings, BatchSettings):
-    """Of blocks and of the whole model: which samples are trained on."""
+    """Keys that choose the training samples of blocks and of the whole model."""
 
 
 Config = TypeVar("Config", bound=Settings)
 
 
 class RoundingMethod(ABC, Generic[Config]):
-    """One way to find codes.
+    """A method of computing codes.
 
     Attributes:
-        name: as configurations have it.
-        title: for people, with the paper's number.
-        settings: all configuration keys that it reads.
-        layer_settings: those that the codes of one layer depend on before any block is reconstructed.
-        needs_inputs: whether it reads the moments of a layer's inputs, so that layers are rounded in execution order.
-        blocks: what is done to each block as soon as its layers are rounded; None: nothing.
-        tuning: what is done to all layers together at the end; None: nothing.
-        compared: whether ``mlorq compare`` shows it at a uniform bit-width where no methods are named.
-        compared_activations: how ``mlorq compare`` quantizes activations beside it.
+        name: its name in configurations.
+        title: its name in tables, with the paper's number.
+        settings: class of all configuration keys that it reads.
+        layer_settings: class of the keys on which a layer's codes depend before its block is reconstructed.
+        needs_inputs: whether it uses the moments of a layer's inputs, so that layers are rounded in execution order.
+        blocks: reconstruction of each block after its layers are rounded; None: none.
+        tuning: training of all layers together at the end; None: none.
+        compared: whether ``mlorq compare`` includes it by default, at a uniform bit-width.
+        compared_activations: settings of activation quantization with which ``mlorq compare`` combines it.
     """
 
     name: str
@@ -129,7 +130,7 @@ class RoundingMethod(ABC, Generic[Config]):
 
     @property
     def sequential(self) -> bool:
-        """Whether layers are rounded one after another: each sees those before it in their final form."""
+        """Whether layers are rounded in execution order, each with the final forms of the layers before it."""
         return self.needs_inputs or self.blocks is not None
 
     @abstractmethod
@@ -137,32 +138,32 @@ class RoundingMethod(ABC, Generic[Config]):
         """Round one layer.
 
         Args:
-            task: the layer; with ``moments`` where the method needs inputs.
-            settings: the keys that it reads.
+            task: the layer, with ``moments`` if the method needs inputs.
+            settings: the method's keys for one layer.
             progress: called with (iterations done, iterations).
         """
 
     def start(self, task: RoundingTask) -> Parts | None:
-        """Matrices with their quantizers from which another method may start; None where there are none."""
+        """Float matrices and quantizers from which another method can start; None if there are none."""
         return None
 
     def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
-        """Multiply-adds that rounding one layer costs beyond its fit, for estimates.
+        """Multiply-adds of rounding one layer, without those of its fit, for estimates.
 
         Args:
-            params: entries of W.
-            in_features: columns of W.
+            params: number of entries of W.
+            in_features: number of columns of W.
             settings: the whole ``rounding`` section.
         """
         return 0.0
 
 
 class BlockReconstruction(ABC, Generic[Config]):
-    """What a method does to a block whose layers are rounded.
+    """A method's optimisation of a block whose layers are rounded.
 
     Attributes:
-        settings: the configuration keys that it reads beside samples and batch size.
-        needs_parts: whether it reads the float matrices of the layers with their quantizers.
+        settings: class of the configuration keys that it reads in addition to samples and batch size.
+        needs_parts: whether it needs the layers' float matrices and quantizers.
     """
 
     settings: type[Config]
@@ -185,38 +186,38 @@ class BlockReconstruction(ABC, Generic[Config]):
         Args:
             paired: the float model and its copy in which all layers up to this block's are compressed.
             block: index of the block.
-            layers: of the block, as they are rounded.
-            settings: the keys that it reads.
-            seed: of the order of batches and all else that is drawn.
-            parts: by layer, where ``needs_parts``: the float matrices that it stores, with their quantizers.
+            layers: the rounded layers of the block.
+            settings: the keys of the reconstruction.
+            seed: of the order of batches and all random numbers.
+            parts: by layer name, if ``needs_parts``: float matrices and quantizers of the matrices that it stores.
             progress: called with (steps done, steps).
 
         Returns:
-            The layers; the copy in ``paired`` is as it was: set what is returned.
+            The optimised layers; the copy in ``paired`` is unchanged: call ``paired.set`` for each of them.
         """
 
     def passes(self, settings: Settings, blocks: int) -> float:
-        """Forward and backward passes of the whole model that one block costs, per sample of a batch, for estimates.
+        """Cost of one block per sample of a batch, in forward and backward passes of the whole model, for estimates.
 
         Args:
             settings: the whole ``rounding`` section.
-            blocks: how many the model has.
+            blocks: number of blocks of the model.
         """
         return 0.0
 
 
 class Tuning(ABC, Generic[Config]):
-    """What a method does to all layers together, after the last block.
+    """A method's training of all layers together, after the last block.
 
     Attributes:
-        settings: the configuration keys that it reads beside samples and batch size.
+        settings: class of the configuration keys that it reads in addition to samples and batch size.
     """
 
     settings: type[Config]
 
     @abstractmethod
     def steps(self, settings: Settings) -> int:
-        """How many steps the ``rounding`` section asks for; 0: none."""
+        """Number of steps according to the ``rounding`` section; 0: no tuning."""
 
     @abstractmethod
     def tune(
@@ -234,7 +235,7 @@ class Tuning(ABC, Generic[Config]):
         activations: ActivationPlan | None = None,
         tables: Mapping[str, CompressedLayer] | None = None,
     ) -> Trained:
-        """Train all compressed layers together; ``rounding.finetune.tune`` says what the arguments are."""
+        """Train all compressed layers together; arguments as for ``rounding.finetune.tune``."""
 
 
 METHODS: Registry[RoundingMethod[Any]] = Registry("rounding method")

@@ -32,32 +32,32 @@ if TYPE_CHECKING:
 
 
 class RateSettings(Settings):
-    """Step sizes beside those of the codes."""
+    """Step sizes of scales and biases."""
 
-    scale_rate: float = Field(1e-3, ge=0, description="step size of scales, relative to them")
+    scale_rate: float = Field(1e-3, ge=0, description="step size of scales, relative to their size")
     bias_rate: float = Field(1e-4, ge=0, description="step size of biases")
 
 
 class ReconstructionSettings(IterationSettings, RateSettings):
-    """Block reconstruction."""
+    """Keys of block reconstruction."""
 
-    code_rate: float = Field(0.01, gt=0, description="step size of the codes, in codes")
+    code_rate: float = Field(0.01, gt=0, description="step size of the codes, in units of codes")
     loss: Literal["block", "output"] = Field(
-        "block", description="error of the block's output, or of the model's through its float rest"
+        "block", description="error of the block's output, or of the model's output with float blocks after it"
     )
     drop: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share of activations that stay float in each step (arXiv 2203.05740: 0.5)",
+        description="fraction of activations that stay float in each step (arXiv 2203.05740: 0.5)",
     )
 
 
 class TuningSettings(RateSettings):
-    """Tuning of all layers together."""
+    """Keys of tuning all layers together."""
 
-    tuning: int = Field(0, ge=0, description="steps that train all layers together at the end; 0: none")
-    tuning_rate: float = Field(0.005, gt=0, description="step size of the codes there, in codes")
+    tuning: int = Field(0, ge=0, description="number of steps that train all layers together at the end; 0: none")
+    tuning_rate: float = Field(0.005, gt=0, description="step size of the codes during tuning, in units of codes")
 
 
 class BlockSettings(ClosedFormSettings, BatchSettings, ReconstructionSettings, TuningSettings):
@@ -65,7 +65,7 @@ class BlockSettings(ClosedFormSettings, BatchSettings, ReconstructionSettings, T
 
 
 class LayerSettings(ClosedFormSettings, BatchSettings):
-    """Keys that a layer's codes depend on before its block is reconstructed."""
+    """Keys on which a layer's codes depend before its block is reconstructed."""
 
 
 class _Reconstruction(BlockReconstruction[ReconstructionSettings]):

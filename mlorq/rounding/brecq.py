@@ -1,4 +1,4 @@
-"""Method ``brecq``: soft rounding of blocks from nearest rounding (BRECQ, arXiv 2102.05426; METHOD 8)."""
+"""Method ``brecq``: soft rounding of blocks that starts from nearest rounding (BRECQ, arXiv 2102.05426; METHOD 9)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class SoftSettings(IterationSettings):
-    """Soft rounding of blocks."""
+    """Keys of soft rounding of blocks."""
 
-    soft_rate: float = Field(0.02, gt=0, description="step size of adaptive rounding")
+    soft_rate: float = Field(0.02, gt=0, description="step size of soft rounding")
     soft_weight: float = Field(0.01, ge=0, description="weight of the rounding regulariser")
 
 
@@ -41,7 +41,12 @@ class SoftBlockSettings(InputSettings, BatchSettings, SoftSettings):
 
 
 class SoftReconstruction(BlockReconstruction[SoftSettings]):
-    """Soft rounding, entries of the block's output weighted by squared gradients of the model's output."""
+    """Soft rounding of a block.
+
+    Attributes:
+        fisher: whether entries of the block's output are weighted by squared gradients of the model's output.
+        drop: fraction of activations that stay float in each step.
+    """
 
     settings = SoftSettings
     needs_parts = True
@@ -71,7 +76,7 @@ class SoftReconstruction(BlockReconstruction[SoftSettings]):
 
 
 class Brecq(RoundingMethod[Settings]):
-    """BRECQ."""
+    """BRECQ: soft rounding of blocks against the float block's output."""
 
     name = "brecq"
     title = "BRECQ (2102.05426)"

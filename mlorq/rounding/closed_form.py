@@ -1,4 +1,4 @@
-"""Method ``closed_form``: GPTQ of a weight that makes up for the errors of the layers before it (METHOD 7)."""
+"""Method ``closed_form``: GPTQ of a weight that compensates for the errors of earlier layers (METHOD 7)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mlorq.rounding.nearest import round_to_nearest
 
 
 class ClosedFormSettings(InputSettings):
-    """Error feedback."""
+    """Keys of closed forms."""
 
     feedback: bool = Field(
-        True, description="move weights and biases to make up for the errors of the layers before (error feedback)"
+        True, description="error feedback: correct weights and biases for the errors of earlier layers"
     )
 
 
 def round_closed_form(task: RoundingTask, settings: ClosedFormSettings) -> RoundingResult:
-    """Round one layer in closed form, with error feedback where the settings ask for it."""
+    """Round one layer in closed form, with error feedback if ``settings.feedback``."""
     if task.moments is None:
         return round_to_nearest(task)
     from mlorq.rounding.error_feedback import round_with_feedback, round_without_feedback
@@ -40,7 +40,7 @@ class ClosedForm(RoundingMethod[ClosedFormSettings]):
         return round_closed_form(task, settings)
 
     def start(self, task: RoundingTask) -> Parts | None:
-        """Matrices whose nearest rounding is that of the closed form."""
+        """Float matrices whose nearest rounding equals the closed form without feedback."""
         if task.moments is None:
             return None
         from mlorq.rounding.error_feedback import fit_under

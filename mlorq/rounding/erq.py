@@ -1,4 +1,4 @@
-"""Method ``erq``: two ridge regressions around the rounding of a layer (ERQ, arXiv 2407.06794; METHOD 8)."""
+"""Method ``erq``: two ridge regressions around the rounding of a layer (ERQ, arXiv 2407.06794; METHOD 9)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlorq.rounding.nearest import round_to_nearest
 
 
 class Erq(RoundingMethod[InputSettings]):
-    """ERQ; forms with factors get the first regression, and then nearest rounding of their factors."""
+    """ERQ; factors are rounded to nearest after the first regression."""
 
     name = "erq"
     title = "ERQ (2407.06794)"
@@ -24,13 +24,13 @@ class Erq(RoundingMethod[InputSettings]):
         return round_by_ridges(task)
 
     def start(self, task: RoundingTask) -> Parts | None:
-        """Matrices of the weight moved by the first regression."""
+        """Float matrices and quantizers of the weight after the first regression."""
         if task.moments is None:
             return None
-        from mlorq.rounding.ridge_rounding import moved_fit
+        from mlorq.rounding.ridge_rounding import corrected_fit
 
-        moved = task.rounded(moved_fit(task.fit, task.moments))
-        return {name: (part.values, part.quantizer) for name, part in moved.items()}
+        corrected = task.rounded(corrected_fit(task.fit, task.moments))
+        return {name: (part.values, part.quantizer) for name, part in corrected.items()}
 
     def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
         return WORK * params * in_features

@@ -1,13 +1,13 @@
-"""Rounding in closed form from the inputs of the partly compressed model (METHOD 7).
+"""Rounding in closed form with input moments of the partly compressed model (METHOD 7).
 
-Without feedback W is rounded under ``Σ̃ = E[x̃ x̃ᵀ]`` (GPTQ, arXiv 2210.17323). With feedback W first moves to where it
-makes up for the errors of the layers before: the best float weight for inputs x̃ and the float layer's outputs is
+Without feedback W is rounded under ``Σ̃ = E[x̃ x̃ᵀ]`` (GPTQ, arXiv 2210.17323). With feedback W is first corrected for
+the errors of the layers before: the best float weight for inputs x̃ and the float layer's outputs is
 
     W* = W + W C (Σ̃ + λI)⁻¹,   C = E[(x - x̃) x̃ᵀ],
 
-a ridge on the change (ERQ's activation step, arXiv 2407.06794; GPTAQ, arXiv 2504.02692). λ is chosen on folds of the
-samples, none at all (no change) among the choices. Where a layer has a bias, moments are taken about the means, and the
-bias makes up for the mean error: ``b̂ = b + W E[x] - Ŵ E[x̃]``.
+with a ridge penalty on the change (activation step of ERQ, arXiv 2407.06794; GPTAQ, arXiv 2504.02692). λ, or no change
+at all, is chosen by two-fold cross-validation. If the layer has a bias, moments are centred, and the bias compensates
+for the mean error: ``b̂ = b + W E[x] - Ŵ E[x̃]``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from mlorq.rounding.base import RoundingResult, RoundingTask
 from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of Σ̃
-LIFTS = (0.0, 1e-6, 1e-5, 1e-4)  # of the diagonal about the means, times the mean diagonal about zero
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # values of λ over the mean diagonal of Σ̃
+DAMPINGS = (0.0, 1e-6, 1e-5, 1e-4)  # added to the diagonal of centred Σ̃, over the mean diagonal of Σ̃
 
 
 def round_without_feedback(task: RoundingTask) -> RoundingResult:
-    """Round one layer by GPTQ under the inputs of the compressed model; the task has moments."""
+    """Round one layer by GPTQ under Σ̃; the task must have moments."""
     assert task.moments is not None
     return _result(task, fit_under(task, task.fit.weight, task.moments), task.moments)
 
 
 def round_with_feedback(task: RoundingTask) -> RoundingResult:
-    """Round one layer with error feedback, and refit its bias; the task has moments."""
+    """Round one layer with error feedback, and refit its bias if it has one; the task must have moments."""
     moments, bias = task.moments, task.bias
     assert moments is not None
     if bias is None or moments.mean is None or moments.drift_mean is None:
         return _with_feedback(task, moments)
-    result = _about_the_means(task, moments)
+    result = _with_centred_feedback(task, moments)
     w = task.fit.weight.double()
     rounded = result.layer.dense().to(w.device).double()
     shift = (w - rounded) @ moments.mean + w @ moments.drift_mean
@@ -52,15 +52,15 @@ def _with_feedback(task: RoundingTask, used: InputMoments) -> RoundingResult:
     return _result(task, fit_under(task, target, used), used)
 
 
-def _about_the_means(task: RoundingTask, moments: InputMoments) -> RoundingResult:
-    """With moments about the means, made definite where inputs hardly vary.
+def _with_centred_feedback(task: RoundingTask, moments: InputMoments) -> RoundingResult:
+    """Error feedback with centred moments, damped if they are not positive definite.
 
-    There the sums' own float32 error, relative to the moments about zero, is larger than the moments about the means.
+    If inputs hardly vary, the float32 errors of the raw moments exceed the centred moments.
     """
     centred = moments.centred()
     level = float(moments.compressed.diagonal().mean())
-    for lift in LIFTS:
-        used = centred if lift == 0 else _lifted(centred, lift * level)
+    for damping in DAMPINGS:
+        used = centred if damping == 0 else _damped(centred, damping * level)
         try:
             return _with_feedback(task, used)
         except torch.linalg.LinAlgError:  # not positive definite
@@ -68,20 +68,20 @@ def _about_the_means(task: RoundingTask, moments: InputMoments) -> RoundingResul
     return _with_feedback(task, moments)
 
 
-def _lifted(moments: InputMoments, amount: float) -> InputMoments:
+def _damped(moments: InputMoments, amount: float) -> InputMoments:
     identity = torch.eye(len(moments.compressed), dtype=torch.float64, device=moments.compressed.device)
-    folds = tuple(_lifted(fold, amount) for fold in moments.folds)
+    folds = tuple(_damped(fold, amount) for fold in moments.folds)
     return replace(moments, compressed=moments.compressed + amount * identity, folds=folds)
 
 
 def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
-    """``W* = W + W C (Σ̃ + λI)⁻¹`` with the λ whose fits on either fold serve the other one best, float64.
+    """``W* = W + W C (Σ̃ + λI)⁻¹``, float64, with λ chosen by two-fold cross-validation of the output error.
 
-    W itself where nothing does better, or where there are no folds to tell.
+    W itself if no λ reduces the error, or without two folds.
 
     Args:
         weight: W, ``(out_features, in_features)``.
-        moments: of the layer's inputs, with their folds.
+        moments: second moments of the layer's inputs, with their folds.
     """
     w = weight.double()
     level = float(moments.compressed.diagonal().mean())
@@ -90,21 +90,31 @@ def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     first, second = moments.folds
     best, least = 0.0, sum(output_error(w, w, fold) for fold in moments.folds)
     for ridge in RIDGES:
-        error = output_error(w, _moved(w, first, ridge * level), second)
-        error += output_error(w, _moved(w, second, ridge * level), first)
+        error = output_error(w, ridge_correction(w, first, ridge * level), second)
+        error += output_error(w, ridge_correction(w, second, ridge * level), first)
         if error < least:
             best, least = ridge, error
-    return _moved(w, moments, best * level) if best else w
+    return ridge_correction(w, moments, best * level) if best else w
 
 
-def _moved(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor:
+def ridge_correction(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor:
+    """``W* = W + W C (Σ̃ + λI)⁻¹`` for a given λ (METHOD 7, 9).
+
+    Args:
+        weight: W, ``(out_features, in_features)`` float64.
+        moments: second moments of the layer's inputs.
+        ridge: λ, in units of Σ̃.
+
+    Raises:
+        torch.linalg.LinAlgError: ``Σ̃ + λI`` is not positive definite.
+    """
     identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
     factor = torch.linalg.cholesky(moments.compressed + ridge * identity)
     return weight + torch.cholesky_solve((weight @ moments.drift_cross).T, factor).T
 
 
 def fit_under(task: RoundingTask, target: Tensor, moments: InputMoments) -> CovarianceFit:
-    """Closed forms of a target weight under the inputs of the compressed model."""
+    """Closed forms of a target weight, ``(out_features, in_features)``, under shrunk Σ̃ and the task's output metric."""
     metric = Metric(shrink(moments.compressed, moments.tokens), task.output_metric())
     return CovarianceFit(target, metric, task.fit.percentiles, task.fit.zero_point)
 

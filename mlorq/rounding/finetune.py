@@ -1,9 +1,9 @@
-"""Tuning of the whole compressed model against the float one, after its layers and blocks (METHOD 7).
+"""Tuning of the whole compressed model against the float model, after its layers and blocks (METHOD 7).
 
-Layers are rounded and blocks reconstructed front to back: an early one cannot know what later ones make of its error.
-Here the codes, scales, factors and biases of all layers are trained together, straight through the rounding, to give
-the float model's output and the outputs of its blocks, since there are few samples and their outputs alone tell little
-about others. No labels are used.
+Rounding and block reconstruction proceed front to back and do not account for the effect of an error on later layers.
+Tuning trains the codes, scales, factors and biases of all layers together, with the straight-through estimator, to
+reproduce the float model's output and the outputs of its blocks. The blocks' outputs are included because the outputs
+of few samples alone generalise poorly. Labels are not used.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def tune(
     """Train all compressed layers of a model together.
 
     Args:
-        model: the float model, left as it is.
+        model: the float model, which is not modified.
         blocks: names of its blocks.
-        layers: all compressed layers, as they are rounded.
-        batches: calibration samples, a batch a step; every fifth is held out.
-        settings: steps and rates.
+        layers: all compressed layers.
+        batches: calibration samples, one batch per step; every fifth batch is held out.
+        settings: number of steps and step sizes.
         seed: of the order of batches.
-        device: where to run.
+        device: device of the computation.
         progress: called with (steps done, steps).
-        importance: weights of the tokens of the blocks' outputs, a mapping a batch; None: all weigh the same.
-        activations: quantized in the compressed model; None: in none.
-        tables: quantized embedding tables, which the compressed model has and which are not trained.
+        importance: token weights of the blocks' outputs, one mapping per batch; None: equal weights.
+        activations: activation quantizers of the compressed model; None: float activations.
+        tables: quantized embedding tables of the compressed model, which are not trained.
 
     Returns:
-        The layers; those given where the loss on held-out batches did not fall.
+        The trained layers, or the given ones if the loss on held-out batches did not fall.
     """
     module = deepcopy(model.module)
     if activations is not None:
@@ -80,7 +80,7 @@ def tune(
 
 
 class _Objective:
-    """NMSE of the output, and the mean relative error of the blocks' outputs, of one batch."""
+    """NMSE of the output plus the mean relative squared error of the blocks' outputs, for one batch."""
 
     def __init__(self, model: FloatModel, module: nn.Module, blocks: Sequence[str]) -> None:
         self.model = model
@@ -113,7 +113,7 @@ def _relative(error: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
 
 @contextmanager
 def _outputs_of(module: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What the blocks return in one forward pass, float32; of each its last call."""
+    """Outputs of the blocks in a forward pass, float32; the last call of each counts."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:

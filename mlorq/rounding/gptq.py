@@ -1,4 +1,4 @@
-"""Method ``gptq``: GPTQ under the inputs of the partly compressed model (arXiv 2210.17323; METHOD 7)."""
+"""Method ``gptq``: GPTQ with input moments of the partly compressed model (arXiv 2210.17323; METHOD 7)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from mlorq.registry import Settings
 from mlorq.rounding.base import METHODS, InputSettings, Progress, RoundingMethod, RoundingResult, RoundingTask
 from mlorq.rounding.nearest import round_to_nearest
 
-WORK = 60.0  # products of size m·n·n that scales, GPTQ and coordinate descent of a layer cost
+WORK = 60.0  # cost of scales, GPTQ and coordinate descent of a layer, in products of m·n·n multiply-adds
 
 
 class Gptq(RoundingMethod[InputSettings]):
-    """GPTQ, with scales refitted and codes improved by coordinate descent."""
+    """GPTQ, followed by least-squares scales and coordinate descent on the codes."""
 
     name = "gptq"
     title = "GPTQ (2210.17323)"

@@ -17,28 +17,28 @@ from mlorq.rounding.base import (
 )
 from mlorq.rounding.nearest import round_to_nearest
 
-ELEMENTS = 400.0  # multiply-adds that the element-wise work of one iteration costs per entry of W
+ELEMENTS = 400.0  # cost of an iteration's element-wise operations per entry of W, in multiply-adds
 
 
 class LraSettings(InputSettings, IterationSettings):
-    """Adaptive rounding."""
+    """Keys of adaptive rounding."""
 
     learning_rate: float = Field(0.3, gt=0, description="RAdam step size")
     regularisation: float = Field(0.3, ge=0, description="weight of the rounding regulariser")
-    beta_start: float = Field(20.0, gt=0, description="regulariser exponent during the first warm_up")
-    beta_end: float = Field(2.0, gt=0, description="regulariser exponent at the end")
-    warm_up: float = Field(0.2, ge=0, le=1, description="share of iterations before the exponent falls")
-    stop_loss: float = Field(1e-8, ge=0, description="stop a layer below this loss")
-    start: str = Field("nearest", description="method whose matrices and codes it starts from")
+    beta_start: float = Field(20.0, gt=0, description="exponent β of the regulariser during warm_up")
+    beta_end: float = Field(2.0, gt=0, description="exponent β of the regulariser at the end")
+    warm_up: float = Field(0.2, ge=0, le=1, description="fraction of iterations before β decreases")
+    stop_loss: float = Field(1e-8, ge=0, description="stop a layer's iterations below this loss")
+    start: str = Field("nearest", description="method whose matrices and codes are the starting point")
 
     def check(self) -> None:
         able = [method.name for method in METHODS if type(method).start is not RoundingMethod.start]
         if self.start not in able:
-            raise ValueError(f"start: {self.start!r} is unknown; known: {', '.join(able)}")
+            raise ValueError(f"start: {self.start!r} is not a possible start; choose {', '.join(able)}")
 
 
 class Lra(RoundingMethod[LraSettings]):
-    """Learned rounding of all matrices of a form, jointly."""
+    """Jointly learned rounding of all matrices of a form."""
 
     name = "lra"
     title = "adaptive rounding (LRA)"

@@ -1,4 +1,4 @@
-"""Method ``nearest``: every value to its closest code."""
+"""Method ``nearest``: rounding to the nearest code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mlorq.rounding.base import METHODS, Parts, Progress, RoundingMethod, Roundi
 
 
 class Nearest(RoundingMethod[Settings]):
-    """Nearest rounding with searched scales."""
+    """Nearest rounding with scales found by search."""
 
     name = "nearest"
     title = "nearest rounding"
@@ -24,7 +24,7 @@ class Nearest(RoundingMethod[Settings]):
 
 
 def round_to_nearest(task: RoundingTask) -> RoundingResult:
-    """Round one layer to nearest; moments only serve to report the error."""
+    """Round one layer to nearest; moments are used only to report the error."""
     from mlorq.forms.stored_layer import CompressedLayer
     from mlorq.rounding.output_error import output_error
 

@@ -12,12 +12,12 @@ def output_error(weight: Tensor, rounded: Tensor, moments: InputMoments) -> floa
     """``E‖W x - Ŵ x̃‖² / out_features`` in closed form, float64.
 
     With ``E = Ŵ - W``: ``tr(E Σ̃ Eᵀ) - 2 tr(E (W C)ᵀ) + tr(W F Wᵀ)``, where ``Σ̃ = E[x̃x̃ᵀ]``, ``C = E[(x-x̃)x̃ᵀ]`` and
-    ``F = E[(x-x̃)(x-x̃)ᵀ]``; written in E, because W x and Ŵ x̃ nearly cancel.
+    ``F = E[(x-x̃)(x-x̃)ᵀ]``. The formula uses E because W x and Ŵ x̃ nearly cancel.
 
     Args:
         weight: W, ``(out_features, in_features)``.
         rounded: Ŵ, same shape.
-        moments: of the layer's inputs.
+        moments: second moments of the layer's inputs.
     """
     w = weight.double()
     e = rounded.double() - w

@@ -1,9 +1,9 @@
-"""Float and compressed model side by side: the inputs that a layer to be rounded sees in each.
+"""Inputs of a layer in the float and in the partly compressed model, which run side by side (METHOD 6).
 
-The error of a layer's rounding against the float layer's outputs, ``E‖W x - Ŵ x̃‖²`` with x̃ the input in the model whose
-earlier layers are already compressed, is quadratic in Ŵ. Three second moments of (x, x̃) hold everything it depends on,
-so an optimiser's step costs the same however many tokens calibrate it. Both models advance block by block: rounding
-all layers takes two forwards of each block and input, not one of the whole model a layer.
+The error of a rounded layer against the float layer's outputs, ``E‖W x - Ŵ x̃‖²`` with x̃ the input in the model whose
+earlier layers are compressed, is quadratic in Ŵ. It depends on (x, x̃) only through three second moments, so that the
+cost of an optimiser's step is independent of the number of tokens. Both models advance block by block, so that rounding
+all layers does not take a forward pass of the whole model per layer.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mlorq.models.partial_forward import Segments, enters_cleanly
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Second moments of a layer's float inputs x and compressed-model inputs x̃, averaged over tokens, float64.
+    """Second moments of a layer's inputs x in the float model and x̃ in the compressed one, means over tokens, float64.
 
     Attributes:
-        compressed: ``E[x̃ x̃ᵀ]``, ``(in_features, in_features)``.
-        drift_cross: ``E[(x - x̃) x̃ᵀ]``.
-        drift: ``E[(x - x̃)(x - x̃)ᵀ]``.
-        tokens: how many tokens were averaged, or the sum of their weights.
-        mean: ``E[x̃]``, ``(in_features,)``; None where it was not looked at.
-        drift_mean: ``E[x - x̃]``.
-        folds: the same of every other sample and of the rest; empty for a fold itself.
-        has_tokens: whether a sample gives more than one input.
+        compressed: ``Σ̃ = E[x̃ x̃ᵀ]``, ``(in_features, in_features)``.
+        drift_cross: ``C = E[(x - x̃) x̃ᵀ]``, same shape.
+        drift: ``E[(x - x̃)(x - x̃)ᵀ]``, same shape.
+        tokens: number of tokens, or the sum of their weights.
+        mean: ``E[x̃]``, ``(in_features,)``; None in centred moments.
+        drift_mean: ``E[x - x̃]``, ``(in_features,)``; None in centred moments.
+        folds: moments of the even and of the odd samples; empty in a fold.
+        has_tokens: whether samples have more than one token.
     """
 
     compressed: Tensor
@@ -52,7 +52,7 @@ class InputMoments:
     has_tokens: bool = True
 
     def centred(self) -> InputMoments:
-        """Moments about the means: what is left to the weights where the bias takes care of the mean error."""
+        """Moments about the means, for a layer whose bias compensates for the mean error."""
         assert self.mean is not None and self.drift_mean is not None  # noqa: PT018
         mean, drift = self.mean, self.drift_mean
         return InputMoments(
@@ -83,7 +83,7 @@ def _averaged(sums: dict[str, Tensor], tokens: float, folds: tuple[InputMoments,
 
 
 class _FoldSums:
-    """Sums of one fold's products, float64."""
+    """Sums of the products of one fold's tokens, float64."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         shapes = ((size, size),) * 3 + ((size,),) * 2
@@ -94,7 +94,7 @@ class _FoldSums:
         self.tokens = 0.0
 
     def add(self, float_inputs: Tensor, own_inputs: Tensor, weights: Tensor | None) -> None:
-        """Add tokens ``(tokens, size)``, weighted ``(tokens, 1)``."""
+        """Add tokens of x and x̃, ``(tokens, size)`` each, with weights ``(tokens, 1)`` or None."""
         y, drift = own_inputs, float_inputs - own_inputs
         own, lost = (y, drift) if weights is None else (weights * y, weights * drift)
         products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
@@ -104,7 +104,7 @@ class _FoldSums:
 
 
 def _fold_part(values: Sequence[Tensor | None], mask: Tensor | None, start: int) -> list[Any]:
-    """The tokens of a fold's samples, flat, of several tensors ``(samples, tokens, …)``; None stays None."""
+    """The tokens of a fold's samples that count, ``(tokens, …)``, from ``(samples, tokens, …)``; None stays None."""
     part = slice(start, None, FOLDS)
     if mask is None:
         return [None if value is None else value[part].flatten(0, 1) for value in values]
@@ -114,16 +114,16 @@ def _fold_part(values: Sequence[Tensor | None], mask: Tensor | None, start: int)
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One batch at the entry of a block of the compressed model, and what is aimed at.
+    """One batch at the input of a block of the compressed model, with the targets of reconstruction.
 
     Attributes:
         batch: the model's input.
-        args, kwargs: what the block is called with.
+        args, kwargs: the block's arguments in the compressed model.
         target: the float block's output in the float model, float32.
-        outputs: f(x) of the float model, ``(samples, outputs)``; None where it was not asked for.
-        weights: of the target's tokens in the error, the target's shape without its last axis: 0 where one does not
-            count; or of its entries, the target's shape; None where all weigh the same.
-        float_input: the block's first argument in the float model; None where it was not asked for.
+        outputs: f(x) of the float model, ``(samples, outputs)``; None if not requested.
+        weights: of the target's tokens, the target's shape without its last axis, 0 for tokens that do not count; or of
+            the target's entries, the target's shape; None: equal weights.
+        float_input: the block's first argument in the float model; None if not requested.
     """
 
     batch: Any
@@ -136,7 +136,7 @@ class BlockCall:
 
 
 def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
-    """Weights of a block's outputs: importance where there is any, 0 where a token does not count."""
+    """Token weights of a block's output: ``weights`` or 1, and 0 outside ``mask``; None if all are equal."""
     if weights is None:
         return None if mask is None else mask.to(target.dtype)
     moved = weights.to(target.device, target.dtype)
@@ -146,16 +146,16 @@ def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -
 class PairedForward:
     """Carries calibration data through the float model and through its compressed copy, block by block.
 
-    Layers must be asked for in execution order, and set as soon as they are rounded.
+    Call ``moments`` for layers in execution order, and ``set`` as soon as a layer is rounded.
 
     Args:
         model: the float model.
         blocks: names of its blocks.
         batches: calibration samples.
-        device: where to run.
-        importance: weights of the tokens, a mapping a batch; None: all weigh the same.
-        leaders: the name in ``importance`` by layer.
-        activations: quantized in the compressed copy; None: in none.
+        device: device of the computation.
+        importance: token weights by name, one mapping per batch; None: equal weights.
+        leaders: maps the name of a layer to its name in ``importance``; default: the same.
+        activations: activation quantizers of the compressed copy; None: float activations.
     """
 
     def __init__(
@@ -196,10 +196,10 @@ class PairedForward:
                 bias.copy_(compressed.bias)
 
     def moments(self, layer: Layer) -> InputMoments:
-        """Second moments of a layer's inputs; the part up to its block is run once for all its layers.
+        """Second moments of a layer's inputs; the earlier blocks run once for all layers of its block.
 
-        Layers that read the same tensor (query, key and value) share one computation: rounding one of them cannot
-        change what the others see.
+        Layers with the same input tensor (query, key and value) share one computation, since rounding one of them does
+        not change the input of the others.
         """
         if self._last is not None and self._last[0] == layer.input_group:
             return self._last[1]
@@ -231,23 +231,26 @@ class PairedForward:
     def block_calls(
         self, block: int, *, outputs: bool = False, fisher: bool = False, float_inputs: bool = False, seed: int = 0
     ) -> list[BlockCall]:
-        """All batches at the entry of a block; the layers before are rounded.
+        """All batches at the input of a block whose earlier layers are rounded.
 
         Args:
-            block: its index.
-            outputs: give the model's outputs too.
-            fisher: weigh entries of the block's output by the squared gradient there of ``v · f``, v Gaussian, instead
-                of tokens by their importance (BRECQ, arXiv 2102.05426, whose f is the labelled loss).
-            float_inputs: give the float model's input of the block too.
+            block: index of the block.
+            outputs: whether to include the model's outputs.
+            fisher: whether to weight entries of the block's output by the squared gradient of ``v · f``, v Gaussian,
+                instead of tokens by their importance (BRECQ, arXiv 2102.05426, with the labelled loss instead of
+                ``v · f``; METHOD 9).
+            float_inputs: whether to include the block's input in the float model.
             seed: of v.
 
         Raises:
-            ModelError: outputs or gradients are asked for, and later parts of the model read earlier blocks again: no
-                block has a rest that could follow it alone.
+            ModelError: outputs or gradients are requested, but the blocks are not a chain: later parts of the model
+                read the outputs of earlier blocks again.
         """
         if (outputs or fisher) and not self._is_chain():
-            asked = "rounding.loss: output" if outputs else "rounding.method: brecq"
-            raise ModelError(f"{asked} needs a model whose blocks are a chain; use block")
+            asked, instead = (
+                ("rounding.loss: output", "loss: block") if outputs else ("rounding.method: brecq", "method: block")
+            )
+            raise ModelError(f"{asked} needs a model whose blocks are a chain; use {instead}")
         generator = torch.Generator().manual_seed(seed)
         self._advance(block)
         calls = []
@@ -270,7 +273,7 @@ class PairedForward:
         return calls
 
     def _squared_gradients(self, batch: Any, start: int, after: Any, generator: torch.Generator) -> Tensor:
-        """``(∂(v · f)/∂z)²`` of a block's output z, with mean 1."""
+        """``(∂(v · f)/∂z)²`` for a block's output z, scaled to mean 1."""
         first = after if isinstance(after, Tensor) else after[0]
         with torch.enable_grad():
             entry = first.detach().clone().requires_grad_(True)
@@ -282,7 +285,7 @@ class PairedForward:
         return (squared / squared.mean().clamp(min=torch.finfo(squared.dtype).tiny)).float()
 
     def run_block(self, block: int, call: BlockCall) -> Any:
-        """The output of a block of the compressed copy, differentiable."""
+        """Output of a block of the compressed copy, differentiable."""
         return self._changed.blocks[block](*call.args, **call.kwargs)
 
     def block(self, block: int) -> torch.nn.Module:
@@ -290,7 +293,7 @@ class PairedForward:
         return self._changed.blocks[block]
 
     def finish(self, call: BlockCall, start: int, carry: Any) -> Tensor:
-        """f(x) of the float model entered at block ``start``, differentiable."""
+        """f(x) of the float model continued from block ``start`` with input ``carry``, differentiable."""
         return self._float.differentiable_outputs(call.batch, start, carry)
 
     def _tokens(self, module: torch.nn.Module, inputs: Tensor, samples: int) -> Tensor:
@@ -309,10 +312,10 @@ class PairedForward:
         self._at = block
 
     def _is_chain(self) -> bool:
-        """Whether the float model can be entered behind its last block; if not, every run is a full one.
+        """Whether the float model can be continued from the output of a block; if not, every forward pass is complete.
 
-        There, and not at the first block asked for: a model that reads an early block again is right until that one is
-        skipped with another's output.
+        The check is made after the last block: a model that reads an early block's output again fails only once that
+        block is skipped.
         """
         if not self._chain_checked:
             batch, last = self.batches[0], len(self._float.blocks)

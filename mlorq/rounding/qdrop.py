@@ -1,4 +1,4 @@
-"""Method ``qdrop``: BRECQ with activations that stay float at random (QDrop, arXiv 2203.05740; METHOD 8)."""
+"""Method ``qdrop``: BRECQ with randomly dropped activation quantization (QDrop, arXiv 2203.05740; METHOD 9)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from mlorq.rounding.brecq import Brecq, SoftReconstruction
 
 
 class _Dropping(SoftReconstruction):
-    """All entries of the block's output weigh the same; half of the activations stay float in each step."""
+    """No weights by squared gradients; in each step half of the activations stay float."""
 
     fisher = False
     drop = 0.5
 
 
 class QDrop(Brecq):
-    """QDrop."""
+    """QDrop: soft rounding of blocks with randomly dropped activation quantization."""
 
     name = "qdrop"
     title = "QDrop (2203.05740)"

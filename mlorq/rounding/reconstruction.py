@@ -1,16 +1,16 @@
-"""Block reconstruction: the codes, scales, factors and biases of a block's layers, optimised together (METHOD 7).
+"""Block reconstruction: joint optimisation of the codes, scales, factors and biases of a block's layers (METHOD 7).
 
-The layers of a block start from their closed forms. Their codes are trained straight through the rounding, scales and
-biases beside them at far smaller rates (``trainable``). The loss is the error of the block's output, on inputs of
-the model whose earlier blocks are compressed already, against the float block's output in the float model (BRECQ, arXiv
-2102.05426, without the sigmoid) or, with ``output``, the error of the model's output when the float rest of the model
-follows.
+``reconstruct`` starts from the closed forms of the layers and trains their codes with the straight-through estimator,
+and scales and biases at far smaller step sizes (``trainable``). The block's input is that of the model whose earlier
+blocks are compressed. With ``loss: block`` the loss is the error of the block's output against the float block's output
+in the float model (BRECQ, arXiv 2102.05426, without the sigmoid); with ``loss: output`` it is the error of the model's
+output when the float blocks follow.
 
-``reconstruct_softly`` is what published methods do: soft rounding from nearest (``soft_rounding``) with scales and
-biases as they are, and entries of the block's output weighted by squared gradients, or activations that stay float at
-random.
+``reconstruct_softly`` implements the published methods (METHOD 9): soft rounding that starts from nearest rounding
+(``soft_rounding``), with fixed scales and biases. BRECQ weights the entries of the block's output by squared gradients;
+QDrop keeps activations float at random.
 
-Whatever is learned is kept only where it lowers the loss on samples that were not trained on.
+Both keep the trained layers only if they reduce the loss on held-out samples.
 """
 
 from __future__ import annotations
@@ -42,18 +42,21 @@ def reconstruct(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Trained:
-    """Optimise codes, scales, factors and biases of the layers of one block, straight through their rounding.
+    """Optimise codes, scales, factors and biases of the layers of one block with the straight-through estimator.
 
     Args:
         paired: the float model and its copy in which all layers up to this block's are compressed.
         block: index of the block.
-        layers: of the block, as they are rounded.
-        settings: steps and rates.
-        seed: of the order of batches and all else that is drawn.
+        layers: the rounded layers of the block.
+        settings: number of steps, step sizes, loss and drop rate.
+        seed: of the order of batches and all random numbers.
         progress: called with (steps done, steps).
 
     Returns:
-        The layers; the copy in ``paired`` is as it was: set what is returned.
+        The optimised layers; the copy in ``paired`` is unchanged: call ``paired.set`` for each of them.
+
+    Raises:
+        ModelError: the loss is that of the model's output, and the model's blocks are not a chain.
     """
     calls = paired.block_calls(block, outputs=settings.loss == "output", float_inputs=settings.drop > 0, seed=seed)
     objective = _Objective(paired, block)
@@ -75,13 +78,19 @@ def reconstruct_softly(
     drop: float = 0.0,
     progress: Progress | None = None,
 ) -> Trained:
-    """Learn the rounding of a block's codes by rectified sigmoids; scales and biases stay.
+    """Learn the rounding of a block's codes with rectified sigmoids; scales and biases are fixed (METHOD 9).
 
     Args:
         paired, block, layers, settings, seed, progress: as for ``reconstruct``.
-        parts: by layer: the float matrices that it stores, with their quantizers.
-        fisher: weight entries of the block's output by squared gradients of the model's output (BRECQ).
-        drop: share of activations that stay float in each step (QDrop).
+        parts: by layer name: float matrices and quantizers of the matrices that it stores.
+        fisher: whether to weight entries of the block's output by squared gradients of the model's output (BRECQ).
+        drop: fraction of activations that stay float in each step (QDrop).
+
+    Returns:
+        As for ``reconstruct``.
+
+    Raises:
+        ModelError: ``fisher``, and the model's blocks are not a chain.
     """
     calls = paired.block_calls(block, fisher=fisher, float_inputs=drop > 0, seed=seed)
     objective = _Objective(paired, block)
@@ -97,7 +106,7 @@ def reconstruct_softly(
 
 
 def _held_out(trainable: Sequence[TrainableLayer], objective: _Objective) -> Callable[[Sequence[BlockCall]], float]:
-    """The loss of held-out batches, with the codes that soft layers come to."""
+    """The loss of held-out batches with the final codes of soft layers."""
 
     def loss(batches: Sequence[BlockCall]) -> float:
         set_hard(trainable, True)
@@ -112,9 +121,14 @@ def _held_out(trainable: Sequence[TrainableLayer], objective: _Objective) -> Cal
 def _dropping(
     paired: PairedForward, block: int, step: Callable[[BlockCall], Tensor], share: float, seed: int
 ) -> Callable[[BlockCall], Tensor]:
-    """A step in which a share of the block's input comes from the float model, and of its activations stays float.
+    """A loss of which random entries of the block's input come from the float model, and random activations stay float.
 
-    QDrop, arXiv 2203.05740: what is learned then holds for more than one pattern of quantization errors.
+    QDrop, arXiv 2203.05740: training with random patterns of quantization errors generalises better.
+
+    Args:
+        paired, block, seed: as for ``reconstruct``.
+        step: the loss of one batch.
+        share: fraction of entries and activations that stay float; 0 returns ``step``.
     """
     if not share:
         return step
@@ -144,7 +158,7 @@ def _mixed_input(call: BlockCall, share: float, generator: torch.Generator) -> B
 
 
 class _Objective:
-    """Relative error of one batch of samples."""
+    """Relative squared error of one batch."""
 
     def __init__(self, paired: PairedForward, block: int) -> None:
         self.paired = paired
@@ -154,7 +168,7 @@ class _Objective:
         return self._error(call) / self.power(call)
 
     def of_all(self, calls: Sequence[BlockCall]) -> float:
-        """Relative error of many batches together."""
+        """Relative squared error of many batches together."""
         return sum(float(self._error(call).double()) for call in calls) / sum(self.power(call) for call in calls)
 
     def _error(self, call: BlockCall) -> Tensor:
@@ -165,19 +179,24 @@ class _Objective:
         return weighted_square(first_tensor(output).float() - call.target, call.weights).sum()
 
     def power(self, call: BlockCall) -> float:
-        """Of what is aimed at."""
+        """Weighted sum of squares of the target."""
         aim = weighted_square(call.target, call.weights) if call.outputs is None else call.outputs.square()
         return max(float(aim.double().sum()), torch.finfo(torch.float32).tiny)
 
 
 def weighted_square(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Squares of a block's output or its error, tokens or entries weighed."""
+    """Squares of ``values``, weighted by token or by entry.
+
+    Args:
+        values: a block's output or its error, ``(samples, …, features)``.
+        weights: of tokens, the shape of ``values`` without the last axis; of entries, its shape; None: equal weights.
+    """
     if weights is None:
         return values.square()
     return values.square() * (weights if weights.dim() == values.dim() else weights.unsqueeze(-1))
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A block's output, or the first of several."""
+    """A block's output, or its first one if there are several."""
     result: Tensor = output if isinstance(output, Tensor) else output[0]
     return result

@@ -1,6 +1,6 @@
-"""Constants of soft rounding by a rectified sigmoid, ``h(α) = clamp(σ(α)(ζ - γ) + γ, 0, 1)``.
+"""Constants of soft rounding by the rectified sigmoid ``h(α) = clamp(σ(α)(ζ - γ) + γ, 0, 1)`` and of its optimiser.
 
-AdaRound, arXiv 2004.10568. They are here for both the PyTorch and the Triton versions of it.
+AdaRound, arXiv 2004.10568; METHOD 6. The PyTorch and Triton implementations share them.
 """
 
 GAMMA, ZETA = -0.1, 1.1
@@ -8,21 +8,22 @@ DECAYS, EPSILON = (0.9, 0.999), 1e-8  # of RAdam, as in torch.optim
 
 
 def radam_scalars(step: int, learning_rate: float) -> tuple[float, float]:
-    """The factors of RAdam's first moment and of its second moment's inverse root (arXiv 1908.03265).
+    """Step-dependent factors of RAdam's update (arXiv 1908.03265, algorithm 2).
 
     Args:
-        step: from 1.
-        learning_rate: its own.
+        step: number of the step, from 1.
+        learning_rate: RAdam's step size.
 
     Returns:
-        The rate over the first bias correction, and rectification times the root of the second one's: 0 in the first
-        steps, in which the second moment is not used.
+        The learning rate divided by the bias correction of the first moment, and the rectification times the square
+        root of the bias correction of the second moment. The latter is 0 in the first steps, which do not use the
+        second moment.
     """
     first, second = DECAYS
-    most = 2 / (1 - second) - 1
-    length = most - 2 * step * second**step / (1 - second**step)
+    limit = 2 / (1 - second) - 1  # of the length of the approximated moving average, ρ∞
+    length = limit - 2 * step * second**step / (1 - second**step)  # ρ_t
     rate = learning_rate / (1 - first**step)
     if length <= 5:
         return rate, 0.0
-    rectification = ((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)) ** 0.5
+    rectification = ((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)) ** 0.5
     return rate, rectification * (1 - second**step) ** 0.5

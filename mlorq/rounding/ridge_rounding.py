@@ -1,14 +1,13 @@
-"""ERQ: two ridge regressions around the rounding of a layer (arXiv 2407.06794; METHOD 8).
+"""ERQ: two ridge regressions around the rounding of a layer (arXiv 2407.06794; METHOD 9).
 
-1. Activation error (Aqer): weights move to where they make up for quantized inputs,
-   ``W* = W + W C (Σ̃ + λ₁I)⁻¹``, a ridge on the change; ``error_feedback`` has the formula and chooses λ, here it is
-   the published one, on sums over tokens.
-2. Weight error (Wqer): columns are rounded in turns, half of those that are left at a time. Codes of a half are refined
-   by flips of single codes that lower the proxy error ``δ Σ̃_ss δᵀ`` of their row; what is left of it goes into the
-   columns that are not rounded yet, by ridge: ``w_r ← w_r - δ Σ̃_sr (Σ̃_rr + λ₂I)⁻¹``.
+1. Activation error (Aqer): ``W* = W + W C (Σ̃ + λ₁I)⁻¹`` compensates for quantized inputs, with a ridge penalty on the
+   change. The formula is that of ``error_feedback``, with the published λ₁, which applies to sums over tokens.
+2. Weight error (Wqer): half of the remaining columns are rounded at a time. Flips of single codes reduce the proxy
+   error ``δ Σ̃_ss δᵀ`` of each row; a ridge regression then compensates for the remaining error δ in the columns that
+   are not rounded yet: ``w_r ← w_r - δ Σ̃_sr (Σ̃_rr + λ₂I)⁻¹``.
 
-A flip moves a code to the other one next to its value. The published code flips where the gradient's sign says so; here
-the flip of each row that lowers its error most is made, one a turn, until none does.
+A flip changes a code to the code on the other side of its value. The published code flips by the sign of the gradient;
+here each iteration makes the flip in each row that reduces the error most, until no flip does.
 """
 
 from __future__ import annotations
@@ -23,26 +22,27 @@ from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.rounding.base import RoundingResult, RoundingTask
+from mlorq.rounding.error_feedback import ridge_correction
 from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments
 
-TOKEN_RIDGE, VECTOR_RIDGE = 2000.0, 0.1  # λ₁ on sums: of inputs with tokens, and of one vector a sample
-WEIGHT_RIDGE = 1e-2  # λ₂, times the mean diagonal of what is inverted
-FLIPS = 100  # most of a row and half
-SMALLEST_HALF = 8  # columns: fewer are rounded together
+TOKEN_RIDGE, VECTOR_RIDGE = 2000.0, 0.1  # λ₁ on sums, for inputs with tokens and with one vector per sample
+WEIGHT_RIDGE = 1e-2  # λ₂ over the mean diagonal of Σ̃_rr
+FLIPS = 100  # maximum number of flips per row and half
+SMALLEST_HALF = 8  # at most this many remaining columns are rounded together
 
 
 def round_by_ridges(task: RoundingTask) -> RoundingResult:
-    """Round one layer by ERQ; the task has moments.
+    """Round one layer by ERQ; the task must have moments.
 
-    The second regression needs codes of W itself: forms with factors get nearest rounding of the moved weight's.
+    The second regression requires codes of W itself: factors of the corrected weight are rounded to nearest.
     """
     moments = task.moments
     assert moments is not None
     weight = task.fit.weight
-    moved = moved_fit(task.fit, moments)
+    corrected = corrected_fit(task.fit, moments)
     before = output_error(weight, _stored(task, task.rounded()).dense().to(weight.device), moments)
-    parts = task.rounded(moved)
+    parts = task.rounded(corrected)
     if not FORMS[task.candidate.form].has_product:
         parts = {
             name: part._replace(codes=round_in_halves(part.values, moments.compressed, part.quantizer))
@@ -57,30 +57,27 @@ def _stored(task: RoundingTask, parts: Mapping[str, Rounded]) -> CompressedLayer
     return CompressedLayer.of_rounded(task.layer, task.candidate, parts)
 
 
-def moved_fit(fit: HessianFit, moments: InputMoments) -> HessianFit:
+def corrected_fit(fit: HessianFit, moments: InputMoments) -> HessianFit:
     """The fit of ``W* = W + W C (Σ̃ + λ₁I)⁻¹``.
 
-    Of one vector per sample, as before a classifier's head, there are seldom many more than inputs, and with the
-    published λ₁ W* fits their noise: there λ₁ is at least the mean of Σ̃'s diagonal times inputs per sample.
+    With one vector per sample, as before a classifier's head, there are few more samples than input features, and W*
+    with the published λ₁ would fit noise. There λ₁ on means is at least the mean diagonal of Σ̃ times the number of
+    input features per sample.
     """
     count, inputs = max(1, moments.tokens), fit.weight.shape[1]
     ridge = TOKEN_RIDGE / count
     if not moments.has_tokens:
         ridge = max(VECTOR_RIDGE / count, float(moments.compressed.diagonal().mean()) * inputs / count)
-    identity = torch.eye(fit.weight.shape[1], dtype=torch.float64, device=fit.weight.device)
-    factor = torch.linalg.cholesky(moments.compressed + ridge * identity)
-    w = fit.weight.double()
-    moved = w + torch.cholesky_solve((w @ moments.drift_cross).T, factor).T
-    return fit.of(moved.float())
+    return fit.of(ridge_correction(fit.weight.double(), moments, ridge).float())
 
 
 def round_in_halves(weight: Tensor, covariance: Tensor, quantizer: RowQuantizer) -> Tensor:
-    """Codes ``(rows, columns)``, float32 whole numbers, of the second regression.
+    """Codes of the second regression (Wqer), ``(rows, columns)``, integers in float32.
 
     Args:
         weight: ``(rows, columns)``.
         covariance: Σ̃, ``(columns, columns)``.
-        quantizer: of the rows.
+        quantizer: scales and zero-points of the rows.
     """
     sigma = covariance.double()
     left = weight.double().clone()
@@ -102,12 +99,15 @@ def round_in_halves(weight: Tensor, covariance: Tensor, quantizer: RowQuantizer)
 
 
 def flipped(values: Tensor, sigma: Tensor, quantizer: RowQuantizer) -> Tensor:
-    """Nearest codes, then single flips that lower ``δ Σ δᵀ`` of each row, the best one a turn.
+    """Nearest codes, improved by single flips that reduce ``δ Σ δᵀ`` of each row, the best flip per iteration.
 
     Args:
         values: ``(rows, columns)`` float64.
-        sigma: ``(columns, columns)``.
-        quantizer: of the rows.
+        sigma: Σ, ``(columns, columns)`` float64.
+        quantizer: scales and zero-points of the rows.
+
+    Returns:
+        Codes ``(rows, columns)``, integers in float32.
     """
     codes = quantizer.quantize(values.float())
     scale = quantizer.scale.double().unsqueeze(1)
@@ -116,7 +116,7 @@ def flipped(values: Tensor, sigma: Tensor, quantizer: RowQuantizer) -> Tensor:
     diagonal, top = sigma.diagonal(), 2**quantizer.bits - 1
     rows = torch.arange(len(values), device=values.device)
     for _ in range(FLIPS):
-        step = torch.where(delta > 0, -1.0, 1.0).double()  # towards the other side of the value
+        step = torch.where(delta > 0, -1.0, 1.0).double()  # to the other side of the value
         gain = step * scale * (2 * slope + step * scale * diagonal)
         target = codes + step
         gain = torch.where((target < 0) | (target > top), torch.inf, gain)

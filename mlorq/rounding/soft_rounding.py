@@ -1,8 +1,8 @@
-"""Soft rounding by blocks, as BRECQ and QDrop do it (arXiv 2102.05426, 2203.05740; AdaRound, 2004.10568).
+"""Soft rounding of blocks as in BRECQ and QDrop (arXiv 2102.05426, 2203.05740; AdaRound, 2004.10568; METHOD 9).
 
-A code is ``floor(w/s) + h(α) + z`` with the rectified sigmoid ``h(α) = clamp(1.2 σ(α) - 0.1, 0, 1)``; α starts where
-h(α) is the fraction, and the code is up in the end where ``α ≥ 0``. Scales stay. ``Σ mean(1 - |2h(α) - 1|^β)``, with β
-falling from 20 to 2 after a fifth of the steps, draws h to 0 or 1.
+A code is ``floor(w/s) + h(α) + z`` with the rectified sigmoid ``h(α) = clamp(1.2 σ(α) - 0.1, 0, 1)``. Initially h(α) is
+the fractional part of w/s; final codes round up if ``α ≥ 0``. Scales are fixed. The regulariser
+``λ Σ mean(1 - |2h(α) - 1|^β)`` draws h to 0 or 1; it starts after a fifth of the steps, and β falls from 20 to 2.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from mlorq.rounding.rectified_sigmoid import GAMMA, ZETA
 from mlorq.rounding.trainable import TrainableLayer
 
 BETA_START, BETA_END, WARM_UP = 20.0, 2.0, 0.2
-NEARLY = 1e-3  # fractions this near to 0 or 1 still have a finite α
+MARGIN = 1e-3  # smallest distance of initial fractions from 0 and 1, for a finite α
 
 
 class SoftMatrix:
-    """One matrix with learnable rounding; the same interface as the matrices of ``mlorq.rounding.trainable``."""
+    """A matrix with learnable rounding; implements ``mlorq.rounding.trainable.Matrix``."""
 
     def __init__(self, values: Tensor, quantizer: RowQuantizer) -> None:
         scale = quantizer.scale.unsqueeze(1)
         floor = (values / scale).floor()
-        fraction = (values / scale - floor).clamp(NEARLY, 1 - NEARLY)
+        fraction = (values / scale - floor).clamp(MARGIN, 1 - MARGIN)
         self.quantizer = quantizer
         self.base = floor + quantizer.zero_point.unsqueeze(1)
         self.top = 2**quantizer.bits - 1
         self.latent = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
-        self.growth = nn.Parameter(torch.zeros(()))  # of the scale: there is none, and so no gradient
+        self.growth = nn.Parameter(torch.zeros(()))  # unused, since scales are fixed
         self.hard = False
 
     def rounding(self) -> Tensor:
-        """h(α); 0 or 1 where ``hard``."""
+        """h(α); rounded to 0 or 1 if ``hard``."""
         if self.hard:
             return (self.latent >= 0).to(self.base.dtype)
         return (self.latent.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def values(self) -> Tensor:
-        """Dequantized, differentiable."""
+        """Dequantized values, differentiable."""
         return self.quantizer.dequantize((self.base + self.rounding()).clamp(0, self.top))
 
     def result(self) -> QuantizedMatrix:
@@ -53,11 +53,11 @@ class SoftMatrix:
 
 
 class SoftLayer(TrainableLayer):
-    """A layer whose codes are rounded softly; its bias stays.
+    """A layer with soft rounding of its codes and a fixed bias.
 
     Args:
         root, layer, compressed: as for ``TrainableLayer``.
-        parts: the float matrices that the layer stores, and their quantizers.
+        parts: float matrices and quantizers of the matrices that the layer stores.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SoftLayer(TrainableLayer):
 
 
 class Regulariser:
-    """λ times the sum of ``mean(1 - |2h - 1|^β)`` of all matrices, β by the number of times it was asked for."""
+    """``λ Σ mean(1 - |2h - 1|^β)`` over all matrices; each call is one step of the schedule of β."""
 
     def __init__(self, layers: Sequence[SoftLayer], steps: int, weight: float) -> None:
         self._matrices = [matrix for layer in layers for matrix in layer.soft.values()]
@@ -92,7 +92,7 @@ class Regulariser:
 
 
 def set_hard(layers: Sequence[TrainableLayer], hard: bool) -> None:
-    """Whether soft layers compute with the codes that they come to."""
+    """Switch soft layers between soft and final codes."""
     for layer in layers:
         for matrix in layer.matrices.values():
             if isinstance(matrix, SoftMatrix):

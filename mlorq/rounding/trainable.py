@@ -1,8 +1,8 @@
-"""Quantized layers whose codes, scales, factors and biases are trained (METHOD 7).
+"""Training of the codes, scales, factors and biases of quantized layers (METHOD 7).
 
-Codes become latent numbers in code units, rounded in every forward pass and trained as if they were not (straight
-through); scales are trained as logarithms of their growth. What is computed from both stands in the module in the place
-of its weight.
+Codes are latent real numbers in units of codes, rounded in every forward pass and trained with the straight-through
+estimator; scales are trained as logarithms of their growth. The dequantized weight replaces the module's parameter
+during training.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import Layer
 
-HELD_OUT = 5  # one batch in so many is not trained on
-CHECKS = 4  # looks at the held-out loss
+HELD_OUT = 5  # every fifth batch is held out
+CHECKS = 4  # number of evaluations of the held-out loss during training
 
 
 class Matrix(Protocol):
-    """One stored matrix with something to train.
+    """The trainable parameters of a stored matrix.
 
     Attributes:
-        latent: what its codes are computed from.
-        growth: of its scales, as a logarithm; without effect where scales stay.
+        latent: parameter from which the codes are computed.
+        growth: logarithm of the growth of the scales; unused if scales are fixed.
     """
 
     latent: nn.Parameter
     growth: nn.Parameter
 
     def values(self) -> Tensor:
-        """Dequantized, differentiable."""
+        """Dequantized values, differentiable."""
 
     def result(self) -> StoredMatrix:
-        """What it is stored as."""
+        """The matrix with its current codes and scales."""
 
 
 class _Affine:
-    """Codes trained straight through their rounding, and scales."""
+    """Codes, trained with the straight-through estimator, and scales."""
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
         self.stored = matrix
@@ -52,13 +52,13 @@ class _Affine:
         self.base = matrix.scale.float().to(device).unsqueeze(1)
         self.top = 2**matrix.bits - 1
         self.latent = nn.Parameter(matrix.codes.float().to(device))
-        self.growth = nn.Parameter(torch.zeros_like(self.base))  # of the scale, as a logarithm
+        self.growth = nn.Parameter(torch.zeros_like(self.base))  # logarithm of scale / base
 
     def scale(self) -> Tensor:
         return self.base * self.growth.exp()
 
     def values(self) -> Tensor:
-        """Dequantized; gradients pass the rounding, and stop where a code is clamped."""
+        """Dequantized values; gradients pass through rounding, and are 0 for clamped codes."""
         inside = self.latent.clamp(0, self.top)
         codes = inside + (inside.round() - inside).detach()
         scale = self.scale()
@@ -72,12 +72,12 @@ class _Affine:
 
 
 class _Frozen:
-    """A matrix of a codec that has nothing to train here: its values stay."""
+    """A fixed matrix, of a codec that has no trainable parameters here."""
 
     def __init__(self, matrix: StoredMatrix, device: torch.device) -> None:
         self.stored = matrix
         self.dense = matrix.dequantize().to(device)
-        self.latent = nn.Parameter(torch.zeros((), device=device))  # without effect, so that optimisers take it
+        self.latent = nn.Parameter(torch.zeros((), device=device))  # unused; optimisers need a parameter
         self.growth = nn.Parameter(torch.zeros((), device=device))
 
     def values(self) -> Tensor:
@@ -88,17 +88,17 @@ class _Frozen:
 
 
 def trainable_matrix(matrix: StoredMatrix, device: torch.device) -> Matrix:
-    """A stored matrix with what can be trained of it."""
+    """The trainable parameters of a stored matrix, initialised from it."""
     return _Affine(matrix, device) if isinstance(matrix, QuantizedMatrix) else _Frozen(matrix, device)
 
 
 class TrainableLayer:
-    """A layer whose weight and bias are computed from what is trained, while ``attached``.
+    """A layer whose weight and bias are computed from trainable parameters while it is ``attached``.
 
     Args:
-        root: the model that holds it.
-        layer: where it is. Modules that share its weight compute with what is trained too; their biases stay.
-        compressed: what training starts from.
+        root: the model that contains the layer.
+        layer: the layer. Modules that share its weight use the trained weight too; with such modules, biases are fixed.
+        compressed: the rounded layer from which training starts.
     """
 
     def __init__(self, root: nn.Module, layer: Layer, compressed: CompressedLayer) -> None:
@@ -117,7 +117,7 @@ class TrainableLayer:
         self.bias = nn.Parameter(bias.detach().float().clone()) if own and bias is not None else None
 
     def refresh(self) -> None:
-        """Compute the weight anew; the graph reaches back to what is trained."""
+        """Recompute the weight and bias of the modules, differentiable by the trained parameters."""
         dense = self.form.combine({name: matrix.values() for name, matrix in self.matrices.items()})
         weight = dense.reshape(self.shape).to(self.dtype)
         for module in self.modules:
@@ -127,7 +127,7 @@ class TrainableLayer:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Plain tensors in the place of the modules' parameters, which come back at the end."""
+        """Remove the modules' parameters, for which ``refresh`` sets tensors, and restore them at the end."""
         names = [(module, "weight") for module in self.modules]
         names += [(self.module, "bias")] if self.bias is not None else []
         kept = [(module, name, module._parameters.pop(name)) for module, name in names]
@@ -145,7 +145,7 @@ class TrainableLayer:
 
 
 def refresh_all(layers: Sequence[TrainableLayer]) -> None:
-    """Compute all weights anew, with gradients whatever the caller does."""
+    """Recompute the weights of all layers, with gradients enabled."""
     with torch.enable_grad():
         for layer in layers:
             layer.refresh()
@@ -153,14 +153,14 @@ def refresh_all(layers: Sequence[TrainableLayer]) -> None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Step sizes: of codes in codes, of scales relative to them, of biases."""
+    """Step sizes of codes (in units of codes), of scales (relative to their size) and of biases."""
 
     codes: float
     scales: float
     biases: float
 
     def groups(self, layers: Sequence[TrainableLayer]) -> list[dict[str, Any]]:
-        """What an optimiser trains, each kind at its own rate."""
+        """Parameter groups of an optimiser, each kind with its step size."""
         matrices = [matrix for layer in layers for matrix in layer.matrices.values()]
         groups: list[dict[str, Any]] = [
             {"params": [matrix.latent for matrix in matrices], "lr": self.codes},
@@ -172,13 +172,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to.
+    """Result of training.
 
     Attributes:
-        layers: those given where nothing better was found.
-        loss_before: on held-out samples.
-        loss_after: the same with the layers returned; never above ``loss_before``.
-        iterations: steps taken.
+        layers: the best layers found; the given ones if training did not reduce the loss.
+        loss_before: loss of the given layers on held-out samples.
+        loss_after: loss of ``layers`` on held-out samples, at most ``loss_before``.
+        iterations: number of steps.
     """
 
     layers: list[CompressedLayer]
@@ -200,17 +200,20 @@ def train(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
-    """Train layers with Adam, one batch a step, at rates that fall to zero; the best on held-out batches is returned.
+    """Train layers with Adam and cosine-annealed step sizes, one batch per step.
 
     Args:
-        layers: what is trained.
+        layers: layers to train.
         batches: samples; every fifth batch is held out.
-        objective: the loss of one batch, differentiable.
-        held_out_loss: the loss of all held-out batches.
-        rates: step sizes.
-        iterations: steps.
-        seed: of the batches' order.
+        objective: loss of one batch, differentiable.
+        held_out_loss: loss of all held-out batches.
+        rates: initial step sizes.
+        iterations: number of steps.
+        seed: of the order of batches.
         progress: called with (steps done, steps).
+
+    Returns:
+        The layers with the smallest held-out loss among the given ones and those at ``CHECKS`` evaluations.
     """
     held, trained = batches[::HELD_OUT], [batch for index, batch in enumerate(batches) if index % HELD_OUT]
     trained = trained or list(batches)
@@ -245,7 +248,7 @@ def train(
 
 
 def _batch_order(count: int, steps: int, seed: int) -> list[int]:
-    """Which batch each step sees: every one once before any comes again."""
+    """Index of the batch of each step: random permutations of all batches, one after another."""
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = []
     while len(found) < steps:

@@ -352,7 +352,7 @@ def test_inspect_finds_sizes_that_are_not_true(saved: Path) -> None:
 def test_inspect_finds_totals_that_are_not_true(saved: Path, key: str) -> None:
     said = json.loads((saved / CONFIG).read_text())["sizes"][key] + 1  # of as many digits
     edit(saved, lambda config: config["sizes"].update({key: said}))
-    with pytest.raises(CheckpointError, match=rf"sizes\.{key} is {said - 1} bytes, not the {said}"):
+    with pytest.raises(CheckpointError, match=rf"sizes\.{key} is {said - 1} bytes instead of {said}"):
         inspect(saved)
 
 
@@ -452,7 +452,7 @@ def refuses(folder: Path | str, match: str, model: nn.Module | None = None) -> N
 
 
 def test_missing_folder_and_files(saved: Path, tmp_path: Path) -> None:
-    refuses(tmp_path / "nowhere", "no such folder")
+    refuses(tmp_path / "nowhere", "the folder does not exist")
     (saved / TENSORS).unlink()
     refuses(saved, f"has no {re.escape(TENSORS)}")
     with pytest.raises(CheckpointError, match=f"{re.escape(TENSORS)} is missing"):
@@ -461,7 +461,7 @@ def test_missing_folder_and_files(saved: Path, tmp_path: Path) -> None:
     refuses(saved, f"has no {re.escape(CONFIG)}")
     refuses("nonsense://x", "nonsense")
     (tmp_path / "file").write_text("")
-    refuses(tmp_path / "file", "no such folder")
+    refuses(tmp_path / "file", "the folder does not exist")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save({CONFIG: b""}, tmp_path / "file")
 
@@ -493,7 +493,7 @@ def test_layer_entry_that_means_nothing(saved: Path, change: dict[str, Any]) -> 
 @pytest.mark.parametrize("key", ["layer", "shape", "form", "rank", "aliases", "bytes"])
 def test_layer_entry_without_a_key(saved: Path, key: str) -> None:
     edit(saved, lambda config: config["layers"][0].pop(key))
-    refuses(saved, f"config.json is damaged: no '{key}'")
+    refuses(saved, f"config.json is damaged: it lacks '{key}'")
 
 
 def test_custom_model_needs_an_instance(saved: Path) -> None:
@@ -510,16 +510,16 @@ def test_instance_that_does_not_fit(saved: Path) -> None:
     refuses(saved, "no layer 'blocks.3'", Short())
     wide = Everything()
     wide.head = nn.Linear(16, 8, bias=False)
-    refuses(saved, r"layer 'head' of the model is linear \(8, 16\), that of the checkpoint linear \(7, 16\)", wide)
+    refuses(saved, r"layer 'head' is linear \(8, 16\) in the model, but linear \(7, 16\) in the checkpoint", wide)
     other = Everything()
     other.head = nn.Conv2d(16, 7, 1)
-    refuses(saved, "layer 'head' of the model is conv2d", other)
+    refuses(saved, "layer 'head' is conv2d", other)
     other.head = nn.LayerNorm(16)
     refuses(saved, "layer 'head' is a LayerNorm", other)
     refuses(saved, "layer 'patch' is a CompressedConv2d", compress(Everything(), ALLOCATION))
     norm = Everything()
     norm.batch_norm = nn.BatchNorm2d(17)
-    refuses(saved, r"'batch_norm.weight' has shape \(16,\), the model's \(17,\)", norm)
+    refuses(saved, r"'batch_norm.weight' has shape \(16,\); the model needs \(17,\)", norm)
     untied = Everything()
     untied.extra = nn.Linear(2, 2)
     refuses(saved, "lacks tensors that the model has: 'extra.bias', 'extra.weight'", untied)
@@ -530,7 +530,7 @@ def test_instance_that_does_not_fit(saved: Path) -> None:
 
 def test_layer_of_another_kind(saved: Path) -> None:
     edit(saved, lambda config: config["layers"][0].update(kind="linear"))
-    refuses(saved, "layer 'patch' of the model is conv2d")
+    refuses(saved, "layer 'patch' is conv2d")
 
 
 def test_instance_that_shares_what_the_checkpoint_does_not(saved: Path) -> None:
@@ -555,7 +555,7 @@ def test_mis_shaped_and_mis_typed_tensors(saved: Path) -> None:
         ("blocks.0.weight_codes", torch.zeros(16, 7, dtype=torch.uint8), r"has shape \(16, 7\)"),
         ("blocks.0.weight_zero_point", torch.zeros(16, dtype=torch.int16), r"is torch\.int16"),
         ("blocks.0.weight_scale", torch.ones(16), r"is torch\.float32"),
-        ("steps", torch.tensor(3.0), r"is torch\.float32, the model's torch\.int64"),
+        ("steps", torch.tensor(3.0), r"is torch\.float32; the model needs torch\.int64"),
     ):
         (saved / TENSORS).write_bytes(original)
         edit_tensors(saved, lambda tensors, name=name, tensor=tensor: tensors.update({name: tensor}))
@@ -565,7 +565,7 @@ def test_mis_shaped_and_mis_typed_tensors(saved: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_scales_that_are_none(saved: Path, value: float) -> None:
     edit_tensors(saved, lambda tensors: tensors["patch.b_scale"].__setitem__(1, value))
-    refuses(saved, "'patch.b_scale' holds scales that are not positive and finite")
+    refuses(saved, "'patch.b_scale' has scales that are not positive and finite")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])

@@ -206,7 +206,7 @@ def test_image_folders_at_fault_are_named(folder):
     assert "calibration, evaluation" in message
     message = refusal(pictures, folder, labels="labels.tsv", split="calibration", samples=7)
     assert "7 samples" in message
-    assert "there are 6" in message
+    assert "there are only 6" in message
     assert "1 samples" in refusal(pictures, folder, samples=1)
     custom = ModelConfig(family="custom", factory="a:b")
     assert "timm" in refusal(pictures, folder, model=custom)
@@ -404,7 +404,7 @@ def test_metrics_that_do_not_fit_are_refused(load, tmp_path):
     assert unlabelled.metric is None
     assert unlabelled.metric_name is None
     assert "two" in refusal(load, write(tmp_path, "b.csv", [(*row, "more") for row in ROWS]), text=[0, 1, 3])
-    with pytest.raises(ValidationError, match="text names no column"):
+    with pytest.raises(ValidationError, match="text is an empty list"):
         load("a.csv", text=[])
 
 
@@ -420,7 +420,7 @@ def test_text_samples_are_a_seeded_choice(load, tmp_path):
     assert len({chosen(seed) for seed in range(6)}) > 3
     message = refusal(load, "a.csv", "calibration", samples=9)
     assert "9 samples" in message
-    assert "there are 8" in message
+    assert "there are only 8" in message
     assert "samples" in refusal(load, "a.csv", samples=4)
     assert "1 samples" in refusal(load, "a.csv", "calibration", samples=1)
     # Both columns are calibration sentences of an encoder, each once.

@@ -128,7 +128,7 @@ def test_samples_are_a_seeded_choice_of_rows(place):
     everything = load(place, split="train", batch_size=11).batches[0]
     rows = [next(i for i, image in enumerate(everything) if torch.equal(image, one)) for one in chosen(3)]
     assert rows == sorted(set(rows))
-    assert "there are 11" in refusal(place, split="train", samples=12)
+    assert "there are only 11" in refusal(place, split="train", samples=12)
 
 
 def test_keys_follow_content(place):
@@ -167,7 +167,7 @@ def test_columns_of_other_names_kinds_and_no_labels(place):
         ({}, {"image": "img"}, ["'img'", "image, label"]),
         ({}, {"label": "class"}, ["'class'", "image, label"]),
         ({"label": ["a", "b"]}, {}, ["'label'", "string", "instead of class numbers"]),
-        ({"label": [1, None]}, {}, ["row 2", "no label"]),
+        ({"label": [1, None]}, {}, ["row 2", "label is missing"]),
         ({"image": ["a.png", "b.png"]}, {}, ["'image'", "string"]),
         ({"image": [{"path": "a.png"}] * 2}, {}, ["'image'", "'bytes'"]),
         ({"image": [{"bytes": b"", "path": "a"}, {"bytes": None, "path": "b.png"}]}, {}, ["row 2", "no bytes"]),
@@ -275,7 +275,7 @@ def test_lists_in_configurations():
         wanted = f"list is for source {readers}, not for source {values_of['source']}"
         assert wanted in refused(**values_of, list="a.txt")
     assert "image_parquet needs path" in refused(source="image_parquet")
-    assert "label 1: columns of images have names" in refused(source="image_parquet", path="data", label=1)
+    assert "label 1 is a number: give the name" in refused(source="image_parquet", path="data", label=1)
     assert "glue needs task" in refused(source="glue")
     assert "'sst3'" in refused(source="glue", task="sst3")
 

@@ -553,7 +553,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     assert "category 77" in changed(annotations=lambda rows: rows[0].update(category_id=77))
     assert "image 99" in changed(annotations=lambda rows: rows[0].update(image_id=99))
     assert "'file_name'" in changed(images=lambda rows: rows[0].pop("file_name"))
-    assert "7 samples are asked for" in refusal(DataError, dataset, folder, samples=7)
+    assert "7 samples are requested" in refusal(DataError, dataset, folder, samples=7)
     assert "choose box_ap or mask_ap" in refusal(DataError, dataset, folder, metric="accuracy")
     vit = ModelConfig(family="timm", name=zoo.VIT, checkpoint="unused")
     assert "detection" in refusal(DataError, dataset, folder, model=vit)
@@ -571,7 +571,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
             found.append(str(error))
     assert len(found) == 2
     assert any("1.png cannot be decoded" in text for text in found)
-    assert any("2.png is 20 × 20, the annotations say 60 × 40" in text for text in found)
+    assert any("2.png is 20 × 20, but 60 × 40 in the annotations" in text for text in found)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycocotools" else real(name))
     assert "mlorq[detection]" in refusal(DataError, dataset, folder)

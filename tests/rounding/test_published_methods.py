@@ -17,7 +17,7 @@ from mlorq.rounding.brecq import SoftSettings
 from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import PairedForward
 from mlorq.rounding.reconstruction import reconstruct_softly
-from mlorq.rounding.ridge_rounding import FLIPS, TOKEN_RIDGE, WEIGHT_RIDGE, flipped, moved_fit, round_in_halves
+from mlorq.rounding.ridge_rounding import FLIPS, TOKEN_RIDGE, WEIGHT_RIDGE, corrected_fit, flipped, round_in_halves
 from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, SoftMatrix, set_hard
 from mlorq.rounding.trainable import _batch_order
 from tests.layers import hessian_fit, round_layer
@@ -101,7 +101,7 @@ def test_halves_are_rounded_and_the_rest_makes_up_for_them(seed):
 def test_each_regression_lowers_the_error_of_the_layer(candidate, seed):
     x, y = drifting(seed)
     fit, found = fitted(seed), moments(x, y)
-    moved = moved_fit(fit, found)
+    moved = corrected_fit(fit, found)
     normal = y.double().T @ y.double() + TOKEN_RIDGE * torch.eye(16, dtype=torch.float64)
     targets = (x - y).double() @ fit.weight.double().T
     naive = fit.weight.double() + torch.linalg.solve(normal, y.double().T @ targets).T
@@ -118,7 +118,7 @@ def test_the_noise_of_few_samples_is_not_fitted(count, seed):
     y = x + 2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1000))
     fit = fitted(seed)
     few, others = replace(moments(x[:count], y[:count]), has_tokens=False), moments(x[count:], y[count:])
-    moved = moved_fit(fit, few)
+    moved = corrected_fit(fit, few)
     assert output_error(fit.weight, moved.weight, others) < 1.5 * output_error(fit.weight, fit.weight, others)
     assert output_error(fit.weight, moved.weight, few) < output_error(fit.weight, fit.weight, few)
 
