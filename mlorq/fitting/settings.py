@@ -20,7 +20,7 @@ class FitSettings(Settings):
 
     metric: Literal["hessian", "moments"] = Field(
         "hessian",
-        description="metric of fits and local costs: hessian (paper) or moments (input and output-gradient covariances)",
+        description="metric of fits and local costs: hessian (paper), moments (input and output-gradient covariances)",
     )
     factor_split: Split = Field("U_SV", description="which factor carries the singular values")
     zero_point: ZeroPoint = Field(
