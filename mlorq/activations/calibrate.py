@@ -138,7 +138,7 @@ def _uneven(observed: Sequence[Observed], folds: dict[str, Fold]) -> set[str]:
 
 
 def _bit_widths(observed: Sequence[Observed], pixels: set[str], settings: ActivationSettings) -> dict[str, int]:
-    """Bit-widths by tensor: equal, or (``mixed``) the largest b with ``size · b ≤ max(size) · bits``; pixels get more."""
+    """Bits by tensor: equal, or (``mixed``) the largest b with ``size · b ≤ max(size) · bits``; pixels get more."""
     largest = max(one.size for one in observed)
     found = {}
     for one in observed:

@@ -62,7 +62,7 @@ class Observed:
         return GELU_LEAST <= self.low <= 0.9 * GELU_LEAST and self.high > -self.low
 
     def add(self, values: Tensor, share: int, generator: torch.Generator, weights: Tensor | None = None) -> None:
-        """Keep about ``share`` numbers of ``(tokens, channels)`` or ``(numbers,)``: whole tokens, drawn by ``weights``."""
+        """Keep about ``share`` numbers of ``(tokens, channels)`` or ``(numbers,)``, as whole tokens, by ``weights``."""
         low, high = values.aminmax()
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         wanted = max(1, share // (values.shape[1] if values.dim() == 2 else 1))
