@@ -1,11 +1,11 @@
-"""Quantized activations: where they are, their ranges, LayerNorms folded for them, and how a module applies them.
+"""Quantized activations: their sites, ranges, folded LayerNorms, and the quantizers in a module (METHOD 8).
 
-METHOD 8. ``calibrate.calibrate`` looks at a float model on some samples and gives a ``plan.ActivationPlan``; the plan
-folds a float model in place (its function stays) and installs quantizers in a copy of it. Nothing of a model is traced:
-layers and products are found on a real forward pass.
+``calibrate.calibrate`` observes a float model on some samples and gives a ``plan.ActivationPlan``; the plan folds a
+float model in place (its function is unchanged) and installs quantizers in a copy. Models are not traced: layers and
+products are found in a forward pass.
 
-What a tensor is quantized with depends on the method, one file each; quantizers themselves are in ``quantizers``, one
-file per kind. This module registers the methods and must stay light: the configuration reads it.
+The method, one file each, decides which quantizer a tensor gets; quantizers are in ``quantizers``, one file per kind.
+This module registers the methods and must stay light, since the configuration imports it.
 """
 
 from mlorq.activations.adalog import AdaLog

@@ -1,9 +1,9 @@
-"""``adalog``: logarithms whose base is searched, after softmax and after GELU (AdaLog, arXiv 2407.12951).
+"""``adalog``: logarithmic quantizers with searched base after softmax and GELU (AdaLog, arXiv 2407.12951; METHOD 8).
 
 Probabilities get ``q = clamp(round(-log2(x / s) / τ), 0, 2^b - 1)`` with the τ of least squared error; outputs of GELU
-the same with ``x + 0.17`` for x, where that has a smaller error than a uniform range. LayerNorms and other tensors are
-as in RepQ-ViT. Ranges of linear layers' inputs are searched on tokens drawn with the chances that their importance
-gives them (METHOD 7): they suit tokens the more, the more the output depends on them.
+get the same with ``x + 0.17`` for x, if its error is smaller than that of a uniform range. LayerNorms and other tensors
+are treated as in RepQ-ViT. Ranges of linear layers' inputs are searched on tokens drawn in proportion to their
+importance (METHOD 7, ``search.token_weights``), so that tokens on which the output depends count more.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from mlorq.activations.quantizers import ActivationQuantizer
     from mlorq.activations.survey import Observed
 
-LOG_STEPS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # τ that are tried
+LOG_STEPS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # values of τ tried
 
 
 class AdaLog(ActivationMethod[ActivationSettings]):
-    """AdaLog, with RepQ-ViT's LayerNorms and weighed tokens."""
+    """AdaLog, with RepQ-ViT's LayerNorms and weighted tokens."""
 
     name = "adalog"
-    about = "ranges per channel folded into LayerNorms, searched logarithms after softmax and GELU, weighed tokens"
+    about = "ranges per channel folded into LayerNorms, searched logarithms after softmax and GELU, weighted tokens"
     settings = ActivationSettings
     weighs_tokens = True
     folds_norms = True

@@ -1,4 +1,4 @@
-"""From samples to an ``ActivationPlan`` (METHOD 8)."""
+"""Calibration of activation quantizers: from samples to an ``ActivationPlan`` (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mlorq.calibration.token_importance import PASSES, token_importance
 from mlorq.models.base import FloatModel, move_batch
 from mlorq.models.layers import Layer
 
-WIDEST = 8
-WEIGHING = 1 + PASSES  # cost of weighing the tokens of a batch, in forward passes
-UNEVEN = 4  # largest span of a channel, in medians, above which one range for all channels wastes a bit and more
+WIDEST = 8  # largest bit-width under ``mixed``
+WEIGHING = 1 + PASSES  # progress steps of token importance per batch, about the cost in forward passes
+UNEVEN = 4  # ratio of the largest to the median span of channels beyond which each channel gets its own range
 
 
 def calibrate(
@@ -34,15 +34,15 @@ def calibrate(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> ActivationPlan:
-    """Find where activations are, and quantizers for them.
+    """Find the activations of a model, and fit their quantizers.
 
     Args:
-        model: the float model, on ``device``; it is left as it is.
+        model: the float model, on ``device``; it is not changed.
         layers: its compressible layers.
-        batches: samples to look at.
-        settings: those of the method (``ActivationsConfig.own``); ``samples`` and ``compute`` are the caller's.
-        seed: of the choice of what is kept of activations, and of the changes that folds are tried with.
-        device: where to run.
+        batches: calibration samples.
+        settings: settings of the method (``ActivationsConfig.own``); ``samples`` and ``compute`` are ignored.
+        seed: seed of the sampled activations, and of the random changes that test folds.
+        device: device of the model.
         progress: called with (batches done, batches).
 
     Raises:
@@ -95,7 +95,7 @@ def _observed(
     device: torch.device | str,
     progress: Callable[[int, int], None] | None,
 ) -> list[Observed]:
-    """What is seen of every tensor, on weighed tokens where the method asks for them."""
+    """Observations of every tensor, on weighted tokens if the method asks for them."""
     total = len(batches) * (1 + WEIGHING if method.weighs_tokens else 1)
     before = total - len(batches)
 
@@ -127,7 +127,7 @@ def _observed(
 
 
 def _uneven(observed: Sequence[Observed], folds: dict[str, Fold]) -> set[str]:
-    """Linear layers' inputs whose widest channel spans more than ``UNEVEN`` medians."""
+    """Inputs of linear layers whose widest channel spans more than ``UNEVEN`` times the median span."""
     found = set()
     for one in observed:
         if one.layers and one.name not in folds and one.values.dim() == 2 and not one.is_gelu_output:
@@ -138,7 +138,7 @@ def _uneven(observed: Sequence[Observed], folds: dict[str, Fold]) -> set[str]:
 
 
 def _bit_widths(observed: Sequence[Observed], pixels: set[str], settings: ActivationSettings) -> dict[str, int]:
-    """Bits by tensor: the same for all, or the largest with ``size · b ≤ max(size) · bits``; more for pixels."""
+    """Bits by tensor: equal, or (``mixed``) the largest b with ``size · b ≤ max(size) · bits``; pixels get more."""
     largest = max(one.size for one in observed)
     found = {}
     for one in observed:

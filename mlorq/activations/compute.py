@@ -17,25 +17,25 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 def checked_compute(text: str) -> str:
-    """The text, if it is a compute budget.
+    """The text itself, after a check that it is a compute budget.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not a compute budget.
     """
     _matched(text)
     return text
 
 
 def parse_compute(text: str, macs: float, product_macs: float) -> float:
-    """The most bit operations per sample.
+    """A compute budget as the largest number of bit operations per sample.
 
     Args:
-        text: ``"4x4"``, those of 4-bit weights and 4-bit activations everywhere, or their number, ``"20G"``.
+        text: ``"4x4"`` (that of 4-bit weights and 4-bit activations everywhere), or a number such as ``"20G"``.
         macs: multiply-accumulates per sample of the layers.
         product_macs: multiply-accumulates per sample of the products of activations.
 
     Raises:
-        ConfigError: the text is neither; a configuration is checked when it is read (``checked_compute``).
+        ConfigError: the text is neither of them.
     """
     try:
         found = _matched(text)

@@ -1,14 +1,14 @@
-"""LayerNorms that take over what differs between the channels of their outputs (RepQ-ViT, arXiv 2212.08254; METHOD 8).
+"""Ranges per channel folded into LayerNorms and their readers (RepQ-ViT, arXiv 2212.08254; METHOD 8).
 
-The outputs of a LayerNorm differ widely from channel to channel: one range for all of them wastes most codes. Ranges
-per channel (s, z) become one range for all, ``s̄ = mean(s)``, ``z̄ = mean(z)``, after the change of variables
-``x = r ∘ (x' + b)`` with ``r = s / s̄``, ``b = z̄ s̄ - z s̄``, which is folded into what is before and after:
+The channels of a LayerNorm's output differ widely: one range for all of them wastes most codes. Ranges per channel
+(s, z) become one range for all, ``s̄ = mean(s)``, ``z̄ = mean(z)``, after the change of variables ``x = r ∘ (x' + b)``
+with ``r = s / s̄``, ``b = (z̄ - z) s̄``, which is folded into the LayerNorm and the layers that read it:
 
     γ' = γ / r,  β' = β / r - b;     W' = W diag(r),  bias' = bias + W' b.
 
-The float function stays as it is. It does so only where nothing else reads the LayerNorm's output, which is not guessed
-from names: readers are the layers whose inputs have the same values channel by channel, and each fold is tried with
-random r and b, and kept only where neither the output nor what any other layer reads changes.
+The float function is unchanged if nothing else reads the LayerNorm's output. This is tested, not guessed from names:
+readers are the layers whose inputs have the same least and largest values per channel, and a fold is kept only if
+random r and b change neither the output nor the input of any other layer.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uni
 from mlorq.models.base import FloatModel, take_samples
 from mlorq.models.layers import Layer
 
-UNCHANGED = 1e-4  # of the norm, in float32
-FEW = 4  # samples of a batch that folds are tried on
-SHAPES = 4  # of batches
+UNCHANGED = 1e-4  # largest change of a tensor, relative to its norm, in float32
+FEW = 4  # samples per batch on which folds are tested
+SHAPES = 4  # largest number of batches, of different shapes, on which folds are tested
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A LayerNorm and the linear layers that read its output, all of its readers."""
+    """A LayerNorm and all linear layers that read its output."""
 
     norm: str
     layers: tuple[str, ...]
 
 
 class FittedFold(NamedTuple):
-    """The change of variables of a fold, and the quantizer of what readers then see.
+    """The change of variables of a fold, and the quantizer of the readers' new input.
 
     Attributes:
-        quantizer: of x', one range for all channels.
+        quantizer: quantizer of x', one range for all channels.
         scale: r, ``(channels,)`` float32 on the CPU.
         shift: b, same shape; zeros where a reader has no bias.
     """
@@ -59,13 +59,13 @@ class FittedFold(NamedTuple):
 def fit_fold(module: nn.Module, fold: Fold, tokens: Tensor, bits: int, percentiles: Sequence[float]) -> FittedFold:
     """Ranges (s, z) per channel as one range for all channels, ``(s̄, z̄)``, with ``r = s / s̄`` and ``b = (z̄ - z) s̄``.
 
-    Without a bias to take it up there is no shift, and the range of ``x / r`` is found anew.
+    If a reader has no bias to absorb it, the shift is zero, and the range of ``x / r`` is searched again.
 
     Args:
         module: the model, for its readers' biases.
-        fold: which LayerNorm.
+        fold: the LayerNorm and its readers.
         tokens: x, ``(tokens, channels)``.
-        bits: code width.
+        bits: bit-width of the codes.
         percentiles: upper percentiles p of the ranges (1-p, p) tried.
     """
     channels = fit_channels(tokens, bits, percentiles)
@@ -78,11 +78,11 @@ def fit_fold(module: nn.Module, fold: Fold, tokens: Tensor, bits: int, percentil
 
 
 def fold_norm(module: nn.Module, fold: Fold, scale: Tensor, shift: Tensor) -> None:
-    """Put ``x = r ∘ (x' + b)`` between a LayerNorm and its readers, in place.
+    """Fold ``x = r ∘ (x' + b)`` into a LayerNorm and its readers, in place.
 
     Args:
         module: the model.
-        fold: which.
+        fold: the LayerNorm and its readers.
         scale: r, ``(channels,)``, positive.
         shift: b, ``(channels,)``; zeros where a reader has no bias.
     """
@@ -104,7 +104,7 @@ def fold_norm(module: nn.Module, fold: Fold, scale: Tensor, shift: Tensor) -> No
 
 
 def has_bias(module: nn.Module, fold: Fold) -> bool:
-    """Whether all readers have a bias, which takes up a shift."""
+    """Whether all readers have a bias, which can absorb a shift."""
     return all(isinstance(module.get_submodule(name).bias, Tensor) for name in fold.layers)
 
 
@@ -114,9 +114,10 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batches: Sequence[Any
     Args:
         model: the float model, on the batches' device.
         layers: the compressible layers.
-        batches: some samples; one batch per shape is looked at, ``SHAPES`` at most: what a model pads inside, windows
-            of an image to begin with, depends on it, and padding between a LayerNorm and its reader forbids a shift.
-        seed: of the changes that are tried.
+        batches: some samples; folds are tested on one batch per shape, at most ``SHAPES``. The shape determines the
+            padding inside a model (of windows, for example), and padding between a LayerNorm and its reader forbids
+            a shift.
+        seed: seed of the random changes.
     """
     by_shape = {_shape(batch): batch for batch in reversed(batches)}
     few = [take_samples(batch, slice(0, FEW)) for batch in list(by_shape.values())[-SHAPES:]]
@@ -155,7 +156,7 @@ def _shape(batch: Any) -> tuple[Any, ...]:
 
 
 def _seen(model: FloatModel, module: nn.Module, layers: Sequence[Layer], batch: Any) -> dict[str, Tensor]:
-    """What every layer reads, and the output: a model's output alone may hardly depend on what is inside it."""
+    """Inputs of every layer, and the output: the output alone may be insensitive to changes inside the model."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -172,7 +173,7 @@ def _seen(model: FloatModel, module: nn.Module, layers: Sequence[Layer], batch: 
 
 
 def _by_channel(model: FloatModel, layers: Sequence[Layer], batch: Any) -> list[Fold]:
-    """LayerNorms and the linear layers whose inputs have the same least and largest values channel by channel."""
+    """LayerNorms with the linear layers whose inputs have the same least and largest values per channel."""
     norms: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     calls: dict[str, int] = {}

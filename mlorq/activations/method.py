@@ -1,9 +1,9 @@
-"""Methods of quantizing activations: which tensors get which quantizer (METHOD 8).
+"""Activation quantization methods: which tensor gets which quantizer (METHOD 8).
 
-A method is one file: a subclass of ``ActivationMethod`` that says what it needs, and fits a quantizer to what was
-observed of one tensor. All else is the same for all methods: where activations are, their bit-widths, folding, and how
-quantizers run in a module (``calibrate``, ``folding``, ``plan``). A method with keys of its own derives a class from
-``ActivationSettings`` that adds them:
+A method is one file with a subclass of ``ActivationMethod`` that declares its needs and fits a quantizer to the
+observations of one tensor. All methods share the rest: sites of activations, bit-widths, folding, and quantizers in a
+module (``calibrate``, ``folding``, ``plan``). A method with further keys derives its settings from
+``ActivationSettings``:
 
     class ClippedSettings(ActivationSettings):
         clip: float = Field(3.0, gt=0, description="largest value, in standard deviations")
@@ -32,14 +32,14 @@ Own = TypeVar("Own", bound=ActivationSettings)
 
 
 class ActivationMethod(ABC, Generic[Own]):
-    """One method.
+    """One activation quantization method.
 
     Attributes:
-        name: as ``activations.method`` has it.
-        about: what it does, for the description of that key.
-        settings: its keys, the common ones and its own.
-        weighs_tokens: values are observed on tokens drawn with the chances that their importance gives them.
-        folds_norms: LayerNorms are folded into the layers that read them, where only layers do.
+        name: value of ``activations.method``.
+        about: short description of the method, shown with that key.
+        settings: class of its keys, common and own.
+        weighs_tokens: values are observed on tokens drawn in proportion to their importance.
+        folds_norms: LayerNorms are folded into the layers that read them, if only layers do.
         per_channel: inputs of linear layers whose channels differ widely may keep one range per channel.
     """
 
@@ -52,13 +52,13 @@ class ActivationMethod(ABC, Generic[Own]):
 
     @abstractmethod
     def quantizer_for(self, observed: Observed, bits: int, settings: Own, *, by_channel: bool) -> ActivationQuantizer:
-        """The quantizer of one tensor that no LayerNorm is folded for.
+        """Fit the quantizer of one tensor that is not the output of a folded LayerNorm.
 
         Args:
-            observed: what was seen of the tensor: its values, and whether they are probabilities or outputs of GELU.
-            bits: code width.
-            settings: of the run.
-            by_channel: the tensor's channels differ widely; always False unless ``per_channel``.
+            observed: observations of the tensor: values, and whether they are probabilities or outputs of GELU.
+            bits: bit-width of the codes.
+            settings: settings of the run.
+            by_channel: whether the tensor's channels differ widely; always False unless ``per_channel``.
         """
 
 

@@ -1,4 +1,4 @@
-"""What is done to a model's activations, as data: which LayerNorms are folded, which tensors quantized, with what."""
+"""The plan of a model's quantized activations: folded LayerNorms, quantized tensors, their quantizers (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Site:
     """One quantized tensor.
 
     Attributes:
-        name: as in ``survey.Observed``.
-        layers: that read it; empty for an operand of a product.
+        name: name as in ``survey.Observed``.
+        layers: layers that read it; empty for an operand of a product.
         size: entries per sample.
-        quantizer: its description (``quantizers.build``).
-        variants: descriptions at other code widths, where the width is yet to be chosen; their tensors are
+        quantizer: description of its quantizer (``quantizers.build``).
+        variants: descriptions at other bit-widths, if the width is still to be chosen; their tensors are
             ``site.<name>@<width>.<buffer>``.
-        macs: of a product's left operand: multiply-accumulates of the product per sample.
+        macs: multiply-accumulates of the product per sample, for its left operand; 0 for other tensors.
     """
 
     name: str
@@ -38,23 +38,23 @@ class Site:
 
     @property
     def group(self) -> str:
-        """What shares its code width: layers that read one tensor, or the operands of one product."""
+        """Name of the group that shares its bit-width: the tensor itself, or the product of an operand."""
         return self.name if self.layers else self.name.rpartition("_")[0]
 
     @property
     def owner(self) -> tuple[str, str]:
-        """Of an operand: the module that multiplies, and ``number_side``."""
+        """For an operand: the module that multiplies, and ``number_side``."""
         module, _, operand = self.name.rpartition("#")
         return module, operand
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """Everything that ``calibrate`` found.
+    """The result of ``calibrate``.
 
     Attributes:
         sites: the quantized tensors.
-        folds: LayerNorms to be folded into what reads them.
+        folds: LayerNorms to fold into their readers.
         tensors: ``fold.<norm>.scale``, ``fold.<norm>.shift`` and ``site.<name>.<buffer>``.
     """
 
@@ -63,7 +63,7 @@ class ActivationPlan:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Without the tensors; read back by ``from_json``."""
+        """The plan without its tensors, for ``from_json``."""
         return {"sites": [asdict(site) for site in self.sites], "folds": [asdict(fold) for fold in self.folds]}
 
     @classmethod
@@ -71,14 +71,14 @@ class ActivationPlan:
         """The inverse of ``to_json``.
 
         Raises:
-            KeyError, TypeError, ValueError: it is malformed.
+            KeyError, TypeError, ValueError: ``value`` is malformed.
         """
         sites = [Site(**{**site, "layers": tuple(site["layers"])}) for site in value["sites"]]
         folds = [Fold(**{**fold, "layers": tuple(fold["layers"])}) for fold in value["folds"]]
         return cls(sites, folds, dict(tensors or {}))
 
     def check(self) -> None:
-        """Refuse quantizers of unknown kinds, before a module is touched.
+        """Check that all quantizers can be built, before a module is changed.
 
         Raises:
             KeyError, TypeError, ValueError: a description is malformed.
@@ -94,10 +94,13 @@ class ActivationPlan:
         return found
 
     def at(self, widths: Mapping[str, int]) -> ActivationPlan:
-        """The plan with every group's code width decided.
+        """The plan with the bit-width of every group decided.
 
         Args:
-            widths: by group; groups that are not named keep theirs.
+            widths: bit-widths by group; other groups keep theirs.
+
+        Raises:
+            KeyError: a group has no quantizer of that width.
         """
         sites, tensors = [], {key: value for key, value in self.tensors.items() if key.startswith("fold.")}
         for site in self.sites:
@@ -111,24 +114,24 @@ class ActivationPlan:
         return ActivationPlan(sites, self.folds, tensors)
 
     def without_folds(self) -> ActivationPlan:
-        """What a checkpoint needs, whose weights are folded already."""
+        """The plan for a checkpoint, whose weights are folded already."""
         return replace(self, folds=())
 
     def fold(self, module: nn.Module) -> None:
-        """Fold the LayerNorms of a float model, in place; its function stays what it was."""
+        """Fold the LayerNorms of a float model, in place; its function is unchanged."""
         for fold in self.folds:
             fold_norm(module, fold, self.tensors[f"fold.{fold.norm}.scale"], self.tensors[f"fold.{fold.norm}.shift"])
 
     def install(self, module: nn.Module) -> dict[str, ActivationQuantizer]:
-        """Have a folded model, float or compressed, quantize its activations from now on.
+        """Install the quantizers in a folded model, float or compressed, in place.
 
-        Quantizers without tensors are installed with blank ones, which the module's state dict fills.
+        Quantizers whose tensors the plan lacks get blank buffers, to be filled by the module's state dict.
 
         Returns:
             The quantizers by site.
 
         Raises:
-            ModelError: the model has no such layer or module.
+            ModelError: the model lacks a layer or module of the plan.
         """
         device = next((value.device for value in module.parameters()), torch.device("cpu"))
         operands: dict[str, dict[str, ActivationQuantizer]] = {}
@@ -145,7 +148,7 @@ class ActivationPlan:
             for name, quantizers in operands.items():
                 attach_products(module.get_submodule(name), ProductQuantizers(quantizers))
         except AttributeError as error:
-            raise ModelError(f"the model has no place for its activation quantizers: {error}") from error
+            raise ModelError(f"the activation plan does not fit the model: {error}") from error
         return installed
 
     def _of(self, name: str) -> dict[str, Tensor] | None:

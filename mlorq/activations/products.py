@@ -1,9 +1,9 @@
-"""Products of two activations, seen and changed while a module runs.
+"""Products of two activations: their operands are observed or quantized while a module runs (METHOD 8).
 
-Attention multiplies queries by keys and probabilities by values; neither is a layer. ``ProductMode`` catches the
+Attention multiplies queries by keys and probabilities by values, outside any layer. ``ProductMode`` intercepts the
 calls (``@``, ``matmul``, ``bmm``, ``einsum``, and ``scaled_dot_product_attention``, taken apart into its two products)
-as PyTorch dispatches them, so that any model's own code stays as it is: nothing is traced or rewritten. Products with
-parameters are layers' business and pass.
+as PyTorch dispatches them, so that no model is traced or rewritten. Products with parameters are not intercepted: they
+belong to layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class ProductMode(TorchFunctionMode):
-    """Hands both operands of every product of activations to a function, and multiplies what it returns."""
+    """Passes both operands of every product of activations to a function, and multiplies its results."""
 
     def __init__(self, operands: Operands) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ProductMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """As documented for ``scaled_dot_product_attention``, without dropout, in two products."""
+        """``scaled_dot_product_attention`` as two products, without dropout."""
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -76,10 +76,10 @@ def _are_activations(left: Any, right: Any) -> bool:
 
 
 class ProductQuantizers(nn.Module):
-    """Quantizes the operands of a module's own products while that module runs.
+    """Quantizes the operands of products while a module runs.
 
     Args:
-        quantizers: ``{"0_left": …, "0_right": …, "1_left": …}``, by the product's number in a call of the module.
+        quantizers: ``{"0_left": …, "0_right": …, "1_left": …}``, by the number of the product in a call of the module.
     """
 
     def __init__(self, quantizers: dict[str, ActivationQuantizer]) -> None:
@@ -88,7 +88,7 @@ class ProductQuantizers(nn.Module):
         self._modes: list[ProductMode] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook."""
+        """Forward pre-hook: start to intercept products."""
         count = 0
 
         def quantized(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ class ProductQuantizers(nn.Module):
         self._modes.append(mode)
 
     def leave(self, *_: Any) -> None:
-        """Forward hook, also called where the module raised."""
+        """Forward hook, also called if the module raised: stop to intercept products."""
         if self._modes:
             self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -113,13 +113,13 @@ class ProductQuantizers(nn.Module):
 
 
 def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
-    """Have a module's products quantized from now on, in copies of it too."""
+    """Quantize a module's products in all later calls, also of its copies."""
     module.product_quantizers = quantizers
     module.register_forward_pre_hook(quantizers.enter)
     module.register_forward_hook(quantizers.leave, always_call=True)
 
 
 def attach_input(module: nn.Module, quantizer: ActivationQuantizer) -> None:
-    """Have a layer's input quantized from now on, in copies of it too."""
+    """Quantize a layer's input in all later calls, also of its copies."""
     module.input_quantizer = quantizer
     module.register_forward_pre_hook(quantizer.hook)

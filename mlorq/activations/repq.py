@@ -1,6 +1,6 @@
-"""``repq``: ranges per channel that LayerNorms take over, and log-√2 after softmax (RepQ-ViT, arXiv 2212.08254).
+"""``repq``: ranges per channel folded into LayerNorms, log-√2 after softmax (RepQ-ViT, arXiv 2212.08254; METHOD 8).
 
-LayerNorms are folded where only layers read them (``folding`` has the formula). Other tensors whose channels differ
+LayerNorms are folded if only layers read them (formula: ``folding``). Other tensors whose channels differ
 widely, such as one that a LayerNorm and a residual share, keep one range per channel at the layers' inputs. Attention's
 probabilities get ``q = clamp(round(-log2(x / s) / τ), 0, 2^b - 1)`` with ``τ = 1/2``.
 """

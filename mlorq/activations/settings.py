@@ -1,4 +1,4 @@
-"""Configuration keys that all methods of quantizing activations share (METHOD 8)."""
+"""Configuration keys shared by all activation quantization methods (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,36 @@ from mlorq.registry import Settings
 class ActivationSettings(Settings):
     """Quantized activations (docs/METHOD.md, 8)."""
 
-    bits: int = Field(4, ge=2, le=8, description="code width of layers' inputs and of the operands of products")
-    method: str = Field("adalog")  # what it may be, and what that means, comes from the registry
+    bits: int = Field(4, ge=2, le=8, description="bit-width of layers' inputs and of the operands of products")
+    method: str = Field("adalog")  # its choices and their descriptions come from the registry
     products: bool = Field(True, description="quantize the operands of attention's two matrix products too")
-    first_bits: int = Field(8, ge=2, le=8, description="code width of pixels, where a convolution comes first")
+    first_bits: int = Field(8, ge=2, le=8, description="bit-width of pixels, if the first layer is a convolution")
     mixed: bool = Field(
-        False, description="give smaller tensors more bits: the most with size x bits within that of the largest"
+        False,
+        description="give smaller tensors more bits: as many as keep size x bits within that of the largest",
     )
     choices: BitWidths = Field(
-        [], description="code widths to choose each tensor's from, together with the layers' candidates; needs compute"
+        [], description="bit-widths to choose from for each tensor, together with the layers' candidates; needs compute"
     )
     compute: Annotated[str, AfterValidator(checked_compute)] | None = Field(
         None,
-        description='with choices: most bit operations per sample, as in "4x4" (those of 4-bit weights and '
-        'activations) or "20G"',
+        description='with choices: largest number of bit operations per sample, as in "4x4" (that of 4-bit weights '
+        'and activations) or "20G"',
     )
     percentiles: Percentiles = Field(
         [0.999, 0.9999, 0.99999, 1.0], description="upper percentiles p of the ranges (1-p, p) tried"
     )
-    samples: int = Field(32, ge=1, description="calibration samples that ranges are found on")
+    samples: int = Field(32, ge=1, description="calibration samples on which ranges are searched")
 
     def check(self) -> None:
-        """Raise ValueError where widths, choices and the compute budget do not fit together."""
+        """Check that widths, choices and the compute budget are consistent.
+
+        Raises:
+            ValueError: they are not.
+        """
         if bool(self.choices) != (self.compute is not None):
-            raise ValueError("choices and compute belong together")
+            raise ValueError("choices and compute belong together: set both or neither")
         if self.choices and self.bits not in self.choices:
             raise ValueError(f"bits, at which LayerNorms are folded, must be one of choices {self.choices}")
         if self.choices and self.mixed:
-            raise ValueError("mixed gives widths by a rule, choices by measured costs: set one of them")
+            raise ValueError("mixed and choices both decide bit-widths: set only one of them")

@@ -1,10 +1,10 @@
-"""What the activations of a model look like: a bounded random sample of every tensor that will be quantized.
+"""Survey of a model's activations: a bounded random sample of every tensor to be quantized (METHOD 8).
 
-The tensors are the inputs of the compressible layers, one for all layers that read the same, and the operands of the
-products of two activations, named after the module that multiplies and the number of the product in its call.
+The tensors are the inputs of the compressible layers, one for all layers that read the same tensor, and the operands of
+the products of two activations, named after the module that multiplies and the number of the product in its call.
 
-Tokens may be drawn with the chances that their importance gives them (``token_importance``): a mean over what was drawn
-is then the mean that counts. A class token, one of 197 in a ViT and unlike the others, would hardly be seen otherwise.
+Tokens may be drawn in proportion to their importance (``token_importance``): a mean over the sample then estimates the
+weighted mean. A ViT's class token, one of 197 and unlike the others, would otherwise hardly be sampled.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.layers import Layer, input_tokens
 
-KEPT = 1 << 20  # numbers kept of a tensor, all batches together
+KEPT = 1 << 20  # numbers kept per tensor, over all batches
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997
 
 
 @dataclass
 class Observed:
-    """What was seen of one tensor.
+    """Observations of one tensor.
 
     Attributes:
-        name: the layer, the first of those that read the tensor, or ``module#number_left`` of a product's operand.
-        layers: that read it; empty for operands.
+        name: the first layer that reads the tensor, or ``module#number_left`` for a product's operand.
+        layers: layers that read it; empty for operands.
         size: entries per sample.
-        macs: of a product's left operand: multiply-accumulates of the product per sample; 0 of others.
-        values: ``(tokens, channels)`` of a linear layer's input, ``(numbers,)`` of others; random ones, float32.
-        low, high: least and largest of all that was seen.
-        sums_to_one: whether every last axis was non-negative with sum 1: probabilities.
+        parts: the sample, one tensor per call.
+        low, high: least and largest of all values.
+        sums_to_one: whether the values are probabilities: non-negative, with sum 1 along the last axis.
+        macs: multiply-accumulates of the product per sample, for its left operand; 0 for other tensors.
     """
 
     name: str
@@ -53,15 +53,16 @@ class Observed:
 
     @property
     def values(self) -> Tensor:
+        """The sample, float32: ``(tokens, channels)`` of a linear layer's input, else ``(numbers,)``."""
         return torch.cat(self.parts)
 
     @property
     def is_gelu_output(self) -> bool:
-        """Whether the values lie where those of GELU do: down to its least value, and no further."""
+        """Whether the range of the values is that of GELU: down to its least value, and no further."""
         return GELU_LEAST <= self.low <= 0.9 * GELU_LEAST and self.high > -self.low
 
     def add(self, values: Tensor, share: int, generator: torch.Generator, weights: Tensor | None = None) -> None:
-        """Keep ``share`` numbers of ``(tokens, channels)`` or ``(numbers,)``, whole tokens, drawn by their weights."""
+        """Keep about ``share`` numbers of ``(tokens, channels)`` or ``(numbers,)``, as whole tokens, by ``weights``."""
         low, high = values.aminmax()
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         wanted = max(1, share // (values.shape[1] if values.dim() == 2 else 1))
@@ -84,20 +85,20 @@ def survey(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Observed]:
-    """Run a model over some samples and look at its activations. Padding tokens are left out where a mask tells them.
+    """Observations of a model's activations on some samples, without padding tokens if the model has a token mask.
 
     Args:
         model: the float model, on ``device``.
         layers: the compressible layers.
         batches: samples.
-        products: look at products of activations too.
-        importance: weights of the tokens that linear layers read, one mapping per batch; None: all weigh the same.
-        seed: of the choice of what is kept.
-        device: where the batches are moved to.
+        products: whether to observe products of activations as well.
+        importance: weights of the tokens that linear layers read, one mapping per batch; None: equal weights.
+        seed: seed of the sample.
+        device: device of the model.
         progress: called with (batches done, batches).
 
     Raises:
-        ModelError: an activation is not finite; the layer or module is named.
+        ModelError: an activation is not finite; the message names the layer or product.
     """
     generator = torch.Generator().manual_seed(seed)
     leaders: dict[int, Layer] = {}
@@ -113,23 +114,25 @@ def survey(
     for index, batch in enumerate(batches):
         moved = move_batch(batch, device, model.dtype)
         count, mask = batch_samples(batch), model.token_mask(moved)
-        weighed: Importance = {} if importance is None else importance[index]
+        weighted: Importance = {} if importance is None else importance[index]
 
-        def look(
+        def observe(
             name: str,
             values: Tensor,
             count: int = count,
             mask: Tensor | None = mask,
-            weighed: Importance = weighed,
+            weighted: Importance = weighted,
         ) -> None:
             if not torch.isfinite(values).all():
-                raise ModelError(f"activations at {name!r} are not finite")
+                raise ModelError(
+                    f"activations at {name!r} are not finite; check the model's weights and the calibration data"
+                )
             observed = found[name]
             observed.size = max(observed.size, values.numel() // count)
             kind = kinds.get(name)
-            weights = weighed.get(name) if kind == "linear" else None
+            weights = weighted.get(name) if kind == "linear" else None
             tokens = values if weights is None else input_tokens(model.module.get_submodule(name), values, count)
-            # Weights are of a layer's first call; a later one may see other tokens.
+            # Weights belong to a layer's first call; later calls may see other tokens.
             if weights is not None and weights.shape == tokens.shape[:2]:
                 counted = counting(mask, tokens)
                 chosen = torch.ones_like(weights, dtype=torch.bool) if counted is None else counted.to(weights.device)
@@ -138,19 +141,19 @@ def survey(
                 observed.add(_counted(values, mask, kind), share, generator)
 
         def on_product(
-            name: str, left: Tensor, right: Tensor, look: Callable[..., None] = look, count: int = count
+            name: str, left: Tensor, right: Tensor, observe: Callable[..., None] = observe, count: int = count
         ) -> None:
             for side, values in (("left", left), ("right", right)):
                 key = f"{name}_{side}"
                 if key not in found:
                     found[key] = Observed(key, (), 0, sums_to_one=side == "left" and _are_probabilities(values))
-                look(key, values)
+                observe(key, values)
             one = found[f"{name}_left"]
             one.macs = max(one.macs, left.numel() // count * right.shape[-1])
 
         with (
             torch.no_grad(),
-            _layers_seen(model.module, list(leaders.values()), look),
+            _layers_seen(model.module, list(leaders.values()), observe),
             _products_seen(model.module, owners, on_product),
         ):
             model.outputs(model.module, moved)
@@ -160,18 +163,18 @@ def survey(
 
 
 def _counted(values: Tensor, mask: Tensor | None, kind: str | None) -> Tensor:
-    """What counts of a tensor: a linear layer's tokens, ``(tokens, channels)``; numbers of all else.
+    """The unmasked part of a tensor: ``(tokens, channels)`` of a linear layer's input, else ``(numbers,)``.
 
     Args:
-        values: as the layer or product sees it.
-        mask: of the batch's tokens.
-        kind: of the layer; None for an operand of a product.
+        values: the tensor that the layer or product reads.
+        mask: mask of the batch's tokens.
+        kind: kind of the layer; None for an operand of a product.
     """
     if kind == "linear":
         chosen = counting(mask, values) if values.dim() == 3 else None
         return values.reshape(-1, values.shape[-1]) if chosen is None else values[chosen]
     if mask is not None and kind is None and values.dim() == 4:
-        # (samples, heads, tokens, ·), or with the tokens last where keys are transposed already.
+        # (samples, heads, tokens, ·), or with the tokens last if keys are already transposed.
         for axis in (-2, -1):
             if (values.shape[0], values.shape[axis]) == tuple(mask.shape):
                 return values.movedim(axis, 1)[mask].reshape(-1)
@@ -184,9 +187,9 @@ def _are_probabilities(values: Tensor) -> bool:
 
 
 @contextmanager
-def _layers_seen(module: nn.Module, layers: Sequence[Layer], look: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _layers_seen(module: nn.Module, layers: Sequence[Layer], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     def hook(name: str) -> Callable[..., None]:
-        return lambda _, args: look(name, args[0])
+        return lambda _, args: seen(name, args[0])
 
     handles = [module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name)) for layer in layers]
     try:
@@ -198,7 +201,7 @@ def _layers_seen(module: nn.Module, layers: Sequence[Layer], look: Callable[[str
 
 @contextmanager
 def _products_seen(module: nn.Module, owners: set[str], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls ``seen("owner#number", left, right)`` for products in calls of the owners."""
+    """Call ``seen("owner#number", left, right)`` for every product in calls of the owners."""
     if not owners:
         yield
         return
@@ -230,7 +233,7 @@ def _products_seen(module: nn.Module, owners: set[str], seen: Callable[[str, Ten
 
 
 def _owners(model: FloatModel, batch: Any) -> set[str]:
-    """Names of the modules whose own code multiplies activations; one inside another such module is part of that."""
+    """Names of the outermost modules whose own code multiplies activations."""
     found: set[str] = set()
     names = {name for name, _ in model.module.named_modules()}
 

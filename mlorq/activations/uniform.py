@@ -1,4 +1,4 @@
-"""``uniform``: one range per tensor."""
+"""``uniform``: one range per tensor (METHOD 8)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the integer program chooses from: candidates of layers, and code widths of groups of activations.
+"""Choices of the integer program: candidates of layers, and bit-widths of groups of activations (METHOD 5, 8).
 
-Neither depends on a budget: they are built once and solved at as many budgets as wanted.
+They do not depend on the budget: built once, they are solved at any number of budgets.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mlorq.artifacts.schemas import ALLOCATION
 from mlorq.costs.pareto import pareto_front
 from mlorq.errors import BudgetError
+from mlorq.forms.base import FIELDS
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -26,11 +27,11 @@ class Choices:
     """The candidates of one layer.
 
     Attributes:
-        layer: name.
-        cost: ``(candidates,)`` global cost (NMSE).
+        layer: name of the layer.
+        cost: ``(candidates,)`` global costs (``search.cost``).
         size: ``(candidates,)`` bytes, int64.
-        load: ``(candidates,)`` bit operations per sample and bit of the layer's input (``weight_load``); None where no
-            code widths are chosen.
+        load: ``(candidates,)`` bit operations per sample and bit of the layer's input (``weight_load``); None
+            if no bit-widths of activations are chosen.
     """
 
     layer: str
@@ -40,9 +41,9 @@ class Choices:
 
     @cached_property
     def useful(self) -> NDArray[np.int64]:
-        """Indices, rising, of the candidates that are non-dominated in (cost, bytes, load).
+        """Ascending indices of the candidates that are non-dominated in (cost, bytes, load).
 
-        A dominated candidate cannot be needed for a best solution. Found once, whatever the number of budgets.
+        An optimal solution needs no dominated candidate. Computed once for all budgets.
         """
         return np.flatnonzero(pareto_front(self.cost, self.size, self.load))
 
@@ -55,11 +56,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Group:
-    """Activations that share a code width: the input of layers that read one tensor, or the operands of one product.
+    """Activations that share a bit-width: the input of layers that read one tensor, or the operands of one product.
 
     Attributes:
-        name: of the tensor, or of the product.
-        widths: ``(choices,)`` code widths.
+        name: name of the tensor, or of the product.
+        widths: ``(choices,)`` bit-widths.
         cost: ``(choices,)`` cost of the output with these activations alone quantized.
         operations: ``(choices,)`` bit operations per sample of the product itself; zeros for inputs of layers.
     """
@@ -72,12 +73,12 @@ class Group:
 
 @dataclass(frozen=True)
 class WidthChoices:
-    """The code widths to choose, and the compute budget that they have to keep.
+    """The bit-widths of activations to choose from, and the compute budget.
 
     Attributes:
-        groups: the activations.
+        groups: the groups of activations.
         group_of: index of the group that each layer reads, in the order of the layers.
-        compute: most bit operations per sample.
+        compute: largest number of bit operations per sample.
     """
 
     groups: Sequence[Group]
@@ -87,11 +88,11 @@ class WidthChoices:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All layers' candidates, read from their tables once and solved at many budgets.
+    """All layers' candidates, read once from their tables.
 
     Attributes:
         choices: one per layer.
-        rows: ``{layer: the candidates' rows}``, in the order of ``choices``.
+        rows: ``{layer: rows of its candidates}``, in the order of ``choices``.
     """
 
     choices: tuple[Choices, ...]
@@ -113,15 +114,15 @@ class SearchSpace:
 
 
 def smallest_bytes(choices: Sequence[Choices]) -> int:
-    """Bytes of the smallest configuration: the sum of the layers' smallest candidates."""
+    """Bytes of the smallest allocation: the sum of the layers' smallest candidates."""
     return int(sum(int(layer.size.min()) for layer in choices))
 
 
 def require_bytes(choices: Sequence[Choices], budget_bytes: int) -> None:
-    """Refuse a budget below the smallest configuration.
+    """Refuse a budget below the smallest allocation.
 
     Raises:
-        BudgetError: names the smallest possible size.
+        BudgetError: the budget is too small; the message names the smallest possible size.
     """
     smallest = smallest_bytes(choices)
     if budget_bytes < smallest:
@@ -134,7 +135,7 @@ def require_bytes(choices: Sequence[Choices], budget_bytes: int) -> None:
 def choices_from_tables(
     layer: str, candidates: pa.Table, sensitivity: pa.Table
 ) -> tuple[Choices, list[dict[str, Any]]]:
-    """Join a layer's candidates with their global costs; gives the choices and the rows, in the same order."""
+    """Join a layer's candidates with their global costs: the choices and their rows, in the same order."""
     by_id = {row["candidate_id"]: row for row in candidates.to_pylist()}
     rows = [by_id[name] for name in sensitivity["candidate_id"].to_pylist()]
     cost = sensitivity["global_cost"].to_numpy()
@@ -148,7 +149,7 @@ def allocation_table(choices: Sequence[Choices], picked: Sequence[int], rows: Ma
     Args:
         choices: the layers and their candidates.
         picked: index of each layer's candidate.
-        rows: for every layer, its candidates' rows in the order of ``choices``.
+        rows: ``{layer: rows of its candidates}``, in the order of ``choices``.
     """
     table = []
     for layer, index in zip(choices, picked, strict=True):
@@ -157,7 +158,7 @@ def allocation_table(choices: Sequence[Choices], picked: Sequence[int], rows: Ma
             {
                 "layer": layer.layer,
                 "global_cost": float(layer.cost[index]),
-                **{name: row[name] for name in ("candidate_id", "form", "bits", "bits_a", "bits_b", "rank", "bytes")},
+                **{name: row[name] for name in ("candidate_id", *FIELDS, "bytes")},
             }
         )
     return pa.Table.from_pylist(table, schema=ALLOCATION)

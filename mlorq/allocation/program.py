@@ -1,4 +1,4 @@
-"""Inter-layer search: one integer program under a memory budget (METHOD 5; MLoRQ, arXiv 2507.09616).
+"""Inter-layer search: an integer program under a memory budget (METHOD 5; MLoRQ, arXiv 2507.09616).
 
 Exactly one candidate per layer, least summed cost, memory within the budget:
 
@@ -7,7 +7,7 @@ Exactly one candidate per layer, least summed cost, memory within the budget:
 With objective ``nsr`` the cost is the NMSE; with ``sqnr`` the summed signal-to-noise ratio 1/NMSE is maximised. The two
 are not equivalent.
 
-Where code widths of activations are chosen too (METHOD 8), every group g of activations gets one width a, and the
+If bit-widths of activations are chosen too (METHOD 8), every group g of activations gets one width a, and the
 program has further rows: one width per group, linking variables z, and a compute budget,
 
     min Σ_ℓc x_ℓc cost_ℓc + Σ_ga y_ga cost_ga
@@ -16,7 +16,7 @@ program has further rows: one width per group, linking variables z, and a comput
 
 A bit operation is a product of one bit of a weight with one of an activation: a multiply-accumulate of a b-bit weight
 and an a-bit input counts ``a b`` of them, so that a layer's load per bit of its input is its multiply-accumulates times
-the bits of its weights, ``load_ℓc``. Where x and y are integers, z is their product.
+the bits of its weights, ``load_ℓc``. For integer x and y, z is their product.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ COMPUTE_TOLERANCE = 1e-9  # relative; bit operations are sums of floats, bytes a
 
 @dataclass(frozen=True)
 class Program:
-    """What is to be solved.
+    """An allocation problem.
 
     Attributes:
-        choices: the layers and their candidates; they need loads where widths are chosen.
-        budget_bytes: most bytes of all layers together.
-        widths: code widths of activations and the compute budget; None: activations are given.
+        choices: the layers and their candidates, with loads if widths are chosen.
+        budget_bytes: largest number of bytes of all layers together.
+        widths: bit-widths of activations and the compute budget; None: no widths are chosen.
         objective: ``nsr`` or ``sqnr``.
     """
 
@@ -62,13 +62,13 @@ class Program:
         return sum(int(layer.size[row]) for layer, row in zip(self.choices, picked, strict=True))
 
     def cost_of(self, picked: Sequence[int], widths: Sequence[int] = ()) -> float:
-        """Summed cost of an allocation: of its layers and, where widths are chosen, of its groups."""
+        """Summed cost of an allocation: of its layers and, if widths are chosen, of its groups."""
         layers = float(sum(layer.cost[row] for layer, row in zip(self.choices, picked, strict=True)))
         groups = () if self.widths is None else self.widths.groups
         return layers + float(sum(group.cost[place] for group, place in zip(groups, widths, strict=True)))
 
     def operations_of(self, picked: Sequence[int], widths: Sequence[int]) -> float:
-        """Bit operations per sample of an allocation; 0 where no widths are chosen."""
+        """Bit operations per sample of an allocation; 0 if no widths are chosen."""
         if self.widths is None:
             return 0.0
         groups = self.widths.groups
@@ -92,11 +92,11 @@ class SolverReport:
 
     Attributes:
         name: ``highs`` or ``cbc``.
-        status: ``optimal``, or ``feasible`` where the time limit ended the search.
+        status: ``optimal``, or ``feasible`` if the time limit ended the search.
         objective: summed cost of the solution (``sqnr``: summed 1/NMSE).
-        bound: best bound proved on it; null where the solver gives none.
-        gap: relative distance of objective and bound; null with the bound.
-        seconds: of building and solving.
+        bound: best proved bound on the objective; None if the solver gives none.
+        gap: relative gap between objective and bound; None without a bound.
+        seconds: time to build and solve the program.
     """
 
     name: str
@@ -107,7 +107,7 @@ class SolverReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """As an allocation's artifact has it."""
+        """The report as the allocation's artifact stores it."""
         return asdict(self)
 
 
@@ -117,8 +117,8 @@ class Solution:
 
     Attributes:
         picked: index of each layer's candidate.
-        widths: index of each group's width; empty where none are chosen.
-        report: how it was found.
+        widths: index of each group's width; empty if none are chosen.
+        report: how the program was solved.
     """
 
     picked: list[int]
@@ -127,16 +127,17 @@ class Solution:
 
 
 def solve(program: Program, *, solver: SolverName = "highs", time_limit: float = 120.0, gap: float = 1e-4) -> Solution:
-    """Choose a candidate for every layer and, where asked, a width for every group of activations.
+    """Choose a candidate for every layer and, if ``program.widths`` is set, a width for every group of activations.
 
     Args:
         program: what to solve.
         solver: ``highs`` or ``cbc``.
-        time_limit: seconds.
+        time_limit: time limit of the solver, in seconds.
         gap: relative gap at which the solver may stop.
 
     Raises:
-        BudgetError: nothing fits; the smallest possible budget is named where one budget alone is at fault.
+        BudgetError: no allocation fits; the message gives the least possible budget if one budget alone is too small.
+        ValueError: widths are to be chosen, and a layer has no loads.
     """
     require_bytes(program.choices, program.budget_bytes)
     least = program.least_operations()
@@ -164,13 +165,13 @@ def solve(program: Program, *, solver: SolverName = "highs", time_limit: float =
 
 
 class _Terms:
-    """A program's numbers: of useful candidates alone, and in the direction to minimise.
+    """Coefficients of a program, of useful candidates alone, for minimisation.
 
     Attributes:
-        value: ``(useful,)`` per layer, the objective's terms.
+        value: ``(useful,)`` per layer, objective coefficients.
         size: ``(useful,)`` per layer, bytes.
-        load: ``(useful,)`` per layer, bit operations per bit of its input; zeros where no widths are chosen.
-        group_value: ``(choices,)`` per group, the objective's terms.
+        load: ``(useful,)`` per layer, bit operations per bit of its input; zeros if no widths are chosen.
+        group_value: ``(choices,)`` per group, objective coefficients.
         scale: factor of the objective in the solver.
     """
 
@@ -182,12 +183,12 @@ class _Terms:
             np.zeros(len(layer.useful)) if program.widths is None else _load(layer)[layer.useful] for layer in choices
         ]
         self.group_value = [_value(group.cost, program.objective) for group in groups]
-        # Solvers compare objectives with absolute tolerances near 1e-6, which summed NMSEs can be below: scale so that
-        # a simple feasible solution is worth about a thousand.
+        # Solvers use absolute tolerances near 1e-6, and summed NMSEs can be smaller: scale so that the objective of a
+        # simple feasible solution is about a thousand.
         self.scale = 1e3 / max(self._simple_value(program.budget_bytes), 1e-300)
 
     def _simple_value(self, budget: int) -> float:
-        """Magnitude of the objective where every layer keeps its share of the budget; of groups, the median."""
+        """Magnitude of the objective if every layer keeps its share of the budget; for groups, the median."""
         largest = sum(int(size.max()) for size in self.size)
         share = min(1.0, budget / largest)
         total = 0.0
@@ -203,7 +204,7 @@ def _value(cost: Floats, objective: Objective) -> Floats:
 
 def _load(layer: Choices) -> Floats:
     if layer.load is None:
-        raise ValueError(f"layer {layer.layer}: code widths can only be chosen where every candidate has its load")
+        raise ValueError(f"layer {layer.layer}: candidates need loads if bit-widths of activations are chosen")
     return layer.load
 
 
@@ -212,8 +213,8 @@ def _build(
 ) -> tuple[pulp.LpProblem, list[list[pulp.LpVariable]], list[list[pulp.LpVariable]]]:
     """The program, with its variables x by layer and useful candidate, and y by group and width.
 
-    Solvers see variables in the order of their names and rows in the order in which they are added; between equally
-    good solutions the order decides.
+    Solvers get variables in the order of their names and rows in the order in which they are added; this order decides
+    between equally good solutions.
     """
     widths = program.widths
     groups = () if widths is None else widths.groups
@@ -233,7 +234,7 @@ def _build(
     )
     for variables in (*x, *y):
         problem += pulp.LpAffineExpression((variable, 1) for variable in variables) == 1
-    # Memory, and below compute, relative to the budget, for the same reason as the objective's scale.
+    # Memory and compute are relative to their budgets, for the same reason as the objective's scale.
     problem += (
         pulp.LpAffineExpression(
             (variable, float(size) / program.budget_bytes)
@@ -276,15 +277,15 @@ def _add_compute(
 
 
 def _run(problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: float) -> tuple[str | None, float | None]:
-    """Solve on one thread, so that the same program has the same solution.
+    """Solve on one thread, so that the result is reproducible.
 
     Returns:
-        ``optimal`` or ``feasible``, None where nothing was found; and the best bound, None where there is none.
+        ``optimal`` or ``feasible``, None if no solution was found; and the best bound, None if there is none.
     """
     if solver == "highs":
         problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
     else:
-        bundled = pulp.PULP_CBC_CMD.pulp_cbc_path  # the CBC that comes with PuLP, not whatever is installed
+        bundled = pulp.PULP_CBC_CMD.pulp_cbc_path  # the CBC that comes with PuLP, not an installed one
         problem.solve(pulp.COIN_CMD(path=bundled, msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
     known = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "feasible"}
     status = known.get(problem.sol_status)
@@ -302,20 +303,20 @@ def _nothing_found(program: Program, solver: SolverName, time_limit: float, stat
 
 
 def _highest(variables: Sequence[pulp.LpVariable]) -> int:
-    """Index of the variable that the solver has set."""
+    """Index of the variable that the solver set to 1."""
     return int(np.argmax([variable.value() or 0.0 for variable in variables]))
 
 
 def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[int]) -> tuple[list[int], list[int]]:
     """Undo a solver's tolerance: while a budget is exceeded, take the cheapest step that lowers the excess.
 
-    A step changes one layer's candidate or one group's width. It must not exceed the other budget, or not more than it
-    is exceeded already.
+    A step changes one layer's candidate or one group's width. It must not exceed the other budget, nor increase its
+    excess.
 
     Args:
-        program: that was solved.
-        terms: its numbers.
-        places: of each layer's candidate among its useful ones.
+        program: the solved program.
+        terms: its coefficients.
+        places: index of each layer's candidate among its useful ones.
         widths: index of each group's width.
 
     Raises:
@@ -326,7 +327,7 @@ def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[i
     groups, group_of, most = chosen.groups, chosen.group_of, chosen.compute * (1 + COMPUTE_TOLERANCE)
     while True:
         bits = [float(group.widths[place]) for group, place in zip(groups, widths, strict=True)] or [0.0]
-        reading = [0.0] * len(bits)  # bit operations per bit of each group, of the layers that read it
+        reading = [0.0] * len(bits)  # per group: bit operations per bit of its width, of the layers that read it
         for load, place, read in zip(terms.load, places, group_of, strict=True):
             reading[read] += float(load[place])
         size = sum(int(own[place]) for own, place in zip(terms.size, places, strict=True))
@@ -351,8 +352,8 @@ def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[i
             steps += _cheapest(terms.group_value[index], place, more_operations < 0, layers + index)
         if not steps:
             raise BudgetError(
-                "the solver's allocation exceeds a budget by its tolerance, and no smaller step is left: "
-                "allow slightly more"
+                "the solver's allocation exceeds a budget by its tolerance and cannot be repaired: "
+                "raise the budget slightly"
             )
         _, index, place = min(steps)
         if index < layers:
@@ -362,7 +363,7 @@ def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[i
 
 
 def _cheapest(value: Floats, place: int, allowed: NDArray[np.bool_], index: int) -> list[tuple[float, int, int]]:
-    """The step to the cheapest allowed choice, as (rise, index, choice); nothing where none is allowed."""
+    """The step to the cheapest allowed choice, as (rise, index, choice); empty if none is allowed."""
     kept = np.flatnonzero(allowed)
     if not len(kept):
         return []

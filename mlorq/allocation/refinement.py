@@ -1,19 +1,19 @@
-"""Interaction between layers: whole allocations are measured, and programs are solved again around them (METHOD 7).
+"""Interaction between layers: allocations are measured on the whole model and refined (METHOD 7, ``search.rounds``).
 
-The integer program adds up what each layer costs alone. Together the layers cost more than that, the more the larger
-single errors are, and a program picks the candidates whose costs came out too low. So several allocations are measured
-on the whole model: the program's, the best uniform one within the budget, the program's without low rank, and those of
-programs that shun large single costs, ``min Σ cost^p``. Around the best of them, S, the cost of a layer's candidates is
-scaled by how much more the chosen one costs in S than alone,
+The integer program sums the costs of single layers. Layers together cost more, the more the larger single errors are,
+and the program prefers candidates whose costs were underestimated. So several allocations are measured on the whole
+model: the program's, the best uniform one within the budget, the program's without low rank, and those of programs that
+penalise large single costs, ``min Σ cost^p``. Around the best of them, S, each layer's costs are scaled by the ratio of
+the chosen candidate's cost in S to its cost alone,
 
     cost_ℓc ← cost_ℓc · √((F(S) - F(S with layer ℓ float)) / cost_ℓ,S(ℓ)),
 
-F the measured cost of the whole model; the root, as half of what is seen is how this one rounding happens to correlate
-with the others. The program under these costs gives the next allocation.
+where F is the measured cost of the whole model. The square root accounts for chance: about half of the ratio is due to
+the correlation of this particular rounding with the others. The program under these costs gives the next allocation.
 
-The best by measurement is kept. Nearly equal ones are a tie, or each machine would keep another: the last bits of its
-products flip codes, which moves what an allocation costs by up to a hundredth or two. Of those within ``TIE`` of the
-best, and no worse than the uniform one, the one with the least predicted cost is kept.
+The allocation of least measured cost is kept, up to ties: the last bits of matrix products differ between machines and
+flip codes, which changes the cost of an allocation by 1 or 2 %. Among the allocations within ``TIE`` of the best and no
+worse than the uniform one, the one of least predicted cost is kept.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from mlorq.models.base import FloatModel, move_batch
 from mlorq.models.layers import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
 
-LARGEST_CORRECTION = 2.0  # of a layer's costs, either way: a marginal cost near zero is noise
-POWERS = (1.5, 2.0, 3.0)  # of costs, in programs that shun large ones
-UNIFORM = "uniform"  # how the origin of the best uniform allocation begins
-TIE = 0.05  # of the least measured cost
+LARGEST_CORRECTION = 2.0  # largest factor on a layer's costs, up or down: a marginal cost near zero is noise
+POWERS = (1.5, 2.0, 3.0)  # exponents of costs in programs that penalise large ones
+UNIFORM = "uniform"  # prefix of the origin of the best uniform allocation
+TIE = 0.05  # relative to the least measured cost
 
 
 class WholeModel:
-    """Measures what the model's output costs with many layers changed at once.
+    """Measures the cost of the model's output with many layers changed at once.
 
     Args:
         model: the float model; it is copied.
         blocks: names of its blocks.
         batches: samples to measure on.
-        device: where to run.
+        device: device of the model.
         cost: which cost of the output.
-        labels: for cost ``task``.
-        activations: quantized in whatever is measured; None: in none.
+        labels: labels of the samples, one tensor per batch, for cost ``task``.
+        activations: activations to quantize in all measurements; None: none.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class WholeModel:
         return [self._segments.outputs(batch, start, carry) for batch, carry in pairs]
 
     def set(self, layer: Layer, weight: Tensor | None) -> None:
-        """Put a weight ``(out_features, in_features)`` in the place of a layer's; None: the float one."""
+        """Set a layer's weight, ``(out_features, in_features)``; None restores the float weight."""
         parameter = self.module.get_submodule(layer.name).weight
         assert isinstance(parameter, Tensor)
         found = self._float[f"{layer.name}.weight"] if weight is None else weight
@@ -90,7 +90,7 @@ class WholeModel:
             parameter.copy_(found.reshape(parameter.shape))
 
     def cost(self) -> float:
-        """Of the model as it is."""
+        """Cost of the model with its current weights."""
         return self._cost(self._outputs(0, [None] * len(self._batches)))
 
     def contributions(
@@ -99,12 +99,14 @@ class WholeModel:
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None] | None = None,
     ) -> list[float]:
-        """What the model costs more than with one layer at a time float again; a block's layers share what is before.
+        """Leave-one-out costs: the cost of the model minus its cost with one layer float, for each layer.
+
+        Layers of one block share the forward pass through the blocks before it.
 
         Args:
-            layers: in execution order.
-            weights: of all of them, by name; what the model has now.
-            progress: called with the layers done.
+            layers: the layers, in execution order.
+            weights: their current weights, by name.
+            progress: called with the number of layers done.
         """
         found = []
         whole = self.cost()
@@ -124,14 +126,14 @@ class WholeModel:
 
 @dataclass(frozen=True)
 class Measured:
-    """One allocation that was measured.
+    """One measured allocation.
 
     Attributes:
         origin: ``program``, ``uniform 3 bit``, ``codes alone``, ``power 2`` …, or ``round 1`` ….
         picked: index of each layer's candidate.
-        predicted: summed cost of its layers alone.
+        predicted: sum of the costs of single layers.
         measured: cost of the whole model.
-        bytes: of its layers.
+        bytes: bytes of its layers.
     """
 
     origin: str
@@ -145,21 +147,20 @@ class Measured:
 
 
 def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> tuple[int, tuple[int, ...]] | None:
-    """``(bits, candidates)`` of the largest uniform quantization within the budget; None where none fits.
+    """``(bits, candidates)`` of the largest uniform quantization within the budget; None if none fits.
 
-    A layer that is not offered a bit-width, because its settings fix others, takes the nearest that it has, the smaller
-    of two.
+    A layer whose settings exclude a bit-width takes the nearest that it has, the smaller of two.
 
     Args:
-        rows: the candidates of every layer.
-        limit: most bytes.
+        rows: candidate rows of every layer.
+        limit: the budget in bytes.
     """
     uniform = uniform_form().name
     by_bits = [{row["bits"]: index for index, row in enumerate(layer) if row["form"] == uniform} for layer in rows]
     distinct: dict[tuple[int, ...], int] = {}
     for bits in sorted(set().union(*by_bits)):
         picked = tuple(places[min((abs(width - bits), width) for width in places)[1]] for places in by_bits)
-        distinct.setdefault(picked, int(bits))  # beyond the widest of most layers nothing changes: no name of its own
+        distinct.setdefault(picked, int(bits))  # equal allocations keep the smallest bit-width
     for picked, bits in reversed(distinct.items()):
         if sum(layer[index]["bytes"] for layer, index in zip(rows, picked, strict=True)) <= limit:
             return bits, picked
@@ -167,15 +168,15 @@ def largest_uniform(rows: Sequence[Sequence[Mapping[str, Any]]], limit: int) -> 
 
 
 def preferred(found: Sequence[Measured]) -> Measured:
-    """The allocation to keep: of those that tie for the least measured cost the one with the least predicted cost.
+    """The allocation to keep: the least predicted cost among those that tie for the least measured cost.
 
-    Both are costs of the whole model's output, in the units of ``search.cost`` (METHOD 7, interaction between layers).
+    Both are costs of the whole model's output, in the units of ``search.cost`` (METHOD 7, ``search.rounds``).
 
     Args:
-        found: at least one; where the uniform one is among them, none that measured worse is kept.
+        found: at least one allocation; none that measured worse than a uniform one is kept.
 
     Raises:
-        ValueError: there is none.
+        ValueError: ``found`` is empty.
     """
     least = min(one.measured for one in found)
     limits = [one.measured for one in found if one.origin.startswith(UNIFORM)]
@@ -193,20 +194,20 @@ def refine(
     contributions: Callable[[Sequence[int]], Sequence[float]],
     rounds: int,
 ) -> list[Measured]:
-    """Measure allocations and look for better ones.
+    """Measure allocations, and refine the best by programs around it (METHOD 7, ``search.rounds``).
 
     Args:
         choices: the layers and their candidates.
-        rows: the candidates' rows.
-        limit: most bytes.
+        rows: candidate rows of every layer.
+        limit: the budget in bytes.
         start: the program's solution.
-        solve: the program's solution under other costs.
-        measure: cost of the whole model under an allocation.
-        contributions: what the whole model costs more under an allocation than with one layer at a time float.
-        rounds: most programs to solve around what was measured; 0: none of the other programs either.
+        solve: gives the program's solution under other costs.
+        measure: gives the cost of the whole model under an allocation.
+        contributions: gives the leave-one-out costs of the layers under an allocation (``WholeModel.contributions``).
+        rounds: largest number of programs around the best allocation; 0: measure the start and the uniform one alone.
 
     Returns:
-        What was measured: the allocation to keep (``preferred``), then the others by their measured cost.
+        The measured allocations: the one to keep (``preferred``), then the others in order of measured cost.
     """
 
     def measured(origin: str, picked: Sequence[int]) -> Measured:
@@ -218,8 +219,8 @@ def refine(
     found = [measured("program", start)]
     known = {found[0].picked}
 
-    def look_at(origin: str, picked: Sequence[int]) -> bool:
-        """Measure an allocation that was not seen yet; whether it is the best so far."""
+    def measure_new(origin: str, picked: Sequence[int]) -> bool:
+        """Measure an allocation unless it is known; whether it is new and the best so far."""
         if tuple(picked) in known:
             return False
         known.add(tuple(picked))
@@ -228,16 +229,16 @@ def refine(
 
     uniform = largest_uniform(rows, limit)
     if uniform is not None:
-        look_at(f"{UNIFORM} {uniform[0]} bit", uniform[1])
+        measure_new(f"{UNIFORM} {uniform[0]} bit", uniform[1])
     if all(len(layer.cost) == 1 for layer in choices):
-        rounds = 0  # there is nothing to choose
+        rounds = 0  # no alternatives
     if rounds:
-        look_at("codes alone", _codes_alone(choices, rows, limit, solve))
+        measure_new("codes alone", _codes_alone(choices, rows, limit, solve))
         for power in POWERS:
-            look_at(f"power {power:g}", solve(_powers(choices, start, power)))
+            measure_new(f"power {power:g}", solve(_powers(choices, start, power)))
     for index in range(rounds):
         best = min(found, key=lambda one: one.measured)
-        if not look_at(f"round {index + 1}", solve(_around(choices, best, contributions(best.picked)))):
+        if not measure_new(f"round {index + 1}", solve(_around(choices, best, contributions(best.picked)))):
             break  # the next round would start from the same allocation
     kept = preferred(found)
     return sorted(found, key=lambda one: (one is not kept, one.measured))
@@ -249,7 +250,7 @@ def _codes_alone(
     limit: int,
     solve: Callable[[Sequence[Choices]], Sequence[int]],
 ) -> list[int]:
-    """The program's solution without low rank; with all forms where codes alone do not fit."""
+    """The program's solution without low rank; with all forms if codes alone exceed the budget."""
     kept = [[index for index, row in enumerate(layer) if not FORMS[row["form"]].has_product] for layer in rows]
     if sum(int(layer.size[part].min()) for layer, part in zip(choices, kept, strict=True)) > limit:
         return list(solve(choices))
@@ -258,13 +259,13 @@ def _codes_alone(
 
 
 def _powers(choices: Sequence[Choices], start: Sequence[int], power: float) -> list[Choices]:
-    """Costs to a power, relative to the mean cost of a layer in an allocation."""
+    """Costs raised to a power, relative to the mean cost of a layer in an allocation."""
     mean = max(float(np.mean([layer.cost[index] for layer, index in zip(choices, start, strict=True)])), 1e-30)
     return [replace(layer, cost=(layer.cost / mean) ** power) for layer in choices]
 
 
 def _around(choices: Sequence[Choices], at: Measured, contributions: Sequence[float]) -> list[Choices]:
-    """Costs scaled to what the layers cost in an allocation."""
+    """Costs scaled by the square root of cost within an allocation over cost alone, per layer."""
     corrected = []
     for layer, index, together in zip(choices, at.picked, contributions, strict=True):
         alone = float(layer.cost[index])

@@ -1,4 +1,4 @@
-"""Bit operations of a layer's weights, by candidate."""
+"""Bit operations of a layer by candidate (METHOD 8, ``choices``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One pass over the calibration data: reference outputs and a bounded random sample of every layer's inputs.
 
-The sample is what later statistics of activations start from; the reference outputs are what every compressed
-model is compared with (METHOD 5). Values that are not finite are refused here, before hours of search.
+Later statistics of activations start from the sample; every compressed model is compared with the reference outputs
+(METHOD 5). Non-finite values are refused here, before hours of search.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FLOAT16_LARGEST = 65504.0
 
 @dataclass(frozen=True)
 class InputSample:
-    """Some of a layer's inputs.
+    """A random sample of a layer's inputs.
 
     Attributes:
         sample: ``(rows,)`` index of the calibration sample.
-        token: ``(rows,)`` index of the token in it.
+        token: ``(rows,)`` index of the token within that sample.
         x: ``(rows, groups · in_features)`` float16.
     """
 
@@ -40,13 +40,13 @@ class InputSample:
 
 @dataclass(frozen=True)
 class Captured:
-    """What a pass over the calibration data gives.
+    """The results of one pass over the calibration data.
 
     Attributes:
         reference: f(x), ``(samples, outputs)`` float32 on the CPU.
-        samples: ``{layer: some of its inputs}``.
-        inputs: ``{layer: outer products of its inputs}``, one and the same for layers that read the same tensor;
-            empty where they were not asked for. Grouped convolutions have none: their rows see different inputs.
+        samples: ``{layer: sample of its inputs}``.
+        inputs: ``{layer: sums of outer products of its inputs}``, one object for all layers that read the same tensor;
+            empty without ``moments``. Grouped convolutions are left out: their rows see different inputs.
     """
 
     reference: Tensor
@@ -66,22 +66,22 @@ def capture(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Captured:
-    """Run the float model over the calibration data.
+    """Reference outputs, input samples and input moments of the float model on the calibration data.
 
     Args:
         model: the float model, on ``device``.
-        layers: whose inputs to sample.
+        layers: layers whose inputs are sampled.
         batches: calibration batches.
-        rows: about how many input rows to keep a layer; spread evenly over the samples, tokens chosen at random
-            among those that count.
-        seed: of the choice of tokens.
-        moments: whether to sum the outer products of all inputs as well.
-        importance: weights of the tokens in these sums, a mapping a batch; None: all weigh the same.
-        device: where the model is.
+        rows: approximate number of input rows to keep per layer, spread evenly over the samples; tokens are drawn at
+            random from the unmasked ones.
+        seed: seed of the choice of tokens.
+        moments: whether to sum the outer products of all inputs as well (METHOD 7).
+        importance: weights of the tokens in these sums, one mapping per batch; None: equal weights.
+        device: device of the model.
         progress: called with (batches done, batches).
 
     Raises:
-        ModelError: a layer's input or the output is not finite; the layer is named.
+        ModelError: a layer's input or the output is not finite; the message names the layer or the batch.
     """
     generator = torch.Generator().manual_seed(seed)
     total = sum(batch_samples(batch) for batch in batches)
@@ -107,7 +107,10 @@ def capture(
         ) -> Callable[..., None]:
             def record(child: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
                 if not torch.isfinite(args[0]).all():
-                    raise ModelError(f"layer {name!r}: its inputs hold NaN or infinite values")
+                    raise ModelError(
+                        f"layer {name!r}: its inputs contain NaN or infinite values; "
+                        "check the model's weights and the calibration data"
+                    )
                 if name in seen:
                     return
                 seen.add(name)
@@ -131,7 +134,10 @@ def capture(
             for handle in handles:
                 handle.remove()
         if not torch.isfinite(outputs).all():
-            raise ModelError(f"the model's outputs hold NaN or infinite values (calibration batch {index})")
+            raise ModelError(
+                f"the model's outputs contain NaN or infinite values (calibration batch {index}); "
+                "check the model's weights and the calibration data"
+            )
         references.append(outputs)
         first += count
         if progress is not None:
@@ -144,12 +150,12 @@ def capture(
 
 
 def counting(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """The token mask where it is about these tokens, ``(samples, tokens, …)``; None where all of them count."""
+    """The mask if it covers ``tokens``, ``(samples, tokens, …)``; else None: all of them count."""
     return mask if mask is not None and mask.shape == tokens.shape[:2] else None
 
 
 def _choose(tokens: Tensor, mask: Tensor | None, share: int, first: int, generator: torch.Generator) -> InputSample:
-    """``share`` random tokens of every sample, fewer where fewer count."""
+    """``share`` random tokens per sample, fewer if fewer are unmasked."""
     count, length = tokens.shape[:2]
     order = torch.rand(count, length, generator=generator)
     if mask is not None and mask.shape == (count, length):

@@ -1,9 +1,9 @@
-"""Second moments of layers' inputs and of their output gradients, in two folds of the samples (METHOD 7).
+"""Second moments of layers' inputs and output gradients, in two folds of the samples (METHOD 7).
 
 ``Σ = E[x xᵀ]`` of a layer's inputs and ``G = E[g gᵀ]``, ``g = ∂(v · f)/∂y``, of its outputs (K-FAC, arXiv 1503.05671)
-hold all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs; Σ may weigh tokens (``token_importance``). Every other sample
-belongs to the second fold, so that what is fitted on one can be judged on samples that did not fit it: where tokens are
-few, Σ has directions without any variance, and a low rank looks free on the samples that it was fitted to.
+are all that ``E‖δf‖² ≈ c · tr(G ΔW Σ ΔWᵀ)`` needs; Σ may weight tokens (``token_importance``). Every other sample
+belongs to the second fold, so that candidates fitted on one fold are judged on held-out samples: with few tokens Σ is
+singular, and a low-rank candidate looks free on the samples it was fitted to.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LEAST_SHRINKAGE = 0.005
 
 @dataclass(frozen=True)
 class Moments:
-    """What one fold says of a layer, or both together.
+    """Second moments of one layer over one fold, or pooled over both.
 
     Attributes:
         inputs: Σ, ``(in_features, in_features)`` float64.
-        gradients: G, ``(out_features, out_features)`` float64, up to a factor.
-        tokens: how many tokens Σ was averaged over.
-        gradient_tokens: how many gradients G was averaged over.
+        gradients: G, ``(out_features, out_features)`` float64, up to a constant factor.
+        tokens: (effective) number of tokens averaged in Σ.
+        gradient_tokens: number of gradients averaged in G.
     """
 
     inputs: Tensor
@@ -35,14 +35,19 @@ class Moments:
     gradient_tokens: int
 
     def shrunk(self) -> tuple[Tensor, Tensor]:
-        """Σ and G shrunk towards multiples of the identity, the more the fewer samples there are."""
+        """Σ and G after ``shrink``: fewer samples give stronger shrinkage."""
         return shrink(self.inputs, self.tokens), shrink(self.gradients, self.gradient_tokens)
 
 
 def shrink(matrix: Tensor, samples: int) -> Tensor:
-    """``(1 - ρ) M + ρ tr(M)/n I`` with ``ρ = n / (n + samples)``, never less than 0.005; float64.
+    """``(1 - ρ) M + ρ tr(M)/n I`` with ``ρ = max(0.005, n / (n + samples))``, shrinkage to the identity (METHOD 7).
 
-    A matrix of zeros (a layer that cannot affect the output) becomes the identity.
+    Args:
+        matrix: M, ``(n, n)``, positive semi-definite.
+        samples: number of vectors averaged in M.
+
+    Returns:
+        ``(n, n)`` float64; the identity if M is zero (a layer that cannot affect the output).
     """
     size = matrix.shape[0]
     share = max(LEAST_SHRINKAGE, size / (size + samples))
@@ -53,7 +58,7 @@ def shrink(matrix: Tensor, samples: int) -> Tensor:
 
 
 def pooled(folds: Sequence[Moments]) -> Moments:
-    """The moments of all folds together."""
+    """Moments pooled over folds, weighted by their numbers of tokens."""
     tokens, gradient_tokens = (sum(getattr(fold, name) for fold in folds) for name in ("tokens", "gradient_tokens"))
 
     def mean(name: str, count: str, total: int) -> Tensor:
@@ -65,11 +70,11 @@ def pooled(folds: Sequence[Moments]) -> Moments:
 
 
 class OuterProducts:
-    """Sums of outer products of vectors, a fold each, streamed over batches.
+    """Sums of outer products of vectors, one per fold, accumulated batch by batch.
 
     Args:
-        size: of the vectors.
-        device: where the sums are kept.
+        size: length of the vectors.
+        device: device of the sums.
     """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
@@ -79,7 +84,7 @@ class OuterProducts:
 
     @property
     def counts(self) -> list[int]:
-        """How many tokens each fold is worth: of equal weight, their number; else Kish's ``(Σ w)² / Σ w²``."""
+        """Effective number of tokens per fold, Kish's ``(Σ w)² / Σ w²``; their number if all weights are equal."""
         pairs = zip(self.weights, self.squares, strict=True)
         return [round(total**2 / square) if square else 0 for total, square in pairs]
 
@@ -88,9 +93,9 @@ class OuterProducts:
 
         Args:
             vectors: ``(samples, tokens, size)``.
-            first: running index of the batch's first sample.
+            first: index of the batch's first sample in the whole data.
             mask: ``(samples, tokens)``, True where a token counts.
-            weights: ``(samples, tokens)`` of the tokens in the sums; None: one.
+            weights: ``(samples, tokens)`` weights of the tokens in the sums; None: ones.
         """
         for fold in range(FOLDS):
             start = (fold - first) % FOLDS
@@ -109,13 +114,13 @@ class OuterProducts:
             self.squares[fold] += float(own.double().square().sum())
 
     def means(self) -> Tensor:
-        """``(folds, size, size)`` float64; zeros for a fold without tokens."""
+        """Weighted mean outer products, ``(folds, size, size)`` float64; zeros for a fold without tokens."""
         weights = torch.tensor(self.weights, dtype=torch.float64, device=self.sums.device)
         return self.sums / torch.where(weights > 0, weights, 1.0)[:, None, None]
 
 
 def moments_tensors(inputs: OuterProducts, gradients: OuterProducts) -> dict[str, Tensor]:
-    """The content of a ``moments`` file: ``inputs``, ``gradients`` (a matrix a fold) and how much each is worth."""
+    """The content of a ``moments`` file: ``inputs``, ``gradients`` (one matrix per fold) and their ``tokens``."""
     return {
         "inputs": inputs.means().float(),
         "gradients": gradients.means().float(),
@@ -124,7 +129,7 @@ def moments_tensors(inputs: OuterProducts, gradients: OuterProducts) -> dict[str
 
 
 def moments_of_tensors(tensors: dict[str, Tensor], device: torch.device | str) -> list[Moments]:
-    """The inverse of ``moments_tensors``: one record a fold that has tokens."""
+    """The inverse of ``moments_tensors``: one record per fold that has tokens; the first fold if none has."""
     counts = tensors["tokens"].tolist()
     found = [
         Moments(inputs.to(device).double(), gradients.to(device).double(), tokens, gradient_tokens)

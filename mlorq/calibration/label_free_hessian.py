@@ -1,9 +1,9 @@
-"""Label-free Hessian: how much the model's output moves when one weight does.
+"""Label-free Hessian: mean squared gradients of the model's output with respect to each weight.
 
 ``H_ij = E_x E_v [(∂(v · f(x)) / ∂W_ij)²]`` with ``v ~ N(0, I)`` (METHOD 3; MLoRQ, arXiv 2507.09616; EPTQ,
-arXiv 2309.11531). Squares are taken a sample, before averaging. For a token-wise layer the gradient of one sample is
-``Σ_t δ_t x_tᵀ``, so gradients with respect to the layers' *outputs* are enough: weight gradients are never formed by
-the backward pass, nothing accumulates between probes, and a batch of samples costs one backward pass.
+arXiv 2309.11531). Gradients are squared per sample, before averaging. For a token-wise layer the gradient of one
+sample is ``Σ_t δ_t x_tᵀ``, so gradients with respect to the layers' *outputs* are enough: the backward pass forms no
+weight gradients, nothing accumulates between probes, and a batch of samples costs one backward pass.
 
 Since ``E_v (Σ_c v_c g_c)² = Σ_c g_c²``, C one-hot backward passes give the exact value; with few outputs that is
 cheaper than probing.
@@ -25,11 +25,11 @@ from mlorq.models.layers import Layer, input_tokens, output_tokens
 
 Mode = Literal["auto", "probes", "exact"]
 
-GRADIENT_PASSES = 8  # G is an average over all tokens: a few passes are plenty
+GRADIENT_PASSES = 8  # G is an average over all tokens: a few passes suffice
 CHUNK_ELEMENTS = {
     "cpu": 1 << 18,
     "cuda": 1 << 26,
-}  # per-sample gradients held at once: cache, or device memory
+}  # entries of per-sample gradients held at once: bounded by the cache, or by device memory
 
 
 def label_free_hessian(
@@ -46,27 +46,27 @@ def label_free_hessian(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Estimate (or compute exactly) the label-free Hessian of every layer.
+    """The label-free Hessian of every layer, estimated or exact (METHOD 3).
 
     Args:
         model: the float model, on ``device``.
-        layers: the layers wanted.
+        layers: layers whose Hessians are computed.
         batches: calibration batches; all their samples count equally.
-        probes: most Gaussian probes a batch.
-        min_probes: probes before convergence is looked at.
-        tolerance: a batch's probing stops once every layer's mean changes by less than this, relatively.
-        mode: ``probes``; ``exact`` (one backward pass an output); ``auto``: whichever needs fewer passes.
-        seed: of the probes; drawn on the CPU, so that every device sees the same ones.
+        probes: largest number of Gaussian probes per batch.
+        min_probes: probes per batch before convergence is checked.
+        tolerance: probing of a batch stops once the relative change of every layer's mean is below this.
+        mode: ``probes``; ``exact`` (one backward pass per output); ``auto`` (the one that needs fewer passes).
+        seed: seed of the probes, which are drawn on the CPU: every device uses the same ones.
         gradients: ``{layer: sums}`` to which the outer products of ``∂(v · f)/∂y`` are added, for the second moments of
-            output gradients; of at most ``GRADIENT_PASSES`` passes a batch, spread evenly.
-        device: where the model is.
-        progress: called with (passes done, most passes possible).
+            output gradients; from at most ``GRADIENT_PASSES`` passes per batch, spread evenly.
+        device: device of the model.
+        progress: called with (passes done, largest possible number of passes).
 
     Returns:
         ``{layer: (out_features, in_features) float32}`` on ``device``; zeros for layers that cannot affect f.
 
     Raises:
-        ModelError: an activation or gradient is not finite; the layer is named.
+        ModelError: an activation or gradient is not finite; the message names the layer.
     """
     generator = torch.Generator().manual_seed(seed)
     modules = {layer.name: model.module.get_submodule(layer.name) for layer in layers}
@@ -76,7 +76,7 @@ def label_free_hessian(
         moved = move_batch(batch, device, model.dtype)
         count = batch_samples(batch)
         mask = model.token_mask(moved)
-        with _recording(model, layers, modules) as record, torch.enable_grad():
+        with _Recording(model, layers, modules) as record, torch.enable_grad():
             outputs = model.outputs(model.module, moved)
         exact = mode == "exact" or (mode == "auto" and outputs.shape[1] <= probes)
         passes = outputs.shape[1] if exact else probes
@@ -99,13 +99,17 @@ def label_free_hessian(
             means = new_means
         for name, value in batch_total.items():
             if not torch.isfinite(value).all():
-                raise ModelError(f"layer {name!r}: its activations or gradients are not finite")
+                raise ModelError(
+                    f"layer {name!r}: its activations or gradients are not finite; "
+                    "check the model's weights and the calibration data"
+                )
             total[name] += value if exact else value / done
         samples += count
     return {name: value / samples for name, value in total.items()}
 
 
 def _vectors(outputs: Tensor, exact: bool, passes: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Vectors v of the backward passes, of the outputs' shape: one-hot if ``exact``, else Gaussian."""
     for index in range(passes):
         if exact:
             vector = torch.zeros_like(outputs)
@@ -115,8 +119,8 @@ def _vectors(outputs: Tensor, exact: bool, passes: int, generator: torch.Generat
         yield vector
 
 
-class _recording:
-    """Keeps every call's input and output of the layers during one forward, with a graph between the outputs."""
+class _Recording:
+    """Records the inputs and outputs of all calls of the layers in one forward pass, within one autograd graph."""
 
     def __init__(self, model: FloatModel, layers: Sequence[Layer], modules: dict[str, nn.Module]) -> None:
         self.calls: list[tuple[str, Tensor, Tensor]] = []
@@ -139,7 +143,7 @@ class _recording:
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
             self.calls.append((name, args[0].detach(), output))
-            # A copy goes on, so that an in-place activation cannot overwrite what is differentiated.
+            # Return a copy: an in-place activation must not overwrite the tensor that is differentiated.
             return output.clone()
 
         return hook
@@ -156,7 +160,7 @@ def _add_pass(
     first: int,
     mask: Tensor | None,
 ) -> None:
-    """Add ``Σ_samples (∂(v · f) / ∂W)²`` of one vector v a sample to the running sums, and gradients to theirs."""
+    """Add ``Σ_samples (∂(v · f) / ∂W)²``, one v per sample, to ``total``, and output gradients to ``products``."""
     if not outputs.requires_grad:
         return
     gradients = torch.autograd.grad(
@@ -182,7 +186,7 @@ def add_squared_gradients(total: Tensor, inputs: Tensor, gradients: Tensor, grou
         total: ``(out_features, in_features)``.
         inputs: x, ``(samples, tokens, groups · in_features)``.
         gradients: δ, ``(samples, tokens, out_features)``.
-        groups: of a grouped convolution: rows of a group see only the group's inputs.
+        groups: convolution groups; rows of a group see only that group's inputs.
     """
     rows, columns = total.shape
     for group in range(groups):

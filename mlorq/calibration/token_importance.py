@@ -1,10 +1,10 @@
-"""Which tokens matter: the output's squared gradients at what layers and blocks put out (METHOD 7).
+"""Token importance: squared gradient norms of the model's output at layer and block outputs (METHOD 7).
 
-Errors of different tokens do not weigh the same. A classifier that reads one token never sees what the last block makes
-of the others, and a few tokens carry most of the gradient in most layers. With ``w_t = E_v ‖∂(v · f)/∂y_t‖²`` (v as in
-the label-free Hessian) an error e of the outputs costs about ``Σ_t w_t ‖e_t‖²``: input covariances, closed forms and
-block losses are averages under these weights (GuidedQuant, arXiv 2505.07004, weighs groups of output channels apart;
-here all channels of a token share a weight, so that layers with one input still share its moments).
+Errors of different tokens matter differently. A classifier that reads one token ignores the last block's outputs at all
+others, and in most layers a few tokens carry most of the gradient. With ``w_t = E_v ‖∂(v · f)/∂y_t‖²`` (v as in the
+label-free Hessian) an error e of a layer's outputs costs about ``Σ_t w_t ‖e_t‖²``; input covariances, closed forms and
+block losses are averages under these weights. GuidedQuant (arXiv 2505.07004) weights groups of output channels
+separately; here all channels of a token share a weight, so that layers with the same input still share its moments.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mlorq.models.base import FloatModel, batch_samples
 from mlorq.models.layers import Layer, output_tokens
 from mlorq.models.prefetch import feed
 
-PASSES = 2  # a batch; weights are sums over many channels, which a few probes tell well
-FLOOR = 0.1  # of the mean weight, for every token: gradients are first order, and errors are not small
+PASSES = 2  # backward passes per batch; weights are sums over many channels, so few probes suffice
+FLOOR = 0.1  # least weight, relative to the mean: gradients are first-order, and errors are not small
 
 Importance = Mapping[str, Tensor]  # one batch: {layer or block: weights}
 
 
 def leaders(layers: Sequence[Layer]) -> dict[str, str]:
-    """``{layer: the first layer that reads the same tensor}``: they share weights, as they share moments."""
+    """``{layer: the first layer that reads the same tensor}``; such layers share token weights and moments."""
     first: dict[int, str] = {}
     return {layer.name: first.setdefault(layer.input_group, layer.name) for layer in layers}
 
@@ -43,22 +43,23 @@ def token_importance(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Weights of all tokens of the calibration data, with mean one over those that count and at least ``FLOOR``.
+    """Importance of all calibration tokens: weights of at least ``FLOOR`` with mean one over the unmasked tokens.
 
     Args:
         model: the float model, on ``device``.
-        layers: whose output gradients to look at; those that read one tensor are added up, under the first one's name.
+        layers: layers whose output gradients are used; sums over layers that read the same tensor get the name of the
+            first.
         blocks: names of the blocks.
         batches: calibration batches.
-        passes: backward passes a batch.
-        power: that weights are taken to: below one they differ less.
-        seed: of the vectors v; drawn on the CPU, so that every device sees the same ones.
-        device: where the model is.
+        passes: backward passes per batch.
+        power: exponent of the weights before normalisation; below one they differ less.
+        seed: seed of the vectors v, which are drawn on the CPU: every device uses the same ones.
+        device: device of the model.
         progress: called with (batches done, batches).
 
     Returns:
-        One mapping a batch: of a layer ``(samples, tokens)``, of a block the shape of its output without the last axis;
-        float32 on the CPU.
+        One mapping per batch: ``(samples, tokens)`` for a layer, the shape of its output without the last axis for a
+        block; float32 on the CPU. Layers and blocks without a gradient are left out.
     """
     generator = torch.Generator().manual_seed(seed)
     leader = leaders(layers)
@@ -94,7 +95,7 @@ def token_importance(
 def _normalised(
     batches: Sequence[dict[str, Tensor]], masks: Sequence[Tensor | None], power: float
 ) -> list[dict[str, Tensor]]:
-    """Weights by their mean over the tokens that count, mixed with one; what never has a gradient is left out."""
+    """Weights divided by their mean over the unmasked tokens, mixed with one; without a gradient they are dropped."""
     names = [name for name in batches[0] if all(name in batch for batch in batches)]
     batches = [{name: batch[name].pow(power) for name in names} for batch in batches]
 
@@ -111,7 +112,7 @@ def _normalised(
 
 
 class _Outputs:
-    """What layers and blocks put out in one forward pass, with a graph between them; of each its first call."""
+    """Records the outputs of the first calls of layers and blocks in one forward pass, within one autograd graph."""
 
     def __init__(self, module: nn.Module, layers: Sequence[str], blocks: Sequence[str]) -> None:
         self.found: dict[str, Tensor] = {}
@@ -132,17 +133,17 @@ class _Outputs:
             tensor = output if isinstance(output, Tensor) else output[0]
             if not tensor.requires_grad:
                 if not isinstance(output, Tensor):
-                    return None  # nothing before it that is compressed
+                    return None  # no compressed layer precedes it
                 tensor = tensor.detach().requires_grad_(True)
             self.found[name] = tensor
-            # A copy goes on, so that an in-place activation cannot overwrite what is differentiated.
+            # Return a copy: an in-place activation must not overwrite the tensor that is differentiated.
             return tensor.clone() if isinstance(output, Tensor) else None
 
         return hook
 
 
 def importance_tensors(batches: Sequence[Importance]) -> dict[str, Tensor]:
-    """The content of an ``importance`` file: ``name|batch`` and its weights."""
+    """The content of an ``importance`` file: weights by ``name|batch``."""
     return {f"{name}|{index}": value for index, batch in enumerate(batches) for name, value in batch.items()}
 
 

@@ -1,8 +1,8 @@
 """Uniform affine codes with a scale and a zero-point per row (METHOD 1; MLoRQ, arXiv 2507.09616).
 
-``q = clamp(round(w / s) + z, 0, 2^b - 1)``, ``ŵ = (q - z) s``. "Row" is an output row of the matrix at hand. Scales are
-float16 values from the start, so that what is searched, measured and stored is one and the same quantizer; the search
-for them is ``mlorq.fitting.scale_search``.
+``q = clamp(round(w / s) + z, 0, 2^b - 1)``, ``ŵ = (q - z) s``. "Row" is an output row of the matrix in question. Scales
+are rounded to float16 before codes are found, so that the searched, measured and stored quantizers are identical
+(``mlorq.fitting.scale_search`` searches for them).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class RowQuantizer:
 
     Attributes:
         scale: ``(..., rows)`` float32, each exactly a float16 value and positive.
-        zero_point: ``(..., rows)`` float32 whole numbers.
-        bits: code width.
+        zero_point: ``(..., rows)`` float32 integers.
+        bits: bit-width of the codes.
         stored_as: how the zero-points are stored.
     """
 
@@ -41,13 +41,8 @@ class RowQuantizer:
     bits: int
     stored_as: ZeroPoint = "codes"
 
-    @property
-    def codec(self) -> AffineCodec:
-        """What the rows are stored by."""
-        return AffineCodec(self.bits, self.stored_as)
-
     def quantize(self, values: Tensor) -> Tensor:
-        """Codes ``(..., rows, columns)``, float32 whole numbers from 0 to ``2^bits - 1``, by nearest rounding."""
+        """Codes ``(..., rows, columns)``, float32 integers from 0 to ``2^bits - 1``, by nearest rounding."""
         scale, zero_point = self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1)
         return (values / scale).round_().add_(zero_point).clamp_(0, 2**self.bits - 1)
 
@@ -77,11 +72,11 @@ class RowQuantizer:
 
 
 class Rounded(NamedTuple):
-    """A matrix with codes found for it.
+    """A matrix with its codes and their quantizer.
 
     Attributes:
-        codes: ``(rows, columns)`` float32 whole numbers.
-        quantizer: of its rows.
+        codes: ``(rows, columns)`` float32 integers.
+        quantizer: scales and zero-points of its rows.
         values: the matrix before rounding, ``(rows, columns)``.
     """
 
@@ -91,11 +86,11 @@ class Rounded(NamedTuple):
 
     @classmethod
     def nearest(cls, values: Tensor, quantizer: RowQuantizer) -> Rounded:
-        """A matrix with every value at its nearest code."""
+        """A matrix with every value rounded to its nearest code."""
         return cls(quantizer.quantize(values), quantizer, values)
 
     def dequantize(self) -> Tensor:
-        """The values that the codes give, float32."""
+        """The values ``(q - z) s``, ``(rows, columns)`` float32."""
         return self.quantizer.dequantize(self.codes)
 
     def store(self) -> QuantizedMatrix:
@@ -105,7 +100,7 @@ class Rounded(NamedTuple):
     def latent(self, margin: float = 0.05) -> Tensor:
         """``values`` clamped into the cells of the codes, ``margin`` of a cell from its boundary.
 
-        Nearest rounding of them gives the codes; they still tell which other code is the second nearest.
+        Nearest rounding of the result gives the codes; each value stays on its side of the cell's centre.
         """
         scale = self.quantizer.scale.unsqueeze(-1)
         centre = self.dequantize()
@@ -119,8 +114,8 @@ class QuantizedMatrix(StoredMatrix):
     Attributes:
         codes: ``(rows, columns)`` uint8.
         scale: ``(rows,)`` float16.
-        zero_point: ``(rows,)`` uint8, or int16 where zero-points may lie outside the codes.
-        bits: code width, 1 to 8.
+        zero_point: ``(rows,)`` uint8, or int16 if zero-points may lie outside the codes.
+        bits: bit-width of the codes, 1 to 8.
     """
 
     codes: Tensor
@@ -140,7 +135,7 @@ class QuantizedMatrix(StoredMatrix):
         return {part: getattr(self, part) for part in PARTS}
 
     def dequantize(self) -> Tensor:
-        """The values ``(q - z) s``, ``(rows, columns)`` float32, the same bits on every call."""
+        """The values ``(q - z) s``, ``(rows, columns)`` float32, bit-identical on every call."""
         centred = self.codes.float() - self.zero_point.float().unsqueeze(1)
         return centred * self.scale.float().unsqueeze(1)
 
@@ -153,11 +148,11 @@ class AffineCodec(Codec):
     """Codes packed row by row to whole bytes (``mlorq.codecs.packing``), a float16 scale and a zero-point per row.
 
     Attributes:
-        bits: of a code, 1 to 8.
-        zero_point: where zero-points lie.
+        bits: bit-width of the codes, 1 to 8.
+        zero_point: ``codes`` (uint8) or ``int16``, see ``Storage``.
 
     Raises:
-        ValueError: no codes have that many bits.
+        ValueError: ``bits`` is not 1 to 8.
     """
 
     bits: int
@@ -180,7 +175,7 @@ class AffineCodec(Codec):
         return rows * ((columns * self.bits + 7) // 8 + 2 + z)
 
     def unpaid(self, rows: int, columns: int) -> int:
-        return 5 * rows  # a byte of padding, the scale, and a zero-point of either kind
+        return 5 * rows  # per row: a byte of padding, the scale, and a zero-point of either kind
 
     def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:
         from mlorq.codecs.packing import pack_rows

@@ -1,8 +1,7 @@
-"""How one matrix is stored: a codec says which tensors hold it and what they weigh; a stored matrix is their values.
+"""Storage of one matrix: a codec defines the stored tensors and their size; a stored matrix holds their values.
 
-A form stores matrices by name, each with a codec of its own, so nothing outside a codec's file knows what its tensors
-mean. ``AffineCodec`` has codes, a scale and a zero-point per row; another one may have codes that run down columns, or
-no zero-points.
+A form stores matrices by name, each with its own codec, so only a codec's file interprets its tensors. ``AffineCodec``
+has codes, a scale and a zero-point per row; another codec may store codes column by column, or have no zero-points.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 ZeroPoint = Literal["codes", "int16"]
 Accounting = Literal["exact", "paper"]
 
-FLOAT_BYTES = 4  # sizes are compared with the float32 size, whatever dtype the model runs in
+FLOAT_BYTES = 4  # sizes are compared with the float32 size, whatever the model's dtype
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Storage:
 
     Attributes:
         accounting: ``exact``, what the checkpoint holds; ``paper``, the bits of the codes alone (arXiv 2507.09616).
-        zero_point: where zero-points lie: among the codes (uint8), or anywhere (int16).
+        zero_point: range of zero-points: ``codes``, those of the codes (uint8); ``int16``, any int16 value.
     """
 
     accounting: Accounting = "exact"
@@ -39,8 +38,8 @@ class TensorSpec(NamedTuple):
     """One stored tensor.
 
     Attributes:
-        shape: of the tensor.
-        dtype: torch's name of its dtype, ``uint8``.
+        shape: shape of the tensor.
+        dtype: name of its torch dtype, such as ``uint8``.
     """
 
     shape: tuple[int, ...]
@@ -58,15 +57,15 @@ class StoredMatrix(ABC):
     @property
     @abstractmethod
     def codec(self) -> Codec:
-        """What it is stored by."""
+        """The codec that stores it."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Unpacked tensors by part: what an artifact of a rounded layer holds."""
+        """Unpacked tensors by part, as the artifact of a rounded layer holds them."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """The values, ``(rows, columns)`` float32, the same bits on every call."""
+        """The values, ``(rows, columns)`` float32, bit-identical on every call."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
@@ -77,8 +76,8 @@ class Codec(ABC):
     """A way to store a matrix.
 
     Attributes:
-        bits: of a code.
-        zero_point: where zero-points lie, of codecs that have any.
+        bits: bit-width of the codes.
+        zero_point: range of the zero-points, for codecs that have them (see ``Storage``).
     """
 
     bits: int
@@ -86,22 +85,22 @@ class Codec(ABC):
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> dict[str, TensorSpec]:
-        """The stored tensors of a matrix ``(rows, columns)``, packed, by part."""
+        """The packed tensors of a ``(rows, columns)`` matrix, by part."""
 
     @abstractmethod
     def size(self, rows: int, columns: int) -> int:
         """Bytes of these tensors."""
 
     def unpaid(self, rows: int, columns: int) -> int:
-        """Most bytes by which ``size`` exceeds ``rows · columns · bits / 8``, which is all that ``paper`` counts."""
+        """Upper bound on ``size - rows · columns · bits / 8``, the bytes that ``paper`` accounting does not count."""
         return self.size(rows, columns) - rows * columns * self.bits // 8
 
     @abstractmethod
     def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:
-        """The stored tensors by part.
+        """The packed tensors of a matrix, by part.
 
         Raises:
-            ValueError: a code does not fit.
+            ValueError: a code does not fit ``bits`` bits.
         """
 
     @abstractmethod

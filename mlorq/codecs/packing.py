@@ -1,4 +1,4 @@
-"""Dense bit streams: the codes of a row, written one after another without a gap.
+"""Dense bit streams: the codes of a row, packed without gaps.
 
 Column ``j`` of a row occupies bits ``[j b, (j + 1) b)`` of the row's stream, least significant bit first;
 bit ``i`` of the stream is bit ``i % 8`` of byte ``i // 8``. A row ends on a whole byte and its last, unused
@@ -38,13 +38,13 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: ``(rows, columns)`` uint8, each below ``2^bits``.
-        bits: code width, 1 to 8.
+        bits: bit-width of the codes, 1 to 8.
 
     Returns:
-        ``(rows, packed_columns(columns, bits))`` uint8 on the device of ``codes``, in memory of its own.
+        ``(rows, packed_columns(columns, bits))`` uint8 on the device of ``codes``, a new tensor.
 
     Raises:
-        ValueError: ``codes`` is no uint8 matrix, a code does not fit ``bits`` bits, or ``bits`` is wrong.
+        ValueError: ``codes`` is not a uint8 matrix, a code does not fit ``bits`` bits, or ``bits`` is not 1 to 8.
     """
     _check_matrix(codes, "codes")
     rows, columns = codes.shape
@@ -58,7 +58,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         stream = grouped.new_zeros((grouped.shape[0], groups, bits))  # (rows, groups, bytes of a group)
         for phase, byte, shift in _phases(bits):
             code = grouped[:, :, phase]
-            # Masked first, so that no bit depends on how uint8 shifts overflow.
+            # Mask first: the result must not depend on how uint8 shifts overflow.
             stream[:, :, byte] |= (code & (0xFF >> shift)) << shift
             if shift + bits > 8:
                 stream[:, :, byte + 1] |= code >> (8 - shift)
@@ -71,20 +71,20 @@ def unpack_rows(packed: Tensor, columns: int, bits: int) -> Tensor:
 
     Args:
         packed: ``(rows, packed_columns(columns, bits))`` uint8.
-        columns: codes a row.
-        bits: code width, 1 to 8.
+        columns: codes per row.
+        bits: bit-width of the codes, 1 to 8.
 
     Returns:
-        Codes ``(rows, columns)`` uint8 on the device of ``packed``, in memory of their own.
+        Codes ``(rows, columns)`` uint8 on the device of ``packed``, a new tensor.
 
     Raises:
-        ValueError: ``packed`` is no uint8 matrix of the width of ``columns`` codes, or ``bits`` is wrong.
+        ValueError: ``packed`` is not a uint8 matrix of the width above, or ``bits`` is not 1 to 8.
     """
     _check_matrix(packed, "packed codes")
     rows, width = packed.shape
     if width != packed_columns(columns, bits):
         raise ValueError(
-            f"{columns} codes of {bits} bits take {packed_columns(columns, bits)} bytes a row, not {width}"
+            f"{columns} codes of {bits} bits take {packed_columns(columns, bits)} bytes per row, not {width}"
         )
     codes = packed.new_empty((rows, columns))
     groups = -(-columns // GROUP)
@@ -102,7 +102,7 @@ def unpack_rows(packed: Tensor, columns: int, bits: int) -> Tensor:
 
 
 def _phases(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Place in the group, byte and shift of each of a group's eight codes."""
+    """Index, byte and shift of each of a group's eight codes."""
     for phase in range(GROUP):
         byte, shift = divmod(phase * bits, 8)
         yield phase, byte, shift

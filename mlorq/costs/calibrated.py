@@ -1,9 +1,8 @@
-"""Global costs from closed forms: local costs times a factor, measured where it is not known yet (METHOD 7).
+"""Global costs as local costs times a factor that is measured at a few candidates (METHOD 7, ``sensitivity: auto``).
 
-Local costs in the metric of second moments are proportional to global ones up to a factor that changes slowly along a
-form's front. The factor is measured at both ends of the front and in the middle; a half is measured in its own middle
-where the factor there was not what its ends had told, and so on. A layer that behaves takes three measurements a form,
-one that does not takes as many as are allowed.
+In the metric of second moments, the ratio of global to local cost varies slowly along a form's front. It is measured at
+both ends of the front and in the middle; a half is measured in its own middle if the last middle was mispredicted from
+its ends, and so on. A regular layer takes three measurements per form, others up to the given maximum.
 """
 
 from __future__ import annotations
@@ -23,15 +22,18 @@ TINY = np.finfo(float).tiny
 
 
 def scaled_closed_form(local: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Global costs from local ones, with a factor fitted where costs were measured.
+    """Global costs from local ones, times a factor that is known at the measured points.
 
-    The factor, global by local, is interpolated linearly between its measured neighbours, logarithm against logarithm,
-    and kept beyond them.
+    The factor, global over local cost, is interpolated linearly in logarithms between measured neighbours, and constant
+    beyond them.
 
     Args:
         local: ``(points,)`` local costs of one form of one layer.
         known: indices of the measured points.
-        values: their global costs.
+        values: their global costs, positive.
+
+    Returns:
+        ``(points,)`` global costs.
     """
     logs = np.log(np.maximum(local, TINY))
     order = np.argsort(logs[known], kind="stable")
@@ -43,13 +45,13 @@ def scaled_closed_form(local: np.ndarray, known: np.ndarray, values: np.ndarray)
 def measure_where_needed(
     local: np.ndarray, measure: Callable[[int], float], points: int, tolerance: float
 ) -> dict[int, float]:
-    """Global costs of some points of a front, chosen one after another.
+    """Global costs of adaptively chosen points of a front.
 
     Args:
-        local: ``(front,)`` local costs in falling order.
-        measure: the global cost of a point, by index.
-        points: most points to measure, two or more.
-        tolerance: halves are measured further where a cost was mispredicted by more than this, as a logarithm.
+        local: ``(front,)`` local costs in descending order.
+        measure: gives the global cost of a point, by index.
+        points: largest number of points to measure, at least two.
+        tolerance: halves are measured further if a cost was mispredicted by more than this, in natural logarithms.
 
     Returns:
         ``{index: cost}``.
@@ -80,13 +82,13 @@ def scaled_sensitivity(
     tolerance: float = 0.2,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """Global costs of all candidates of a layer that are on its front (``schemas.SENSITIVITY``).
+    """Global costs of all candidates on a layer's front (``schemas.SENSITIVITY``; METHOD 7).
 
     Args:
         probe: measures the layer.
-        fit: of the layer's candidates.
+        fit: fit of the layer's candidates.
         table: the layer's candidates (``schemas.CANDIDATES``).
-        points: most candidates measured a form; one: its middle one.
+        points: largest number of candidates measured per form; 1: the middle one.
         tolerance: as for ``measure_where_needed``.
         progress: called with (candidates measured or spared, most candidates to measure).
     """
@@ -104,7 +106,7 @@ def scaled_sensitivity(
             progress(min(spared + len(measured), most), most)
         return value
 
-    spared = 0  # measurements that turned out not to be needed
+    spared = 0  # measurements that were not needed
     for group in groups:
         before = len(measured)
         if points == 1:
@@ -112,7 +114,7 @@ def scaled_sensitivity(
             found = {middle: measure(int(group[middle]))}
         else:
             found = measure_where_needed(local[group], partial(_at, measure, group), points, tolerance)
-        # A cost of nothing (a task's loss that fell) has no factor: the others tell it, and none tells nothing.
+        # A cost of 0 (the task's loss fell) gives no factor: use the other points; without any, all costs are 0.
         known = np.array([index for index in sorted(found) if found[index] > 0], dtype=int)
         values = np.array([found[index] for index in known.tolist()])
         scaled = scaled_closed_form(local[group], known, values) if len(known) else np.zeros(len(group))
@@ -129,7 +131,7 @@ def _at(measure: Callable[[int], float], rows: np.ndarray, index: int) -> float:
 
 
 def _form_rows(table: pa.Table, size: np.ndarray) -> list[np.ndarray]:
-    """Rows on the front of each form, by rising bytes."""
+    """Rows on the front of each form, in ascending order of bytes."""
     form = np.array(table["form"].to_pylist())
     front = table["on_front"].to_numpy()
     found = [np.flatnonzero((form == one.name) & front) for one in FORMS]

@@ -1,4 +1,4 @@
-"""Intra-layer search: every candidate of a layer with its bytes, its local cost and the Pareto front (METHOD 2, 4)."""
+"""Intra-layer search: bytes, local costs and Pareto front of all candidates of a layer (METHOD 2, 4)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mlorq.registry import Settings
 def candidate_table(fit: LayerFit, shape: Shape, settings: Mapping[str, Settings], storage: Storage) -> pa.Table:
     """All candidates of a layer with bytes, local cost and front membership (``schemas.CANDIDATES``).
 
-    Candidates of uniform forms are always on the front: they are measured in any case.
+    Candidates of uniform forms are always on the front, so that they are measured.
 
     Args:
-        fit: of the layer.
-        shape: of its weight.
-        settings: those of every form that the layer may take, by the form's name.
+        fit: fit of the layer's candidates.
+        shape: shape of its weight.
+        settings: settings of every form that the layer may take, by the form's name.
         storage: how matrices are stored and counted.
     """
     found = enumerate_candidates(shape, settings, storage)

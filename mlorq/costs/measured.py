@@ -1,9 +1,9 @@
-"""Inter-layer costs: what compressing one layer alone does to the model's output (METHOD 5).
+"""Global costs: the error of the model's output with one layer alone compressed (METHOD 5).
 
 The global cost of a candidate is the NMSE ``E‖f_ℓ(x) - f(x)‖² / E‖f(x)‖²`` over calibration samples, or another cost of
-the output (``output_cost``). Of every curve of a form (``Form.curve``: one code width, or the ranks of a pair of factor
-bit-widths) a few points of the front, spread evenly by index, are measured, and the rest is interpolated linearly in
-local cost between the two measured neighbours.
+the output (``output_cost``). On every curve of a form (``Form.curve``: one bit-width, or the ranks of a pair of factor
+bit-widths), a few points of the front, spread evenly by index, are measured; the others are interpolated linearly in
+local cost between their two measured neighbours.
 """
 
 from __future__ import annotations
@@ -28,10 +28,22 @@ from mlorq.models.partial_forward import Segments, enters_cleanly
 
 
 class LayerProbe:
-    """Measures the model's output with one layer's weight replaced, from the first changed block on.
+    """Measures the cost of the output with one layer's weight replaced; runs the model from the changed block on.
 
-    The part before the layer's block is run once, at construction. Used as a context manager, it puts the float
-    weight back at the end whatever happens.
+    The blocks before the layer run once, at construction. As a context manager it restores the float weight on exit,
+    also after an error.
+
+    Args:
+        model: the float model, on ``device``; its layer's weight is replaced in place.
+        layer: the layer to replace.
+        blocks: names of the model's blocks.
+        batches: samples to measure on.
+        device: device of the model.
+        cost: which cost of the output.
+        labels: labels of the samples, one tensor per batch, for cost ``task``.
+
+    Raises:
+        ModelError, DataError: see ``OutputCost``.
     """
 
     def __init__(
@@ -76,16 +88,16 @@ class LayerProbe:
             self.parameter.copy_(weight.reshape(self.parameter.shape))
 
     def cost(self, weight: Tensor) -> float:
-        """What it costs to put ``weight`` ``(out_features, in_features)`` in the place of the layer's."""
+        """Cost of the output with the layer's weight replaced by ``weight``, ``(out_features, in_features)``."""
         self._set(weight)
         pairs = zip(self.batches, self.carries, strict=True)
         return self._output_cost([self.segments.outputs(batch, self.start, carry) for batch, carry in pairs])
 
 
 def spread_batches(batches: Sequence[Any], samples: int) -> list[Any]:
-    """Enough batches for ``samples`` samples (all of them when there are fewer), spread evenly over the list.
+    """Enough batches for ``samples`` samples (all if there are fewer), spread evenly over the list.
 
-    Spread, because batches of texts are ordered by length: the first ones would be the short texts alone.
+    Batches of texts are ordered by length: the first ones would hold short texts only.
     """
     mean = sum(batch_samples(batch) for batch in batches) / len(batches)
     wanted = min(len(batches), max(1, round(samples / mean)))
@@ -93,7 +105,7 @@ def spread_batches(batches: Sequence[Any], samples: int) -> list[Any]:
 
 
 def curves(table: pa.Table) -> list[np.ndarray]:
-    """Rows on the front of each curve of each form, by rising position; forms in the order of the registry.
+    """Rows on the front of each curve, in ascending order of position; forms in the order of the registry.
 
     Args:
         table: a layer's candidates (``schemas.CANDIDATES``).
@@ -111,7 +123,7 @@ def curves(table: pa.Table) -> list[np.ndarray]:
 
 
 def measured_points(table: pa.Table, points: int) -> list[int]:
-    """Rows of a candidate table that are measured: ``points`` of each curve's front."""
+    """Rows of a candidate table that are measured: up to ``points`` on each curve's front."""
     return [int(rows[index]) for rows in curves(table) for index in spread(len(rows), points)]
 
 
@@ -119,12 +131,12 @@ def interpolate(local: np.ndarray, measured: np.ndarray, values: np.ndarray) -> 
     """Global costs of points along a front, linear in local cost between measured neighbours.
 
     Args:
-        local: ``(points,)`` local cost, in the order of the rank.
-        measured: rising indices of the measured points, first and last included.
+        local: ``(points,)`` local costs, in order of position.
+        measured: ascending indices of the measured points, first and last included.
         values: their global costs.
 
     Returns:
-        ``(points,)``; neighbours of equal local cost give their mean.
+        ``(points,)`` global costs; between neighbours of equal local cost, their mean.
     """
     result = np.empty(len(local))
     result[measured] = values
@@ -146,13 +158,13 @@ def measured_sensitivity(
     points: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """Global costs of all candidates of a layer that are on its front (``schemas.SENSITIVITY``), as METHOD 5 has them.
+    """Global costs of all candidates on a layer's front, measured or interpolated (``schemas.SENSITIVITY``; METHOD 5).
 
     Args:
         probe: measures the layer.
-        fit: of the layer's candidates.
+        fit: fit of the layer's candidates.
         table: the layer's candidates (``schemas.CANDIDATES``).
-        points: measured per curve.
+        points: largest number of candidates measured per curve.
         progress: called with (candidates measured, candidates to measure).
     """
     rows = table.to_pylist()
@@ -180,7 +192,7 @@ def dense_of(fit: LayerFit, row: Mapping[str, Any]) -> Tensor:
 
 
 def local_sensitivity(table: pa.Table) -> pa.Table:
-    """``schemas.SENSITIVITY`` with the local costs of a front as they are: where there is nothing to choose, for one.
+    """``schemas.SENSITIVITY`` of a front with local costs as global costs, without measurements (METHOD 7).
 
     Args:
         table: the layer's candidates.
@@ -196,7 +208,7 @@ def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[i
     Args:
         table: the layer's candidates.
         cost: global cost by row.
-        how: how it was found, by row.
+        how: ``measured``, ``interpolated``, ``closed_form`` or ``local``, by row.
     """
     names = table["candidate_id"].to_pylist()
     order = sorted(cost)

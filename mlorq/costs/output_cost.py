@@ -1,8 +1,8 @@
-"""What a change of the model's output costs: its NMSE, the KL divergence of the predictions, or the task's own loss.
+"""Costs of a changed model output: NMSE, KL divergence of the predictions, or rise of the task's loss (METHOD 5).
 
-NMSE asks for nothing but outputs (METHOD 5). The divergence ``KL(softmax f(x) ‖ softmax f̂(x))`` weighs the outputs as a
-classifier uses them. The task's loss, cross-entropy or squared error, needs labels of the calibration data; its cost is
-the rise over the float model's, and nothing where the loss falls.
+NMSE needs outputs alone. The divergence ``KL(softmax f(x) ‖ softmax f̂(x))`` weights outputs as a classifier uses them.
+The task's loss, cross-entropy or squared error, needs labelled calibration data; its cost is the rise over the float
+model's loss, 0 if the loss falls.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ CostName = Literal["nmse", "kl", "task"]
 
 
 class OutputCost:
-    """The cost of changed outputs on fixed samples; 0 where nothing changes.
+    """The cost of changed outputs on fixed samples; 0 for unchanged outputs.
 
     Args:
         name: which cost.
-        references: f(x) of the float model, ``(samples, outputs)`` a batch.
-        labels: ``(samples,)`` a batch, class numbers (integers) or values of a regressor; ``task`` alone needs them.
+        references: f(x) of the float model, ``(samples, outputs)`` per batch.
+        labels: ``(samples,)`` per batch, class numbers (integers) or regression targets; only for ``task``.
 
     Raises:
-        ModelError: the outputs are no predictions of two classes or more (``kl``).
-        DataError: there are no labels, or a label is no class of the model (``task``).
+        ModelError: the model has fewer than two outputs (``kl``).
+        DataError: labels are missing, or a label is out of range (``task``).
     """
 
     def __init__(self, name: CostName, references: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> None:
@@ -47,16 +47,16 @@ class OutputCost:
         if labels is None:
             raise DataError("search.cost: task needs calibration data with labels; use nmse or kl")
         if [len(part) for part in labels] != [len(reference) for reference in self.references]:
-            raise DataError("search.cost: task needs one label a sample of the calibration data")
+            raise DataError("search.cost: task needs one label per sample of the calibration data")
         classes = self.references[0].shape[1]
         for part in labels:
             bad = [] if part.is_floating_point() else part[(part < 0) | (part >= classes)].tolist()
             if bad:
-                raise DataError(f"calibration label {bad[0]} is no class of the model, which has {classes}")
+                raise DataError(f"calibration label {bad[0]} is out of range: the model has {classes} classes")
         return [part.to(reference.device) for part, reference in zip(labels, self.references, strict=True)]
 
     def __call__(self, outputs: Sequence[Tensor]) -> float:
-        """The cost of f̂(x), one tensor a batch."""
+        """The cost of f̂(x), ``(samples, outputs)`` per batch."""
         if self.name == "task":
             return max(0.0, self._loss(outputs) - self._float_loss)
         error = sum(self._error(*pair) for pair in zip(outputs, self.references, strict=True))

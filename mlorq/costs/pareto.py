@@ -1,4 +1,4 @@
-"""The Pareto front of cost against memory and, where asked, compute: one sort and one sweep."""
+"""The Pareto front in cost, memory and, optionally, compute: one sort and one sweep."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def pareto_front(
 ) -> NDArray[np.bool_]:
     """Mark the points that are non-dominated in (cost, size, load).
 
-    A point is dominated by another one that is at most as large in all of them and smaller in at least one. Of equal
-    points the first is kept.
+    A point is dominated by another one that is no larger in all of them and smaller in at least one. Of equal points
+    the first is kept.
 
     Args:
-        cost: ``(points,)``.
-        size: ``(points,)``.
-        load: ``(points,)``; None: the same for all points.
+        cost: ``(points,)`` costs.
+        size: ``(points,)`` bytes.
+        load: ``(points,)`` bit operations; None: the same for all points.
 
     Returns:
-        ``(points,)`` bool.
+        ``(points,)`` bool, True for non-dominated points.
     """
     front = np.zeros(len(cost), dtype=bool)
     if load is not None:
@@ -36,10 +36,10 @@ def pareto_front(
 
 
 def _three(cost: NDArray[np.float64], size: NDArray[np.int64], load: NDArray[np.float64]) -> list[int]:
-    """Indices of the non-dominated points of three measures.
+    """Indices of the non-dominated points in three measures.
 
-    In the order of (size, load, cost) a point can only be dominated by, or equal to, one before it: by one with at most
-    its load and cost. Of those before, the front in (load, cost) is enough, a staircase: loads rise, costs fall.
+    In the order of (size, load, cost) a point can only be dominated by, or equal to, an earlier one whose load and cost
+    are no larger. The front of the earlier points in (load, cost) suffices: a staircase of rising loads, falling costs.
     """
     kept: list[int] = []
     loads: list[float] = []
@@ -52,7 +52,7 @@ def _three(cost: NDArray[np.float64], size: NDArray[np.int64], load: NDArray[np.
         kept.append(index)
         start = bisect_left(loads, at)
         end = start
-        while end < len(loads) and costs[end] >= own:  # steps that the point makes superfluous
+        while end < len(loads) and costs[end] >= own:  # steps that the point dominates
             end += 1
         loads[start:end], costs[start:end] = [at], [own]
     return kept

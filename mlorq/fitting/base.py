@@ -1,8 +1,8 @@
-"""What forms ask of a fit: codes of a layer's weight, factors of it, both together, and what each costs locally.
+"""The protocol of a fit: codes of a layer's weight, its factors, their sum, and the local cost of each.
 
-A fit holds what all candidates of one layer share under one metric. ``HessianFit`` is the paper's: weighted SVD,
-nearest rounding, costs weighted by the label-free Hessian. ``CovarianceFit`` has closed forms under the covariances of
-the layer's inputs and output gradients. Forms are written against this protocol and know neither.
+A fit holds what all candidates of one layer share under one metric. ``HessianFit`` implements the paper (METHOD 4):
+weighted SVD, nearest rounding, costs weighted by the label-free Hessian. ``CovarianceFit`` (METHOD 7) has closed forms
+under the covariances of the layer's inputs and output gradients. Forms depend on this protocol alone.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LayerFit(Protocol):
 
     Attributes:
         weight: W, ``(out_features, in_features)``.
-        percentiles: upper percentiles of the ranges that scale searches try.
-        zero_point: where zero-points may lie.
-        held_out: whether it was fitted to the first fold of the calibration data, so that costs are to be measured on
-            the other one.
+        percentiles: upper percentiles p of the ranges (1-p, p) that scale searches try.
+        zero_point: range of zero-points (``codecs.base.Storage``).
+        held_out: whether the fit uses the first fold of the calibration data alone, so that costs must be measured on
+            the second.
     """
 
     weight: Tensor
@@ -58,10 +58,10 @@ class LayerFit(Protocol):
         """
 
     def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:
-        """Local costs of ``codes_and_product``, in the order asked for."""
+        """Local costs of ``codes_and_product``, in the order of ``wanted``."""
 
     def output_metric(self) -> Tensor:
-        """G, the second moment of the output's gradients or what stands for it, ``(out_features, out_features)``."""
+        """G, the second moment of the output gradients or a substitute, ``(out_features, out_features)``."""
 
     def of(self, weight: Tensor) -> LayerFit:
-        """The fit of another weight of the same layer under the same metric."""
+        """The fit of another weight ``(out_features, in_features)`` of the layer under the same metric."""

@@ -1,14 +1,14 @@
-"""Matrices fitted in closed form under the covariances of inputs and output gradients (METHOD 7).
+"""Closed-form fits of matrices under the covariances of inputs and output gradients (METHOD 7).
 
-With ``Σ = E[x xᵀ]`` and G the second moment of the output's gradients, the output's error is about
-``tr(G ΔW Σ ΔWᵀ)``.
+With ``Σ = E[x xᵀ]`` and G the second moment of the output gradients, the output's error is about
+``c · tr(G ΔW Σ ΔWᵀ)``.
 
-- Codes: scales by search, GPTQ with Hessian Σ, then scales and codes in turn by least squares and coordinate descent.
+- Codes: scales by search, GPTQ with Hessian Σ, then alternately least-squares scales and coordinate descent of codes.
 - A product: with Cholesky factors ``L_G L_Gᵀ = G``, ``L_Σ L_Σᵀ = Σ`` and ``L_Gᵀ W L_Σ = U S Vᵀ``, the factors
-  ``A = L_G⁻ᵀ U S^½`` and ``B = S^½ Vᵀ L_Σ⁻¹`` are best at every rank. Since ``AᵀGA`` is diagonal the rows of B are
-  problems of their own, all with Hessian Σ: one B̂ serves every rank. Then ``A* = W Σ B̂ᵀ (B̂ Σ B̂ᵀ)⁻¹``, rounded with
-  Hessian ``B̂ Σ B̂ᵀ``. (With G = I it is SVD-LLM, arXiv 2403.07378; the refits are as in CALDERA, arXiv 2405.18886.)
-- Codes and a product: codes of what the product leaves of W, and the product for what they leave of it, in turn.
+  ``A = L_G⁻ᵀ U S^½`` and ``B = S^½ Vᵀ L_Σ⁻¹`` are optimal at every rank. Since ``AᵀGA`` is diagonal, the rows of B are
+  independent problems, all with Hessian Σ: one B̂ serves every rank. Then ``A* = W Σ B̂ᵀ (B̂ Σ B̂ᵀ)⁻¹``, rounded with
+  Hessian ``B̂ Σ B̂ᵀ``. (G = I gives SVD-LLM, arXiv 2403.07378; the refits follow CALDERA, arXiv 2405.18886.)
+- Codes and a product: alternately codes of W minus the product, and the product for W minus the codes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from mlorq.fitting.gram import leading_errors, principal_directions
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
 
-SWEEPS = 2  # of coordinate descent after GPTQ, scales refitted before each
-TURNS = 2  # of codes and product, where both are fitted
-RIDGE = 1e-6  # of the mean diagonal, where a normal matrix is inverted
+SWEEPS = 2  # of coordinate descent after GPTQ; scales are refitted before each
+TURNS = 2  # alternations of codes and product
+RIDGE = 1e-6  # on normal matrices, relative to the mean diagonal
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ProductFactors:
     Attributes:
         a: ``(out_features, k)`` float64.
         b: ``(k, in_features)`` float64.
-        singular_values: ``(k,)`` in the metric, falling.
+        singular_values: ``(k,)``, of ``L_Gᵀ W L_Σ``, in descending order.
     """
 
     a: Tensor
@@ -54,7 +54,7 @@ class Metric:
     """Σ and G of a layer with their Cholesky factors.
 
     Args:
-        inputs: Σ, ``(in_features, in_features)``, positive definite (``second_moments.shrink``).
+        inputs: Σ, ``(in_features, in_features)``, positive definite (``calibration.covariance.shrink``).
         gradients: G, ``(out_features, out_features)``, positive definite; None for the identity.
     """
 
@@ -75,7 +75,7 @@ class Metric:
 
     @cached_property
     def rows(self) -> RowHessian:
-        """Σ as the Hessian of rows."""
+        """Σ as the shared Hessian of rows."""
         return RowHessian(self.inputs)
 
     def cost(self, difference: Tensor) -> float:
@@ -85,7 +85,11 @@ class Metric:
         return float((weighted * (wide if self.gradients is None else self.gradients @ wide)).sum())
 
     def svd(self, weight: Tensor) -> ProductFactors:
-        """The two-sided decomposition of W."""
+        """Factors of W by the SVD of ``L_Gᵀ W L_Σ``.
+
+        Args:
+            weight: W, ``(out_features, in_features)``.
+        """
         w = weight.double() @ self.right
         w = w if self.left is None else self.left.T @ w
         if w.shape[0] <= w.shape[1]:
@@ -101,21 +105,21 @@ class Metric:
         a = u * root
         a = a if self.left is None else torch.linalg.solve_triangular(self.left.T, a, upper=True)
         b = torch.linalg.solve_triangular(self.right, sv / root.unsqueeze(1), upper=False, left=False)
-        # Only the product matters: both factors at the same magnitude stay in the range of float16 scales.
+        # Only the product matters: factors of equal magnitude stay in the range of float16 scales.
         level = (b.square().mean() / a.square().mean().clamp(min=torch.finfo(s.dtype).tiny)).sqrt().sqrt()
         return ProductFactors(a * level, b / level, s)
 
 
 class CovarianceFit:
-    """Candidates of one layer in closed form; a ``LayerFit``.
+    """Candidates of one layer in closed form under Σ and G; a ``LayerFit``.
 
     Args:
         weight: W, ``(out_features, in_features)``.
-        metric: Σ and G that the matrices are fitted to.
-        percentiles: upper percentiles of the ranges tried.
-        zero_point: where zero-points may lie.
-        judge: Σ and G that local costs are taken in, of samples to which nothing was fitted; default: ``metric``.
-        output: G of all samples together, for rounding; default: that of ``metric``.
+        metric: Σ and G of the fit.
+        percentiles: upper percentiles p of the ranges (1-p, p) tried.
+        zero_point: range of zero-points (``codecs.base.Storage``).
+        judge: Σ and G of held-out samples, for local costs; default: ``metric``.
+        output: G of all samples, for ``output_metric``; default: that of ``metric``.
     """
 
     held_out = True
@@ -141,7 +145,7 @@ class CovarianceFit:
 
     @cached_property
     def factors(self) -> ProductFactors:
-        """The two-sided decomposition of W."""
+        """Factors of W in the metric."""
         return self.metric.svd(self.weight)
 
     def output_metric(self) -> Tensor:
@@ -165,16 +169,16 @@ class CovarianceFit:
         return self._with_left(self.weight, bits_a, Rounded(codes[:rank], quantizer.leading(rank), values[:rank]))
 
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
-        """Codes of what the product leaves of W, and the product for what the codes leave of it, in turn."""
+        """Alternately codes of W minus the product and the product for W minus the codes; the best of ``TURNS``."""
         best: dict[str, Rounded] = {}
         least = float("inf")
         product = torch.zeros_like(self.weight)
         for turn in range(TURNS):
             left = self.weight - product
             quantized = self.codes(bits) if turn == 0 else self.round_rows(left, self.metric.rows, bits)
-            remainder = self.weight - quantized.dequantize().double()
-            b = self.round_rows(self.metric.svd(remainder).b[:rank], self.metric.rows, bits_b)
-            parts = {"weight": quantized, **self._with_left(remainder, bits_a, b)}
+            residual = self.weight - quantized.dequantize().double()
+            b = self.round_rows(self.metric.svd(residual).b[:rank], self.metric.rows, bits_b)
+            parts = {"weight": quantized, **self._with_left(residual, bits_a, b)}
             values = {name: part.dequantize().double() for name, part in parts.items()}
             product = values["a"] @ values["b"]
             cost = self.metric.cost(values["weight"] + product - self.weight)
@@ -183,13 +187,13 @@ class CovarianceFit:
         return best
 
     def right(self, bits: int) -> Rounded:
-        """B̂ for all ranks."""
+        """B̂ at full rank, which serves all ranks."""
         if bits not in self._right:
             self._right[bits] = self.round_rows(self.factors.b, self.metric.rows, bits)
         return self._right[bits]
 
     def left_at_all_ranks(self, bits: int) -> Tensor:
-        """A rounded to nearest at full rank: its leading columns stand for Â where many ranks are compared."""
+        """A at full rank after nearest rounding; its leading columns approximate Â when many ranks are compared."""
         quantizer = self._search(self.factors.a, None, bits)
         return quantizer.round_trip(self.factors.a.float())
 
@@ -218,7 +222,7 @@ class CovarianceFit:
         return search_quantizer(values, bits, self.percentiles, weights=weights, zero_point=self.zero_point)
 
     def _with_left(self, target: Tensor, bits_a: int, right: Rounded) -> dict[str, Rounded]:
-        """The left factor that fits a rounded right one best, rounded."""
+        """The rounded least-squares left factor for a rounded right factor."""
         b = right.dequantize().double()
         weighted = b @ self.metric.inputs
         gram = weighted @ b.T
@@ -230,7 +234,7 @@ class CovarianceFit:
     # -- costs ----------------------------------------------------------------------------------------------
 
     def cost(self, dense: Tensor) -> float:
-        """``tr(G ΔW Σ ΔWᵀ)`` in the judging metric, per token and entry of W."""
+        """``tr(G ΔW Σ ΔWᵀ)`` in the held-out metric, per token and entry of W."""
         return max(0.0, self.judge.cost(dense - self.weight.float())) / self.weight.numel()
 
     def product_costs(self, widths: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
@@ -240,13 +244,13 @@ class CovarianceFit:
         return {pair: cost.cpu().numpy() / self.weight.numel() for pair, cost in costs.items()}
 
     def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:
-        """All ranks of a bit-width at the price of one decomposition of what the codes leave of W."""
+        """All ranks of a bit-width cost one decomposition of W minus the codes."""
         costs = {}
         for bits in sorted({one[0] for one in wanted}):
-            remainder = self.of(self.weight.float() - self.codes(bits).dequantize())
+            residual = self.of(self.weight.float() - self.codes(bits).dequantize())
             own = [one for one in wanted if one[0] == bits]
             widths = sorted({width for _, _, *pair in own for width in pair})
-            by_pair = remainder.product_costs(widths)
+            by_pair = residual.product_costs(widths)
             for one in own:
                 _, rank, bits_a, bits_b = one
                 costs[one] = max(0.0, float(by_pair[bits_a, bits_b][rank - 1]))
@@ -254,7 +258,7 @@ class CovarianceFit:
 
 
 def covariance_fit(weight: Tensor, folds: Sequence[Moments], settings: FitSettings) -> CovarianceFit:
-    """Closed forms of the first fold, judged on the last one (METHOD 7).
+    """The closed-form fit on the first fold, judged on the last one (METHOD 7).
 
     Args:
         weight: W, ``(out_features, in_features)``.
@@ -267,7 +271,7 @@ def covariance_fit(weight: Tensor, folds: Sequence[Moments], settings: FitSettin
         Metric(*folds[0].shrunk()),
         settings.percentiles,
         settings.zero_point,
-        # As it is: a direction without variance there costs nothing there.
+        # Σ is not shrunk: directions without variance cost nothing.
         judge=Metric(last.inputs, last.shrunk()[1]),
         output=lambda: pooled(folds).shrunk()[1],
     )
@@ -282,7 +286,7 @@ def product_costs(
 
     Args:
         weight: W, ``(out_features, in_features)``.
-        metric: Σ and G, of samples that the factors were not fitted to.
+        metric: Σ and G of held-out samples.
         left: ``{bits_a: Â (out_features, k)}``.
         right: ``{bits_b: B̂ (k, in_features)}``.
 

@@ -1,4 +1,4 @@
-"""Loops of many small kernels on a GPU: kernels of our own, and a step that is recorded once and replayed."""
+"""Loops of many small GPU kernels: availability of Triton, and steps replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from functools import cache
 
 import torch
 
-OLDEST_GPU = (7, 0)  # compute capability that Triton compiles for
-WARM_UP = 3  # steps before one is recorded: libraries and optimisers set themselves up in the first ones
+OLDEST_GPU = (7, 0)  # least compute capability that Triton supports
+WARM_UP = 3  # calls before recording: libraries and optimisers initialise in the first ones
 
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton can compile for a device: its launcher is C."""
+    """Whether Triton can compile kernels for a device; its launcher needs a C compiler."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return False
-    # Triton keeps what it compiles in the home folder; a container's is often read-only.
+    # Triton caches compiled kernels in the home folder, which is often read-only in containers.
     if "TRITON_CACHE_DIR" not in os.environ and not os.access(os.path.expanduser("~"), os.W_OK):
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
     return True
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A function that does what ``step`` does, faster after its first calls.
+    """A function equivalent to ``step`` that replays it as a CUDA graph after ``WARM_UP`` calls.
 
     Args:
-        step: works on the current CUDA device, always on the same tensors, and never waits for it. What changes from
-            step to step is in tensors that the caller fills.
+        step: runs on the current CUDA device, always on the same tensors, and never synchronises. Inputs that change
+            between calls are tensors that the caller fills.
     """
     calls = 0
     graph: torch.cuda.CUDAGraph | None = None
@@ -47,7 +47,7 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
             return
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            # Other threads go on with their own work on the GPU meanwhile.
+            # Other threads may use the GPU meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
         graph.replay()

@@ -1,10 +1,10 @@
-"""Closed-form rounding of rows under a shared Hessian: GPTQ, and coordinate descent from there (METHOD 7).
+"""Rounding of rows under a shared Hessian: GPTQ, then cyclic coordinate descent (METHOD 7).
 
-For rows w with scales of their own and one H, both lower ``(ŵ - w) H (ŵ - w)ᵀ`` over the codes. GPTQ (arXiv 2210.17323)
-rounds column after column and moves the error of each into those not rounded yet. Coordinate descent then goes round
-the columns again: each code is set to the best one given all the others, so the error never rises.
+For rows w with one scale per row and one H, both reduce ``(ŵ - w) H (ŵ - w)ᵀ`` over the codes. GPTQ (arXiv 2210.17323)
+rounds the columns in turn and compensates the error of each in the columns not yet rounded. Coordinate descent then
+sweeps the columns: each code is set to its optimum given all the others, so the error never rises.
 
-Both keep the columns as rows of what they work on: a column of many rows is then one stretch of memory.
+Both work on transposed matrices, so that a column of many rows is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from mlorq.codecs.affine import SMALLEST_SCALE, RowQuantizer
 from mlorq.fitting.cuda import has_kernels
 
-DAMPING = 0.01  # of the mean diagonal of H
-BLOCK = 64  # columns between updates of all others
+DAMPING = 0.01  # added to the diagonal of H, relative to its mean
+BLOCK = 64  # columns per block; the columns after a block are updated once
 
 
 class RowHessian:
-    """H, ``(columns, columns)``, positive semi-definite, with what rounding needs of it, computed once for all rows."""
+    """A positive semi-definite H, ``(columns, columns)``, with its factor for rounding, computed once for all rows."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.double()
@@ -37,12 +37,12 @@ class RowHessian:
 
     @cached_property
     def order(self) -> Tensor:
-        """The order in which GPTQ takes the columns: the largest diagonal first."""
+        """Column order of GPTQ: descending diagonal of H."""
         return self.matrix.diagonal().argsort(descending=True, stable=True)
 
     @cached_property
     def shares(self) -> Tensor:
-        """The upper factor of H⁻¹ in that order, float32: how a column's error is shared among those after it."""
+        """Upper Cholesky factor of the damped H⁻¹ in that order, float32: spreads a column's error over later ones."""
         h = self.matrix[self.order][:, self.order]
         h = h + DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * torch.eye(
             len(h), dtype=torch.float64, device=h.device
@@ -52,21 +52,21 @@ class RowHessian:
         return factor.float()
 
     def norms(self, rows: Tensor) -> Tensor:
-        """``w H wᵀ`` of every row, ``(rows,)`` float64."""
+        """``w H wᵀ`` per row, ``(rows,)`` float64."""
         wide = rows.double()
         return ((wide @ self.matrix) * wide).sum(1)
 
 
 def gptq(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer) -> Tensor:
-    """Codes by GPTQ.
+    """Codes of a matrix by GPTQ (arXiv 2210.17323).
 
     Args:
         weight: ``(rows, columns)``.
-        hessian: H of all rows.
+        hessian: H, shared by all rows.
         quantizer: scales and zero-points of the rows.
 
     Returns:
-        ``(rows, columns)`` float32 whole numbers.
+        Codes, ``(rows, columns)`` float32 integers.
     """
     order, upper = hessian.order, hessian.shares
     left = weight.float().T[order].contiguous()
@@ -90,11 +90,11 @@ def gptq_block(
     """Round the columns of one block.
 
     Args:
-        left: ``(columns, rows)``, what is left of the values to round; spent.
-        shares: ``(columns, columns)``, upper triangular: how errors are shared.
-        scale, zero: of the rows, ``(rows,)``.
+        left: ``(columns, rows)``, the values to round, compensated for earlier columns; overwritten.
+        shares: ``(columns, columns)``, the block of ``RowHessian.shares``, upper triangular.
+        scale, zero: scales and zero-points, ``(rows,)``.
         top: the largest code.
-        codes, errors: ``(columns, rows)``, written: codes, and errors over pivots.
+        codes, errors: ``(columns, rows)``, written: codes, and errors divided by pivots.
     """
     pivots = shares.diagonal().tolist()
     for column, values in enumerate(left):
@@ -106,7 +106,7 @@ def gptq_block(
 
 
 def descend(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes: Tensor, sweeps: int = 1) -> Tensor:
-    """Codes after cyclic coordinate descent from ``codes``; shapes as for ``gptq``."""
+    """Codes after at most ``sweeps`` of cyclic coordinate descent from ``codes``; shapes as for ``gptq``."""
     h = hessian.single
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
     found = codes.T.contiguous()
@@ -132,12 +132,12 @@ def descend_block(
     """Set the codes of one block's columns, one column after another, to the best ones given all the others.
 
     Args:
-        slope: ``(columns, rows)``, half the gradient by the values; spent.
+        slope: ``(columns, rows)``, half the gradient with respect to the values; overwritten.
         hessian: ``(columns, columns)`` of the block.
-        scale, zero: of the rows, ``(rows,)``.
+        scale, zero: scales and zero-points, ``(rows,)``.
         top: the largest code.
-        codes: ``(columns, rows)``, changed.
-        moves: ``(columns, rows)``, written: by how much values changed.
+        codes: ``(columns, rows)``, updated in place.
+        moves: ``(columns, rows)``, written: changes of the values.
     """
     diagonal = hessian.diagonal().clamp(min=torch.finfo(torch.float32).tiny).tolist()
     for column, own in enumerate(slope):
@@ -145,12 +145,12 @@ def descend_block(
         best = (old - zero - own / (scale * diagonal[column])).round_().add_(zero).clamp_(0, top)
         torch.sub(best, old, out=moves[column]).mul_(scale)
         codes[column] = best
-        # What this column does to those before it shows in the next sweep's slope.
+        # The effect on earlier columns enters the next sweep's slope.
         slope[column + 1 :].addr_(hessian[column, column + 1 :], moves[column])
 
 
 def _block_functions(values: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
-    """``gptq_block`` and ``descend_block`` for where the values are."""
+    """``gptq_block`` and ``descend_block`` for the values' device: Triton kernels if available."""
     if not has_kernels(values.device):
         return gptq_block, descend_block
     kernels = importlib.import_module("mlorq.fitting.gptq_kernels")
@@ -160,18 +160,18 @@ def _block_functions(values: Tensor) -> tuple[Callable[..., None], Callable[...,
 def refit_scale(
     weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes: Tensor, norms: Tensor | None = None
 ) -> tuple[RowQuantizer, Tensor]:
-    """The scales that fit given codes best, and the rows' errors with them.
+    """Least-squares scales for given codes, and the rows' errors with them.
 
-    The error of a row is a parabola in its scale with its least value at ``(q H wᵀ) / (q H qᵀ)``, q the codes less the
-    zero-point, so that of all float16 values the nearest one is best: never worse than the scale given. Rows where that
-    is not positive keep theirs, and so do rows that float16 has no scale for.
+    The error of a row is quadratic in its scale with its minimum at ``(q H wᵀ) / (q H qᵀ)``, q the codes minus the
+    zero-point, so that the nearest float16 value is optimal, and never worse than the given scale. Rows keep their
+    scale if the minimum is not positive or outside the range of float16.
 
     Args:
         weight, hessian, quantizer, codes: as for ``gptq``.
-        norms: ``w H wᵀ`` of the rows, where they are known.
+        norms: ``w H wᵀ`` per row, if already known.
 
     Returns:
-        The quantizer, and ``(ŵ - w) H (ŵ - w)ᵀ`` of every row, ``(rows,)`` float64.
+        The quantizer, and ``(ŵ - w) H (ŵ - w)ᵀ`` per row, ``(rows,)`` float64.
     """
     centred = (codes - quantizer.zero_point.unsqueeze(1)).double()
     weighted = centred @ hessian.matrix

@@ -1,9 +1,8 @@
 """The inner loops of ``mlorq.fitting.gptq`` as Triton kernels, for CUDA.
 
-A column can only be rounded after the ones before it, so that on a GPU the loop over columns is one of small kernels,
-each waiting to be launched. Rows have nothing to do with each other: here a program takes some rows through all columns
-of a block. Arguments, results and the order of operations are those of the functions of the same names in
-``mlorq.fitting.gptq``.
+A column can only be rounded after the columns before it, so that without these kernels a GPU launches several small
+ones per column. Rows are independent: here each program takes ``ROWS`` rows through all columns of a block. Arguments,
+results and the order of operations match the functions of the same names in ``mlorq.fitting.gptq``.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # a program
+ROWS = 32  # per program
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to whole numbers, halves to even
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integers, halves to even
 
 
 @triton.jit
@@ -74,14 +73,14 @@ def _descend(  # type: ignore[no-untyped-def]
 def gptq_block(
     left: Tensor, shares: Tensor, scale: Tensor, zero: Tensor, top: int, codes: Tensor, errors: Tensor
 ) -> None:
-    """As ``mlorq.fitting.gptq.gptq_block``; ``left`` stays as it is."""
+    """As ``mlorq.fitting.gptq.gptq_block``; ``left`` is not changed."""
     _launch(_gptq, left, shares, scale, zero, top, codes, errors)
 
 
 def descend_block(
     slope: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, top: int, codes: Tensor, moves: Tensor
 ) -> None:
-    """As ``mlorq.fitting.gptq.descend_block``; ``slope`` stays as it is."""
+    """As ``mlorq.fitting.gptq.descend_block``; ``slope`` is not changed."""
     _launch(_descend, slope, hessian, scale, zero, top, codes, moves)
 
 

@@ -1,4 +1,4 @@
-"""What Gram matrices tell of factors: their directions, and the errors of all leading products (METHOD 4, 7)."""
+"""Gram matrices of factors: principal directions, and the errors of all leading products (METHOD 4, 7)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def leading_errors(total: Tensor | float, projected: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """``‖W‖² - 2 Σ_{k≤r} p_k + Σ_{k,l≤r} P_kl`` of every rank r, in whatever metric the arguments are taken.
+    """``‖W‖² - 2 Σ_{k≤r} p_k + Σ_{k,l≤r} P_kl`` for every rank r, in the metric of the arguments.
 
     ``p_k`` is the inner product of row k of ``projected`` with row k of ``right``, and ``P = gram_a ∘ gram_b``, whose
     leading-submatrix sums grow by ``P_rr + 2 Σ_{k<r} P_kr``.
@@ -29,10 +29,10 @@ def leading_errors(total: Tensor | float, projected: Tensor, right: Tensor, gram
 
 
 def principal_directions(gram: Tensor) -> Tensor:
-    """Eigenvectors of a Gram matrix as columns, by falling eigenvalue, the same ones on every device.
+    """Eigenvectors of a Gram matrix as columns, in descending order of eigenvalue, with the same signs on every device.
 
-    A vector and its opposite are both eigenvectors, and which one comes out is the library's affair. Codes of factors
-    depend on it, and so do costs and choices: it is the one whose cubes have a sum that is not negative.
+    The sign of an eigenvector is arbitrary and varies between libraries; codes of factors, costs and choices depend on
+    it. Each eigenvector gets the sign for which the sum of its cubed entries is non-negative (METHOD 4).
 
     Args:
         gram: symmetric, ``(n, n)`` float64.

@@ -1,13 +1,14 @@
-"""The paper's fit of a layer: weighted SVD, nearest rounding, and costs under the label-free Hessian (METHOD 1, 2, 4).
+"""The paper's fit of a layer: weighted SVD, nearest rounding, costs under the label-free Hessian (METHOD 1, 4).
 
-``HessianFit`` holds what all candidates of one layer share: weighted factors, and one quantizer per bit-width for W,
-A and B. Local costs of all ranks come from Gram matrices: with ``D_h = diag(h)``, ``h_i = max_j H_ij``,
+``HessianFit`` (MLoRQ, arXiv 2507.09616) holds what all candidates of one layer share: weighted factors, and one
+quantizer per bit-width for W, A and B. Local costs of all ranks come from Gram matrices: with
+``D_h = diag(h)``, ``h_i = max_j H_ij``,
 
     m n Δ_r = ‖W‖²_h - 2 Σ_{k≤r} p_k + Σ_{k,l≤r} P_kl,
     p_k = a_kᵀ D_h W b_kᵀ,   P = (Âᵀ D_h Â) ∘ (B̂ B̂ᵀ),
 
-and the leading-submatrix sums of P grow by ``P_rr + 2 Σ_{k<r} P_kr``. A bit pair costs an element-wise product and a
-cumulative sum, where the product of every rank would cost ``m · r · n`` each.
+and the leading-submatrix sums of P grow by ``P_rr + 2 Σ_{k<r} P_kr``. A pair of bit-widths costs an element-wise
+product and a cumulative sum, instead of ``m · r · n`` multiply-adds for each rank r.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ class HessianFit:
         self.percentiles: Sequence[float] = settings.percentiles
         self.zero_point: ZeroPoint = settings.zero_point
         self._quantizers: dict[tuple[str, int], RowQuantizer] = {}
-        self._remainders: dict[int, HessianFit] = {}
+        self._residuals: dict[int, HessianFit] = {}
 
     @cached_property
     def factors(self) -> Factors:
-        """The weighted SVD; computed on first use, since quantize-only layers never need it."""
+        """The weighted SVD, computed on first use: quantize-only layers never need it."""
         return weighted_svd(self.weight, self.hessian, self.settings.factor_split)
 
     @cached_property
@@ -59,7 +60,7 @@ class HessianFit:
         return self.hessian.amax(1).to(torch.float64)
 
     def output_metric(self) -> Tensor:
-        """The diagonal matrix of H's row sums, ``(out_features, out_features)`` float64."""
+        """The diagonal matrix of H's row sums plus a small ridge, ``(out_features, out_features)`` float64."""
         rows = self.hessian.sum(1).to(torch.float64)
         return torch.diag(rows + max(1e-3 * float(rows.mean()), torch.finfo(torch.float64).tiny))
 
@@ -91,7 +92,7 @@ class HessianFit:
         )
 
     def right_quantizer(self, bits: int) -> RowQuantizer:
-        """Quantizer of B's rows; a row's does not depend on the rank, so one serves all ranks."""
+        """Quantizer of B's rows; rows do not depend on the rank, so one quantizer serves all ranks."""
         return self._cached(
             ("b", bits),
             lambda: search_quantizer(
@@ -100,7 +101,7 @@ class HessianFit:
         )
 
     def left_quantizer(self, bits: int, rank: int | None = None) -> RowQuantizer:
-        """Quantizer of A's rows, judged after multiplication by B: once for all ranks, or at one rank."""
+        """Quantizer of A's rows by the error after multiplication by B, at one rank; None: full rank, for all."""
         rank = rank or self.factors.a.shape[1]
         return self._cached(
             (f"a{rank}", bits),
@@ -126,24 +127,24 @@ class HessianFit:
         return Rounded.nearest(self.weight, self.weight_quantizer(bits))
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
-        """Leading columns of A and rows of B; scales of A are searched at this very rank (METHOD 4)."""
+        """Leading columns of A and rows of B; scales of A are searched at this rank (METHOD 4)."""
         left, right = self.left_quantizer(bits_a, rank), self.right_quantizer(bits_b).leading(rank)
         a, b = self.factors.a[:, :rank].float(), self.factors.b[:rank].float()
         return {"a": Rounded.nearest(a, left), "b": Rounded.nearest(b, right)}
 
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
-        """Factors of the remainder of nearest rounding; then the codes again, of what the product leaves of W."""
+        """Factors of the residual of nearest rounding, and then codes of W minus their product."""
         quantizer = self.weight_quantizer(bits)
-        if bits not in self._remainders:
-            self._remainders[bits] = self.of(self.weight - quantizer.round_trip(self.weight))
-        factors = self._remainders[bits].product(rank, bits_a, bits_b)
+        if bits not in self._residuals:
+            self._residuals[bits] = self.of(self.weight - quantizer.round_trip(self.weight))
+        factors = self._residuals[bits].product(rank, bits_a, bits_b)
         left = self.weight - factors["a"].dequantize() @ factors["b"].dequantize()
         return {"weight": Rounded.nearest(left, quantizer), **factors}
 
     # -- costs ----------------------------------------------------------------------------------------------
 
     def cost(self, dense: Tensor) -> float:
-        """``mean_ij h_i (W - Ŵ)²_ij``."""
+        """``Δ = mean_ij h_i (W - Ŵ)²_ij`` (METHOD 4)."""
         error = (dense - self.weight).to(torch.float64)
         return float((error.square().sum(1) * self.row_weights).sum() / self.weight.numel())
 
@@ -163,7 +164,7 @@ class HessianFit:
 def gram_costs(
     weight: Tensor, row_weights: Tensor, left: dict[int, Tensor], right: dict[int, Tensor]
 ) -> dict[tuple[int, int], np.ndarray]:
-    """Weighted mean squared errors of all leading products ``Â_r B̂_r``, by Gram matrices in float64.
+    """Weighted mean squared errors of all leading products ``Â_r B̂_r``, by Gram matrices in float64 (METHOD 4).
 
     Args:
         weight: W, ``(out_features, in_features)``.

@@ -1,7 +1,7 @@
-"""The search for the ranges of a matrix's rows: scales and zero-points with the least weighted error (METHOD 1).
+"""Range search for a matrix's rows: scales and zero-points of least weighted squared error (METHOD 1).
 
-Ranges are given by percentiles of each row. Scales are rounded to float16 before codes are found, so that what is
-searched, measured and stored is one and the same quantizer.
+Ranges are given by percentiles of each row. Scales are rounded to float16 before codes are found, so that the searched,
+measured and stored quantizers are identical.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from mlorq.codecs.affine import LARGEST_SCALE, SMALLEST_SCALE, RowQuantizer
 from mlorq.codecs.base import ZeroPoint
 
 INT16_LIMIT = 32767
-CHUNK_ELEMENTS = 1 << 22  # elements of one temporary of a search: stays near the cache, bounds memory
+CHUNK_ELEMENTS = 1 << 22  # entries of one temporary of a search: bounds memory, near the cache's size
 
 
 def range_quantizer(low: Tensor, high: Tensor, bits: int, zero_point: ZeroPoint) -> RowQuantizer:
     """Quantizers for ranges ``[low, high]`` of any shape: ``s = (hi - lo) / (2^b - 1)``, ``z = round(-lo / s)``.
 
-    With ``zero_point="codes"`` the range is extended to contain 0, so that z is a code. Constant rows are
-    extended the same way (their range would give ``s = 0``), and so are rows whose z would leave int16. Rows of
-    zeros get ``s = 1``, ``z = 0``.
+    With ``zero_point="codes"`` the range is extended to contain 0, so that z is a code. Constant rows are extended
+    as well (their range would give ``s = 0``), and so are rows whose z would not fit int16. Rows of zeros get
+    ``s = 1``, ``z = 0``.
     """
     levels = 2**bits - 1
     constant = high <= low
@@ -80,20 +80,20 @@ def search_quantizer(
     zero_point: ZeroPoint = "codes",
     ranges: tuple[Tensor, Tensor] | None = None,
 ) -> RowQuantizer:
-    """The percentile range of each row with the least weighted squared error (METHOD 1, scale search).
+    """Quantizers of a matrix's rows: the percentile range of least weighted squared error per row (METHOD 1).
 
     All rows and percentiles are one batched computation, in chunks of bounded memory.
 
     Args:
-        values: ``(rows, columns)`` matrix to quantize.
-        bits: code width.
+        values: the matrix to quantize, ``(rows, columns)``.
+        bits: bit-width of the codes.
         percentiles: upper percentiles p tried.
         weights: ``(rows, columns)`` non-negative weights of the squared errors; None for ones.
-        zero_point: where zero-points may lie.
-        ranges: what ``row_ranges(values, percentiles)`` gives, to share one sort among bit-widths.
+        zero_point: range of zero-points (``codecs.base.Storage``).
+        ranges: the result of ``row_ranges(values, percentiles)``, to share one sort among bit-widths.
 
     Returns:
-        One quantizer a row; the widest range wins ties, so that all-zero weights clip nothing.
+        One scale and zero-point per row; the widest range wins ties, so that all-zero weights clip nothing.
     """
     values = values.to(torch.float32)
     low, high = ranges if ranges is not None else row_ranges(values, percentiles)
@@ -119,7 +119,7 @@ def search_left_factor(
     weights: Tensor,
     zero_point: ZeroPoint = "codes",
 ) -> RowQuantizer:
-    """Ranges of the rows of a left factor A, judged after multiplication by B (METHOD 1, scale search).
+    """Quantizers of a left factor's rows by the error after multiplication by B (METHOD 1).
 
     The error of row i is ``Σ_j H_ij (W_ij - (Â_i B)_j)²``.
 
@@ -127,10 +127,10 @@ def search_left_factor(
         factor: A, ``(out_features, rank)``.
         right: B, ``(rank, in_features)``.
         target: W, ``(out_features, in_features)``.
-        bits: code width of A.
+        bits: bit-width of the codes of A.
         percentiles: upper percentiles p tried.
         weights: H, ``(out_features, in_features)``.
-        zero_point: where zero-points may lie.
+        zero_point: range of zero-points (``codecs.base.Storage``).
     """
     factor, right, target = (tensor.to(torch.float32) for tensor in (factor, right, target))
     low, high = row_ranges(factor, percentiles)
@@ -147,7 +147,7 @@ def search_left_factor(
 
 
 def _least(candidates: RowQuantizer, errors: Tensor) -> RowQuantizer:
-    # Percentiles are sorted, the widest last: flipped, so that argmin's first minimum is the widest range.
+    # Percentiles are sorted, the widest range last: flip them, so that argmin's first minimum is the widest.
     best = errors.shape[0] - 1 - errors.flip(0).argmin(dim=0)
     rows = torch.arange(errors.shape[1], device=errors.device)
     return replace(candidates, scale=candidates.scale[best, rows], zero_point=candidates.zero_point[best, rows])

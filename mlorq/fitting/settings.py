@@ -1,4 +1,4 @@
-"""What decides the matrices of one given candidate: the configuration keys that fits read."""
+"""Configuration keys of fits: everything that determines the matrices of a given candidate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class FitSettings(Settings):
 
     metric: Literal["hessian", "moments"] = Field(
         "hessian",
-        description="of local costs and fits: hessian, the paper's; moments, input and output-gradient covariance",
+        description="metric of fits and local costs: hessian (paper), moments (input and output-gradient covariances)",
     )
     factor_split: Split = Field("U_SV", description="which factor carries the singular values")
     zero_point: ZeroPoint = Field(
-        "codes", description="codes: ranges contain 0 and zero-points fit the codes; int16: the paper's"
+        "codes", description="codes: ranges contain 0 and zero-points are codes; int16: any zero-point (the paper)"
     )
     percentiles: Percentiles = Field(PERCENTILES, description="upper percentiles p of the ranges (1-p, p) tried")

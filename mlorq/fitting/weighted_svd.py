@@ -1,4 +1,4 @@
-"""Weighted singular value decomposition of a layer (METHOD 4; MLoRQ, arXiv 2507.09616).
+"""Weighted singular value decomposition of a layer's weight (METHOD 4; MLoRQ, arXiv 2507.09616).
 
 ``D = diag(sqrt(Σ_j H_ij) + 1e-8)``, ``D W = U S Vᵀ``; ``A = D⁻¹ U``, ``B = S Vᵀ`` (``U_SV``) or ``A = D⁻¹ U S``,
 ``B = Vᵀ`` (``US_V``). The leading r columns of A and rows of B are the best rank-r product in the metric D.
@@ -7,24 +7,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mlorq.fitting.gram import principal_directions
-
-Split = Literal["U_SV", "US_V"]
+from mlorq.fitting.settings import Split
 
 
 @dataclass(frozen=True)
 class Factors:
-    """``W = A B``, columns of A and rows of B in the order of falling singular values.
+    """``W = A B``, columns of A and rows of B in descending order of singular values.
 
     Attributes:
         a: ``(out_features, min(out_features, in_features))`` float64.
         b: ``(min(out_features, in_features), in_features)`` float64.
-        singular_values: of ``D W`` with D divided by its mean.
+        singular_values: ``(min(out_features, in_features),)`` of ``D W`` with D divided by its mean.
     """
 
     a: Tensor
@@ -42,7 +40,7 @@ def weighted_svd(weight: Tensor, hessian: Tensor, split: Split = "U_SV") -> Fact
 
     Args:
         weight: W, ``(out_features, in_features)``.
-        hessian: H, same shape, non-negative.
+        hessian: label-free Hessian H, same shape, non-negative.
         split: which factor carries the singular values.
     """
     w = weight.to(torch.float64)
@@ -63,5 +61,5 @@ def weighted_svd(weight: Tensor, hessian: Tensor, split: Split = "U_SV") -> Fact
 
 
 def _positive(values: Tensor) -> Tensor:
-    """Values safe to divide by: zero singular values belong to vectors that are zero already."""
+    """Values clamped to be safe divisors: zero singular values belong to vectors that are zero anyway."""
     return values.clamp(min=torch.finfo(values.dtype).tiny)

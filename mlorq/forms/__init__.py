@@ -1,7 +1,7 @@
-"""Forms: what a layer can become. One file each; ``FORMS`` knows them all (METHOD 1).
+"""Forms: the ways to store a layer's weight, one file each, registered in ``FORMS`` (METHOD 1).
 
-``base`` has the protocol, ``stored_layer`` a layer in its form, ``modules`` the modules that compute from it,
-``embedding_tables`` the tables beside the layers.
+``base`` has the protocol, ``stored_layer`` one layer's stored matrices, ``modules`` the modules that compute from them,
+``embedding_tables`` the quantized embedding tables.
 """
 
 from mlorq.forms.base import FORMS, Candidate, Form, MatrixSpec, Shape, uniform_candidate, uniform_form

@@ -1,4 +1,4 @@
-"""What a layer can become: candidates, the protocol of a form, and the registry of forms (METHOD 1).
+"""Candidates of a layer, the protocol of a form, and the registry of forms (METHOD 1).
 
 A form stores some matrices by name, and its weight is a sum of their products (``Form.terms``):
 
@@ -6,9 +6,9 @@ A form stores some matrices by name, and its weight is a sum of their products (
     LR   a b               codes of two factors, W ≈ A B
     QLR  weight + a b      both
 
-From the terms follow the dense weight, its gradients, the modules that compute from codes, the bit operations, and what
-an exporter writes. A form's file adds its configuration keys, its candidates, how one is fitted, and what all of them
-cost locally. Everything else asks ``FORMS``.
+The terms determine the dense weight, its gradients, the modules that compute from codes, the bit operations, and the
+output of exporters. A form's file adds its configuration keys, its candidates, their fits and their local costs. All
+other code finds forms in ``FORMS``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from mlorq.fitting.base import LayerFit
 
 FIELDS = ("form", "bits", "bits_a", "bits_b", "rank")
-SVD_WORK = 110.0  # products of size m·n·min(m, n) that a weighted SVD in float64 costs, fitted to runs on CPUs
+SVD_WORK = 110.0  # cost of a float64 weighted SVD in products of m·n·min(m, n) multiply-adds, fitted to CPU runs
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store one layer. Which fields a form uses is the form's affair; the others are None.
+    """One way to store one layer. Fields that its form does not use are None.
 
     Attributes:
         form: name of the form.
-        bits: bits per code of W, or of what a product leaves of it.
+        bits: bits per code of W, or of W minus a product of factors.
         bits_a: bits per code of the left factor A, ``(out_features, rank)``.
         bits_b: bits per code of the right factor B, ``(rank, in_features)``.
         rank: columns of A and rows of B.
@@ -59,7 +59,7 @@ class Candidate:
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Candidate:
-        """The candidate of a row of a table."""
+        """The candidate in a row of a candidate table."""
         return cls(**{name: row[name] for name in FIELDS})
 
 
@@ -78,7 +78,7 @@ class Shape(NamedTuple):
 
 
 class MatrixSpec(NamedTuple):
-    """One stored matrix: its size, and what stores it."""
+    """Size and codec of one stored matrix."""
 
     rows: int
     columns: int
@@ -92,14 +92,14 @@ class Form(ABC, Generic[Config]):
     """One kind of candidate.
 
     Attributes:
-        name: as configurations, tables and checkpoints have it.
-        label: for people.
-        colour: of its marks in pictures.
-        settings: its configuration keys, part of ``search`` and of ``search.layers``.
-        terms: the products of stored matrices, by name, whose sum is the weight.
-        uniform: whether its candidates are one bit-width each and serve any layer: what uniform methods use, what is
-            measured in any case, and what bounds the size of the other forms' candidates.
-        by_default: whether layers may take it where the configuration does not name the forms.
+        name: its name in configurations, tables and checkpoints.
+        label: its name in reports and plots.
+        colour: colour of its marks in plots.
+        settings: class of its configuration keys, part of ``search`` and of ``search.layers``.
+        terms: products of stored matrices, by name; their sum is the weight.
+        uniform: whether each of its candidates is one bit-width that any layer can take. Uniform methods use this form;
+            its candidates are always measured, and the largest bounds the size of other forms' candidates.
+        by_default: whether layers may take it if the configuration does not name the forms.
     """
 
     name: str
@@ -113,23 +113,23 @@ class Form(ABC, Generic[Config]):
     # -- candidates -------------------------------------------------------------------------------------------
 
     def serves(self, shape: Shape) -> bool:
-        """Whether a layer can take the form: a convolution with groups has no factors."""
+        """Whether a layer can take the form; a grouped convolution cannot be factored."""
         return shape.groups == 1 or not self.has_product
 
     @abstractmethod
     def enumerate(self, shape: Shape, settings: Config) -> list[Candidate]:
-        """The candidates of a layer that the form serves, before those that are too large are left out."""
+        """All candidates of a layer that can take the form, before those that are too large are dropped."""
 
     @abstractmethod
     def candidate_id(self, candidate: Candidate) -> str:
-        """A name that no other candidate of the layer has."""
+        """A name that is unique among the layer's candidates."""
 
     @abstractmethod
     def codecs(self, candidate: Candidate, zero_point: ZeroPoint) -> dict[str, Codec]:
-        """What stores the candidate's matrices, by name, in the order of ``terms``.
+        """Codecs of the candidate's matrices, by name, in the order of ``terms``.
 
         Raises:
-            ValueError: the candidate lacks a field that the form needs, or has one of another.
+            ValueError: the candidate lacks a field that the form uses, or sets one that it does not use.
         """
 
     @abstractmethod
@@ -138,10 +138,10 @@ class Form(ABC, Generic[Config]):
 
     @abstractmethod
     def largest(self, shape: Shape) -> Candidate:
-        """A candidate whose description in a checkpoint is at least as long as that of any other of the layer."""
+        """A candidate whose description in a checkpoint is at least as long as that of any other candidate."""
 
     def matrices(self, candidate: Candidate, shape: Shape, zero_point: ZeroPoint = "codes") -> dict[str, MatrixSpec]:
-        """The stored matrices by name.
+        """Sizes and codecs of the candidate's matrices, by name.
 
         Raises:
             ValueError: see ``codecs``.
@@ -159,11 +159,11 @@ class Form(ABC, Generic[Config]):
     def bit_operations(self, candidate: Candidate, shape: Shape, tokens: float) -> float:
         """Bit operations of a layer per sample and bit of its input: multiply-accumulates times bits of the weights.
 
-        The output of B counts as many bits as the layer's input.
+        The output of B is assumed to have the bit-width of the layer's input (METHOD 8, ``choices``).
 
         Args:
-            candidate: its form.
-            shape: of its weight.
+            candidate: the layer's candidate.
+            shape: shape of its weight.
             tokens: multiply-accumulates per entry of W and sample.
         """
         matrices = self.matrices(candidate, shape).values()
@@ -173,22 +173,22 @@ class Form(ABC, Generic[Config]):
 
     @abstractmethod
     def fit(self, fit: LayerFit, candidate: Candidate) -> dict[str, Rounded]:
-        """The stored matrices of a candidate, rounded, in the metric of the fit."""
+        """The rounded matrices of a candidate, by name, in the metric of the fit."""
 
     @abstractmethod
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> Sequence[float]:
-        """Local costs of some of the form's candidates, in their order."""
+        """Local costs of ``candidates``, all of this form, in their order (METHOD 4, 7)."""
 
     @abstractmethod
     def curve(self, candidate: Candidate) -> Hashable:
-        """Candidates of one curve have costs that change steadily with ``position``: few of them are measured."""
+        """Key of the candidate's curve. Costs vary smoothly with ``position`` along it: few points are measured."""
 
     def position(self, candidate: Candidate) -> int:
-        """Where a candidate lies on its curve."""
+        """Position of a candidate on its curve."""
         return candidate.rank or 0
 
     def dense(self, fit: LayerFit, candidate: Candidate) -> Tensor:
-        """Ŵ of a candidate as the search judges it, ``(out_features, in_features)`` float32."""
+        """Ŵ of a candidate as the search evaluates it, ``(out_features, in_features)`` float32."""
         return self.combine({name: part.dequantize() for name, part in self.fit(fit, candidate).items()})
 
     # -- values -----------------------------------------------------------------------------------------------
@@ -209,12 +209,12 @@ class Form(ABC, Generic[Config]):
         return reduce(lambda left, right: left + right, products)
 
     def apply(self, multiply: Callable[[str, Any, bool], Any], inputs: Any) -> Any:
-        """The layer's output, matrix by matrix, without ever forming a product of matrices.
+        """The layer's output, matrix by matrix, without forming a product of stored matrices.
 
         Args:
-            multiply: ``multiply(name, inputs, last)`` multiplies by one stored matrix; ``last`` is True once, where the
-                layer's bias is to be added.
-            inputs: of the layer.
+            multiply: ``multiply(name, inputs, last)`` multiplies by one stored matrix; ``last`` is True once, for
+                the product to which the layer's bias is added.
+            inputs: inputs of the layer.
         """
         outputs = []
         for term in self.terms:
@@ -227,15 +227,15 @@ class Form(ABC, Generic[Config]):
     # -- estimates --------------------------------------------------------------------------------------------
 
     def fitting_work(self, shape: Shape, settings: Config, percentiles: int) -> tuple[float, float]:
-        """What the fits of a layer's candidates cost: multiply-adds of matrix products, entries of scale searches."""
+        """Work of the fits of a layer's candidates: multiply-adds of matrix products, entries of scale searches."""
         return 0.0, 0.0
 
     def costing_work(self, shape: Shape, settings: Config) -> tuple[float, float]:
-        """What local costs of all candidates cost: multiply-adds of matrix products, element-wise operations."""
+        """Work of the local costs of all candidates: multiply-adds of matrix products, element-wise operations."""
         return 0.0, 0.0
 
     def measurements(self, settings: Config, points: int) -> int:
-        """How many of a layer's candidates are measured at most, with so many per curve."""
+        """Largest number of a layer's candidates that are measured, with ``points`` per curve."""
         return points
 
 
@@ -243,25 +243,25 @@ FORMS: Registry[Form[Any]] = Registry("form")
 
 
 def uniform_form() -> Form[Any]:
-    """The form of uniform methods and of embedding tables: one bit-width, and it serves any layer."""
+    """The form of uniform methods and embedding tables: one bit-width, for any layer."""
     return next(form for form in FORMS if form.uniform)
 
 
 def uniform_candidate(bits: int) -> Candidate:
-    """A uniform form's candidate of a bit-width."""
+    """The uniform form's candidate of a bit-width."""
     return Candidate(uniform_form().name, bits=bits)
 
 
 def enumerate_candidates(
     shape: Shape, settings: Mapping[str, Settings], storage: Storage
 ) -> list[tuple[Candidate, int]]:
-    """All candidates of a layer with their bytes, forms in the order of the registry.
+    """All candidates of a layer with their bytes, uniform forms first, otherwise in the order of the registry.
 
-    Candidates of forms that are not uniform are left out where they are not smaller than the largest uniform one.
+    Candidates of other forms are dropped unless they are smaller than the largest uniform one (METHOD 2).
 
     Args:
-        shape: of the layer's weight.
-        settings: those of every form that the layer may take, by the form's name.
+        shape: shape of the layer's weight.
+        settings: settings of every form that the layer may take, by the form's name.
         storage: how matrices are stored and counted.
     """
     found: list[tuple[Candidate, int]] = []
@@ -282,7 +282,7 @@ def smallest_size(shape: Shape, settings: Mapping[str, Settings], storage: Stora
 
 
 def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate]) -> np.ndarray:
-    """Local costs of a layer's candidates of any forms, ``(candidates,)`` float64."""
+    """Local costs of a layer's candidates of mixed forms, ``(candidates,)`` float64."""
     found = np.empty(len(candidates))
     for name in dict.fromkeys(candidate.form for candidate in candidates):
         rows = [index for index, candidate in enumerate(candidates) if candidate.form == name]

@@ -1,8 +1,8 @@
-"""Embedding tables as packed codes: which are quantized, how, and the module that looks rows up in them.
+"""Embedding tables as packed codes: which are quantized, their fit, and their replacement in a model (METHOD 2).
 
-A table is no layer of the search: a row is read and not multiplied, so that it has no rank worth having and a uniform
-bit-width serves it. Each row gets the scale and zero-point with the least squared error (METHOD 1, scale search), and a
-look-up dequantizes the rows that it reads and no others. A row of zeros, as padding has, stays exactly zero.
+The search does not cover tables: rows are read, not multiplied, so that low rank has no use and all tables share one
+bit-width. Each row gets the scale and zero-point of least squared error (METHOD 1), and a look-up dequantizes only the
+rows that it reads. A row of zeros, such as padding, stays exactly zero.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TableList:
     """The embedding tables of a model.
 
     Attributes:
-        tables: names of those that are quantized, in the model's order.
-        skipped: ``(name, reason)`` of those that stay float.
+        tables: names of the tables to quantize, in the model's order.
+        skipped: ``(name, reason)`` of the tables that stay float.
     """
 
     tables: list[str]
@@ -36,11 +36,11 @@ class TableList:
 
 
 def find_tables(module: nn.Module, smallest: int) -> TableList:
-    """The embedding tables that can be quantized.
+    """The embedding tables of a model, and which of them can be quantized.
 
     Args:
         module: the float model.
-        smallest: fewest entries of a table that is worth it.
+        smallest: tables with fewer entries stay float.
     """
     owners: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
@@ -60,28 +60,29 @@ def find_tables(module: nn.Module, smallest: int) -> TableList:
 
 
 def _why_float(table: nn.Embedding, path: str, smallest: int, owners: Mapping[int, Sequence[str]]) -> str | None:
+    """Reason why a table stays float, or None."""
     if type(table).forward is not nn.Embedding.forward:
         return f"{type(table).__name__} has a forward of its own"
     if "weight" not in table._parameters:
-        return "its table is computed at every access"
+        return "its weight is computed on every access"
     if table.max_norm is not None:
-        return "max_norm changes its rows when they are read"
+        return "max_norm changes its rows on look-up"
     others = [name for name in owners[id(table.weight)] if name != f"{path}.weight"]
     if others:
-        return f"its table is also {others[0]}"
+        return f"its weight is shared with {others[0]}"
     if table.weight.numel() < smallest:
         return f"{table.weight.numel()} entries, fewer than embeddings.smallest = {smallest}"
     return None
 
 
 def quantize_table(name: str, table: nn.Embedding, bits: int, percentiles: Sequence[float]) -> CompressedLayer:
-    """The stored form of a table.
+    """Quantize an embedding table with the range of least squared error per row.
 
     Args:
-        name: of the module.
-        table: the float one.
-        bits: code width.
-        percentiles: upper percentiles of the rows' ranges tried.
+        name: name of the module.
+        table: the float table.
+        bits: bit-width of the codes.
+        percentiles: upper percentiles p of the ranges (1-p, p) tried.
     """
     weight = table.weight.detach().float()
     quantizer = search_quantizer(weight, bits, percentiles)
@@ -91,7 +92,7 @@ def quantize_table(name: str, table: nn.Embedding, bits: int, percentiles: Seque
 
 
 def set_tables(module: nn.Module, tables: Mapping[str, CompressedLayer]) -> None:
-    """Put the values that quantized tables give into a model's float tables, in place."""
+    """Set a model's float tables to the dequantized values of quantized ones, in place."""
     for name, table in tables.items():
         weight = module.get_submodule(name).weight
         assert isinstance(weight, Tensor)
@@ -107,7 +108,7 @@ def replace_tables(module: nn.Module, tables: Mapping[str, CompressedLayer]) -> 
 
 
 def tables_json(found: TableList, tables: Mapping[str, CompressedLayer]) -> dict[str, Any]:
-    """What a run says of its embedding tables: those that are quantized with their bytes, and the others with why."""
+    """Report on embedding tables: bytes of the quantized tables, reasons for the others."""
     rows = []
     for name in found.tables:
         table = tables[name]

@@ -29,7 +29,7 @@ class LRSettings(Settings):
 
 
 class LR(Form[LRSettings]):
-    """Codes of two factors."""
+    """Codes of two factors, ``W ≈ A B``."""
 
     name = "LR"
     label = "low-rank factors"
@@ -50,7 +50,7 @@ class LR(Form[LRSettings]):
 
     def codecs(self, candidate: Candidate, zero_point: ZeroPoint) -> dict[str, Codec]:
         if candidate.bits is not None:
-            raise ValueError(f"incomplete candidate {candidate}")
+            raise ValueError(f"form LR takes rank, bits_a and bits_b alone: {candidate}")
         return factor_codecs(candidate, zero_point)
 
     def sizes(self, candidate: Candidate, shape: Shape) -> dict[str, tuple[int, int]]:
@@ -65,7 +65,7 @@ class LR(Form[LRSettings]):
         return fit.product(rank, bits_a, bits_b)
 
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float]:
-        """All ranks of a pair of bit-widths at the price of one Gram matrix."""
+        """One Gram matrix gives the costs of all ranks of a pair of bit-widths (METHOD 4)."""
         widths = sorted({bits for one in candidates for bits in (one.bits_a, one.bits_b) if bits})
         costs = fit.product_costs(widths)
         return [float(costs[one.bits_a or 0, one.bits_b or 0][(one.rank or 0) - 1]) for one in candidates]
@@ -76,7 +76,7 @@ class LR(Form[LRSettings]):
     def fitting_work(self, shape: Shape, settings: LRSettings, percentiles: int) -> tuple[float, float]:
         rows, columns, _ = shape
         widths, rank = len(settings.factor_bits), min(rows, columns)
-        # Scales of A are judged after the product with B.
+        # The scale search of A multiplies by B for every percentile.
         products = rows * columns * rank * (SVD_WORK + percentiles * widths)
         return products, rank * (rows + columns) * widths
 
@@ -90,24 +90,24 @@ class LR(Form[LRSettings]):
 
 
 def factor_codecs(candidate: Candidate, zero_point: ZeroPoint) -> dict[str, Codec]:
-    """What stores A and B.
+    """Codecs of A and B.
 
     Raises:
         ValueError: the candidate lacks its rank or a bit-width.
     """
     if candidate.rank is None or candidate.bits_a is None or candidate.bits_b is None:
-        raise ValueError(f"incomplete candidate {candidate}")
+        raise ValueError(f"form {candidate.form} takes rank, bits_a and bits_b: {candidate}")
     return {"a": AffineCodec(candidate.bits_a, zero_point), "b": AffineCodec(candidate.bits_b, zero_point)}
 
 
 def factor_sizes(candidate: Candidate, shape: Shape) -> dict[str, tuple[int, int]]:
-    """A is ``(out_features, rank)``, B ``(rank, in_features)``."""
+    """Sizes of A, ``(out_features, rank)``, and of B, ``(rank, in_features)``."""
     rank = candidate.rank or 0
     return {"a": (shape.out_features, rank), "b": (rank, shape.in_features)}
 
 
 def longest_rank(shape: Shape) -> int:
-    """A rank that takes as many digits as any."""
+    """A number with at least as many digits as any rank."""
     return max(1000, shape.out_features * shape.in_features)
 
 

@@ -1,12 +1,12 @@
-"""Layers that compute from packed codes: ``CompressedLinear`` and ``CompressedConv2d``.
+"""Modules that compute from packed codes: ``CompressedLinear``, ``CompressedConv2d`` and ``CompressedEmbedding``.
 
 A layer stores the matrices of its form, each as the packed tensors of its codec (METHOD 1, 2). A matrix is dequantized
 in float32, exactly as ``StoredMatrix.dequantize`` does, and then cast to the dtype of the float layer. A product of
-matrices runs factor by factor, ``(x Bᵀ) Aᵀ``; in a convolution the factor that meets the input has kernels for rows,
-and those before it are 1 × 1 convolutions. A forward pass never forms a product of matrices.
+matrices runs factor by factor, ``(x Bᵀ) Aᵀ``; in a convolution, rows of the factor applied to the input are kernels,
+and the other factors are 1 × 1 convolutions. A forward pass never forms a product of matrices.
 
-Stored tensors keep their dtypes through ``.half()``, ``.to(torch.bfloat16)`` and the like: what such a call
-changes is the dtype that the layer computes in.
+Stored tensors keep their dtypes under ``.half()``, ``.to(torch.bfloat16)`` and the like: such a call only changes the
+dtype of the computation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlorq.forms.stored_layer import CompressedLayer
 
 
 class CompressedModule(nn.Module):
-    """What the two compressed layers share: stored matrices in buffers, dequantized ones kept after use.
+    """Base of the compressed modules: stored matrices in buffers, dequantized ones cached after use.
 
     Buffers are named by matrix and part: ``weight_codes``, ``weight_scale``, ``weight_zero_point``, or the same of
     ``a`` and ``b``, as the form's codecs lay them out.
@@ -37,8 +37,8 @@ class CompressedModule(nn.Module):
         zero_point: how zero-points are stored.
         weight_shape: shape of the float layer's weight.
         compute_dtype: dtype of the dequantized matrices.
-        cache: keep dequantized matrices after first use (more memory, less time). They are no part of the
-            state dict, and are dropped whenever the module is moved, cast or loaded; a copy starts without.
+        cache: keep dequantized matrices after first use (more memory, less time). They are not in the state dict, and
+            are dropped when the module is moved, cast or loaded; a copy starts without them.
         bias: the float layer's bias, or None.
     """
 
@@ -47,7 +47,7 @@ class CompressedModule(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, name: str, candidate: Candidate, zero_point: ZeroPoint, cache: bool) -> None:
-        """Use ``from_layer`` or ``placeholder``, which check what they are given."""
+        """Use ``from_layer`` or ``placeholder``, which check their arguments."""
         super().__init__()
         weight, bias = layer.weight, getattr(layer, "bias", None)
         assert isinstance(weight, Tensor)
@@ -61,11 +61,11 @@ class CompressedModule(nn.Module):
         self.form: Form[Any] = FORMS[candidate.form]
         shape = Shape(weight.shape[0], weight[0].numel(), getattr(layer, "groups", 1))
         self._matrices = self.form.matrices(candidate, shape, zero_point)
-        self._parts: dict[str, str] = {}  # buffer: dtype
+        self._parts: dict[str, str] = {}  # {buffer: dtype}
         for matrix, (rows, columns, codec) in self._matrices.items():
             for part, (size, dtype) in codec.layout(rows, columns).items():
                 blank = torch.zeros(size, dtype=getattr(torch, dtype), device=weight.device)
-                # Scales of ones: a placeholder that was never loaded gives zeros, not denormals.
+                # Scales of one: a placeholder that was never loaded outputs zeros, not denormals.
                 self.register_buffer(f"{matrix}_{part}", blank + 1 if blank.is_floating_point() else blank)
                 self._parts[f"{matrix}_{part}"] = dtype
         self.bias = None
@@ -77,19 +77,19 @@ class CompressedModule(nn.Module):
     def _copy_geometry(self, layer: nn.Module) -> None:
         raise NotImplementedError
 
-    # -- making one ---------------------------------------------------------------------------------------
+    # -- construction -------------------------------------------------------------------------------------
 
     @classmethod
     def from_layer(cls, layer: nn.Module, compressed: CompressedLayer, *, cache: bool = True) -> Self:
         """The compressed counterpart of a float layer, on its device and in its dtype.
 
         Args:
-            layer: the float layer, not changed; gives shape, bias, stride and the like.
+            layer: the float layer, for its shape, bias, stride and the like; it is not changed.
             compressed: the stored matrices.
             cache: keep dequantized matrices after first use.
 
         Raises:
-            ModelError: the layer is of another class or shape, or cannot take this form.
+            ModelError: the layer has another class or shape, or cannot take this form.
             ValueError: a code does not fit its bits.
         """
         name, matrices = compressed.layer, compressed.matrices
@@ -102,13 +102,13 @@ class CompressedModule(nn.Module):
         for part, matrix in matrices.items():
             for key, tensor in result._matrices[part].codec.pack(matrix).items():
                 buffer = result.get_buffer(f"{part}_{key}")
-                # Where one matrix has wide zero-points, all of the layer's are stored so.
+                # If one matrix has int16 zero-points, all matrices of the layer store theirs as int16.
                 if tensor.dtype != buffer.dtype and (tensor.dtype, buffer.dtype) != (torch.uint8, torch.int16):
                     raise ModelError(f"layer {name!r}: {key} of {part} is {tensor.dtype} instead of {buffer.dtype}")
                 buffer.copy_(tensor)
         if compressed.bias is not None:
             if result.bias is None:
-                raise ModelError(f"layer {name!r} has no bias to be replaced")
+                raise ModelError(f"layer {name!r} has no bias, but the stored layer has one")
             result.bias.copy_(compressed.bias)
         return result
 
@@ -116,20 +116,20 @@ class CompressedModule(nn.Module):
     def placeholder(
         cls, layer: nn.Module, name: str, candidate: Candidate, zero_point: ZeroPoint, *, cache: bool = True
     ) -> Self:
-        """Like ``from_layer``, with zero codes: what a state dict is loaded into.
+        """Like ``from_layer``, with zero codes, to load a state dict into.
 
         Raises:
-            ModelError: the layer is of another class, or cannot take this form.
+            ModelError: the layer has another class, or cannot take this form.
         """
         reason = _why_not(layer, cls.float_class, candidate)
         if reason:
             raise ModelError(f"layer {name!r} cannot become a {cls.__name__}: {reason}")
         return cls(layer, name, candidate, zero_point, cache)
 
-    # -- what it holds ------------------------------------------------------------------------------------
+    # -- contents -----------------------------------------------------------------------------------------
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The layer's stored tensors by buffer name: all that its budget pays for."""
+        """The layer's stored tensors by buffer name: all that counts towards the budget."""
         return {name: self.get_buffer(name) for name in self._parts}
 
     @property
@@ -153,11 +153,11 @@ class CompressedModule(nn.Module):
 
     def dense(self, name: str) -> Tensor:
         """One stored matrix dequantized, ``(rows, columns)`` in the compute dtype."""
-        if torch.compiler.is_compiling():  # a traced program holds the codes, and keeps no tensor of the tracer
+        if torch.compiler.is_compiling():  # the traced program holds the codes; no traced tensor is cached
             return self._dequantize(name)
         kept = self._kept.get(name)
         if kept is None:
-            # Not an inference tensor even in inference mode: kept ones serve later calls that need gradients.
+            # Never an inference tensor: later calls that need gradients reuse the cached one.
             with torch.inference_mode(False), torch.no_grad():
                 kept = self._dequantize(name)
             if self.cache:
@@ -171,8 +171,8 @@ class CompressedModule(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight in the float layer's shape and the compute dtype.
 
-        It is for code that reads a layer's weight itself (``nn.MultiheadAttention``; models that cast their
-        input to the weight's dtype). Forms with factors multiply A B at every access.
+        For code that reads ``layer.weight`` directly (``nn.MultiheadAttention``; models that cast their input to the
+        weight's dtype). Forms with factors compute A B at every access.
         """
         return self.form.combine({name: self.dense(name) for name in self._matrices}).view(self.weight_shape)
 
@@ -188,7 +188,7 @@ class CompressedModule(nn.Module):
     # -- moving, casting, copying -------------------------------------------------------------------------
 
     def drop_cache(self) -> None:
-        """Free the dequantized matrices; the next forward pass makes them again."""
+        """Free the dequantized matrices; the next forward pass recomputes them."""
         self._kept = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -198,7 +198,7 @@ class CompressedModule(nn.Module):
         for name, tensor in before.items():
             after = self.get_buffer(name)
             if after.dtype != tensor.dtype:
-                # A cast: only the device may change. Scales are float16 whatever the layer computes in.
+                # A cast: only the device may change. Scales stay float16 in every compute dtype.
                 self._buffers[name] = tensor.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
@@ -217,7 +217,7 @@ class CompressedModule(nn.Module):
 
 
 class CompressedLinear(CompressedModule):
-    """``y = W x + b`` from packed codes; takes the place of an ``nn.Linear``."""
+    """``y = W x + b`` from packed codes; replaces an ``nn.Linear``."""
 
     kind = "linear"
     float_class = nn.Linear
@@ -239,7 +239,7 @@ class CompressedLinear(CompressedModule):
 
 
 class CompressedConv2d(CompressedModule):
-    """A convolution from packed codes; takes the place of an ``nn.Conv2d``. Grouped ones are ``Q`` only."""
+    """A convolution from packed codes; replaces an ``nn.Conv2d``. Grouped ones take form ``Q`` only."""
 
     kind = "conv2d"
     float_class = nn.Conv2d
@@ -252,8 +252,8 @@ class CompressedConv2d(CompressedModule):
         self._edges = _edges(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)``, or without N, to the output of the float layer's shape."""
-        first = {term[-1] for term in self.form.terms}  # the factors that meet the input
+        """``(N, in_channels, H, W)`` or ``(in_channels, H, W)`` to an output of the float layer's shape."""
+        first = {term[-1] for term in self.form.terms}  # the factors applied to the input
 
         def multiply(name: str, value: Tensor, last: bool) -> Tensor:
             bias = self.bias if last else None
@@ -268,7 +268,7 @@ class CompressedConv2d(CompressedModule):
         padding = self.padding
         if self.padding_mode != "zeros":
             inputs, padding = F.pad(inputs, self._edges, mode=self.padding_mode), (0, 0)
-        # A string here is PyTorch's own notation: "same" or "valid".
+        # A string is PyTorch's own notation: "same" or "valid".
         return F.conv2d(inputs, kernels, bias, self.stride, padding, self.dilation, self.groups)
 
     def _sizes_repr(self) -> list[str]:
@@ -278,7 +278,7 @@ class CompressedConv2d(CompressedModule):
 
 
 class CompressedEmbedding(CompressedModule):
-    """``y = W[i]`` from packed codes; takes the place of an ``nn.Embedding``."""
+    """``y = W[i]`` from packed codes; replaces an ``nn.Embedding``."""
 
     kind = "embedding"
     float_class = nn.Embedding
@@ -302,19 +302,21 @@ class CompressedEmbedding(CompressedModule):
         return [*sizes, f"padding_idx={self.padding_idx}"]
 
 
-# -- putting them into a model ------------------------------------------------------------------------------
+# -- replacement in a model ---------------------------------------------------------------------------------
 
 
 def compressed_class(layer: nn.Module, name: str) -> type[CompressedModule]:
-    """Which compressed class takes the place of a float layer; ``name`` is for the error.
+    """The compressed class that replaces a float layer; ``name`` is for the error message.
 
     Raises:
-        ModelError: none does.
+        ModelError: the layer is not an ``nn.Linear``, ``nn.Conv2d`` or ``nn.Embedding``.
     """
     for cls in (CompressedLinear, CompressedConv2d, CompressedEmbedding):
         if isinstance(layer, cls.float_class):
             return cls
-    raise ModelError(f"layer {name!r} is a {type(layer).__name__}, neither nn.Linear, nn.Conv2d nor nn.Embedding")
+    raise ModelError(
+        f"layer {name!r} is a {type(layer).__name__}: only nn.Linear, nn.Conv2d and nn.Embedding can be compressed"
+    )
 
 
 def replace_layers(
@@ -326,13 +328,13 @@ def replace_layers(
 ) -> None:
     """Swap float layers for compressed ones, in place.
 
-    A layer that the model reaches by several names, or whose weight parameter other layers share, is
-    compressed once and replaced under all these names; each module keeps its own bias.
+    A layer that has several names in the model, or shares its weight parameter with other layers, is compressed once
+    and replaced under all these names; each module keeps its own bias.
 
     Args:
-        module: the float model; copy it first where it is still needed.
+        module: the float model; copy it first if it is still needed.
         layers: compressed layers by name.
-        aliases: further names of a layer; those that share its module or parameter are found anyway.
+        aliases: further names of a layer; names that share its module or parameter are found automatically.
         cache: keep dequantized matrices after first use.
 
     Raises:
@@ -350,10 +352,10 @@ def replace_layers(
 def install(
     module: nn.Module, name: str, paths: Sequence[str], make: Callable[[nn.Module, str], CompressedModule]
 ) -> None:
-    """Put the compressed layer ``name`` in the place of the float layers at ``paths``; all use its tensors.
+    """Replace the float layers at ``paths`` by the compressed layer ``name``; all share its stored tensors.
 
     Raises:
-        ModelError: there is no layer at a path.
+        ModelError: the model has no layer at a path.
     """
     made: dict[int, CompressedModule] = {}
     for path in paths:
@@ -389,7 +391,7 @@ def shared_names(
 
 
 def _weight_identity(layer: nn.Module) -> int:
-    # A parametrized weight is computed at each access and has no lasting identity: its module has.
+    # A parametrized weight is a new tensor at each access: its module identifies it.
     weight = layer._parameters.get("weight")
     return id(layer if weight is None else weight)
 
@@ -398,7 +400,7 @@ def get_layer(module: nn.Module, name: str) -> nn.Module:
     """A submodule by name.
 
     Raises:
-        ModelError: there is none, or the name is the whole model's, which cannot be replaced in itself.
+        ModelError: the model has no such module, or the name is empty: the model cannot replace itself.
     """
     if not name:
         raise ModelError("the model is one single layer, which has no name: wrap it in nn.Sequential")
@@ -409,9 +411,9 @@ def get_layer(module: nn.Module, name: str) -> nn.Module:
 
 
 def swap_module(module: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in another's place; modules that used ``old``'s bias parameter now use ``new``'s.
+    """Replace a module by another, in place; modules that used ``old``'s bias parameter then use ``new``'s.
 
-    Some modules call their children from a list of their own, beside the registered names: there, too.
+    Some modules call their children from a list attribute instead of their registered names: it is updated as well.
     """
     parent, _, attribute = path.rpartition(".")
     setattr(module.get_submodule(parent), attribute, new)
@@ -427,7 +429,7 @@ def swap_module(module: nn.Module, path: str, old: nn.Module, new: nn.Module) ->
 
 
 def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidate) -> str | None:
-    """Why a layer cannot take a form; None where it can."""
+    """Reason why a layer cannot take a form, or None."""
     cls = type(layer)
     if not isinstance(layer, float_class):
         return f"it is a {cls.__name__}"
@@ -441,7 +443,7 @@ def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidat
 
 
 def _edges(layer: nn.Conv2d) -> list[int]:
-    """Padding as ``F.pad`` wants it: left, right, top, bottom."""
+    """Padding in the order of ``F.pad``: left, right, top, bottom."""
     edges: list[int] = []
     for axis in (1, 0):
         if isinstance(layer.padding, str):

@@ -25,7 +25,7 @@ class QSettings(Settings):
 
     def check(self) -> None:
         if not self.bits:
-            raise ValueError("bits must name at least one bit-width")
+            raise ValueError("bits must list at least one bit-width")
 
 
 class Q(Form[QSettings]):
@@ -46,7 +46,7 @@ class Q(Form[QSettings]):
 
     def codecs(self, candidate: Candidate, zero_point: ZeroPoint) -> dict[str, Codec]:
         if candidate.bits is None or (candidate.bits_a, candidate.bits_b, candidate.rank) != (None, None, None):
-            raise ValueError(f"incomplete candidate {candidate}")
+            raise ValueError(f"form Q takes bits alone: {candidate}")
         return {"weight": AffineCodec(candidate.bits, zero_point)}
 
     def sizes(self, candidate: Candidate, shape: Shape) -> dict[str, tuple[int, int]]:
@@ -63,7 +63,7 @@ class Q(Form[QSettings]):
         return [fit.cost(self.dense(fit, candidate)) for candidate in candidates]
 
     def curve(self, candidate: Candidate) -> Hashable:
-        return candidate.bits  # a curve of its own: every one is measured
+        return candidate.bits  # each candidate is its own curve: all are measured
 
     def fitting_work(self, shape: Shape, settings: QSettings, percentiles: int) -> tuple[float, float]:
         return 0.0, shape.out_features * shape.in_features * len(settings.bits)

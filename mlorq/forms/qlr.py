@@ -1,4 +1,4 @@
-"""Form ``QLR(b, r, bA, bB)``: codes and factors of what the codes leave, ``W ≈ Q_b + A B`` (METHOD 7)."""
+"""Form ``QLR(b, r, bA, bB)``: codes plus factors of the residual, ``W ≈ Q_b + A B`` (METHOD 1, 7)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class QLRSettings(Settings):
 
 
 class QLR(Form[QLRSettings]):
-    """Codes, and factors of what they leave of W."""
+    """Codes, and factors of the residual."""
 
     name = "QLR"
     label = "codes and low-rank factors"
@@ -51,7 +51,7 @@ class QLR(Form[QLRSettings]):
 
     def codecs(self, candidate: Candidate, zero_point: ZeroPoint) -> dict[str, Codec]:
         if candidate.bits is None:
-            raise ValueError(f"incomplete candidate {candidate}")
+            raise ValueError(f"form QLR takes bits, rank, bits_a and bits_b: {candidate}")
         return {"weight": AffineCodec(candidate.bits, zero_point), **factor_codecs(candidate, zero_point)}
 
     def sizes(self, candidate: Candidate, shape: Shape) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""One layer's stored matrices: what rounding gives, artifacts keep, and checkpoints pack."""
+"""One layer's stored matrices, as rounding returns, artifacts keep, and checkpoints pack them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class CompressedLayer:
 
     Attributes:
         layer: the layer's name in the model.
-        candidate: which form, bits and rank it has.
-        matrices: by the names of the form.
-        bias: ``(out_features,)`` float32 in place of the float layer's; None: that one stays.
+        candidate: its form, bits and rank.
+        matrices: the stored matrices, by name (``Form.names``).
+        bias: ``(out_features,)`` float32, replaces the float layer's bias; None: that one is kept.
     """
 
     layer: str
@@ -30,16 +30,16 @@ class CompressedLayer:
 
     @classmethod
     def of_rounded(cls, layer: str, candidate: Candidate, parts: Mapping[str, Rounded]) -> CompressedLayer:
-        """The stored form of rounded matrices."""
+        """The record of rounded matrices, on the CPU."""
         return cls(layer, candidate, {name: part.store() for name, part in parts.items()})
 
     def dense(self) -> Tensor:
-        """The layer's weight ``(out_features, in_features)`` float32 as the compressed layer computes with it."""
+        """The layer's weight ``(out_features, in_features)`` float32 that the compressed layer computes with."""
         values = {name: matrix.dequantize() for name, matrix in self.matrices.items()}
         return FORMS[self.candidate.form].combine(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Unpacked tensors by name (``weight.codes``, ``a.scale`` …, ``bias``): what a ``rounded`` artifact holds."""
+        """Unpacked tensors by name (``weight.codes``, ``a.scale`` …, ``bias``): content of a ``rounded`` artifact."""
         found = {
             f"{name}.{part}": tensor
             for name, matrix in self.matrices.items()

@@ -397,7 +397,7 @@ def test_plans_are_json_and_tensors(seed):
         one.fold(copy)
         one.install(copy)
         assert len(quantizers_of(copy)) == len(plan.sites)
-    with pytest.raises(ModelError, match="no place"):
+    with pytest.raises(ModelError, match="plan does not fit"):
         plan.install(nn.Linear(3, 3))
 
 

@@ -115,7 +115,7 @@ def test_wrong_width_is_an_error(bits: int) -> None:
 
 
 def test_wrong_sizes_and_types_are_errors() -> None:
-    with pytest.raises(ValueError, match="take 3 bytes a row, not 4"):
+    with pytest.raises(ValueError, match="take 3 bytes per row, not 4"):
         unpack_rows(torch.zeros((2, 4), dtype=torch.uint8), 8, 3)
     with pytest.raises(ValueError, match="uint8 matrix"):
         pack_rows(torch.zeros((2, 4)), 3)

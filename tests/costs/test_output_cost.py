@@ -80,7 +80,7 @@ def test_what_a_cost_needs_is_asked_for():
         OutputCost("kl", [torch.zeros(2, 1)])
     with pytest.raises(DataError, match="task needs calibration data with labels"):
         OutputCost("task", [torch.zeros(2, 3)])
-    with pytest.raises(DataError, match="one label a sample"):
+    with pytest.raises(DataError, match="one label per sample"):
         OutputCost("task", [torch.zeros(2, 3)], [torch.zeros(3, dtype=torch.long)])
-    with pytest.raises(DataError, match="calibration label 3 is no class of the model, which has 3"):
+    with pytest.raises(DataError, match="calibration label 3 is out of range: the model has 3 classes"):
         OutputCost("task", [torch.zeros(2, 3)], [torch.tensor([0, 3])])

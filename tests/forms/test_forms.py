@@ -328,7 +328,7 @@ def test_candidates_that_lack_a_field_or_have_one_too_many_are_refused(name: str
         values = asdict(candidate)
         for field in ("bits", "bits_a", "bits_b", "rank"):
             wrong = Candidate(**values | {field: 3 if values[field] is None else None})
-            with pytest.raises(ValueError, match="incomplete candidate"):
+            with pytest.raises(ValueError, match=f"form {name} takes"):
                 form.size(wrong, shape, Storage())
 
 

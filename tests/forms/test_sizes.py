@@ -81,5 +81,5 @@ def test_stored_matrices_and_incomplete_candidates() -> None:
         Candidate("LR", bits=4),
         Candidate("LR", bits_a=4, rank=2),
     ):
-        with pytest.raises(ValueError, match="incomplete"):
+        with pytest.raises(ValueError, match="takes"):
             size_of(bad, 6, 9)

@@ -1,7 +1,7 @@
-"""Quantizers of activations, and how their ranges are found on samples of what they will see (METHOD 8).
+"""Quantizers of activations, and the fit of their ranges to samples (METHOD 8).
 
 One file per kind: the module, its description in checkpoints, and its fit. A further kind derives from
-``ActivationQuantizer`` and is registered in ``QUANTIZER_KINDS``; ``build`` makes quantizers of all kinds again.
+``ActivationQuantizer`` and is registered in ``QUANTIZER_KINDS``; ``build`` makes one from its description.
 """
 
 from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer, build

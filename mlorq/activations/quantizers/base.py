@@ -1,4 +1,4 @@
-"""What all activation quantizers have in common, and the registry of their kinds."""
+"""The base class of activation quantizers, and the registry of their kinds (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from mlorq.registry import Registry, Settings
 
 
 class ActivationQuantizer(nn.Module, ABC):
-    """A quantizer in a forward pass; gradients pass where a value is in range.
+    """A quantizer in a forward pass, with straight-through gradients for values in range.
 
-    A kind is a subclass. Its numbers are buffers: checkpoints store them as tensors, and ``describe`` as JSON.
+    A kind is a subclass. Its parameters are buffers, which checkpoints store as tensors; ``describe`` gives the rest.
 
     Attributes:
-        name: the kind, as descriptions have it.
-        bits: code width.
-        enabled: whether it does anything.
-        drop: share of the entries that stay as they are, chosen at random in every call (QDrop, arXiv 2203.05740);
-            only for training, and 0 otherwise.
+        name: the kind, as in descriptions.
+        bits: bit-width of the codes.
+        enabled: whether it quantizes; if not, it returns its input.
+        drop: share of entries that stay float, chosen at random in every call (QDrop, arXiv 2203.05740); only for
+            training, otherwise 0.
+        generator: source of the randomness of ``drop``; None: torch's default.
     """
 
     name: ClassVar[str]
-    settings: ClassVar[type[Settings]] = Settings  # methods choose kinds: configurations say nothing of them
+    settings: ClassVar[type[Settings]] = Settings  # none: methods choose kinds, configurations do not
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x held in range, and x quantized; both float32 of the shape of x."""
+        """x clamped to the range, and x quantized; both float32 of the shape of x."""
 
     def squared_error(self, x: Tensor) -> float:
         """``Σ (x̄ - x)²`` over all entries of x."""
@@ -66,7 +67,7 @@ class ActivationQuantizer(nn.Module, ABC):
         return (self(args[0]), *args[1:])
 
     def describe(self) -> dict[str, Any]:
-        """What ``build`` needs beside the tensors, as JSON: ``{"kind": …, "bits": …}`` and what the kind adds."""
+        """The arguments of ``build`` beside the tensors, as JSON: ``{"kind": …, "bits": …}`` and keys of the kind."""
         return {"kind": self.name, "bits": self.bits}
 
     @classmethod
@@ -75,7 +76,7 @@ class ActivationQuantizer(nn.Module, ABC):
         """The quantizer of a description.
 
         Args:
-            description: what ``describe`` gave.
+            description: result of ``describe``.
             tensors: its buffers by name; None: blank ones of the same shapes.
         """
 
@@ -87,8 +88,8 @@ def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None =
     """A quantizer from its description.
 
     Args:
-        description: what ``ActivationQuantizer.describe`` gave.
-        tensors: its buffers by name; without, it has blank ones that a state dict fills.
+        description: result of ``ActivationQuantizer.describe``.
+        tensors: its buffers by name; None: blank ones, to be filled by a state dict.
 
     Raises:
         ValueError: the kind is unknown.

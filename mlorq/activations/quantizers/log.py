@@ -1,8 +1,8 @@
 """Logarithmic levels: ``q = clamp(round(-log2((x + h) / s) / τ), 0, 2^b - 1)``, ``x̄ = s · 2^(-τ q) - h`` (METHOD 8).
 
-With ``τ = 1/2`` and ``h = 0`` it is RepQ-ViT's log-√2 (arXiv 2212.08254); with τ searched it is AdaLog's adaptive base
-(arXiv 2407.12951), and h shifts the outputs of GELU above zero. The last code stands for zero, which the published
-log-√2 has no code for.
+``τ = 1/2`` and ``h = 0`` give RepQ-ViT's log-√2 (arXiv 2212.08254); a searched τ gives AdaLog's adaptive base (arXiv
+2407.12951), and h shifts the outputs of GELU above zero. The last code stands for zero, for which the published log-√2
+has no code.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer
 
-RANGES = (1.0, 0.99999, 0.9999, 0.999, 0.99)  # quantiles that are tried as s
+RANGES = (1.0, 0.99999, 0.9999, 0.999, 0.99)  # quantiles tried as s
 
 
 class LogQuantizer(ActivationQuantizer):
     """Levels that halve every ``1 / τ`` codes.
 
     Args:
-        bits: code width.
+        bits: bit-width of the codes.
         scale: s, the largest level, a scalar.
         step: τ, a scalar.
         shift: h, a scalar.
@@ -54,12 +54,12 @@ class LogQuantizer(ActivationQuantizer):
 
 
 def fit_log(values: Tensor, bits: int, steps: Sequence[float], shift: float = 0.0) -> LogQuantizer:
-    """Range and step τ with the least squared error.
+    """The logarithmic quantizer of least squared error over ranges s and steps τ.
 
     Args:
         values: any shape, none below ``-shift``.
-        bits: code width.
-        steps: τ that are tried.
+        bits: bit-width of the codes.
+        steps: values of τ tried.
         shift: h.
     """
     flat = values.reshape(-1).float()

@@ -14,16 +14,16 @@ from torch import Tensor
 from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer
 from mlorq.fitting.scale_search import search_quantizer
 
-LEAST_SPREAD = 1e-2  # of a channel's scale, relative to the mean of all: dead channels stay in range of float32
+LEAST_SPREAD = 1e-2  # least scale of a channel, relative to the mean: keeps dead channels in the range of float32
 
 
 class UniformQuantizer(ActivationQuantizer):
     """Evenly spaced levels.
 
     Args:
-        bits: code width.
+        bits: bit-width of the codes.
         scale: s, a scalar or ``(channels,)`` of the last axis; positive.
-        zero: z, same shape; need not be whole.
+        zero: z, same shape; need not be an integer.
     """
 
     name = "uniform"
@@ -52,11 +52,11 @@ class UniformQuantizer(ActivationQuantizer):
 
 
 def fit_uniform(values: Tensor, bits: int, percentiles: Sequence[float]) -> UniformQuantizer:
-    """One range for all values: of the percentile pairs the one with the least squared error.
+    """One range for all values: the percentile pair of least squared error.
 
     Args:
         values: any shape.
-        bits: code width.
+        bits: bit-width of the codes.
         percentiles: upper percentiles p of the ranges (1-p, p) tried.
     """
     found = search_quantizer(values.reshape(1, -1), bits, percentiles)
@@ -64,14 +64,14 @@ def fit_uniform(values: Tensor, bits: int, percentiles: Sequence[float]) -> Unif
 
 
 def fit_channels(tokens: Tensor, bits: int, percentiles: Sequence[float]) -> UniformQuantizer:
-    """One range per channel of ``(tokens, channels)``, each found as in ``fit_uniform``."""
+    """One range per channel of ``(tokens, channels)``, each searched as in ``fit_uniform``."""
     found = search_quantizer(tokens.T.contiguous(), bits, percentiles)
     least = LEAST_SPREAD * found.scale.mean()
     return UniformQuantizer(bits, found.scale.clamp(min=float(least)), found.zero_point)
 
 
 def fit_ranges(values: Tensor, bits: int, percentiles: Sequence[float], *, by_channel: bool) -> UniformQuantizer:
-    """``fit_channels`` or ``fit_uniform``."""
+    """``fit_channels`` if ``by_channel``, else ``fit_uniform``."""
     return (fit_channels if by_channel else fit_uniform)(values, bits, percentiles)
 
 
