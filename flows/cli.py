@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from flows.comparison_methods import known_methods
 from flows.terminal import interruptible, quiet_stdout
 from mlorq import __version__
 from mlorq.errors import MlorqError
@@ -116,10 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="one model by several methods at the same size, in one table")
     _configured(compare)
+    known = known_methods()
     compare.add_argument(
         "--methods",
         metavar="M,M",
-        help="of nearest, gptq, repq, erq, brecq, qdrop, mlorq, mlorq+erq, mlorq+lra, mlorq+erq+lra, best",
+        help=f"of {', '.join(known)}; default: {', '.join(name for name, method in known.items() if method.shown)}",
     )
     compare.add_argument("--activations", type=int, metavar="BITS", help="quantize activations to so many bits")
     compare.add_argument("--output", metavar="DIR", help="write the table there: Parquet, page and JSON")

@@ -117,7 +117,7 @@ def sweep(arguments: argparse.Namespace) -> Finish:
 
 def compare(arguments: argparse.Namespace) -> Finish:
     """One model by several methods."""
-    from flows.comparison import chosen
+    from flows.comparison_methods import chosen
 
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
@@ -200,7 +200,8 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
     allocate_only = bool(getattr(arguments, "allocate_only", False))
     with PrefectSession(verbose=arguments.verbose) as prefect:
         # The embedded server comes up while this loads the model.
-        from flows.comparison import chosen, plan
+        from flows.comparison import plan
+        from flows.comparison_methods import chosen
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 

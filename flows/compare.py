@@ -15,7 +15,8 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from flows.comparison import activation_width, chosen, plan, row
+from flows.comparison import activation_width, plan, row
+from flows.comparison_methods import chosen
 from flows.pipeline import name_of_run, run_on, show
 from flows.progress import format_seconds, terminal_progress
 from flows.run import handed, handing, prepare
@@ -71,7 +72,7 @@ def compare_flow(
         config: the model and the data, and what holds for all methods; or the file that says so.
         folder: that relative paths of the configuration start from; empty: the working directory.
         budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
-        methods: nearest, gptq, repq, erq, brecq, qdrop, mlorq, mlorq+erq, mlorq+lra, mlorq+erq+lra, best.
+        methods: names, as ``mlorq compare --help`` lists them; none: those that it compares by default.
         activations: their code width; none: as the configuration says.
 
     Returns:

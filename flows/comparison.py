@@ -11,107 +11,21 @@ method.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from flows.comparison_methods import Method
 from flows.run import known_layers
 from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import FORMS, Shape, uniform_candidate, uniform_form
 from mlorq.models.layers import Layer
-from mlorq.rounding import METHODS
 from steps.pipeline import compressible_budget
 from steps.session import Session
 
 WIDTHS = range(2, 9)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Attributes:
-        name: as the command line has it.
-        title: for people.
-        uniform: whether every layer gets the same bit-width.
-        preset: its defaults.
-        search, rounding: what makes the method.
-        activations: how they are quantized, where a width is asked for.
-        shown: whether it is among those that are compared where none are named.
-    """
-
-    name: str
-    title: str
-    uniform: bool
-    preset: str
-    rounding: Mapping[str, Any]
-    search: Mapping[str, Any] = field(default_factory=dict)
-    activations: Mapping[str, Any] = field(default_factory=lambda: {"method": "repq"})
-    shown: bool = True
-
-
-def uniform_methods() -> dict[str, Method]:
-    """Every rounding method at a uniform bit-width, by name."""
-    return {
-        method.name: Method(
-            method.name,
-            method.title,
-            True,
-            "quick",
-            {"method": method.name},
-            activations=method.compared_activations,
-            shown=method.compared,
-        )
-        for method in METHODS
-    }
-
-
-# Combinations that are more than a rounding method at a uniform bit-width.
-COMBINATIONS = {
-    method.name: method
-    for method in (
-        Method("repq", "RepQ-ViT (2212.08254)", True, "quick", {"method": "nearest"}),
-        Method("mlorq", "MLoRQ + RepQ (2507.09616)", False, "quick", {"method": "nearest"}),
-        Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}, shown=False),
-        Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}, shown=False),
-        Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}, shown=False),
-        Method(
-            "best",
-            "this software's best preset",
-            False,
-            "best",
-            {"method": "block"},
-            activations={"method": "adalog"},
-        ),
-    )
-}
-
-
-def known_methods() -> dict[str, Method]:
-    """All methods by name."""
-    return uniform_methods() | COMBINATIONS
-
-
-def chosen(names: Sequence[str] | None) -> list[Method]:
-    """Methods by name, each once.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    known = known_methods()
-    found = []
-    for name in dict.fromkeys(names or [method.name for method in known.values() if method.shown]):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise ConfigError(
-                f"methods: unknown method {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-            )
-        found.append(known[name])
-    return found
 
 
 def uniform_bytes(layers: Sequence[Layer], bits: int, config: RunConfig) -> int:

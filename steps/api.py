@@ -88,7 +88,7 @@ def compress(
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
         preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
-        rounding: ``nearest``, ``gptq``, ``closed_form``, ``block`` or ``lra``.
+        rounding: name of a rounding method (``mlorq.rounding.METHODS``); None: the preset's.
         rounding_iterations: of ``lra`` a layer, of ``block`` a block.
         activations: as the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
             stay float.

@@ -12,7 +12,8 @@ import pytest
 
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
-from flows.comparison import chosen, configured, known_methods, notes, plan, uniform_bytes, width_for
+from flows.comparison import configured, notes, plan, uniform_bytes, width_for
+from flows.comparison_methods import chosen, known_methods
 from flows.run import known_layers, open_session
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import RunConfig
