@@ -1,6 +1,6 @@
-"""The methods that ``mlorq compare`` knows: what each of them sets in a configuration.
+"""The methods of ``mlorq compare``: the settings that each changes in a configuration.
 
-Read by ``mlorq --help`` too: this module imports no torch.
+``mlorq --help`` imports this module, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mlorq.rounding import METHODS
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One method, a row of the table per budget.
 
     Attributes:
-        name: as the command line has it.
-        title: for people.
+        name: as on the command line.
+        title: for display.
         uniform: whether every layer gets the same bit-width.
-        preset: its defaults.
-        search, rounding: what makes the method.
-        activations: how they are quantized, where a width is asked for.
-        shown: whether it is among those that are compared where none are named.
+        preset: the preset whose defaults it has.
+        rounding, search: the settings that define the method.
+        activations: how activations are quantized, if a bit-width for them is given.
+        shown: whether it is compared by default.
     """
 
     name: str
@@ -54,7 +54,7 @@ def uniform_methods() -> dict[str, Method]:
     }
 
 
-# Combinations that are more than a rounding method at a uniform bit-width.
+# Methods other than a rounding method at a uniform bit-width.
 COMBINATIONS = {
     method.name: method
     for method in (
@@ -81,7 +81,7 @@ def known_methods() -> dict[str, Method]:
 
 
 def chosen(names: Sequence[str] | None) -> list[Method]:
-    """Methods by name, each once.
+    """Methods by name, without duplicates; None: those shown by default.
 
     Raises:
         ConfigError: a name is unknown.

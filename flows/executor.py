@@ -203,7 +203,7 @@ class PrefectExecutor:
             raise failed
 
     def _submit_to(self, dask: DaskPool, spec: StepSpec, priority: int, home: bool) -> PrefectFuture[Any]:
-        from flows.dask_pool import carry_out_there
+        from flows.dask_pool import run_on_worker
 
         config = self.session.config
         parameters = {
@@ -213,7 +213,7 @@ class PrefectExecutor:
             "folder": config.folder,
         }
         self.observer.step_started(spec)
-        task_of_kind = _make_task(spec.step, carry_out_there)
+        task_of_kind = _make_task(spec.step, run_on_worker)
         return dask.submit(task_of_kind, spec, parameters, priority=priority, home=home)
 
     def _next(self, finished: queue.SimpleQueue[PrefectFuture[Any]]) -> PrefectFuture[Any]:

@@ -155,7 +155,7 @@ def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("preset=fast", "preset: "),
         ("rounding.method=adaround", "rounding.method"),
         ("search.bits=[1]", "search.bits"),
-        ("engine.devices=cuda:77", "engine.devices: 'cuda:77' is not there"),
+        ("engine.devices=cuda:77", "engine.devices: 'cuda:77' does not exist"),
         ("store=nonsense://x", "nonsense"),
         ("model.factory=tiny_project:nothing", "has no function 'nothing'"),
         ("data.calibration.factory=nowhere:batches", "there is no module 'nowhere'"),
