@@ -150,7 +150,12 @@ class ArtifactReader:
     def all_rounded(
         self, last: ArtifactRef | None, wanted: Collection[str] | None = None
     ) -> dict[str, CompressedLayer]:
-        """The layers of a chain of artifacts by name, each from the last artifact that has it; only ``wanted`` if given."""
+        """The layers of a chain of artifacts by name, each from the last artifact that has it.
+
+        Args:
+            last: the end of the chain.
+            wanted: names after which the search stops; None: all layers.
+        """
         found: dict[str, CompressedLayer] = {}
         while last is not None and not (wanted is not None and found.keys() >= set(wanted)):
             layers, last = self.rounded(last)

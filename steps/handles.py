@@ -115,7 +115,9 @@ def inputs_of(record: type[Inputs], roles: Mapping[str, Handle]) -> Inputs:
             raise StoreError(f"{record.__module__}: input {name!r} is missing")
         for handle in own:
             if not isinstance(handle, kind):
-                raise StoreError(f"{record.__module__}: input {name!r} has type {type(handle).__name__}, not {kind}")
+                raise StoreError(
+                    f"{record.__module__}: input {name!r} has type {type(handle).__name__}, not {kind.__name__}"
+                )
         if many is tuple:
             values[name] = tuple(found[str(index)] for index in range(len(found)))
         elif many is Mapping:

@@ -331,7 +331,7 @@ def test_an_interrupt_that_ends_in_an_error_is_an_interrupt(
 
     monkeypatch.setattr("flows.cli._dispatch", interrupted)
     assert main(["models"]) == 130
-    assert "goes on from what is finished" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     monkeypatch.setattr("flows.cli._dispatch", defect)
     with pytest.raises(ValueError, match="a defect"):
         main(["models"])

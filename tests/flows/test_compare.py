@@ -111,7 +111,7 @@ def test_without_a_command_line(compared: Compared) -> None:
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_project(tmp_path)
     assert "did you mean 'gptq'" in fails(capsys, "compare", config, "--methods", "gpqt")
-    assert "code width" in fails(capsys, "compare", config, "--activations", "16")
+    assert "bit-width" in fails(capsys, "compare", config, "--activations", "16")
     assert "2 bits for every layer" in fails(capsys, "compare", config, "--budget", "1bit")
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("*/*/manifest.json"))
 

@@ -445,7 +445,7 @@ def test_ctrl_c_and_the_same_command_again(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "mlorq: interrupted; the same command goes on from what is finished"
+    assert err.splitlines()[-1] == "mlorq: interrupted; run the same command again to resume"
     assert "Traceback" not in err
     assert flow_runs("tiny_project 4.5bit")[0].state_name == "Crashed"
     before = contents(tmp_path / "store")
