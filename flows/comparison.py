@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.comparison_methods import Method
+from flows.render import forms_column
 from flows.run import known_layers
 from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
@@ -139,11 +140,6 @@ def activation_width(values: Mapping[str, Any], activations: int | None) -> int 
     if isinstance(activations, bool) or not 2 <= activations <= 8:
         raise ConfigError(f"activations: {activations!r}: the bit-width must be from 2 to 8")
     return int(activations)
-
-
-def forms_column() -> str:
-    """Name of the column that counts the layers in each form."""
-    return " / ".join(form.name for form in FORMS)
 
 
 def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from steps.base import Needs, StepSpec
 from steps.devices import devices
-from steps.protocol import refuse_memory_store
+from steps.protocol import reject_memory_store
 from steps.session import open_store, open_worker
 
 
@@ -42,7 +42,7 @@ class DaskPool:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        refuse_memory_store(config)
+        reject_memory_store(config)
         try:
             from prefect_dask import DaskTaskRunner
         except ImportError as error:
@@ -68,7 +68,7 @@ class DaskPool:
         except Exception as error:
             self._runner.__exit__(None, None, None)
             what = settings.address or settings.cluster
-            raise ConfigError(f"engine.dask: {what} gives no worker: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"engine.dask: {what} has no worker: {type(error).__name__}: {error}") from error
         self._home = sorted(workers)[0]
         offered = [set(worker.get("resources") or {}) for worker in workers.values()]
         # A request for a resource that no worker offers would wait forever.

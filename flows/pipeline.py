@@ -104,7 +104,7 @@ def run_on(
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
-        show_curve(found["results"], f"{session.config.model.display_name}: size and accuracy")
+        _show_curve(found["results"], f"{session.config.model.display_name}: size and accuracy")
     steps = found["steps"]
     took = format_seconds(found["wall_seconds"])
     log.info("%d steps computed, %d reused, in %s", steps["computed"], steps["reused"], took)
@@ -122,12 +122,10 @@ def show(key: str, create: Callable[[str], object]) -> None:
         get_run_logger().warning("artifact %r could not be created: %r", key, error)
 
 
-def show_curve(results: Sequence[dict[str, Any]], title: str) -> bytes:
-    """Create an artifact with the size–accuracy plot; returns the PNG."""
-    picture = size_accuracy_picture(results, title)
-    markdown = picture_markdown(title, picture)
+def _show_curve(results: Sequence[dict[str, Any]], title: str) -> None:
+    """Create an artifact with the size–accuracy plot."""
+    markdown = picture_markdown(title, size_accuracy_picture(results, title))
     show("size-accuracy", lambda key: create_markdown_artifact(key=key, markdown=markdown, description=title))
-    return picture
 
 
 def _show_result(session: Session, compressed: Compressed, result: dict[str, Any]) -> None:

@@ -328,9 +328,14 @@ def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
     out.print()
 
 
+def forms_column() -> str:
+    """Name of the column that counts the layers in each form."""
+    return " / ".join(form.name for form in FORMS)
+
+
 def print_comparison(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     """Print the table of ``mlorq compare``."""
-    forms = " / ".join(form.name for form in FORMS)
+    forms = forms_column()
     cells = []
     for row in rows:
         metric, before = row["metric"], row["metric_float"]

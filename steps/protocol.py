@@ -90,7 +90,7 @@ class StepServer:
         config, device = description.config, description.device
         run = (config, config.folder, device)
         if self._worker is None or self._last != run:
-            refuse_memory_store(config)
+            reject_memory_store(config)
             self._worker, self._last = open_worker(config, device), run
         return self._worker
 
@@ -114,7 +114,7 @@ class StepServer:
         return done_event(outcome)
 
 
-def refuse_memory_store(config: RunConfig) -> None:
+def reject_memory_store(config: RunConfig) -> None:
     """Reject a store that other processes cannot access.
 
     Raises:

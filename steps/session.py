@@ -60,7 +60,7 @@ class Session:
         self.worker = Worker(store, Context(self._sources, self.artifacts, config.engine.threads))
 
     def worker_on(self, device: str) -> Worker:
-        """Another worker, with a model of its own and the same data."""
+        """Another worker, with its own copy of the model and the same data."""
         config, model = self.config, deepcopy(self._model)
         sources = Sources(
             lambda: model or load_model(config.model, config.folder),

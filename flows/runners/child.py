@@ -23,7 +23,7 @@ from flows.runners.base import POLL_SECONDS, Watch
 from mlorq.config.run import RunConfig
 from mlorq.errors import TransientError
 from steps.base import Outcome, StepSpec
-from steps.protocol import Description, outcome_of, refuse_memory_store
+from steps.protocol import Description, outcome_of, reject_memory_store
 
 LAST_LINES = 20  # of the output of a lost process, for the error message
 
@@ -40,7 +40,7 @@ class ChildRunner:
     """
 
     def __init__(self, config: RunConfig, device: str) -> None:
-        refuse_memory_store(config)
+        reject_memory_store(config)
         self.config = config
         self.device = device
         self._process: subprocess.Popen[str] | None = None

@@ -38,7 +38,7 @@ from flows.runners.container_setup import (
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, TransientError
 from steps.base import Outcome, StepSpec
-from steps.protocol import Description, outcome_of, refuse_memory_store
+from steps.protocol import Description, outcome_of, reject_memory_store
 from steps.session import open_store
 
 try:
@@ -82,7 +82,7 @@ class ContainerRunner:
     """
 
     def __init__(self, config: RunConfig, device: str) -> None:
-        refuse_memory_store(config)
+        reject_memory_store(config)
         self.config = config
         self.device = device
         cache = cache_folder(config)
