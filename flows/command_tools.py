@@ -46,7 +46,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             overrides[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}={text}: the value is not valid YAML: {error}") from None
+            raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
     return overrides
 
 
