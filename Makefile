@@ -1,4 +1,4 @@
-# Everything runs through .venv/, which scripts/setup.sh creates and keeps up to date.
+# All targets use .venv/, which scripts/setup.sh creates and updates.
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -16,11 +16,11 @@ test: check ## what CI runs: check, then the tests that are not marked long, a p
 test-long: setup-dev ## only the tests marked long
 	$(BIN)/python -m pytest -m long
 
-# Prefect's server in the tests reports nothing to the outside.
+# Disables the telemetry of Prefect's server in the tests.
 test test-long: export PREFECT_SERVER_ANALYTICS_ENABLED = false
 test test-long: export DO_NOT_TRACK = 1
 
-check: setup-dev ## lint, format check, types, arrows between packages
+check: setup-dev ## lint, format check, types, imports between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -36,7 +36,7 @@ setup-demo:
 setup-dev:
 	@bash scripts/setup.sh demo,dev,detection,hub,s3,dask,docker
 
-# Stores (.mlorq/) hold results that may have taken hours, and .venv/ takes minutes: both stay.
+# Keeps the stores (.mlorq/), whose results may have taken hours, and .venv/, which takes minutes.
 clean: ## remove caches and build outputs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +

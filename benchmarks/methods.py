@@ -20,7 +20,8 @@ from typing import Any
 
 from table import Place, arguments_of_a_run, keep, run
 
-from flows.comparison import Planned, activation_width, chosen, known_methods, plan, row
+from flows.comparison import Planned, activation_width, plan, row
+from flows.comparison_methods import chosen, known_methods
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig, read_values

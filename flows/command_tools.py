@@ -1,4 +1,4 @@
-"""What the command line's functions share."""
+"""Functions that several commands share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mlorq.errors import CheckpointError, ConfigError, StoreError
 if TYPE_CHECKING:
     from mlorq.artifacts.store import Store
 
-Finish = Callable[[], int]  # prints a command's result and gives the exit status
+Finish = Callable[[], int]  # prints a command's result and returns the exit status
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object on standard output."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def read_arguments(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration that a command names, with what ``--set`` changes.
+    """The configuration that a command names, with the overrides of ``--set``.
 
     Raises:
         ConfigError: the file or a value is wrong.
@@ -36,7 +36,7 @@ def read_arguments(arguments: argparse.Namespace) -> RunConfig:
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``--set`` says.
+    """The overrides of ``--set`` by key.
 
     Raises:
         ConfigError: a value is not YAML.
@@ -51,12 +51,16 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     print(f"mlorq: {text}", file=sys.stderr)
 
 
 def check_output(location: str) -> None:
-    """Refuse a folder that cannot be written before hours of work."""
+    """Raise before a long run if an output folder is not writable.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     from mlorq.artifacts.store import Store
 
     try:
@@ -70,12 +74,12 @@ def named_store(arguments: argparse.Namespace) -> Store:
 
     Raises:
         ConfigError: neither or both are given.
-        StoreError: the URL is of no known kind.
+        StoreError: the URL's protocol is unknown.
     """
     from mlorq.artifacts.store import Store
 
     if (arguments.config is None) == (arguments.store is None):
-        raise ConfigError(f"{arguments.command}: name the store by a configuration or by --store URL")
+        raise ConfigError(f"{arguments.command}: name the store with either a configuration or --store URL")
     if arguments.store is not None:
         return Store(resolve_location(arguments.store, os.getcwd()))
     config = RunConfig.from_yaml(arguments.config)

@@ -1,4 +1,4 @@
-"""Commands that compute: each does its work and returns what prints the result and gives the exit status."""
+"""Commands that compute. Each returns a function that prints the result and returns the exit status."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def init(arguments: argparse.Namespace) -> Finish:
         with path.open("x") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{path} exists already; it is not overwritten") from None
+        raise ConfigError(f"{path} exists already and is not overwritten; choose another path") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from error
     say(f"wrote {path}; next: mlorq compress {path} --dry-run")
@@ -73,11 +73,11 @@ def compress(arguments: argparse.Namespace) -> Finish:
 
 
 def rebudget(arguments: argparse.Namespace) -> Finish:
-    """Further budgets."""
+    """Further budgets for a searched model."""
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
-    # The embedded server takes longer to start than the integer programs to solve: with none configured, they are
-    # run directly. The steps and the store are the same.
+    # Starting the embedded server takes longer than solving the integer programs: without a configured server they
+    # run directly, with the same steps and store.
     if arguments.allocate_only and not os.environ.get("PREFECT_API_URL"):
         found = _allocate_only(arguments, config, budgets)
     else:
@@ -94,7 +94,7 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
 
 
 def sweep(arguments: argparse.Namespace) -> Finish:
-    """A ladder of budgets and its size-accuracy curve."""
+    """Several budgets and the size-accuracy curve."""
     from mlorq.config.budget import parse_budgets
 
     config = read_arguments(arguments)
@@ -116,14 +116,14 @@ def sweep(arguments: argparse.Namespace) -> Finish:
 
 
 def compare(arguments: argparse.Namespace) -> Finish:
-    """One model by several methods."""
-    from flows.comparison import chosen
+    """Compare several methods on one model."""
+    from flows.comparison_methods import chosen
 
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
     chosen(_names(arguments))
     if arguments.activations is not None and not 2 <= arguments.activations <= 8:
-        raise ConfigError(f"--activations {arguments.activations}: a code width from 2 to 8 is needed")
+        raise ConfigError(f"--activations {arguments.activations}: the bit-width must be from 2 to 8")
     if arguments.output is not None:
         check_output(arguments.output)
     found = _flow(arguments, config, budgets)
@@ -144,7 +144,7 @@ def compare(arguments: argparse.Namespace) -> Finish:
 
 
 def _written(files: dict[str, bytes], folder: str) -> list[str]:
-    """Write files into a folder; gives where they are."""
+    """Write files into a folder; returns their locations."""
     from mlorq.checkpoint.io import save
 
     save(files, folder)
@@ -154,7 +154,7 @@ def _written(files: dict[str, bytes], folder: str) -> list[str]:
 def _finish(
     arguments: argparse.Namespace, found: dict[str, Any], show: Callable[[], None], stored: dict[str, str] | None
 ) -> Finish:
-    """Print a result of several runs, and the places of its files: where they were asked for, or in the store."""
+    """Print a result of several runs, and the locations of its files: in the output folder, or else in the store."""
 
     def finish() -> int:
         from flows.render import console
@@ -181,12 +181,12 @@ def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[Budget]:
 
     budgets = parse_budgets(arguments.budget) if arguments.budget else config.budgets
     if not budgets:
-        raise ConfigError("budget: none is given")
+        raise ConfigError("budget: none is given; set one in the configuration or with --budget")
     return budgets
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """The command line that computes what ``--allocate-only`` misses."""
+    """The command line that computes the steps that ``--allocate-only`` needs."""
     import shlex
 
     changed = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in arguments.set]
@@ -194,19 +194,20 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget] | None) -> dict[str, Any]:
-    """Run the command's flow on a configured Prefect server or an embedded one."""
+    """Run the command's flow on the configured Prefect server, or on an embedded one."""
     from flows.server import PrefectSession
 
     allocate_only = bool(getattr(arguments, "allocate_only", False))
     with PrefectSession(verbose=arguments.verbose) as prefect:
-        # The embedded server comes up while this loads the model.
-        from flows.comparison import chosen, plan
+        # The embedded server starts while the model is loaded.
+        from flows.comparison import plan
+        from flows.comparison_methods import chosen
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 
         sweeping = arguments.command == "sweep"
-        free = sweeping or arguments.command == "compare"  # checks budgets by itself
-        session = prepare(config, [] if free else budgets or [], allocate_only=allocate_only)
+        own_checks = sweeping or arguments.command == "compare"  # these check budgets themselves
+        session = prepare(config, [] if own_checks else budgets or [], allocate_only=allocate_only)
         from flows.compare import compare_flow
         from flows.compress import compress_flow
         from flows.rebudget import rebudget_flow
@@ -218,7 +219,7 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
                 say(left_out_note(left_out))
         values = config.model_dump(mode="json")
         if arguments.command == "compare":
-            # Without the preset's defaults: each method has its own.
+            # Without the preset's defaults: each method has its own preset.
             values = read_values(location_and_folder(arguments.config)[0], overrides_of(arguments))
             plan(session, values, budgets or [], chosen(_names(arguments)), arguments.activations)
         prefect.ready()
@@ -267,7 +268,7 @@ def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, co
 
 
 def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[str, Any]]) -> None:
-    """Copy one checkpoint to ``location``, several to folders in it that are named after the budgets."""
+    """Copy one checkpoint to ``location``; several to subfolders named after the budgets."""
     from mlorq.artifacts.store import ArtifactRef
     from mlorq.checkpoint.format import CONFIG, TENSORS
     from mlorq.checkpoint.io import save

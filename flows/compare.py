@@ -1,4 +1,4 @@
-"""Flow ``compare``: one model by several methods at the same size, in one table."""
+"""Flow ``compare``: several methods on one model at the same size, in one table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from flows.comparison import activation_width, chosen, plan, row
+from flows.comparison import activation_width, plan, row
+from flows.comparison_methods import chosen
 from flows.pipeline import name_of_run, run_on, show
 from flows.progress import format_seconds, terminal_progress
 from flows.run import handed, handing, prepare
@@ -28,7 +29,7 @@ from mlorq.errors import MlorqError
 from mlorq.evaluation.report import render_table
 from steps.session import Session
 
-ARTIFACT = "compare"  # what the store calls it
+ARTIFACT = "compare"  # its step name in the store
 TABLE, PAGE, ROWS = "compare.parquet", "compare.html", "compare.json"
 
 
@@ -39,11 +40,11 @@ def compare_name() -> str:
 
 @flow(name="compare-method", flow_run_name="{method}", validate_parameters=False, persist_result=False)
 def method_flow(method: str, config: dict[str, Any], folder: str, budget: dict[str, str]) -> dict[str, Any]:
-    """One method's run; what is in the store is reused.
+    """One method's run; artifacts in the store are reused.
 
     Args:
-        method: its name, for people.
-        config: its whole configuration.
+        method: its name, for display.
+        config: its complete configuration.
         folder: that relative paths start from.
         budget: of the run (``Budget.to_json``).
 
@@ -65,14 +66,14 @@ def compare_flow(
     methods: list[str] | None = None,
     activations: int | None = None,
 ) -> dict[str, Any]:
-    """Compress a model by several methods at the same size.
+    """Compress a model with several methods at the same size.
 
     Args:
-        config: the model and the data, and what holds for all methods; or the file that says so.
-        folder: that relative paths of the configuration start from; empty: the working directory.
-        budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
-        methods: nearest, gptq, repq, erq, brecq, qdrop, mlorq, mlorq+erq, mlorq+lra, mlorq+erq+lra, best.
-        activations: their code width; none: as the configuration says.
+        config: model, data, and the settings that all methods share; or the path of a configuration file.
+        folder: base of relative paths in the configuration; empty: the working directory.
+        budgets: override the configuration's: "3bit", "12.5%", "25MB".
+        methods: names; `mlorq compare --help` lists them and the default.
+        activations: their bit-width; none: that of the configuration.
 
     Returns:
         ``{"rows": [one per budget and method], "results": [as compress_flow], "files": {"table", "page", "rows"},
@@ -86,7 +87,7 @@ def compare_flow(
     asked = given.budgets if given else parse_budgets(budgets or base.config.budget)
     results, computed, reused = [], 0, 0
     for planned in plan(base, values, asked, wanted, width):
-        # Model and data are loaded once for all methods of this process.
+        # Model and data are loaded once for all methods.
         session = Session(
             planned.config,
             base.store,
@@ -117,7 +118,7 @@ def compare_flow(
 
 
 def keep(session: Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """Write the table to the store unless it is there; gives the files' URIs, None where it cannot be written."""
+    """Write the table to the store unless it exists; returns the files' URIs, or None if it cannot be written."""
     store = session.store
     stable = [{name: value for name, value in one.items() if name != "seconds"} for one in rows]
     ref = ArtifactRef(ARTIFACT, digest_json({"rows": stable, "version": 1}))
@@ -131,7 +132,7 @@ def keep(session: Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, str] 
 
 
 def table_files(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """The table as Parquet, as a page that needs no other file, and as JSON, by file name."""
+    """The table as Parquet, as a self-contained page, and as JSON, by file name."""
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(one) for one in rows]), buffer)
     title = f"{rows[0]['model']}: {', '.join(dict.fromkeys(str(one['budget']) for one in rows))}"

@@ -1,121 +1,35 @@
-"""The methods that ``mlorq compare`` puts side by side: what each sets in a configuration.
+"""The runs of ``mlorq compare`` and the rows of its table (``flows.comparison_methods`` has the methods).
 
-Every method is a run of its own on the same store, so that what two of them share is computed once. Uniform ones give
-every layer the same bit-width; mixed ones search, within the bytes of the uniform ones. A budget of whole bits is the
-bit-width of the uniform methods' codes; their scales and zero-points come on top, so that all methods have more bytes
-than the budget alone would give (``asked_bytes`` and ``budget_bytes`` of a row). Any other budget is an upper bound:
-uniform methods have the largest bit-width within it. What a configuration says of
-``search`` and ``rounding`` itself (samples, iterations, step sizes) holds for all of them, except for what makes the
-method.
+Every method is a separate run on the same store, so artifacts that two of them share are computed once. Uniform methods
+give every layer the same bit-width; mixed methods search within the bytes of the uniform ones. A budget of whole bits
+is the bit-width of the uniform methods' codes; scales and zero-points are added to it, so all methods have more bytes
+than the budget alone would allow (``asked_bytes`` and ``budget_bytes`` of a row). Any other budget is an upper bound:
+uniform methods have the largest bit-width within it. The user's settings of ``search`` and ``rounding`` (samples,
+iterations, step sizes) apply to all methods, except those that define the method.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from flows.comparison_methods import Method
+from flows.render import forms_column
 from flows.run import known_layers
 from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import FORMS, Shape, uniform_candidate, uniform_form
 from mlorq.models.layers import Layer
-from mlorq.rounding import METHODS
 from steps.pipeline import compressible_budget
 from steps.session import Session
 
 WIDTHS = range(2, 9)
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Attributes:
-        name: as the command line has it.
-        title: for people.
-        uniform: whether every layer gets the same bit-width.
-        preset: its defaults.
-        search, rounding: what makes the method.
-        activations: how they are quantized, where a width is asked for.
-        shown: whether it is among those that are compared where none are named.
-    """
-
-    name: str
-    title: str
-    uniform: bool
-    preset: str
-    rounding: Mapping[str, Any]
-    search: Mapping[str, Any] = field(default_factory=dict)
-    activations: Mapping[str, Any] = field(default_factory=lambda: {"method": "repq"})
-    shown: bool = True
-
-
-def uniform_methods() -> dict[str, Method]:
-    """Every rounding method at a uniform bit-width, by name."""
-    return {
-        method.name: Method(
-            method.name,
-            method.title,
-            True,
-            "quick",
-            {"method": method.name},
-            activations=method.compared_activations,
-            shown=method.compared,
-        )
-        for method in METHODS
-    }
-
-
-# Combinations that are more than a rounding method at a uniform bit-width.
-COMBINATIONS = {
-    method.name: method
-    for method in (
-        Method("repq", "RepQ-ViT (2212.08254)", True, "quick", {"method": "nearest"}),
-        Method("mlorq", "MLoRQ + RepQ (2507.09616)", False, "quick", {"method": "nearest"}),
-        Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}, shown=False),
-        Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}, shown=False),
-        Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}, shown=False),
-        Method(
-            "best",
-            "this software's best preset",
-            False,
-            "best",
-            {"method": "block"},
-            activations={"method": "adalog"},
-        ),
-    )
-}
-
-
-def known_methods() -> dict[str, Method]:
-    """All methods by name."""
-    return uniform_methods() | COMBINATIONS
-
-
-def chosen(names: Sequence[str] | None) -> list[Method]:
-    """Methods by name, each once.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    known = known_methods()
-    found = []
-    for name in dict.fromkeys(names or [method.name for method in known.values() if method.shown]):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise ConfigError(
-                f"methods: unknown method {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-            )
-        found.append(known[name])
-    return found
-
-
 def uniform_bytes(layers: Sequence[Layer], bits: int, config: RunConfig) -> int:
-    """Bytes of all layers at one bit-width."""
+    """Bytes of all layers at a uniform bit-width."""
     form, storage = uniform_form(), config.search.storage
     candidate = uniform_candidate(bits)
     return sum(
@@ -124,22 +38,24 @@ def uniform_bytes(layers: Sequence[Layer], bits: int, config: RunConfig) -> int:
 
 
 def width_for(budget: Budget, limit: int, layers: Sequence[Layer], config: RunConfig) -> int:
-    """The bit-width of uniform methods: a budget's own where it is an integer, else the largest that fits.
+    """The bit-width of uniform methods: that of the budget if it is an integer, else the largest that fits.
 
     Args:
-        budget: as asked for.
+        budget: the budget.
         limit: bytes that it allows for the compressible layers.
-        layers: all of them.
-        config: says how bytes are counted.
+        layers: the compressible layers.
+        config: defines how bytes are counted.
 
     Raises:
-        BudgetError: none fits.
+        BudgetError: no bit-width fits.
     """
     if budget.whole_bits is not None and budget.whole_bits in WIDTHS:
         return budget.whole_bits
     fitting = [bits for bits in WIDTHS if uniform_bytes(layers, bits, config) <= limit]
     if not fitting:
-        raise BudgetError(f"budget {budget.text}: too small for {WIDTHS[0]} bits for every layer, the fewest possible")
+        raise BudgetError(
+            f"budget {budget.text} is too small: uniform methods need at least {WIDTHS[0]} bits per weight"
+        )
     return fitting[-1]
 
 
@@ -147,11 +63,11 @@ def configured(method: Method, values: Mapping[str, Any], folder: str, bits: int
     """The configuration of a method's run.
 
     Args:
-        method: which.
-        values: what the user's configuration says, without any preset's defaults.
-        folder: that its relative paths start from.
-        bits: of uniform methods.
-        activations: code width of activations; None: they stay float.
+        method: the method.
+        values: the explicit values of the user's configuration, without defaults of a preset.
+        folder: base of its relative paths.
+        bits: bit-width of uniform methods.
+        activations: bit-width of activations; None: they stay float.
     """
     own: dict[str, Any] = dict(method.search)
     if method.uniform:
@@ -171,10 +87,10 @@ class Planned:
     """One method's run.
 
     Attributes:
-        method: which.
-        config: its whole configuration.
-        budget: of the run, under the label that the user wrote; all methods of a label have the very same bytes.
-        asked_bytes: for the compressible layers, by the user's words alone.
+        method: the method.
+        config: its complete configuration.
+        budget: of the run, labelled as the user wrote it; all methods of a label have exactly the same bytes.
+        asked_bytes: bytes for the compressible layers that the user's budget alone would allow.
     """
 
     method: Method
@@ -186,18 +102,18 @@ class Planned:
 def plan(
     base: Session, values: Mapping[str, Any], budgets: Sequence[Budget], methods: Sequence[Method], width: int | None
 ) -> list[Planned]:
-    """Every run, budget by budget, checked before any starts.
+    """All runs in order of budgets, checked before any of them starts.
 
     Args:
         base: with model and data loaded.
-        values: what the user's configuration says, without any preset's defaults.
-        budgets: as asked for.
-        methods: which.
-        width: of activations' codes; None: they stay float.
+        values: the explicit values of the user's configuration, without defaults of a preset.
+        budgets: the budgets.
+        methods: the methods.
+        width: bit-width of activations; None: they stay float.
 
     Raises:
-        ConfigError: a value does not fit a method.
-        BudgetError: no uniform width fits a budget.
+        ConfigError: a value is not valid for a method.
+        BudgetError: no uniform bit-width fits a budget.
     """
     config = base.config
     layers = known_layers(base).layers
@@ -213,26 +129,21 @@ def plan(
 
 
 def activation_width(values: Mapping[str, Any], activations: int | None) -> int | None:
-    """The code width of activations: the one asked for, or the configuration's.
+    """The bit-width of activations: the argument, or else that of the configuration; None: they stay float.
 
     Raises:
-        ConfigError: no width from 2 to 8 is asked for.
+        ConfigError: the argument is not from 2 to 8.
     """
     if activations is None:
         section = values.get("activations")
         return None if not section else int(section.get("bits", 4))
     if isinstance(activations, bool) or not 2 <= activations <= 8:
-        raise ConfigError(f"activations: {activations!r} is no code width from 2 to 8")
+        raise ConfigError(f"activations: {activations!r}: the bit-width must be from 2 to 8")
     return int(activations)
 
 
-def forms_column() -> str:
-    """Name of the column that counts the layers in each form."""
-    return " / ".join(form.name for form in FORMS)
-
-
 def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the table."""
+    """One row of the table."""
     method, config = planned.method, planned.config
     metric = result["metric"] or {}
     forms = [layer["form"] for layer in result["allocation"]]
@@ -259,12 +170,12 @@ def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For people: the bytes that all methods had at a budget, where the budget alone gives another number."""
+    """Sentences for display: the bytes of all methods at a budget, if these differ from what the budget alone gives."""
     found = []
     for one in rows:
         given, asked = one["budget_bytes"], one["asked_bytes"]
         if given > asked:
-            why = f"codes of that width with their scales and zero-points; the codes alone are {asked:,} bytes"
+            why = f"codes of that bit-width with scales and zero-points; the budget alone allows {asked:,} bytes"
         else:
             why = f"the largest uniform bit-width within {asked:,} bytes"
         if given != asked:

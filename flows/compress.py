@@ -1,4 +1,4 @@
-"""Flow ``compress``: a model, calibration data and budgets in, one compressed checkpoint a budget out."""
+"""Flow ``compress``: a model, calibration data and budgets in, one compressed checkpoint per budget out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flows.run_form import ConfigFile, RunForm
     name="compress", flow_run_name=run_name, validate_parameters=False, persist_result=False, result_serializer="json"
 )
 def compress_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str] | None = None) -> dict[str, Any]:
-    """Compress a model: search, allocation, rounding, checkpoint and evaluation; what is in the store is reused.
+    """Compress a model: search, allocation, rounding, checkpoint and evaluation; artifacts in the store are reused.
 
     Args:
-        config: what to compress, on which data, and how; or the file that says so.
-        folder: that relative paths of the configuration start from; empty: the working directory.
-        budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
+        config: model, data and settings; or the path of a configuration file.
+        folder: base of relative paths in the configuration; empty: the working directory.
+        budgets: override the configuration's: "3bit", "12.5%", "25MB".
 
     Returns:
-        ``{"results": [one public object a budget], "steps": {"computed", "reused"}, "wall_seconds"}``.
+        ``{"results": [one public object per budget], "steps": {"computed", "reused"}, "wall_seconds"}``.
     """
     return carry_out(config, folder, budgets, announce=True)

@@ -1,8 +1,8 @@
-"""Fan-outs on a Dask cluster: one that is started for the run, or one that runs already, on any number of machines.
+"""Fan-outs on a Dask cluster: one started for the run, or an existing one, on any number of machines.
 
-Only a step's description travels through the scheduler; a worker opens the store and loads model and data by itself,
-once, and keeps them for the next step of the same run. Rounding, whose steps follow one another, stays on one worker,
-which then need not build the models of the layers before anew.
+Only a step's description passes through the scheduler; a worker opens the store, loads model and data once, and keeps
+them for the next step of the same run. The sequential steps of rounding stay on one worker, which keeps the partly
+rounded model between them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from steps.base import Needs, StepSpec
 from steps.devices import devices
-from steps.protocol import refuse_memory_store
+from steps.protocol import reject_memory_store
 from steps.session import open_store, open_worker
 
 
 class DaskPool:
-    """Submits tasks to a cluster, with what they need of a worker. A context manager; entering it starts the cluster.
+    """Submits tasks to a cluster, with their resources. A context manager; entering it starts the cluster.
 
     Args:
-        config: the run's.
+        config: of the run.
 
     Raises:
-        ConfigError: prefect-dask is not installed, or the cluster cannot be had.
-        StoreError: the store lives in one process only.
+        ConfigError: prefect-dask is not installed, or the cluster is not available.
+        StoreError: the store is in memory.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        refuse_memory_store(config)
+        reject_memory_store(config)
         try:
             from prefect_dask import DaskTaskRunner
         except ImportError as error:
@@ -68,10 +68,10 @@ class DaskPool:
         except Exception as error:
             self._runner.__exit__(None, None, None)
             what = settings.address or settings.cluster
-            raise ConfigError(f"engine.dask: {what} gives no worker: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"engine.dask: {what} has no worker: {type(error).__name__}: {error}") from error
         self._home = sorted(workers)[0]
         offered = [set(worker.get("resources") or {}) for worker in workers.values()]
-        # Asking for what no worker offers would wait for ever.
+        # A request for a resource that no worker offers would wait forever.
         self._offered = set.intersection(*offered) if offered else set()
         return self
 
@@ -86,11 +86,11 @@ class DaskPool:
         """Submit one task.
 
         Args:
-            task: to run.
+            task: the task.
             spec: of its step.
             parameters: of the task.
-            priority: higher ones are started first.
-            home: on the worker that keeps the state of steps that follow one another, unless it is gone.
+            priority: tasks with higher priority start first.
+            home: whether to prefer the worker that keeps the state of sequential steps.
         """
         annotations: dict[str, Any] = {"priority": priority}
         resources = resources_of(spec.needs, self._offered)
@@ -102,19 +102,19 @@ class DaskPool:
             return self._runner.submit(task, parameters)
 
     def cancel(self, futures: list[PrefectFuture[Any]]) -> None:
-        """Take back what has not started."""
-        with suppress(Exception):  # a scheduler that is gone has nothing to take back
+        """Cancel the tasks that have not started."""
+        with suppress(Exception):  # a scheduler that has ended has nothing to cancel
             self._runner.client.cancel([future.wrapped_future for future in futures])  # type: ignore[attr-defined, no-untyped-call]
 
 
 def resources_of(needs: Needs, offered: set[str]) -> dict[str, float]:
-    """Dask resources that a step asks of a worker: ``GPU`` (one) and ``MEMORY`` (bytes), as far as all offer them."""
+    """Dask resources that a step requests: ``GPU`` (one) and ``MEMORY`` (bytes), if all workers offer them."""
     wanted = {"GPU": 1.0 if needs.device else 0.0, "MEMORY": float(needs.memory_bytes)}
     return {name: amount for name, amount in wanted.items() if name in offered and amount > 0}
 
 
-def carry_out_there(label: str, spec: dict[str, Any], config: dict[str, Any], folder: str) -> Any:
-    """Body of every task on a cluster: run a step on the worker that this is; gives what the flow's ledger needs."""
+def run_on_worker(label: str, spec: dict[str, Any], config: dict[str, Any], folder: str) -> Any:
+    """Body of every task on a cluster: run a step on this worker; returns the data for the flow's ledger."""
     from distributed import get_worker
 
     run = RunConfig.from_mapping(config, folder)
@@ -137,7 +137,7 @@ def carry_out_there(label: str, spec: dict[str, Any], config: dict[str, Any], fo
 
 
 def _idle_runners(worker: Any, run: str) -> deque[Runner]:
-    """The worker's runners that are free, of one run at a time: those of an earlier one are let go of."""
+    """The worker's idle runners for a run; those of an earlier run are closed."""
     kept: Mapping[str, deque[Runner]] = worker.__dict__.setdefault("mlorq_runners", {})
     if run not in kept:
         for old in [runner for runners in kept.values() for runner in runners]:

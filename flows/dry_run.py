@@ -1,8 +1,9 @@
-"""A dry run: what a run would compress, compute and reuse, how small it can get, how long it takes. Nothing is written.
+"""A dry run: the layers, the steps to compute and to reuse, the smallest size and the expected time. Writes nothing.
 
-The pipeline itself is walked, by an executor that looks steps up and runs none: keys follow from the inputs' keys and
-not from their contents, so what comes after a missing step can still be looked up. Only two steps' contents decide
-which steps there are: the layers, which are then listed anew, and an allocation, after which all counts as missing.
+It runs the pipeline with an executor that looks steps up without running them: a key depends on the keys of the inputs,
+not on their contents, so the steps after a missing one can still be looked up. The contents of only two steps determine
+which steps follow: the layers, which are then discovered again, and an allocation, after which all steps count as
+missing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DASK_NOTE = " here; the cluster's workers may differ"
 
 
 def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
-    """Bytes of a layer's smallest candidate; ``search`` is that of the run."""
+    """Bytes of a layer's smallest candidate; ``search`` is the ``search`` section of the run."""
     own = layer_search(search, layer)
     shape = Shape(layer.out_features, layer.in_features, layer.groups)
     return smallest_size(shape, own.form_settings, own.storage)
@@ -42,7 +43,7 @@ def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
 
 @dataclass
 class Counts:
-    """Steps of one kind: found in the store, and to be computed with the seconds that may take."""
+    """Steps of one kind: the number in the store, the number to compute, and the seconds that takes."""
 
     reused: int = 0
     compute: int = 0
@@ -54,12 +55,12 @@ class Counts:
 
 
 class Planner:
-    """Implements ``steps.pipeline.Executor``: looks every step up, runs none.
+    """Implements ``steps.pipeline.Executor``: looks every step up without running it.
 
     Args:
         session: of the run.
         found: the model's layers.
-        estimate: of what a step takes.
+        estimate: of the time that a step takes.
     """
 
     def __init__(self, session: Session, found: LayerList, estimate: Estimate) -> None:
@@ -82,11 +83,11 @@ class Planner:
         self._seen: set[str] = set()
 
     def phase(self, name: str, total: int) -> None:
-        """``total`` steps of a kind come next."""
+        """Announce the next phase: ``total`` steps of one kind."""
         self._phase = name
 
     def run(self, spec: StepSpec) -> Outcome:
-        """Look one step up; counted once, whoever asks for it."""
+        """Look one step up; each step is counted once."""
         outcome = find(spec, self.session.store)
         if spec.key not in self._seen:
             self._seen.add(spec.key)
@@ -101,7 +102,7 @@ class Planner:
         return [self.run(spec) for spec in specs]
 
     def count_all(self, *phases: str) -> None:
-        """Count all steps of these kinds as to be computed."""
+        """Count all steps of these phases as steps to compute."""
         for phase in phases:
             for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
@@ -116,12 +117,12 @@ class Planner:
 
 
 def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> dict[str, Any]:
-    """What ``mlorq compress --dry-run`` reports, as JSON.
+    """The report of ``mlorq compress --dry-run``, as JSON.
 
     Args:
         session: of the run.
         found: the model's layers (``flows.run.known_layers``).
-        budgets: to plan for.
+        budgets: of the run.
     """
     rest = pack.rest_bytes_bound(session, found.layers)
     sizes = {layer.name: smallest_layer_bytes(layer, session.config.search) for layer in found.layers}
@@ -131,7 +132,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
     for budget in budgets:
         try:
             allowed = budget.compressible_bytes(found.params, rest)
-        except BudgetError:  # not even the rest of the model fits
+        except BudgetError:  # the float rest of the model alone exceeds it
             allowed = None
         feasible = allowed is not None and allowed >= smallest
         reached += [budget] if feasible else []
@@ -172,7 +173,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
 
 
 def _first_missing(session: Session) -> str | None:
-    """Of the steps without whose artifact no later step has a key: the first that the store lacks."""
+    """The first missing step on whose artifact the keys of later steps depend; None if there is none."""
     listed = find(layers.spec(session), session.store)
     if listed is None:
         return "layers"
@@ -182,7 +183,7 @@ def _first_missing(session: Session) -> str | None:
 
 
 def _embeddings(session: Session) -> dict[str, Any] | None:
-    """The embedding tables that a run would quantize, and those that it would not; None where none are asked for."""
+    """The embedding tables that a run would quantize, and those it would skip; None if tables stay float."""
     settings = session.config.embeddings
     if settings is None:
         return None

@@ -1,8 +1,7 @@
-"""How long steps will take and what they will hold in memory, from one timed forward and one timed matrix product.
+"""Estimates of the steps' run time and memory, from one timed forward pass and one timed matrix product.
 
-An estimate and no promise: the counts of passes and products are those of the steps' own code, the few constants
-below were fitted to measured runs on CPUs (`minilm`, `vit_tiny`, 2 cores), and stopping criteria are taken at their
-worst.
+The numbers of passes and products follow the steps' code, the few constants below were fitted to measured runs on CPUs
+(`minilm`, `vit_tiny`, 2 cores), and early stopping is assumed not to happen.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from steps.base import Needs
 from steps.refine import WHOLE_SAMPLES
 from steps.session import Session
 
-ELEMENT = 25.0  # multiply-adds that one pass of element-wise work costs an entry
-MEASURED = 0.7  # share of the points that are measured: fronts of some bit pairs have fewer
-BACKWARD = 3.5  # forwards that a backward pass with squared weight gradients costs
+ELEMENT = 25.0  # cost of one element-wise pass per entry, in multiply-adds
+MEASURED = 0.7  # measured fraction of the points: the fronts of some bit pairs have fewer
+BACKWARD = 3.5  # cost of a backward pass with squared weight gradients, in forward passes
 FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "pack": 0.3}
 SUMMARY_SECONDS = 2.0  # drawing the report
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was timed on this machine.
+    """Measured speed of this machine.
 
     Attributes:
-        forward: seconds of the float model a sample.
-        product: seconds a multiply-add of a large matrix product.
-        outputs: entries of f(x) a sample.
+        forward: seconds per sample of the float model.
+        product: seconds per multiply-add of a large matrix product.
+        outputs: entries of f(x) per sample.
     """
 
     forward: float
@@ -56,7 +55,7 @@ class Speed:
 
 
 def measure_speed(session: Session) -> Speed:
-    """Time a forward of a calibration batch and a matrix product, both warm."""
+    """Time a forward pass of a calibration batch and a matrix product, both after a warm-up."""
     session.worker.context.use_threads()
     model = session.model
     batch = move_batch(spread_batches(session.calibration.batches, 1)[0], session.device, model.dtype)
@@ -69,7 +68,7 @@ def measure_speed(session: Session) -> Speed:
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls; calls that take long are not repeated."""
+    """Seconds of the fastest of up to 5 calls; no further calls after 0.5 s."""
     times: list[float] = []
     while len(times) < 5 and sum(times) < 0.5:
         started = time.perf_counter()
@@ -83,7 +82,7 @@ class Estimate:
 
     Args:
         session: configuration and data.
-        layers: what is compressed.
+        layers: the compressible layers.
         speed: of this machine.
     """
 
@@ -121,7 +120,7 @@ class Estimate:
         return SUMMARY_SECONDS if step == "summary" else fixed
 
     def _reconstruct(self) -> float:
-        """Seconds of one block's reconstruction: its share of a forward and backward pass a step."""
+        """Seconds of one block's reconstruction: its fraction of a forward and backward pass per step."""
         rounding = self.session.config.rounding
         blocks = METHODS[rounding.method].blocks
         passes = blocks.passes(rounding, len(self.layers.blocks)) if blocks is not None else 0.0
@@ -130,7 +129,7 @@ class Estimate:
         return self.speed.forward * (BACKWARD * passes * training.batch_size + 2 * samples)
 
     def _refine(self) -> float:
-        """Seconds of measuring whole allocations: a round runs what follows each layer, and all layers once."""
+        """Seconds of measuring whole allocations: per round, the model from each layer on, and the whole model once."""
         samples = min(self.search.samples, self.session.calibration.samples)
         every = min(WHOLE_SAMPLES * self.search.samples, self.session.calibration.samples)
         found = self.layers.layers
@@ -139,7 +138,7 @@ class Estimate:
 
     def _evaluated(self) -> int:
         data = self.session.evaluation
-        # User code runs on data that we do not see.
+        # A user's evaluation function may use data of unknown size.
         return data.samples if data.batches else self.session.calibration.samples
 
     def _capture(self) -> float:
@@ -154,7 +153,7 @@ class Estimate:
         return self.speed.forward * (every + samples * (1 + BACKWARD * passes))
 
     def _forms(self, layer: Layer) -> tuple[SearchConfig, Shape, list[tuple[Form[Any], Settings]]]:
-        """The search of a layer, its shape, and the forms that it may take with their settings."""
+        """The search settings of a layer, its shape, and its permitted forms with their settings."""
         search, shape = layer_search(self.search, layer), Shape(layer.out_features, layer.in_features, layer.groups)
         found = [(FORMS[name], settings) for name, settings in search.form_settings.items()]
         return search, shape, [(form, settings) for form, settings in found if form.serves(shape)]
@@ -203,7 +202,7 @@ class Estimate:
 
 
 def memory_bytes(session: Session, layers: LayerList) -> int:
-    """Bytes that the run will hold at most, on its device: what is held now, and the largest step on top."""
+    """Peak memory of the run on its device, in bytes: the current memory plus that of the largest step."""
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     model = sum(tensor.nbytes for tensor in session.model.module.state_dict().values())
     if session.device != "cpu":
@@ -220,7 +219,7 @@ def memory_bytes(session: Session, layers: LayerList) -> int:
     hessians = 2 * 4 * layers.params
     searching = max(Needs.of_layer(layer).memory_bytes for layer in layers.layers)
     paired = model + _kept_between_blocks(session.calibration, layers.layers)
-    # Twice: what PyTorch's temporaries and the allocator's gaps were seen to add.
+    # Twice, to allow for PyTorch's temporaries and memory fragmentation.
     return int(base + max(2 * (2 * activations + hessians), searching + 2 * paired))
 
 

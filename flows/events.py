@@ -1,10 +1,10 @@
-"""Tells the Prefect server that a model was searched, so that automations can go on from there.
+"""The event that a model's search is finished, with which Prefect automations start further runs.
 
-``mlorq.search.finished`` is emitted once the costs of every layer's candidates are known, by runs of ``compress`` that
-computed some of them. A run that found them all in the store has nothing to tell, and ``rebudget`` and ``sweep`` never
-tell anything: neither a repeated run nor a chain of runs goes on by itself. The payload is what ``rebudget`` takes. The
-deployments in ``prefect.yaml`` listen for it, and for ``mlorq.rebudget.requested`` and ``mlorq.compare.requested``,
-which are the user's to send.
+Runs of ``compress`` emit ``mlorq.search.finished`` once the costs of every layer's candidates are known, if they
+computed any of them. A run that found all of them in the store emits nothing, and neither do ``rebudget`` and
+``sweep``: otherwise repeated or chained runs would trigger further runs. The payload has the parameters of
+``rebudget``. The deployments in ``prefect.yaml`` react to it, and to ``mlorq.rebudget.requested`` and
+``mlorq.compare.requested``, which users send.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ SEARCH_STEPS = ("capture", "sensitivity")
 
 
 class SearchWatch:
-    """Implements ``flows.progress.Observer``: emits the event when the last of the search's steps is done.
+    """Implements ``flows.progress.Observer``: emits the event when the last step of the search has finished.
 
-    To be told of a run from its start, inside the flow run. What Prefect cannot take is left out: an event never fails
-    a run.
+    It must observe a run from its start, inside the flow run. If Prefect does not accept the event, the run continues.
 
     Args:
         config: of the run.
         model: its short name.
-        budgets: that the run is for.
+        budgets: of the run.
     """
 
     def __init__(self, config: RunConfig, model: str, budgets: list[str]) -> None:
@@ -45,13 +44,13 @@ class SearchWatch:
         self._phase = ""
 
     def phase(self, name: str, total: int) -> None:
-        """``total`` steps of a kind come next; the phase before is over."""
+        """The next phase, ``total`` steps of one kind, begins; the previous one is over."""
         if self._phase == SEARCH_STEPS[-1] and self._computed:
             self._emit()
         self._phase = name
 
     def step_finished(self, spec: StepSpec, outcome: Outcome) -> None:
-        """A step's artifact is there, computed now or reused."""
+        """A step has finished, computed or reused."""
         if spec.step in SEARCH_STEPS:
             self._keys.add(spec.key)
             self._computed |= not outcome.reused
@@ -78,16 +77,16 @@ class SearchWatch:
             "budgets": self._budgets,
         }
 
-    # -- nothing to tell about the rest ------------------------------------------------------------------------
+    # -- ignored ----------------------------------------------------------------------------------------------
 
     def step_started(self, spec: StepSpec) -> None:
-        """A step is being computed."""
+        """A step has started."""
 
     def step_progress(self, spec: StepSpec, done: int, total: int) -> None:
-        """A step that is being computed has done some of its units."""
+        """A running step has made progress."""
 
     def step_failed(self, spec: StepSpec) -> None:
-        """A step ended without an artifact."""
+        """A step has failed."""
 
     def close(self) -> None:
         """The run is over."""

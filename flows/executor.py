@@ -1,10 +1,9 @@
-"""Carries a run's steps out as Prefect task runs, one task a layer and step.
+"""Runs the steps of a run as Prefect task runs, one task per layer and step.
 
-A step's artifact is looked up in the store before anything else; a hit is shown to Prefect as Cached and takes neither
-a device nor a model. What has to be computed goes to a runner (``flows.runners``): single steps in the calling thread
-to the first one (so that successive rounding steps find their paired models), fan-outs to all of them, one a device,
-in as many threads; or to a Dask cluster (``flows.dask_pool``). Tasks take and return small JSON only: a step's
-description, a key.
+A step's artifact is first looked up in the store; a hit is recorded in Prefect as Cached and needs neither a device nor
+a model. Missing steps go to a runner (``flows.runners``): single steps in the calling thread to the first runner (so
+that successive rounding steps find their paired models), fan-outs to all runners, one per device, in as many threads;
+or to a Dask cluster (``flows.dask_pool``). Tasks take and return small JSON values only: a step's description, a key.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from flows.run import check_present
 from flows.runners import Runner, make_runner
 from flows.runners.base import POLL_SECONDS
 from steps.base import Outcome, StepSpec, find
-from steps.faults import RETRY_SECONDS, can_pass, patiently
+from steps.faults import RETRY_SECONDS, is_transient, with_retries
 from steps.session import Session
 
 if TYPE_CHECKING:
     from flows.dask_pool import DaskPool
 
-LOOK_UPS = 16  # at a time, where the store is behind a network
+LOOK_UPS = 16  # concurrent look-ups in a remote store
 
 
 class Stopped(Exception):
-    """Raised inside a step's progress report when the run was interrupted."""
+    """Raised in a step's progress callback if the run was interrupted."""
 
 
 class PrefectExecutor:
@@ -50,14 +49,14 @@ class PrefectExecutor:
 
     Args:
         session: of the run.
-        observer: told what happens.
-        devices: one runner each; the first is the session's.
-        allocate_only: the command that computes all else, where allocations alone may be computed.
-        interrupted: set by Ctrl-C: nothing is started any more, and running steps end at their next report.
+        observer: receives the progress.
+        devices: one runner each; the first is the session's device.
+        allocate_only: if only allocations may be computed, the command that computes the other steps.
+        interrupted: set by Ctrl-C: no further step starts, and running steps end at their next progress report.
 
     Raises:
-        ConfigError: what the configured runner needs is not there.
-        StoreError: the store cannot be reached from where steps run.
+        ConfigError: a requirement of the configured runner is missing.
+        StoreError: the processes that run steps cannot access the store.
     """
 
     def __init__(
@@ -75,8 +74,8 @@ class PrefectExecutor:
         self.ledger = Ledger()
         self.task_runs = 0
         self._interrupted = interrupted or threading.Event()
-        self._stop = threading.Event()  # the run is over: running steps end at their next report
-        self._skip = threading.Event()  # a step has failed: running steps end well, waiting ones are left out
+        self._stop = threading.Event()  # the run is over: running steps end at their next progress report
+        self._skip = threading.Event()  # a step has failed: running steps finish, waiting ones are skipped
         self._errors: dict[str, BaseException] = {}
         self._writable = False
         self._tasks: dict[str, Task[..., Any]] = {}
@@ -107,22 +106,22 @@ class PrefectExecutor:
     # -- steps.pipeline.Executor ------------------------------------------------------------------------------
 
     def phase(self, name: str, total: int) -> None:
-        """Announce that ``total`` steps of a kind come next."""
+        """Announce the next phase: ``total`` steps of one kind."""
         self.observer.phase(name, total)
 
     def run(self, spec: StepSpec) -> Outcome:
-        """Run one step on the session's worker, in the calling thread, unless its artifact is there."""
+        """Run one step on the session's worker, in the calling thread, unless the store has its artifact."""
         return self.map([spec], alone=True)[0]
 
     def map(self, specs: Sequence[StepSpec], alone: bool = False) -> list[Outcome]:
-        """Run independent steps whose artifacts are not there.
+        """Run independent steps, except those whose artifacts the store has.
 
         Args:
             specs: the steps.
-            alone: on the session's worker, in the calling thread, one after another.
+            alone: run on the session's worker, in the calling thread, one after another.
 
         Raises:
-            MlorqError: of the first step that failed; steps that ran beside it have ended well.
+            MlorqError: of the first failed step; steps that were running have been completed.
         """
         self._check_interrupted()
         found = self._find_all(specs)
@@ -136,7 +135,7 @@ class PrefectExecutor:
             self._check_writable()
             if self._dask is not None and missing[0].needs.device:
                 self._fan_out(missing, self._dask, home=alone)
-            # One runner needs no threads: in the main thread an interrupt takes effect at once.
+            # With one runner, steps run in the main thread: an interrupt takes effect at once.
             elif alone or len(self._runners) == 1:
                 for spec in missing:
                     self._check_interrupted()
@@ -149,7 +148,7 @@ class PrefectExecutor:
 
     def _find_all(self, specs: Sequence[StepSpec]) -> list[Outcome | None]:
         def look_up(spec: StepSpec) -> Outcome | None:
-            return patiently(lambda: find(spec, self.session.store))
+            return with_retries(lambda: find(spec, self.session.store))
 
         if self.session.store.is_local or len(specs) < 2:
             return [look_up(spec) for spec in specs]
@@ -170,7 +169,7 @@ class PrefectExecutor:
         self.task_runs += 1
 
     def _fan_out(self, specs: Sequence[StepSpec], dask: DaskPool | None = None, home: bool = False) -> None:
-        """Task runs in threads or on a cluster; the first ones of ``specs`` are started first."""
+        """Task runs in threads or on a cluster, started in the order of ``specs``."""
         futures: dict[PrefectFuture[Any], StepSpec] = {}
         finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         try:
@@ -203,7 +202,7 @@ class PrefectExecutor:
             raise failed
 
     def _submit_to(self, dask: DaskPool, spec: StepSpec, priority: int, home: bool) -> PrefectFuture[Any]:
-        from flows.dask_pool import carry_out_there
+        from flows.dask_pool import run_on_worker
 
         config = self.session.config
         parameters = {
@@ -213,11 +212,11 @@ class PrefectExecutor:
             "folder": config.folder,
         }
         self.observer.step_started(spec)
-        task_of_kind = _make_task(spec.step, carry_out_there)
+        task_of_kind = _make_task(spec.step, run_on_worker)
         return dask.submit(task_of_kind, spec, parameters, priority=priority, home=home)
 
     def _next(self, finished: queue.SimpleQueue[PrefectFuture[Any]]) -> PrefectFuture[Any]:
-        """The next task that is over; an interrupt is seen meanwhile."""
+        """The next finished task; checks for an interrupt while waiting."""
         while True:
             try:
                 return finished.get(timeout=POLL_SECONDS)
@@ -225,11 +224,11 @@ class PrefectExecutor:
                 self._check_interrupted()
 
     def _settle(self, future: PrefectFuture[Any], spec: StepSpec) -> BaseException | None:
-        """Take over how a task ended: what it made, or its error."""
-        future.wait()  # it is done; this takes its state over, which is else asked of the server
+        """Record the outcome of a finished task; returns its error if it failed."""
+        future.wait()  # returns at once and stores the state, which would otherwise be queried from the server
         state = future.state
         if state.is_completed():
-            if spec.key not in self.ledger.outcomes:  # carried out by another process
+            if spec.key not in self.ledger.outcomes:  # it ran in another process
                 value = future.result(raise_on_failure=False)
                 outcome = Outcome(spec.ref, value["reused"], value["seconds"])
                 self.ledger.add(spec, outcome)
@@ -244,18 +243,18 @@ class PrefectExecutor:
         return error if isinstance(error, BaseException) else RuntimeError(f"{state.name}: {state.message}")
 
     def _task(self, spec: StepSpec) -> Task[..., Any]:
-        """The Prefect task of a kind of step; Prefect's pages group runs by it."""
+        """The Prefect task of a step's name; Prefect's pages group task runs by it."""
         if spec.step not in self._tasks:
             self._tasks[spec.step] = _make_task(spec.step, self._carry_out)
         return self._tasks[spec.step]
 
     def _carry_out(self, label: str, spec: dict[str, Any] | None, pooled: bool, hit: str | None = None) -> Any:
-        """Body of every task: the step's artifact, as the store's URI and what making it took."""
+        """Body of every task: runs the step; returns the artifact's URI and the seconds that it took."""
         if hit is not None or spec is None:
             return Completed(name="Cached", message=f"reused {hit}", data={"uri": hit})
         step = StepSpec.from_json(spec)
         if self._skip.is_set() or self._stop.is_set() or self._interrupted.is_set():
-            return Cancelled(message="not started: the run ended before")
+            return Cancelled(message="not started: the run has ended")
         log = get_run_logger()
 
         with self._lease(pooled) as runner:
@@ -274,18 +273,18 @@ class PrefectExecutor:
         self.ledger.add(step, outcome)
         self.observer.step_finished(step, outcome)
         uri = self.session.store.uri(outcome.ref)
-        if outcome.reused:  # another run made it since we looked
+        if outcome.reused:  # another run has written it since the look-up
             return Completed(name="Cached", message=f"reused {uri}", data={"uri": uri})
         return {"uri": uri, "seconds": outcome.seconds}
 
     def _check_interrupted(self) -> None:
-        """In the main thread: stop where the interrupt itself was lost (``flows.terminal.interruptible``)."""
+        """Stop the main thread if the KeyboardInterrupt itself was lost (``flows.terminal.interruptible``)."""
         if self._interrupted.is_set():
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def _lease(self, pooled: bool) -> Iterator[Runner]:
-        """A runner for the time of a step."""
+        """A runner for the duration of a step."""
         if not pooled:
             yield self._runners[0]
             return
@@ -296,14 +295,14 @@ class PrefectExecutor:
             self._free.put(runner)
 
     def _check_writable(self) -> None:
-        """Before the first step that is computed, so that a run that only reuses can read from a read-only store."""
+        """Check once, before the first computed step: a run that only reuses artifacts works with a read-only store."""
         if not self._writable:
-            patiently(self.session.store.check_writable)
+            with_retries(self.session.store.check_writable)
             self._writable = True
 
 
 class _TaskWatch:
-    """What a runner tells about one step, and how it learns that the run is over."""
+    """Implements ``flows.runners.Watch`` for one step; raises in the runner if the run is over."""
 
     def __init__(self, executor: PrefectExecutor, step: StepSpec, pooled: bool, log: Any) -> None:
         self._executor = executor
@@ -326,7 +325,7 @@ class _TaskWatch:
 
 
 def _make_runners(session: Session, devices: Sequence[str]) -> list[Runner]:
-    """One runner a device; those in this process have a model of their own each, the first one the flow's."""
+    """One runner per device; in this process each has its own copy of the model, the first one the session's."""
     config = session.config
     runners = [make_runner(config, devices[0], lambda: session.worker)]
     if config.engine.runner == "threads":
@@ -355,4 +354,4 @@ def _make_task(step: str, body: Callable[..., Any]) -> Task[..., Any]:
 
 def _is_worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     data = state.data
-    return isinstance(data, BaseException) and can_pass(data)
+    return isinstance(data, BaseException) and is_transient(data)

@@ -1,4 +1,4 @@
-"""What a run did: every step with its outcome, and what of it each result stands on."""
+"""The steps of a run with their outcomes, and the account of each result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from steps.base import Outcome, StepSpec
 
 @dataclass(frozen=True)
 class Account:
-    """What one result cost.
+    """The steps behind one result.
 
     Attributes:
-        computed: steps computed for it in this run.
-        reused: steps it stands on that were there already.
-        seconds: by step name, what the artifacts took when they were made, now or earlier.
+        computed: number of steps computed for it in this run.
+        reused: number of steps whose artifacts existed already.
+        seconds: time that computing the artifacts took, now or earlier, by step name.
     """
 
     computed: int
@@ -32,13 +32,13 @@ class Account:
 
 @dataclass
 class Ledger:
-    """Every step of a run by key; the first outcome of a key counts."""
+    """Every step of a run by key, with its first outcome."""
 
     specs: dict[str, StepSpec] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def add(self, spec: StepSpec, outcome: Outcome) -> None:
-        """Note a step's outcome."""
+        """Record a step's outcome."""
         self.specs.setdefault(spec.key, spec)
         self.outcomes.setdefault(spec.key, outcome)
 
@@ -49,7 +49,7 @@ class Ledger:
         return {"computed": len(self.outcomes) - reused, "reused": reused}
 
     def accounts(self, results: Sequence[ArtifactRef]) -> list[Account]:
-        """One account a result, in order: what two results share is computed for the first and reused for the next."""
+        """One account per result, in order; a step that two results share counts as computed for the first only."""
         seen: set[str] = set()
         accounts = []
         for result in results:
@@ -64,7 +64,7 @@ class Ledger:
         return accounts
 
     def _behind(self, result: ArtifactRef) -> list[str]:
-        """Keys of a result and of all it was made from, in the order of the run."""
+        """Keys of a result and of all artifacts that it depends on, in the order of the run."""
         found: set[str] = set()
         waiting = [result.key]
         while waiting:

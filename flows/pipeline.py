@@ -1,4 +1,4 @@
-"""The body that the flows share: one pipeline, carried out by Prefect tasks, with its result as Prefect artifacts."""
+"""The common body of the flows: the pipeline, run as Prefect tasks, with its result as Prefect artifacts."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
     """Name of a flow run.
 
     Args:
-        default: budgets, where the run is given none; None for the configuration's.
+        default: budgets if the run has none; None: those of the configuration.
     """
     parameters = flow_run.parameters
     try:
         config = read_config(parameters["config"], parameters.get("folder") or "")
     except MlorqError:
-        return "of a wrong configuration"  # which the flow then says, so that the run counts as failed
+        return "of a wrong configuration"  # the flow then raises the error, and the run counts as failed
     asked = [config.budget] if isinstance(config.budget, str) else config.budget
     budgets = parameters.get("budgets") or default or asked
     return f"{config.model.display_name} {' '.join(budgets)}"
@@ -55,17 +55,17 @@ def carry_out(
     allocate_only: bool = False,
     announce: bool = False,
 ) -> dict[str, Any]:
-    """Run the pipeline inside a flow run; ``flows.run.results_json`` says what comes back.
+    """Run the pipeline inside a flow run; returns ``flows.run.results_json``.
 
     Args:
-        config: of the run, as plain values, or where its file is.
-        folder: that relative paths start from.
-        budgets: instead of the configuration's.
-        allocate_only: stop after the integer programs, and compute nothing else.
+        config: of the run, as plain values, or the location of its file.
+        folder: base of relative paths.
+        budgets: override the configuration's.
+        allocate_only: compute nothing but the integer programs.
         announce: emit an event when the search is finished (``flows.events``).
 
     Raises:
-        MlorqError: the input is at fault.
+        MlorqError: the input is wrong.
     """
     started = time.perf_counter()
     run_config = read_config(config, folder)
@@ -78,7 +78,7 @@ def carry_out(
 def run_on(
     session: Session, budgets: Sequence[Budget], started: float, *, allocate_only: bool = False, announce: bool = False
 ) -> dict[str, Any]:
-    """``carry_out`` where model and data are loaded and checked."""
+    """``carry_out`` for a session whose model and data are loaded and checked."""
     config, log = session.config, get_run_logger()
     texts = [budget.text for budget in budgets]
     subject = f"{session.config.model.display_name} {' '.join(texts)}"
@@ -104,36 +104,34 @@ def run_on(
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
-        show_curve(found["results"], f"{session.config.model.display_name}: size and accuracy")
+        _show_curve(found["results"], f"{session.config.model.display_name}: size and accuracy")
     steps = found["steps"]
     took = format_seconds(found["wall_seconds"])
     log.info("%d steps computed, %d reused, in %s", steps["computed"], steps["reused"], took)
     return found
 
 
-# -- what Prefect's pages show ------------------------------------------------------------------------------------
+# -- pages in Prefect's UI ----------------------------------------------------------------------------------------
 
 
 def show(key: str, create: Callable[[str], object]) -> None:
-    """Make an artifact of Prefect's. The result is in the store: that Prefect cannot take a page fails no run."""
+    """Create a Prefect artifact. The result is in the store, so a failure here is only logged."""
     try:
         create(key)
     except Exception as error:
-        get_run_logger().warning("artifact %r could not be made: %r", key, error)
+        get_run_logger().warning("artifact %r could not be created: %r", key, error)
 
 
-def show_curve(results: Sequence[dict[str, Any]], title: str) -> bytes:
-    """The size–accuracy plot as an artifact; gives the PNG."""
-    picture = size_accuracy_picture(results, title)
-    markdown = picture_markdown(title, picture)
+def _show_curve(results: Sequence[dict[str, Any]], title: str) -> None:
+    """Create an artifact with the size–accuracy plot."""
+    markdown = picture_markdown(title, size_accuracy_picture(results, title))
     show("size-accuracy", lambda key: create_markdown_artifact(key=key, markdown=markdown, description=title))
-    return picture
 
 
 def _show_result(session: Session, compressed: Compressed, result: dict[str, Any]) -> None:
-    """One budget's pages: a table of its layers, its totals with links, the fronts with what was chosen."""
+    """Create one budget's pages: a table of its layers, its totals with links, and the fronts."""
     run = result["run"]
-    table, about = result["allocation"], f"{run}: what every layer became"
+    table, about = result["allocation"], f"{run}: the chosen candidate of every layer"
     show("allocation", lambda key: create_table_artifact(key=key, table=table, description=about))
     files: dict[str, str] = {}
     if compressed.summary is not None:
@@ -144,7 +142,7 @@ def _show_result(session: Session, compressed: Compressed, result: dict[str, Any
         except MlorqError as error:
             get_run_logger().warning("no picture of %s: %s", run, error)
         else:
-            fronts = f"{run}: candidates of all layers and what was chosen"
+            fronts = f"{run}: candidates of all layers, and the chosen ones"
             show("pareto", lambda key: create_markdown_artifact(key=key, markdown=picture, description=fronts))
     page = result_markdown(result, files)
     show("result", lambda key: create_markdown_artifact(key=key, markdown=page, description=run))

@@ -1,4 +1,4 @@
-"""Fan-outs over several child processes on one device, without Prefect: for programs that run steps themselves."""
+"""Fan-outs over several child processes on one device, without Prefect: for programs that run steps directly."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from steps.session import Session
 
 
 class Pool(InProcess):
-    """As ``InProcess``; layers are shared out among ``workers`` processes on the session's device.
+    """Like ``InProcess``, but fan-outs are distributed over ``workers`` processes on the session's device.
 
-    One process seldom keeps a GPU busy: small kernels of several fill it. Used as a context manager, it ends them.
+    One process seldom keeps a GPU busy; the small kernels of several do. A context manager: leaving it ends them.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Pool(InProcess):
             runner.close()
 
     def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
-        """Run steps in the child processes; in this one where there is one step or one worker."""
+        """Run steps in the child processes; in this process if there is one step or one worker."""
         if min(self.workers, len(specs)) < 2:
             return super().map(specs)
         outcomes = []
         with ThreadPoolExecutor(self.workers) as threads:
             for spec, outcome in zip(specs, threads.map(self._carry_out, specs), strict=True):
-                self.tell(spec, outcome)
+                self.finished(spec, outcome)
                 outcomes.append(outcome)
         return outcomes
 

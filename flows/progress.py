@@ -1,8 +1,8 @@
-"""What a run shows while it works: a line a phase in the terminal, and a progress artifact a phase in Prefect.
+"""Progress of a run: one line per phase in the terminal, and one progress artifact per phase in Prefect.
 
-An executor tells an observer what happens; several observers can listen. How far a phase is, and how long it still
-takes, is kept in one record (``Phase``) that all of them read: finished steps count as one each, running ones as the
-share they report, and the time left follows from the steps that were computed and not from those that were reused.
+An executor notifies an observer, which can pass everything on to several. The progress and the remaining time of a
+phase are kept in a ``Phase``: a finished step counts as one, a running step as the fraction that it reports, and the
+remaining time is extrapolated from computed steps only, not from reused ones.
 """
 
 from __future__ import annotations
@@ -20,44 +20,45 @@ from uuid import UUID
 from steps.base import Outcome, StepSpec
 
 LOGGER = logging.getLogger(__name__)
-UPDATE_SECONDS = 1.0  # how often a progress artifact is written at most
-LINE_SECONDS = 10.0  # how often a plain line tells about a step that is running
+UPDATE_SECONDS = 1.0  # minimum interval between updates of a progress artifact
+LINE_SECONDS = 10.0  # interval of plain lines about a running step
 
 
 class Observer(Protocol):
-    """Told by an executor, from any thread, what happens."""
+    """Receives the notifications of an executor, from any thread."""
 
     def phase(self, name: str, total: int) -> None:
-        """``total`` steps of a kind come next; the phase before is over."""
+        """The next phase, ``total`` steps of one kind, begins; the previous one is over."""
 
     def step_started(self, spec: StepSpec) -> None:
-        """A step is being computed."""
+        """A step has started."""
 
     def step_progress(self, spec: StepSpec, done: int, total: int) -> None:
-        """A step that is being computed has done ``done`` of ``total`` units."""
+        """A running step has completed ``done`` of ``total`` units."""
 
     def step_finished(self, spec: StepSpec, outcome: Outcome) -> None:
-        """A step's artifact is there, computed now or reused."""
+        """A step has finished, computed or reused."""
 
     def step_failed(self, spec: StepSpec) -> None:
-        """A step ended without an artifact."""
+        """A step has failed."""
 
     def close(self) -> None:
-        """The run is over, whichever way."""
+        """The run is over, successfully or not."""
 
 
 @dataclass
 class Phase:
-    """How far one phase is.
+    """Progress of one phase.
 
     Attributes:
         name: of its steps.
         total: number of steps.
-        started: when it began, by ``clock``.
-        computed, reused: steps finished so far.
-        running: share done of every step that is being computed, by key.
-        labels: what those steps are called.
-        clock: seconds, rising.
+        clock: gives the time in seconds.
+        computed, reused: number of finished steps.
+        running: completed fraction of every running step, by key.
+        labels: names of the running steps, by key.
+        first_work: time at which the first computed step started, by ``clock``; None before.
+        started: time at which the phase began, by ``clock``.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Phase:
 
     @property
     def share(self) -> float:
-        """Share of the phase that is done, running steps included, 0 to 1."""
+        """Completed fraction of the phase, running steps included, 0 to 1."""
         return min(1.0, (self.done + sum(self.running.values())) / max(1, self.total))
 
     @property
@@ -90,7 +91,7 @@ class Phase:
 
     @property
     def left(self) -> float | None:
-        """Seconds that the rest takes if its steps are like those computed so far; None before that is known."""
+        """Remaining seconds, extrapolated from the steps computed so far; None if too little is computed."""
         if self.first_work is None:
             return None
         worked = self.computed + sum(self.running.values())
@@ -101,23 +102,23 @@ class Phase:
 
     @property
     def current(self) -> str:
-        """What is being computed now."""
+        """Names of the running steps."""
         return ", ".join(self.labels.values())
 
     def begin(self, spec: StepSpec) -> None:
-        """A step starts to be computed."""
+        """A step has started."""
         if self.first_work is None:
             self.first_work = self.clock()
         self.running[spec.key] = 0.0
         self.labels[spec.key] = spec.layer or ""
 
     def advance(self, spec: StepSpec, done: int, total: int) -> None:
-        """A running step reports its share."""
+        """A running step has completed ``done`` of ``total`` units."""
         if spec.key in self.running:
             self.running[spec.key] = min(1.0, done / max(1, total))
 
     def end(self, spec: StepSpec, outcome: Outcome | None) -> None:
-        """A step is over; without an outcome it failed."""
+        """A step has ended; without an outcome, it failed."""
         self.running.pop(spec.key, None)
         self.labels.pop(spec.key, None)
         if outcome is not None:
@@ -126,7 +127,7 @@ class Phase:
 
 
 class _PhaseObserver:
-    """Keeps the current phase; what is made of it is a subclass's."""
+    """Keeps the current phase; subclasses display it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -185,9 +186,9 @@ class _PhaseObserver:
 
 
 class PlainProgress(_PhaseObserver):
-    """Lines on a stream that is no terminal: one a computed step, one a phase for all that was reused.
+    """Lines on a stream other than a terminal: one per computed step, one per phase for all reused steps.
 
-    A step that runs for long is told about every ``LINE_SECONDS``.
+    A running step is reported every ``LINE_SECONDS``.
     """
 
     def __init__(self, stream: IO[str] | None = None) -> None:
@@ -220,7 +221,7 @@ class PlainProgress(_PhaseObserver):
 
 
 class RichProgress(_PhaseObserver):
-    """A live line a phase, on a terminal."""
+    """One live line per phase, on a terminal."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         super().__init__()
@@ -258,7 +259,7 @@ class RichProgress(_PhaseObserver):
     def _changed(self, phase: Phase) -> None:
         self._progress.update(
             self._task,
-            # A bar that is full counts as finished, which is not true before the last step has ended.
+            # Below 100 % until the last step has ended: Rich treats a full bar as finished.
             completed=min(phase.share, 0.999 if phase.done < phase.total else 1.0) * phase.total,
             count=f"{phase.done}/{phase.total}",
             detail=phase.current,
@@ -298,12 +299,12 @@ def format_seconds(seconds: float | None) -> str:
 
 
 class PrefectProgress(_PhaseObserver):
-    """A progress artifact a phase, named after it, written at most about once a second by a thread of its own.
+    """One progress artifact per phase, named after it, updated about once per second by a separate thread.
 
-    To be made and closed inside a flow run. What Prefect cannot take is left out: progress never fails a run.
+    It must be created and closed inside a flow run. Errors of Prefect are only logged: the run continues.
 
     Args:
-        subject: what the run is about, for the artifacts' descriptions.
+        subject: title of the run, for the artifacts' descriptions.
     """
 
     def __init__(self, subject: str) -> None:
@@ -325,7 +326,7 @@ class PrefectProgress(_PhaseObserver):
         except Exception as error:
             LOGGER.debug("no progress artifact for %s: %r", phase.name, error)
         if self._thread is None:
-            # With the flow's context: Prefect keeps there which server it talks to.
+            # With the flow's context, which holds the server that Prefect uses.
             context = contextvars.copy_context()
             self._thread = threading.Thread(target=context.run, args=(self._write_often,), daemon=True)
             self._thread.start()
@@ -368,7 +369,7 @@ class PrefectProgress(_PhaseObserver):
 
 
 class Observers:
-    """Passes everything on to several observers."""
+    """Passes all notifications on to several observers."""
 
     def __init__(self, members: Sequence[Observer]) -> None:
         self.members = list(members)

@@ -1,4 +1,4 @@
-"""Flow ``rebudget``: further budgets for a model that was searched; only what depends on the budget is computed."""
+"""Flow ``rebudget``: further budgets for a searched model; only steps that depend on the budget are computed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def rebudget_flow(
     """Compress a model to further budgets.
 
     Args:
-        config: of the run that searched the model, or the file that says it.
-        folder: that relative paths of the configuration start from; empty: the working directory.
-        budgets: instead of the configuration's: "3bit", "12.5%", "25MB".
-        allocate_only: stop after the integer programs; the search must be in the store then.
+        config: configuration of the run that searched the model, or the path of its file.
+        folder: base of relative paths in the configuration; empty: the working directory.
+        budgets: override the configuration's: "3bit", "12.5%", "25MB".
+        allocate_only: stop after the integer programs; requires that the store has the search.
 
     Returns:
         As ``compress_flow``; with ``allocate_only``, ``nmse``, ``metric`` and ``checkpoint`` are null.

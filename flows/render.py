@@ -1,4 +1,4 @@
-"""What people read at the end of a command: tables in the terminal, Markdown for Prefect's pages."""
+"""The results of commands for display: tables in the terminal, Markdown for Prefect's pages."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rich.text import Text
 from flows.progress import format_seconds
 from mlorq.forms.base import FORMS
 
-NARROWEST = 110  # columns; where the output is no terminal there is no width to fit
+DEFAULT_WIDTH = 110  # columns, if the output is not a terminal
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
-LONG_FACTS = ("seconds a step",)  # of a result
+LONG_FACTS = ("seconds by step",)  # rows of a result with long values
 
 
 def console(stream: IO[str] | None = None) -> Console:
     """A console on standard output."""
     stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else NARROWEST, highlight=False, soft_wrap=False)
+    return Console(file=stream, width=None if stream.isatty() else DEFAULT_WIDTH, highlight=False, soft_wrap=False)
 
 
 def size(count: int | None) -> str:
-    """Bytes for people: ``1,234 B (1.2 kB)``."""
+    """Bytes for display: ``1,234 B (1.23 kB)``."""
     if count is None:
         return "-"
     for unit, value in UNITS:
@@ -36,12 +36,12 @@ def size(count: int | None) -> str:
 
 
 def _kinds(rest: Mapping[str, int] | None) -> str:
-    """What stays float, largest first: ``: embeddings 46.9 MB, norms 0.1 MB``."""
+    """Sizes of the float rest by kind, largest first: ``: embeddings 46.9 MB, norms 0.1 MB``."""
     shown = sorted(((count, kind) for kind, count in (rest or {}).items() if count), reverse=True)
     parts = []
     for count, kind in shown:
         unit, value = next(((unit, value) for unit, value in UNITS if count >= value), ("B", 1))
-        name = "layers left alone" if kind == "layers" else kind.replace("_", " ")
+        name = "skipped layers" if kind == "layers" else kind.replace("_", " ")
         parts.append(f"{name} {count / value:.3g} {unit}")
     return ": " + ", ".join(parts) if parts else ""
 
@@ -54,7 +54,7 @@ def bits_of(row: Mapping[str, Any]) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """Names and values, without lines."""
+    """A table of names and values, without borders."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -77,7 +77,7 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[
 
 
 def allocation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What every layer became."""
+    """The chosen candidate of every layer."""
     cells = [
         (row["layer"], row["form"], bits_of(row), f"{row['bytes']:,}", f"{row['global_cost']:.3e}") for row in rows
     ]
@@ -85,7 +85,7 @@ def allocation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Totals of one result; those that are not known yet are left out."""
+    """Totals of one result; unknown ones are omitted."""
     pairs = [
         ("run", result["run"]),
         ("budget", f"{result['budget']} = {size(result['budget_bytes'])}"),
@@ -113,7 +113,7 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs.append(("solver", f"{solver['name']}: {solver['status']}{gap}, {format_seconds(solver['seconds'])}"))
     if result.get("seconds"):
         pairs.append(
-            ("seconds a step", ", ".join(f"{step} {seconds:.1f}" for step, seconds in result["seconds"].items()))
+            ("seconds by step", ", ".join(f"{step} {seconds:.1f}" for step, seconds in result["seconds"].items()))
         )
     steps = result["steps"]
     pairs.append(("steps", f"{steps['computed']} computed, {steps['reused']} reused"))
@@ -127,22 +127,22 @@ def _quantized(activations: Mapping[str, Any]) -> str:
     counts = Counter(widths.values())
     shares = ", ".join(f"{counts[bits]} x {bits} bit" for bits in sorted(counts))
     share = activations["bit_operations"] / activations["compute"]
-    operations = f"{activations['bit_operations']:.3g} bit operations a sample, {share:.1%} of those allowed"
+    operations = f"{activations['bit_operations']:.3g} bit operations per sample, {share:.1%} of the budget"
     return f"{shares}, {activations['method']}; {operations}"
 
 
 def print_result(result: Mapping[str, Any], out: Console, *, load: str | None = None) -> None:
-    """The end of ``mlorq compress``.
+    """Print the result of ``mlorq compress``.
 
     Args:
         result: the public result object.
-        out: where to.
-        load: how to load the checkpoint, as Python.
+        out: the console.
+        load: Python code that loads the checkpoint.
     """
     out.print(allocation_table(result["allocation"]))
     out.print()
     out.print(facts(result_facts(result)))
-    # Never broken into lines, for those who copy them.
+    # Without line breaks, so that they can be copied.
     if result.get("checkpoint"):
         out.print(f"\ncheckpoint: {result['checkpoint']}", markup=False, soft_wrap=True)
     if load:
@@ -154,9 +154,9 @@ def result_markdown(result: Mapping[str, Any], files: Mapping[str, str] | None =
 
     Args:
         result: the public result object.
-        files: of the run in the store, by what they are called.
+        files: URIs of the run's files in the store, by name.
     """
-    # Prefect's pages break no line inside a table: what may be long stands below it.
+    # Prefect's pages do not wrap lines inside tables: long values follow below.
     pairs = result_facts(result)
     lines = [f"# {result['run']}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in pairs if name not in LONG_FACTS]
@@ -172,22 +172,22 @@ def result_markdown(result: Mapping[str, Any], files: Mapping[str, str] | None =
 
 
 def location_markdown(uri: str) -> str:
-    """A place in the store: a link where a browser follows it, else text to copy.
+    """A location in the store: a link if a browser can open it, else text to copy.
 
-    Browsers open neither ``s3://`` nor, from a page that came over the network, ``file://``.
+    Browsers open neither ``s3://`` nor, from a page loaded over the network, ``file://``.
     """
     return f"[{uri}]({uri})" if uri.startswith(("http://", "https://")) else f"`{uri}`"
 
 
 def picture_markdown(title: str, picture: bytes) -> str:
-    """A picture as a Markdown page that holds it; on Prefect's page of an image, so long a URL runs over the edge."""
+    """A picture embedded in a Markdown page. An image artifact would show the long data URL next to it."""
     from mlorq.evaluation.report import data_url, small_picture
 
     return f"![{title}]({data_url(small_picture(picture))})\n"
 
 
 def budgets_table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The final result of a run, one row a budget."""
+    """The result of a run, one row per budget."""
     rows = []
     for result in results:
         row = {"run": result["run"], "budget": result["budget"], "bytes": result["bytes"]}
@@ -208,7 +208,7 @@ def budgets_table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def result_line(result: Mapping[str, Any]) -> str:
-    """One result in a line of a log."""
+    """One result as a line of the log."""
     parts = [f"{result['run']}: {size(result['bytes'])} for the compressible layers"]
     if result.get("nmse") is not None:
         parts.append(f"output NMSE {result['nmse']:.4g}")
@@ -222,7 +222,7 @@ def result_line(result: Mapping[str, Any]) -> str:
 
 
 def print_plan(plan: Mapping[str, Any], out: Console) -> None:
-    """The end of a dry run."""
+    """Print the report of a dry run."""
     cells = [
         (
             row["layer"],
@@ -237,12 +237,12 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     right = ("weights", "share", "smallest bytes")
     out.print(grid(("layer", "kind", "shape", "weights", "share", "smallest bytes"), cells, right=right))
     for row in plan["skipped"]:
-        out.print(f"left alone: {row['layer']} ({row['reason']})", markup=False)
+        out.print(f"skipped: {row['layer']} ({row['reason']})", markup=False)
     tables = plan["embeddings"] or {"tables": [], "skipped": []}
     for name in tables["tables"]:
         out.print(f"embedding table: {name} ({tables['bits']} bit)", markup=False)
     for row in tables["skipped"]:
-        out.print(f"left float: {row['table']} ({row['reason']})", markup=False)
+        out.print(f"stays float: {row['table']} ({row['reason']})", markup=False)
     out.print()
     pairs = [
         ("compressible layers", f"{len(plan['layers'])} with {plan['params']:,} weights"),
@@ -272,7 +272,7 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
 
 
 def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
-    """The end of ``mlorq inspect``."""
+    """Print the contents of a checkpoint (``mlorq inspect``)."""
     cells = [
         (
             row["layer"],
@@ -316,7 +316,7 @@ def _short(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
-    """The end of ``mlorq sweep``."""
+    """Print the result of ``mlorq sweep``."""
     cells = []
     for result in results:
         metric = result["metric"]
@@ -328,9 +328,14 @@ def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
     out.print()
 
 
+def forms_column() -> str:
+    """Name of the column that counts the layers in each form."""
+    return " / ".join(form.name for form in FORMS)
+
+
 def print_comparison(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
-    """The end of ``mlorq compare``."""
-    forms = " / ".join(form.name for form in FORMS)
+    """Print the table of ``mlorq compare``."""
+    forms = forms_column()
     cells = []
     for row in rows:
         metric, before = row["metric"], row["metric_float"]
@@ -357,7 +362,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
 
 
 def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
-    """The end of ``mlorq runs``."""
+    """Print the list of ``mlorq runs``."""
     cells = []
     for run in runs:
         metric = run["metric"]
@@ -377,12 +382,12 @@ def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
 
 
 def print_models(rows: Sequence[Mapping[str, str]], out: Console) -> None:
-    """The end of ``mlorq models``: a row a kind of model, what was measured and by which command below it."""
+    """The output of ``mlorq models``: one row per kind of model, then the measured results with their commands."""
     columns = ("model", "family", "task", "tested")
     out.print(grid(columns, [tuple(row[name] for name in columns) for row in rows]))
     out.print("\nmeasured, on real weights and data:", markup=False)
     out.print(facts((row["model"], f"{row['measured']} ({row['command']})") for row in rows if row["measured"]))
-    out.print("\nto run the others whole, with random weights:", markup=False)
+    out.print("\nto run the others completely, with random weights:", markup=False)
     for row in rows:
         if row["command"] and not row["measured"]:
             out.print(f"  {row['command']}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands that look at results: checkpoints, finished runs, known models."""
+"""Commands that read results: checkpoints, finished runs, known models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluate(arguments: argparse.Namespace) -> Finish:
     hashes = inspect_checkpoint(arguments.checkpoint)["hashes"]
     session = open_session(config)
     if hashes.get("model") not in (None, session.model.key):
-        say("note: the checkpoint was made from another float model than the configuration's")
+        say("note: the checkpoint was made from a float model other than the configuration's")
     result = _measure(arguments.checkpoint, session)
 
     def finish() -> int:
@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> Finish:
 
 
 def _measure(checkpoint: str, session: Session) -> dict[str, Any]:
-    """A checkpoint's metrics and NMSE beside the float model's, which are kept in the store."""
+    """Metrics and output NMSE of a checkpoint, with the metrics of the float model, which the store keeps."""
     import torch
 
     from flows.progress import terminal_progress
@@ -105,7 +105,7 @@ def inspect(arguments: argparse.Namespace) -> Finish:
 
 
 def export(arguments: argparse.Namespace) -> Finish:
-    """Turn a checkpoint into files of another kind."""
+    """Convert a checkpoint to files of another format."""
     import yaml
 
     from mlorq.export_targets import export as write
@@ -127,7 +127,7 @@ def export(arguments: argparse.Namespace) -> Finish:
 
 
 def runs(arguments: argparse.Namespace) -> Finish:
-    """List finished runs, oldest first; damaged ones are named at the end."""
+    """List finished runs, oldest first; damaged ones are reported at the end."""
     store = named_store(arguments)
     found, damaged = [], []
     sizes = ("budget_bytes", "bytes", "file_bytes", "float_bytes")
@@ -156,7 +156,7 @@ def runs(arguments: argparse.Namespace) -> Finish:
 
 
 def report(arguments: argparse.Namespace) -> Finish:
-    """Where a run's page and picture are, or one page of it, with its place among the runs of the same model."""
+    """Print where a run's page and picture are, or write one page that compares it with the runs of the same model."""
     from mlorq.evaluation.report import render_report, size_accuracy_picture
 
     if arguments.output is not None:
@@ -168,7 +168,7 @@ def report(arguments: argparse.Namespace) -> Finish:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise StoreError(f"no run {arguments.run!r} in the store {hide_password(store.url)} (see mlorq runs){hint}")
     ref, result = known[arguments.run]
-    # The float model's evaluation is one of a model and of evaluation data: who shares it can be compared.
+    # Runs with the same baseline have the same float model and evaluation data, and are comparable.
     same = [run for _, run in known.values() if run["artifacts"]["baseline"] == result["artifacts"]["baseline"]]
     found = {
         "run": result["run"],
@@ -193,7 +193,7 @@ def report(arguments: argparse.Namespace) -> Finish:
 
 
 def _results(store: Store) -> Iterator[tuple[ArtifactRef, dict[str, Any]]]:
-    """Result objects of the store's runs; damaged ones are told about and left out."""
+    """Result objects of the store's runs; damaged ones are reported and skipped."""
     for ref in store.refs("summary"):
         try:
             yield ref, store.read_json(ref, "run.json")
@@ -212,7 +212,7 @@ def _write_file(location: str, data: bytes) -> None:
 
 
 def models(arguments: argparse.Namespace) -> Finish:
-    """List models that are known to work."""
+    """List the tested models."""
     from mlorq.models import known_models
 
     rows = known_models()

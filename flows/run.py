@@ -1,4 +1,4 @@
-"""What every flow and command does before and after the pipeline: check all that can be known, put results together."""
+"""Common work of flows and commands before and after the pipeline: checks, and the collection of results."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ COMPUTED_BY_ALLOCATE_ONLY = ("allocate", "joint", "refine")
 
 @dataclass(frozen=True)
 class Handed:
-    """What a command hands to the flow it calls beside the flow's parameters, which are plain JSON.
+    """Objects that a command passes to its flow in addition to the flow's parameters, which are plain JSON.
 
     Attributes:
-        session: already checked, with model and data loaded.
-        budgets: parsed; the flow's parameter has their texts, for people.
+        session: checked, with model and data loaded.
+        budgets: parsed; the flow's parameter has their texts, for display.
         observer: of the terminal.
-        command: that computes what is missing, for messages.
+        command: command line that computes missing steps, for messages.
         record: called with the flow run's id and the number of its task runs.
         interrupted: set by Ctrl-C.
     """
@@ -53,7 +53,7 @@ _HANDED: ContextVar[Handed | None] = ContextVar("handed", default=None)
 
 @contextmanager
 def handing(value: Handed) -> Iterator[None]:
-    """Hand something to the flow that is called inside."""
+    """Pass ``value`` to the flow that is called inside the context."""
     token = _HANDED.set(value)
     try:
         yield
@@ -62,7 +62,7 @@ def handing(value: Handed) -> Iterator[None]:
 
 
 def handed() -> Handed | None:
-    """What the calling command handed over; None where a flow runs by itself, in a deployment."""
+    """The object that the calling command passed; None if no command called the flow (in a deployment)."""
     return _HANDED.get()
 
 
@@ -72,31 +72,31 @@ def handed() -> Handed | None:
 def open_session(config: RunConfig, *, to_estimate: bool = False) -> Session:
     """A session on the run's first device; nothing is loaded yet.
 
-    Where steps run elsewhere, the flow's own process only looks at model and data: on the CPU, which leaves the devices
-    to the steps.
+    If steps run in other processes, the flow's process only inspects model and data: it uses the CPU and leaves the
+    devices to the steps.
 
     Args:
-        config: the run's.
-        to_estimate: no steps will run: take the device that they would have, as far as it is this machine's.
+        config: of the run.
+        to_estimate: no steps will run: use the device that they would have, if it is one of this machine.
 
     Raises:
-        ConfigError: a device is not there.
-        StoreError: the store's URL is of no known kind.
+        ConfigError: a device does not exist.
+        StoreError: the protocol of the store's URL is unknown.
     """
     elsewhere = config.engine.runner == "dask" or (config.engine.steps != "inprocess" and not to_estimate)
     return Session(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
 
 
 def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool = False) -> Session:
-    """A workbench with model and data loaded and everything checked that can be before long work.
+    """A session with model and data loaded, after all checks that are possible before the run.
 
     Args:
-        config: the run's configuration.
-        budgets: of the run; those that the model cannot be made small enough for are refused.
-        allocate_only: whether nothing but integer programs is to be run: evaluation data is not needed then.
+        config: of the run.
+        budgets: of the run; rejected if the model cannot be compressed that far.
+        allocate_only: whether only the integer programs will run; evaluation data is not loaded then.
 
     Raises:
-        MlorqError: of the kind that fits what is wrong.
+        MlorqError: the configuration, the model, the data, the store or a budget is wrong.
     """
     session = open_session(config)
     session.model  # noqa: B018  (loads it)
@@ -110,7 +110,7 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
 
 
 def known_layers(session: Session) -> LayerList:
-    """The model's compressible layers, from the store where it has them; the store is only read."""
+    """The model's compressible layers, from the store if it has them; nothing is written."""
     spec = layers_step.spec(session)
     known = find(spec, session.store) is not None
     found = session.artifacts.layers(spec.ref) if known else layers_step.discover(session)
@@ -119,10 +119,10 @@ def known_layers(session: Session) -> LayerList:
 
 
 def check_budgets(session: Session, layers: LayerList, budgets: Sequence[Budget]) -> None:
-    """Refuse budgets that not even the smallest candidates fit.
+    """Reject budgets below the size of the smallest candidates.
 
     Raises:
-        BudgetError: names the smallest possible size.
+        BudgetError: a budget is too small; the message has the smallest possible size.
     """
     from flows.dry_run import smallest_layer_bytes
 
@@ -136,14 +136,14 @@ def check_budgets(session: Session, layers: LayerList, budgets: Sequence[Budget]
             )
 
 
-# -- executors that need no Prefect -----------------------------------------------------------------------------
+# -- an executor without Prefect ------------------------------------------------------------------------------
 
 
 def check_present(spec: StepSpec, session: Session, command: str) -> None:
-    """Refuse a step that ``--allocate-only`` does not compute.
+    """Reject a missing step that ``--allocate-only`` does not compute.
 
     Raises:
-        StoreError: names the step and the command that computes it.
+        StoreError: the step is not in the store; the message has the command that computes it.
     """
     if spec.step not in COMPUTED_BY_ALLOCATE_ONLY:
         raise StoreError(
@@ -153,12 +153,12 @@ def check_present(spec: StepSpec, session: Session, command: str) -> None:
 
 
 class AllocateOnly:
-    """Implements ``steps.pipeline.Executor`` without Prefect: finds every step and computes allocations alone.
+    """Implements ``steps.pipeline.Executor`` without Prefect: computes allocations, and looks all other steps up.
 
     Args:
         session: model, data and store.
-        observer: told what happens.
-        command: that computes what is missing.
+        observer: receives the progress.
+        command: command line that computes missing steps.
     """
 
     def __init__(self, session: Session, observer: Observer, command: str) -> None:
@@ -168,11 +168,11 @@ class AllocateOnly:
         self.ledger = Ledger()
 
     def phase(self, name: str, total: int) -> None:
-        """Announce that ``total`` steps of a kind come next."""
+        """Announce the next phase: ``total`` steps of one kind."""
         self.observer.phase(name, total)
 
     def run(self, spec: StepSpec) -> Outcome:
-        """Find a step's artifact; compute it where it is an allocation."""
+        """Find a step's artifact, or compute it if it is an allocation."""
         outcome = find(spec, self.session.store)
         if outcome is None:
             check_present(spec, self.session, self.command)
@@ -184,7 +184,7 @@ class AllocateOnly:
         return outcome
 
     def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
-        """Find the steps' artifacts."""
+        """``run`` for every step."""
         return [self.run(spec) for spec in specs]
 
 
@@ -192,13 +192,13 @@ class AllocateOnly:
 
 
 def results_json(session: Session, ledger: Ledger, results: Sequence[Compressed], started: float) -> dict[str, Any]:
-    """What a flow returns: ``results``, one public object a budget, ``steps`` and ``wall_seconds`` of the run.
+    """The return value of a flow: ``results``, one public object per budget, ``steps`` and ``wall_seconds`` of the run.
 
     Args:
         session: of the run.
         ledger: of the run.
-        results: one a budget.
-        started: when the run began, by ``time.perf_counter``.
+        results: one per budget.
+        started: time at which the run began, by ``time.perf_counter``.
     """
     accounts = ledger.accounts([result.summary or result.allocation for result in results])
     objects = []

@@ -1,11 +1,11 @@
-"""What a flow is told, as Prefect shows and checks it: the run form, made of the configuration's own classes.
+"""The form of a flow run in Prefect's UI, generated from the configuration's classes.
 
-The form's schema is for Prefect alone: it renders the page on which a run is started, and the server refuses what does
-not fit it before anything runs. Flows have ``validate_parameters=False`` and read plain values by ``read_config``, so
-that a mistake gets the same one line as on the command line.
+Only Prefect uses the form's schema: the UI renders it on the page that starts a run, and the server rejects values that
+do not match it. Flows have ``validate_parameters=False`` and read plain values with ``read_config``, so wrong values
+give the same one-line errors as on the command line.
 
-Two things differ from ``RunConfig``. The form has no ``folder``. And everything in ``search`` and ``rounding`` is None
-there until it is set: the page sends every value that it shows, and a value that is sent would win over the preset's.
+The form differs from ``RunConfig`` in two ways. It has no ``folder``. And every value of ``search`` and ``rounding``
+defaults to None: the page sends all values that it shows, and a sent value would override the preset's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlorq.artifacts.locations import absolute_folder, resolve_location
 from mlorq.config.run import PRESETS, RunConfig, location_and_folder, read_values, run_config
 
 BY_PRESET = ("search", "rounding")
-LEFT_OUT = ("folder",)  # a flow has it as a parameter of its own
+LEFT_OUT = ("folder",)  # a separate parameter of the flows
 
 
 def _run_form() -> type[BaseModel]:
@@ -29,7 +29,7 @@ def _run_form() -> type[BaseModel]:
         if name in BY_PRESET:
             section = _section(field)
             assert section is not None
-            about = f"{_summary(section)} None: all as the preset says."
+            about = f"{_summary(section)} None: the preset's values."
             fields[name] = (_preset_form(name, section) | None, Field(None, description=about))
         elif name not in LEFT_OUT:
             fields[name] = _field(field)
@@ -42,7 +42,7 @@ def _form(section: type[BaseModel]) -> type[BaseModel]:
 
 
 def _field(field: FieldInfo) -> tuple[Any, Any]:
-    """A field of a form: type with limits, default written out (one that a factory makes is not shown), description."""
+    """A form field: type with limits, explicit default (the UI does not show those of factories), description."""
     section = _section(field)
     default = ... if field.is_required() else field.get_default(call_default_factory=True)
     if isinstance(default, BaseModel):
@@ -52,7 +52,7 @@ def _field(field: FieldInfo) -> tuple[Any, Any]:
 
 
 def _preset_form(name: str, section: type[BaseModel]) -> type[BaseModel]:
-    """A section whose every value is None until it is set; the descriptions say what None stands for."""
+    """A section in which every value defaults to None; the descriptions have the values that None stands for."""
     fields: dict[str, Any] = {}
     for key, field in section.model_fields.items():
         default = field.get_default(call_default_factory=True)
@@ -65,8 +65,8 @@ def _preset_form(name: str, section: type[BaseModel]) -> type[BaseModel]:
 
 
 def _make(section: type[BaseModel], title: str, fields: dict[str, Any]) -> type[BaseModel]:
-    # No subclass of the section: its own checks are the run's to make, which names the key at fault. Prefect's page
-    # shows the title.
+    # Not a subclass of the section: the run makes the section's checks, with messages that name the key. Prefect's
+    # page shows the title.
     config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), title=title)
     made: type[BaseModel] = create_model(f"{title}Form", __config__=config, __doc__=_summary(section), **fields)
     return made
@@ -97,22 +97,22 @@ def _text(value: Any) -> str:
 
 
 if TYPE_CHECKING:
-    RunForm = dict[str, Any]  # the values of a configuration, as the page sends them
+    RunForm = dict[str, Any]  # values of a configuration, as the page sends them
 else:
     RunForm = _run_form()
 ConfigFile = Annotated[
     str,
-    Field(title="File", description="a configuration file instead: path or fsspec URL, seen from where the run works"),
+    Field(title="File", description="a configuration file instead: path or fsspec URL on the machine of the run"),
 ]
 
 
 def read_config(config: Any, folder: str = "") -> RunConfig:
-    """The configuration that a flow was given.
+    """The configuration in a flow's parameters.
 
     Args:
         config: plain values, or the path or fsspec URL of a configuration file.
-        folder: that relative paths of plain values start from, and a relative path of a file; a path or a URL; default:
-            the working directory. Relative paths in a file start from the file's own folder.
+        folder: path or URL; base of relative paths in plain values, and of a relative ``config`` path. Default: the
+            working directory. Relative paths in a file start from the file's folder.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is wrong; the first problem is named.
@@ -123,7 +123,7 @@ def read_config(config: Any, folder: str = "") -> RunConfig:
 
 
 def explicit_values(config: Any, folder: str = "") -> tuple[Any, str]:
-    """What a flow was told in so many words, without any preset's defaults, and the folder that paths start from.
+    """The explicit values in a flow's parameters, without defaults of a preset, and the base folder of paths.
 
     Args:
         config, folder: as for ``read_config``.
@@ -143,7 +143,7 @@ def explicit_values(config: Any, folder: str = "") -> tuple[Any, str]:
 
 
 def _without_none(section: Any) -> Any:
-    """A section as the form sends it, without what is left to the preset."""
+    """A section as the form sends it, without the values that the preset decides."""
     if not isinstance(section, Mapping):
         return section
     return {key: value for key, value in section.items() if value is not None}

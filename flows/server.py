@@ -1,12 +1,12 @@
-"""Which Prefect server records a run: the configured one, or one of our own that lives as long as the command.
+"""The Prefect server that records a run: the configured one, or an embedded one that lives as long as the command.
 
-Prefect can start a temporary server by itself, but that one is started late (after our model is loaded, not beside
-it), is killed by the terminal's Ctrl-C before it can record that the run was interrupted, survives a ``kill -9`` of
-the command, loses the last task states when it is stopped, and prints to our terminal. This one is started early, in
-a session of its own, watches its parent, and is stopped only after everything is recorded.
-It uses the user's own Prefect database, so ``prefect server start`` shows the runs later.
+Prefect can start a temporary server itself, but that server starts late (after the model is loaded, not in parallel),
+is killed by Ctrl-C before it can record that the run was interrupted, survives a ``kill -9`` of the command, loses the
+last task states when it is stopped, and prints to the terminal. The embedded server starts early, in its own session,
+watches its parent, and is stopped only after everything is recorded. It uses the user's Prefect database, so
+``prefect server start`` shows the runs later.
 
-``python -m flows.server FD PARENT`` is the child: it serves on an inherited listening socket.
+``python -m flows.server FD PARENT`` is the server process: it serves on an inherited listening socket.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import IO, Any
 
 from mlorq.errors import ConfigError
 
-START_SECONDS = 180.0  # a loaded machine that migrates a fresh database; usually 5
+START_SECONDS = 180.0  # for a busy machine that migrates a new database; usually 5
 RECORD_SECONDS = 20.0
 
-# For Prefect in this process; only where the user has not said otherwise.
+# For Prefect in this process; variables that the user has set take precedence.
 CLIENT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
 }
-# For the server: one client and one run. Nothing is scheduled, and no automation of the user's starts.
+# For the server, which has one client and one run: no schedules, and none of the user's automations.
 SERVER_DEFAULTS = {
     "PREFECT_UI_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
@@ -44,25 +44,25 @@ SERVER_DEFAULTS = {
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
-    # One database transaction a batch of task states instead of one a state: 5 s less for 150 steps. The interval is
-    # cut to whole seconds by the server, which would never rest at 0.
+    # One database transaction per batch of task states instead of one per state saves 5 s for 150 steps. The server
+    # truncates the interval to whole seconds; with 0 it would never sleep.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
 }
 
 
 class PrefectSession:
-    """A Prefect server for the time of a command.
+    """A Prefect server for the duration of a command.
 
-    Entering starts the embedded server where no other is configured, without waiting for it; ``ready`` waits.
+    Entering starts the embedded server, unless another one is configured, without waiting for it; ``ready`` waits.
 
         with PrefectSession() as session:
-            …                               # load the model meanwhile
+            …                               # load the model in the meantime
             session.ready()
             compress_flow(…)
 
     Args:
-        verbose: let Prefect's own log lines through to the terminal.
+        verbose: show Prefect's log lines in the terminal.
     """
 
     def __init__(self, verbose: bool = False) -> None:
@@ -85,11 +85,6 @@ class PrefectSession:
         if PREFECT_API_URL.value() is None:
             self._start()
         return self
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the server is our own."""
-        return self._process is not None
 
     def ready(self) -> None:
         """Wait until the server answers.
@@ -114,7 +109,7 @@ class PrefectSession:
             )
 
     def expect(self, flow_run: str, task_runs: int) -> None:
-        """Note how many task runs of a flow run the server should know before it may stop."""
+        """Set the number of task runs of a flow run that the server must have recorded before it is stopped."""
         self._expected[flow_run] = task_runs
 
     def __exit__(
@@ -122,7 +117,7 @@ class PrefectSession:
     ) -> None:
         try:
             if self._answers and self._process is not None and self._process.poll() is None:
-                # Somebody who pressed Ctrl-C is waiting.
+                # After Ctrl-C the user is waiting: a shorter limit.
                 self._settle(RECORD_SECONDS if kind is None else RECORD_SECONDS / 10)
         finally:
             self._stack.close()
@@ -159,13 +154,15 @@ class PrefectSession:
                     f"the embedded Prefect server ended with status {self._process.returncode}:\n{self._log_tail()}"
                 )
             try:
-                # The socket listens already: the answer comes as soon as the server is up.
+                # The socket is listening already: the server answers as soon as it has started.
                 if httpx.get(f"{self._url}/health", timeout=1.0, trust_env=False).status_code == 200:
                     return
             except httpx.TransportError:
                 continue
             time.sleep(0.05)
-        raise RuntimeError(f"the embedded Prefect server is not up after {START_SECONDS:.0f} s:\n{self._log_tail()}")
+        raise RuntimeError(
+            f"the embedded Prefect server has not started after {START_SECONDS:.0f} s:\n{self._log_tail()}"
+        )
 
     def _log_tail(self) -> str:
         assert self._log is not None
@@ -173,7 +170,7 @@ class PrefectSession:
         return self._log.read().decode(errors="replace")[-4000:]
 
     def _settle(self, seconds: float) -> None:
-        """Wait until logs and task states have arrived: the server takes them in beside the run."""
+        """Wait until logs and task states are recorded: the server processes them asynchronously."""
         from prefect.client.orchestration import get_client
         from prefect.logging.handlers import APILogHandler
 
@@ -202,7 +199,7 @@ class PrefectSession:
 
 
 class _Quiet(logging.Filter):
-    """Keeps Prefect's account of a run off the terminal: the command tells it in its own words."""
+    """Hides Prefect's log of a run in the terminal: the command shows its own progress."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING and not record.name.startswith(
@@ -219,7 +216,7 @@ def _quieten() -> None:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Run a Prefect server on an inherited socket until it is stopped or its parent is gone."""
+    """Run a Prefect server on an inherited socket until it is stopped or its parent has ended."""
     import uvicorn
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""``mlorq store ls``, ``verify`` and ``gc``: what a store holds, whether it is whole, and what of it can go."""
+"""``mlorq store ls``, ``verify`` and ``gc``: list a store, check it, and remove unneeded artifacts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def store(arguments: argparse.Namespace) -> Finish:
-    """The command that is named."""
+    """Run the subcommand."""
     return {"ls": ls, "verify": verify, "gc": gc}[arguments.store_command](arguments)
 
 
 def ls(arguments: argparse.Namespace) -> Finish:
-    """Artifacts by step; with ``--step`` one by one."""
+    """List artifacts by step, or with ``--step`` one per line."""
     from mlorq.artifacts.gc import folders
 
     found = named_store(arguments)
@@ -64,7 +64,6 @@ def _steps(everything: Sequence[Folder]) -> list[dict[str, Any]]:
 
 
 def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[dict[str, Any]]:
-
     chosen = [folder for folder in everything if folder.is_artifact and folder.ref.step == step]
     if not chosen:
         steps = sorted({folder.ref.step for folder in everything if folder.is_artifact})
@@ -86,11 +85,11 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
 
 
 def verify(arguments: argparse.Namespace) -> Finish:
-    """Compare every file with its manifest; exit status 2 where one is damaged."""
-    from mlorq.artifacts.gc import verify as look_at_all
+    """Check every file against its manifest; exit status 2 if one is damaged."""
+    from mlorq.artifacts.gc import verify as verify_store
 
     found = named_store(arguments)
-    findings = look_at_all(found, _progress("verified"))
+    findings = verify_store(found, _progress("verified"))
     left_over = [found.uri(folder.ref) for folder in findings.left_over]
 
     def finish() -> int:
@@ -114,13 +113,13 @@ def verify(arguments: argparse.Namespace) -> Finish:
 
 
 def gc(arguments: argparse.Namespace) -> Finish:
-    """Remove what none of the named runs needs."""
+    """Remove the artifacts that none of the kept runs needs."""
     from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, temporaries
 
     if not arguments.keep:
-        raise ConfigError("store gc: name the runs that stay by --keep RUN (mlorq runs lists them)")
+        raise ConfigError("store gc: name the runs to keep with --keep RUN (mlorq runs lists them)")
     found = named_store(arguments)
-    # Listed before it is asked what is needed: what a run writes meanwhile is not in the list and stays.
+    # Listed before the needed artifacts are determined: artifacts written in the meantime are not removed.
     everything = folders(found)
     gone = removable(everything, needed_by(found, arguments.keep))
     refs = {folder.ref for folder in gone}
@@ -149,13 +148,13 @@ def gc(arguments: argparse.Namespace) -> Finish:
 
 
 def _progress(verb: str) -> Callable[[int, int], None]:
-    """Tells about every twentieth part on standard error."""
+    """Reports progress on standard error, about every 5 %."""
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if done == total or done % max(1, total // 20) == 0:
             print(f"mlorq: {verb} {done}/{total}", file=sys.stderr, flush=True)
 
-    return tell
+    return report
 
 
 def _time(folder: Folder) -> str:

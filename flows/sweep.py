@@ -1,4 +1,4 @@
-"""Flow ``sweep``: one model at a ladder of budgets, and its size–accuracy curve."""
+"""Flow ``sweep``: one model at several budgets, and its size–accuracy curve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from steps.pipeline import compressible_budget
 from steps.session import Session
 
 LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
-ARTIFACT = "sweep"  # what the store calls it; it has a key of all it was made from, like the steps' artifacts
+ARTIFACT = "sweep"  # its step name in the store; like a step's artifact, it has a key derived from its inputs
 CURVE, PAGE, POINTS = "size-accuracy.png", "report.html", "sweep.json"
 
 
@@ -33,12 +33,12 @@ def sweep_name() -> str:
 
 @flow(name="sweep", flow_run_name=sweep_name, validate_parameters=False, persist_result=False, result_serializer="json")
 def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str] | None = None) -> dict[str, Any]:
-    """Compress a model to several budgets, searching it once, and draw what accuracy each size has.
+    """Compress a model to several budgets with one search, and plot accuracy against size.
 
     Args:
-        config: what to compress, on which data, and how; or the file that says so. Its own budget is not looked at.
-        folder: that relative paths of the configuration start from; empty: the working directory.
-        budgets: "3bit", "12.5%", "25MB"; default: 2, 2.5, 3, 4 and 6 bit, as far as the model can be made that small.
+        config: model, data and settings; or the path of a configuration file. Its ``budget`` is ignored.
+        folder: base of relative paths in the configuration; empty: the working directory.
+        budgets: "3bit", "12.5%", "25MB"; default: those of 2, 2.5, 3, 4 and 6 bits that are possible for the model.
 
     Returns:
         As ``compress_flow``, with ``curve``: ``{"picture", "page", "points"}``, URIs in the store.
@@ -46,7 +46,7 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
     started = time.perf_counter()
     run_config = read_config(config, folder)
     given = handed()
-    # Budgets are checked below, all of them; a default one that cannot be reached is left out and no mistake.
+    # All budgets are checked below; an impossible default budget is skipped and is not an error.
     if given is not None:
         session, chosen = given.session, list(given.budgets)
     else:
@@ -59,24 +59,24 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
 
 
 def left_out_note(budgets: Sequence[Budget]) -> str:
-    """What to tell people about budgets that were left out."""
-    return f"left out, smaller than the model can be made: {', '.join(budget.text for budget in budgets)}"
+    """A message about the skipped budgets."""
+    return f"skipped budgets, too small for the model: {', '.join(budget.text for budget in budgets)}"
 
 
 def ladder(session: Session, budgets: Sequence[Budget] | None) -> tuple[list[Budget], list[Budget]]:
-    """The budgets of a sweep, and those of the default ladder that were left out because they cannot be reached.
+    """The budgets of a sweep, and the default budgets that are skipped because they are too small for the model.
 
     Args:
         session: with model and data loaded.
-        budgets: as asked for; None for the default ones.
+        budgets: the user's; None: the default ones.
 
     Raises:
-        BudgetError: names every budget asked for that not even the smallest candidates fit, or says that there is none.
+        BudgetError: ``budgets`` is empty, or some of them are below the size of the smallest candidates.
     """
     from flows.dry_run import smallest_layer_bytes
 
     if budgets is not None and not budgets:
-        raise BudgetError("budgets: none is given")
+        raise BudgetError("budgets: none is given; give at least one, or leave them out for the default ones")
     layers = known_layers(session).layers
     smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers)
     asked = list(dict.fromkeys(budgets or parse_budgets(LADDER)))
@@ -85,17 +85,16 @@ def ladder(session: Session, budgets: Sequence[Budget] | None) -> tuple[list[Bud
     if missed and (budgets or not reached):
         bits = 8 * smallest / sum(layer.params for layer in layers)
         raise BudgetError(
-            f"budgets that are too small: {', '.join(map(str, missed))}; the smallest possible is {smallest} bytes for "
+            f"budgets are too small: {', '.join(map(str, missed))}; the smallest possible is {smallest} bytes for "
             f"the compressible layers ({bits:.3g} bits per weight)"
         )
     return reached, missed
 
 
 def keep_curve(session: Session, results: Sequence[dict[str, Any]]) -> dict[str, str] | None:
-    """Write a sweep's curve to the store unless it is there; gives the files' URIs, None where it cannot be written.
+    """Write a sweep's curve to the store unless it exists; returns the files' URIs, or None if it cannot be written.
 
-    The checkpoints are in the store already, and whoever asked for the curve has it in the result and on Prefect's
-    pages: a store that can only be read fails no sweep.
+    A read-only store is not an error: the result and Prefect's pages have the curve as well.
     """
     store = session.store
     key = digest_json({"runs": sorted(result["run"] for result in results), "version": 1})
@@ -110,7 +109,7 @@ def keep_curve(session: Session, results: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def curve_files(results: Sequence[dict[str, Any]]) -> dict[str, bytes]:
-    """A sweep's picture, its page that needs no other file, and its rows as JSON, by file name."""
+    """A sweep's picture, its self-contained page, and its rows as JSON, by file name."""
     name, rows = results[0]["model"], budgets_table(results)
     picture = size_accuracy_picture(results, f"{name}: size and accuracy")
     return {

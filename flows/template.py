@@ -1,6 +1,6 @@
-"""``mlorq init``: a commented configuration, written from the configuration's own classes so that it cannot go stale.
+"""``mlorq init``: a commented configuration, generated from the configuration's classes so that it stays up to date.
 
-Keys that a preset sets are commented out, with the preset's value: a value that is written out wins over the preset.
+Keys that a preset sets are commented out, with the preset's value: an explicit value would override the preset.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def template(model: str | None = None) -> str:
         model: ``FAMILY`` or ``FAMILY:NAME``, as in ``timm:deit_small_patch16_224``; default: the first family.
 
     Raises:
-        ConfigError: there is no such family.
+        ConfigError: the family is unknown.
     """
     known = FAMILIES.names()
     family, _, name = (known[0] if model is None else model).partition(":")
     if family not in known:
         raise ConfigError(f"--model {model!r}: the family is one of {', '.join(known)}, as in {known[0]}:NAME")
     example = FAMILIES[family].example()
-    # What is live in the file; all other keys stand commented out with their defaults.
+    # The active keys of the file; all others are commented out with their defaults.
     model_values = {"family": family, **example.model} | ({example.name_key: name} if name else {})
     data = example.data
     preset = PRESETS[DEFAULT_PRESET]
     lines = [
-        "# A run of mlorq. Relative paths start from this file's folder. `mlorq compress FILE --dry-run` says what",
-        "# a run would do; `mlorq compress FILE` does it. Keys that are commented out have the value shown.",
+        "# A run of mlorq. Relative paths start from this file's folder. `mlorq compress FILE --dry-run` shows what",
+        "# a run would do; `mlorq compress FILE` runs it. Keys that are commented out have the value shown.",
         "",
         *_section("model", model_section(), model_values),
         "",
         "data:",
-        *_section("calibration", source_section(), data["calibration"], indent=2, title="What the search sees."),
         *_section(
-            "evaluation", source_section(), data["evaluation"], indent=2, title="What the metric is measured on."
+            "calibration", source_section(), data["calibration"], indent=2, title="Data of the search and the rounding."
         ),
+        *_section("evaluation", source_section(), data["evaluation"], indent=2, title="Data of the metric."),
         "",
     ]
     lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("budget", "preset")]
@@ -60,7 +60,7 @@ def template(model: str | None = None) -> str:
     ]
     for name, section in (("embeddings", EmbeddingsConfig), ("activations", activations_section())):
         lines.append(_line(RunConfig, name, None))
-        # Not as keys that could be made live one by one: the section is null as a whole.
+        # Not as single keys to uncomment: the section as a whole is null.
         lines += [f"#   {_line(section, key, value)}" for key, value in _all_defaults(section).items()]
     lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("store", "seed")]
     lines += ["", *_section("engine", EngineConfig, _all_defaults(EngineConfig))]
@@ -76,7 +76,7 @@ def _section(
     indent: int = 0,
     title: str | None = None,
 ) -> list[str]:
-    """A section: live keys, then the others commented out."""
+    """A section: active keys, then the others, commented out."""
     space = " " * indent
     title = title or (section.__doc__ or "").strip().splitlines()[0]
     lines = [f"{space}# {title}", f"{space}{name}:"]
@@ -102,7 +102,7 @@ def _line(section: type[BaseModel], key: str, value: Any, *, indent: int = 0, li
 
 
 def _about(field: FieldInfo) -> str:
-    """A field's description, with the values it may have where these are few."""
+    """A field's description, with its permitted values if they are enumerated."""
     choices = _choices(field.annotation)
     about = field.description or ""
     missing = [str(choice) for choice in choices if str(choice) not in about]

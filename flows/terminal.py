@@ -1,4 +1,4 @@
-"""The process's own manners: nothing but results on standard output, and a Ctrl-C that is obeyed."""
+"""Standard output reserved for results, and a reliable Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Send to standard error what anybody prints on standard output, be it Python, a solver in C or a child process."""
+    """Redirect standard output to standard error, for Python, solvers in C and child processes alike."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)
@@ -32,15 +32,15 @@ def quiet_stdout() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C raises KeyboardInterrupt as ever; a second one, while things are put in order, ends the process.
+    """The first Ctrl-C raises KeyboardInterrupt as usual; a second one, during the clean-up, ends the process at once.
 
-    The store is whole at any moment, so ending at once loses nothing that was finished. The event that is given is
-    set by then, for work to look at: Python drops an exception that happens to be raised in a finalizer or callback.
+    The store is always consistent, so ending at once loses no finished step. The first Ctrl-C also sets the event that
+    is returned, which running work polls: Python discards an exception that is raised in a finalizer or callback.
     """
     interrupted = threading.Event()
     mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not mine or threading.current_thread() is not threading.main_thread():
-        yield interrupted  # not ours to change: ignored from the start, or in other hands
+        yield interrupted  # ignored from the start, or handled by the caller: left unchanged
         return
 
     def handle(number: int, frame: FrameType | None) -> None:

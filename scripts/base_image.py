@@ -1,11 +1,11 @@
-"""Makes a small Python base image from the interpreter that runs this script, where no registry can be reached.
+"""Make a small Python base image from the interpreter that runs this script, without a registry.
 
     python scripts/base_image.py [TAG] [--label NAME=VALUE]        default: local/python:host
 
-The image holds the interpreter with its standard library and pip, the shared libraries that they and manylinux wheels
-need, certificates, and busybox for a shell and the usual commands. It stands in for the official ``python:…-slim`` that
-``docker/Dockerfile`` names; tests build on it. Linux with glibc; needs a Docker engine, the package ``docker`` and a
-static busybox (Debian: busybox-static).
+The image has the interpreter with its standard library and pip, the shared libraries that these and manylinux wheels
+need, certificates, and busybox for a shell and the usual commands. It replaces the official ``python:…-slim`` image of
+``docker/Dockerfile`` in the tests. Requires Linux with glibc, a Docker engine, the package ``docker`` and a static
+busybox (Debian: busybox-static).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PREFIX = sys.base_prefix
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 LIBRARY = f"{PREFIX}/lib/python{VERSION}"
 
-# Not needed to run programs, and large.
+# Large, and not needed to run programs.
 LEFT_OUT = {"__pycache__", "test", "tests", "idlelib", "tkinter", "lib2to3", "turtledemo", "ensurepip", "site-packages"}
-# What manylinux wheels expect of a machine (PEP 599), and what the resolver opens by itself.
+# Libraries that manylinux wheels expect (PEP 599), and those that the resolver loads.
 WHEELS_EXPECT = "dl gcc_s m nss_dns nss_files pthread resolv rt stdc++ util z"
 SYSTEM_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def make(tag: str, labels: Sequence[str] = ()) -> int:
-    """Make the image; gives its size in bytes."""
+    """Make the image; returns its size in bytes."""
     import docker
 
     client = docker.from_env()
@@ -71,10 +71,10 @@ def make(tag: str, labels: Sequence[str] = ()) -> int:
 
 
 def write_root(path: str) -> None:
-    """Write the image's root as a tar file. Links are followed: the image has files where this machine has links."""
+    """Write the image's root as a tar file. Links are followed: the image has their targets."""
     busybox = next((name for name in ("/bin/busybox", "/usr/bin/busybox") if os.path.exists(name)), None)
     if busybox is None:
-        sys.exit("base image: no busybox here (Debian: apt-get install busybox-static)")
+        sys.exit("base image: busybox is not installed (Debian: apt-get install busybox-static)")
     with tarfile.open(path, "w", dereference=True) as tar:
         for folder in FOLDERS.split():
             _add_entry(tar, folder, tarfile.DIRTYPE)
@@ -99,7 +99,7 @@ def write_root(path: str) -> None:
 
 
 def _files() -> set[str]:
-    """Every file of this machine that goes into the image, but busybox."""
+    """Every file of this machine that the image gets, except busybox."""
     files = set(_walk(LIBRARY, LEFT_OUT))
     for package in glob.glob(f"{LIBRARY}/site-packages/pip*"):
         files.update(_walk(package, {"__pycache__"}))
@@ -120,18 +120,18 @@ def _walk(top: str, left_out: set[str]) -> Iterator[str]:
 
 
 def _needed_by(programs: list[str]) -> set[str]:
-    """The shared libraries that programs and libraries load, and the loader."""
+    """The shared libraries that programs and libraries load, and the dynamic loader."""
     said = subprocess.run(["ldd", *programs], capture_output=True, text=True).stdout
     return set(re.findall(r"=> (/\S+)", said)) | set(re.findall(r"^\t(/lib\S+)", said, re.MULTILINE))
 
 
 def _inside(path: str) -> str:
-    """Where a file of this machine is in the image: ``/lib``, ``/bin`` and the like are links into ``/usr`` there."""
+    """Path in the image of a file of this machine: ``/lib``, ``/bin`` and similar are links into ``/usr`` there."""
     return re.sub(r"^/(lib64|lib|bin|sbin)/", r"/usr/\1/", path).lstrip("/")
 
 
 def _add_entry(tar: tarfile.TarFile, name: str, kind: bytes, target: str = "", mode: int = 0o755) -> None:
-    """A folder or a link."""
+    """Add a folder or a link."""
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname, entry.mode = kind, target, mode
     tar.addfile(entry)

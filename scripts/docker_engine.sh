@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a Docker engine for the tests on a bare Debian machine, as root, unless one answers already.
+# Starts a Docker engine for the tests on a bare Debian machine, as root, unless one is already running.
 #
-#   bash scripts/docker_engine.sh          start it; it stays until the machine or `stop` ends it
-#   bash scripts/docker_engine.sh stop     end the one that this script started
+#   bash scripts/docker_engine.sh          start it; it runs until `stop` or shutdown
+#   bash scripts/docker_engine.sh stop     stop the engine that this script started
 #
-# The engine listens on its unix socket alone and has no bridge and no address translation, which need rights that
-# test machines lack: containers use `network: host` or `none`. Missing packages are installed by apt: the engine, and
-# busybox-static for scripts/base_image.py.
+# The engine listens on its unix socket only. It has no bridge and no NAT, which need privileges that test machines lack:
+# containers use `network: host` or `none`. Missing packages are installed with apt: the engine, and busybox-static for
+# scripts/base_image.py.
 set -euo pipefail
 
 pid_file=/var/run/mlorq-dockerd.pid
@@ -22,11 +22,11 @@ die() {
 answers() { docker info >/dev/null 2>&1; }
 
 stop() {
-    [ -f "$pid_file" ] || die "none was started by this script"
+    [ -f "$pid_file" ] || die "this script has not started one"
     local pid
     pid=$(cat "$pid_file")
     rm -f "$pid_file"
-    # The number may belong to another process by now.
+    # The PID may have been reused.
     if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ]; then kill "$pid"; fi
 }
 
@@ -41,9 +41,9 @@ install_missing() {
 
 start() {
     if ! command -v docker >/dev/null || ! answers; then
-        [ "$(id -u)" = 0 ] || die "none answers, and only root can start one"
+        [ "$(id -u)" = 0 ] || die "no engine answers, and only root can start one"
         install_missing
-        # docker.io's own start script may have started one just now.
+        # Installing docker.io may have started one.
         if ! answers; then
             setsid dockerd --host unix:///var/run/docker.sock --bridge=none --iptables=false --ip-forward=false \
                 >"$log" 2>&1 </dev/null &
@@ -63,5 +63,5 @@ start() {
 case ${1:-start} in
     start) start ;;
     stop) stop ;;
-    *) die "start or stop?" ;;
+    *) die "unknown command $1: use start or stop" ;;
 esac

@@ -1,13 +1,12 @@
-"""The whole product on one machine: image, server, workers, deployments, runs in two pools, events that start more.
+"""End-to-end check on one machine: image, server, workers, deployments, runs in two pools, event-triggered runs.
 
     .venv/bin/python scripts/end_to_end.py                        builds mlorq:latest from docker/Dockerfile
-    .venv/bin/python scripts/end_to_end.py --image mlorq:test     takes an image that is there, with scikit-learn in it
+    .venv/bin/python scripts/end_to_end.py --image mlorq:test     uses an existing image with scikit-learn
 
 The digits model of examples/ is compressed by the deployment `compress` in a process, then by `compress-docker` in a
-container on the same store, which must find everything and compute nothing. What `compress` has searched in either
-pool, and then a request of a user's, start `rebudget` and `rebudget-docker` by their events. Every state, count and
-artifact is checked; the first that is wrong ends the script with status 1. A Docker engine has to be there; the server
-and its database are the script's own.
+container on the same store, which must reuse everything and compute nothing. The events of finished searches in both
+pools, and then an event of a user, start `rebudget` and `rebudget-docker`. Every state, count and artifact is checked;
+the first wrong one ends the script with status 1. Requires a Docker engine; the server and its database are temporary.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ POOLS = {"mlorq": "process", "mlorq-docker": "docker", "mlorq-kubernetes": "kube
 
 
 def say(text: str) -> None:
-    """A line on standard output, with the time of day."""
+    """Print a line on standard output, with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def check(fact: bool, what: str, detail: Any = "") -> None:
-    """Say that something is as it should be, or end.
+    """Print that a check has passed.
 
     Raises:
-        SystemExit: it is not.
+        SystemExit: ``fact`` is false.
     """
     if not fact:
         raise SystemExit(f"FAILED: {what}: {detail}")
@@ -50,7 +49,7 @@ def check(fact: bool, what: str, detail: Any = "") -> None:
 
 
 def build_image() -> str:
-    """Build the product's image as docker/README.md says; gives its tag."""
+    """Build mlorq's image as in docker/README.md; returns its tag."""
     tag = "mlorq:latest"
     command = ["docker", "build", "-f", "docker/Dockerfile", "-t", tag, "--build-arg", "PACKAGES=scikit-learn", "."]
     subprocess.run(command, cwd=REPOSITORY, check=True)
@@ -58,7 +57,7 @@ def build_image() -> str:
 
 
 def make_project(folder: Path) -> dict[str, Any]:
-    """The digits model with trained weights and a store in a folder of its own; gives its configuration."""
+    """Create a folder with the digits model, its trained weights and a store; returns the configuration."""
     folder.mkdir()
     shutil.copy(REPOSITORY / "examples" / "digits" / "digits.py", folder)
     config = yaml.safe_load((REPOSITORY / "examples" / "digits" / "digits.yaml").read_text())
@@ -67,22 +66,23 @@ def make_project(folder: Path) -> dict[str, Any]:
     config["engine"] = {"devices": "cpu", "threads": 1}
     config["rounding"] = {"method": "lra", "iterations": 50}
     code = f"import digits; digits.build(weights={config['model']['arguments']['weights']!r})"
-    # One thread: batches are small, and the workers of other runs may want the machine.
+    # One thread: batches are small, and other workers may use the machine.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
     return dict(config)
 
 
 def contents(store: Path) -> dict[str, int]:
-    """Every file of a store with its time of change."""
+    """Modification time of every file of a store, by path."""
     return {str(path): path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
 
 
 def wait_for_runs(stack: Stack, flow: str, count: int, seconds: float = 300) -> list[dict[str, Any]]:
-    """Until there are so many runs of a flow, all of them over.
+    """Wait until ``count`` runs of a flow exist and have ended.
 
     Raises:
-        SystemExit: they did not come, or one did not complete.
+        SystemExit: they did not start in time.
+        RuntimeError: one did not complete.
     """
     deadline = time.monotonic() + seconds
     while len(runs := stack.flow_runs(any_=[flow])) < count:
@@ -93,10 +93,10 @@ def wait_for_runs(stack: Stack, flow: str, count: int, seconds: float = 300) -> 
 
 
 def go(stack: Stack, folder: Path, image: str) -> None:
-    """Everything from the first server to the last check.
+    """Run all checks.
 
     Raises:
-        SystemExit: something is not as it should be.
+        SystemExit: a check failed.
     """
     say("project: training the digits model")
     config = make_project(folder)
@@ -131,7 +131,7 @@ def go(stack: Stack, folder: Path, image: str) -> None:
 
     say("compress in the docker pool, on the same store")
     before = contents(store)
-    # What a user writes into prefect.yaml for his own image and folders.
+    # What a user sets in prefect.yaml for another image and other folders.
     variables = {
         "image": image,
         "volumes": [f"{folder}:{folder}"],
@@ -144,31 +144,33 @@ def go(stack: Stack, folder: Path, image: str) -> None:
     stack.wait(run, 600)
     states = stack.task_states(run, STEPS)
     check(states == {"Cached": STEPS}, f"all {STEPS} steps were Cached", states)
-    check(contents(store) == before, "the store is untouched")
+    check(contents(store) == before, "the store is unchanged")
 
     say("a search in the docker pool starts rebudget-docker")
     other = {**config, "seed": 1, "rounding": {"method": "nearest"}}
     run = stack.run("compress/compress-docker", {**parameters, "config": other})
     stack.wait(run, 600)
     *_, third = wait_for_runs(stack, "rebudget", 2)
-    check(third["work_pool_name"] == "mlorq-docker", f"{third['name']!r} is of its pool", third["work_pool_name"])
+    check(
+        third["work_pool_name"] == "mlorq-docker", f"{third['name']!r} ran in the docker pool", third["work_pool_name"]
+    )
     states = stack.task_states(third["id"], STEPS)
     check(states["Cached"] >= 2 + 2 * LAYERS and states["Completed"] >= 2, f"it reused the search: {dict(states)}")
 
-    say("an event of the user's starts rebudget")
+    say("an event of a user starts rebudget")
     stack.emit("mlorq.rebudget.requested", "user.1", {**parameters, "budgets": ["3.5bit"]})
     *_, last = wait_for_runs(stack, "rebudget", 3)
     check("3.5bit" in last["name"], f"the run is called {last['name']!r}")
     states = stack.task_states(last["id"], STEPS)
     check(states["Cached"] >= 2 + 2 * LAYERS and states["Completed"] >= 1, f"it reused the search: {dict(states)}")
     time.sleep(5)
-    check(len(stack.flow_runs(any_=["rebudget"])) == 3, "runs that searched nothing have started no other")
+    check(len(stack.flow_runs(any_=["rebudget"])) == 3, "runs without a search have not started further runs")
 
 
 def main() -> None:
-    """Run it in a temporary folder."""
-    parser = argparse.ArgumentParser(description="The whole product on one machine, checked.")
-    parser.add_argument("--image", help="an image that is there; default: build mlorq:latest")
+    """Run the checks in a temporary folder."""
+    parser = argparse.ArgumentParser(description="End-to-end check on one machine.")
+    parser.add_argument("--image", help="an existing image; default: build mlorq:latest")
     arguments = parser.parse_args()
     image = arguments.image
     if image is None:

@@ -1,7 +1,7 @@
-"""A Prefect server and workers of one's own on this machine: for end-to-end checks and screenshots.
+"""A temporary Prefect server with workers on this machine, for end-to-end checks and screenshots.
 
-Everything lives in one folder (``PREFECT_HOME``, logs) and on a free port of the loopback interface, so that nothing of
-the user's is touched. Processes can be killed and started again, with the same address and database.
+Everything is in one folder (``PREFECT_HOME``, logs) and on a free port of the loopback interface, so the user's own
+Prefect is not affected. Processes can be killed and restarted, with the same address and database.
 
     with Stack(folder) as stack:
         stack.start_server()
@@ -78,7 +78,7 @@ class Stack:
     # -- processes --------------------------------------------------------------------------------------------
 
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a process in a group of its own, its output in ``<folder>/<name>.log``."""
+        """Start a process in its own session, with its output in ``<folder>/<name>.log``."""
         log = (self.folder / f"{name}.log").open("ab")
         self._logs.append(log)
         self._processes[name] = process = subprocess.Popen(
@@ -89,14 +89,14 @@ class Stack:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Background jobs of a shell have interrupts ignored and children inherit that: a worker would then never
-            # end on SIGTERM, which Prefect hands on to itself as an interrupt.
+            # Background jobs of a shell ignore SIGINT, and children inherit that: a worker would never end on SIGTERM,
+            # which Prefect translates to SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         return process
 
     def kill(self, name: str, sign: signal.Signals = signal.SIGKILL) -> None:
-        """End a process; ``SIGKILL`` ends with it all that it has started, which else would go on as orphans."""
+        """End a process; with ``SIGKILL`` also its descendants, which would otherwise keep running as orphans."""
         process = self._processes.pop(name, None)
         if process is None:
             return
@@ -107,12 +107,12 @@ class Stack:
         process.wait(timeout=30)
 
     def log(self, name: str) -> str:
-        """What a process has said."""
+        """Output of a process."""
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def start_server(self) -> None:
-        """Start the server, or start it again, and wait until it answers."""
+        """Start or restart the server, and wait until it answers."""
         address = ("--host", "127.0.0.1", "--port", str(self.port))
         self.start("server", sys.executable, "-m", "prefect", "server", "start", *address)
         deadline = time.monotonic() + 180
@@ -125,10 +125,10 @@ class Stack:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        raise RuntimeError(f"the server is not up:\n{self.log('server')[-4000:]}")
+        raise RuntimeError(f"the server has not started:\n{self.log('server')[-4000:]}")
 
     def start_worker(self, pool: str, kind: str = "process", **environment: str) -> str:
-        """Start a worker of a pool; gives the name of its process."""
+        """Start a worker of a pool; returns the name of its process."""
         name = f"worker-{pool}-{uuid.uuid4().hex[:6]}"
         self.start(
             name, sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind, "--name", name,
@@ -137,12 +137,12 @@ class Stack:
         return name
 
     def kill_workers(self) -> None:
-        """Kill the workers that still run, with all that they have started."""
+        """Kill the running workers and their descendants."""
         for name in [name for name in self._processes if name.startswith("worker-")]:
             self.kill(name)
 
     def prefect(self, *arguments: str, **environment: str) -> str:
-        """Run a command of Prefect's own command line in the repository; gives its output."""
+        """Run a command of Prefect's command line in the repository; returns its output."""
         done = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
             env=self.environment | environment,
@@ -160,17 +160,17 @@ class Stack:
         self.prefect("work-pool", "create", name, "--type", kind, "--overwrite")
 
     def deploy(self, *names: str) -> None:
-        """Deploy what ``prefect.yaml`` lists: all of it, or the deployments named."""
+        """Deploy all deployments of ``prefect.yaml``, or those named."""
         chosen = [item for name in names for item in ("--name", name)] or ["--all"]
         self.prefect("deploy", *chosen)
 
     # -- the server's interface -------------------------------------------------------------------------------
 
     def call(self, method: str, path: str, json: Any = None) -> Any:
-        """One request to the server; its JSON answer."""
+        """Send one request to the server; returns its JSON answer."""
         deadline = time.monotonic() + 30
         answer = self._client.request(method, path, json=json)
-        # A server that has just been started, or waits for its database, says so.
+        # A server that has just started, or waits for its database, answers 503.
         while answer.status_code == 503 and time.monotonic() < deadline:
             time.sleep(0.5)
             answer = self._client.request(method, path, json=json)
@@ -179,14 +179,14 @@ class Stack:
         return answer.json() if answer.content else None
 
     def run(self, deployment: str, parameters: dict[str, Any], job_variables: dict[str, Any] | None = None) -> str:
-        """Start a run of a deployment, ``flow/deployment``; gives the run's id."""
+        """Start a run of a deployment, ``flow/deployment``; returns the run's id."""
         found = self.call("GET", f"/deployments/name/{deployment}")
         body = {"parameters": parameters, "job_variables": job_variables or {}}
         created = self.call("POST", f"/deployments/{found['id']}/create_flow_run", body)
         return str(created["id"])
 
     def change_job_variables(self, deployment: str, job_variables: dict[str, Any]) -> None:
-        """Have a deployment, ``flow/deployment``, start its jobs with other variables; those not named stay."""
+        """Change job variables of a deployment, ``flow/deployment``; the other variables are kept."""
         found = self.call("GET", f"/deployments/name/{deployment}")
         body = {"job_variables": {**found["job_variables"], **job_variables}}
         self.call("PATCH", f"/deployments/{found['id']}", body)
@@ -202,10 +202,10 @@ class Stack:
         return list(self.call("POST", "/flow_runs/filter", query))
 
     def wait(self, run: str, seconds: float = 300.0, state: str = "COMPLETED") -> dict[str, Any]:
-        """Until a run has ended, as it should.
+        """Wait until a run has ended in the given state.
 
         Raises:
-            RuntimeError: it ended otherwise, or not in time.
+            RuntimeError: it ended in another state, or not in time.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -221,12 +221,12 @@ class Stack:
         return found
 
     def run_log(self, run: str) -> str:
-        """Log of a run, as the server has it."""
+        """Log of a run, from the server."""
         query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
         return "\n".join(str(line["message"]) for line in self.call("POST", "/logs/filter", query))
 
     def task_states(self, run: str, expected: int = 0, seconds: float = 30.0) -> Counter[str]:
-        """How many task runs of a flow run are in which state; they reach the server a little after the run."""
+        """Number of task runs of a flow run by state; waits until the server has recorded ``expected`` of them."""
         deadline = time.monotonic() + seconds
         while True:
             query = {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}
@@ -241,7 +241,7 @@ class Stack:
         return {item["key"]: item for item in self.call("POST", "/artifacts/filter", query)}
 
     def emit(self, event: str, resource: str, payload: dict[str, Any]) -> None:
-        """Send an event, as a user's own software would."""
+        """Send an event, as a user's software would."""
         body = {
             "id": str(uuid.uuid4()),
             "occurred": datetime.now(UTC).isoformat(),
@@ -254,7 +254,7 @@ class Stack:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs."""
+    """All descendants of a process."""
     found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(child): int(parent) for child, parent in (line.split() for line in found.splitlines())}
     known = {pid}

@@ -1,10 +1,10 @@
-"""Pictures of Prefect's pages for docs/DEPLOY.md: the demo, deployed to a server and a worker of its own.
+"""Screenshots of Prefect's pages for docs/DEPLOY.md: the demo, deployed to a temporary server and worker.
 
     .venv/bin/python scripts/screenshots.py [--output docs/images]
 
-It deploys ``prefect.yaml`` as it stands, runs ``compress``, waits for the ``rebudget`` that the finished search starts,
-runs ``compress`` again, which reuses everything, and opens the pages in a headless Chromium. About ten minutes on two
-cores.
+The script deploys ``prefect.yaml``, runs ``compress``, waits for the ``rebudget`` that the finished search starts, runs
+``compress`` again, which reuses everything, and opens the pages in a headless Chromium. It takes about ten minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POOLS = {"mlorq": "process", "mlorq-docker": "docker", "mlorq-kubernetes": "kube
 SIZE = (1440, 900)
 LARGEST = 300_000  # bytes of a picture
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-# Nothing but the pages: no updates, no accounts, no sandbox for root. A run's graph needs WebGL: here without a GPU.
+# No updates, no accounts, and no sandbox, which root cannot use. A run's graph needs WebGL, here in software.
 OPTIONS = [
     "--headless",
     "--no-sandbox",
@@ -63,10 +63,10 @@ class Page:
         self._ids = itertools.count(1)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol; its result."""
+        """Send one command of the protocol; returns its result."""
         number = next(self._ids)
         self._connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while True:  # events come in between
+        while True:  # skips events
             answer = json.loads(self._connection.recv(timeout=60))
             if answer.get("id") == number:
                 if "error" in answer:
@@ -78,16 +78,16 @@ class Page:
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def open(self, url: str, *texts: str, height: int = SIZE[1]) -> None:
-        """Go to a page and wait until it shows these texts: the server sends an empty one, which fills itself."""
+        """Open a page and wait until it shows these texts, since the page is rendered by JavaScript."""
         size = {"width": SIZE[0], "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=url)
         for text in texts:
             self.wait_for(f"document.body?.innerText.includes({json.dumps(text)})", text)
-        time.sleep(2)  # charts and graphs are drawn after their texts
+        time.sleep(2)  # charts and graphs are drawn after texts
 
     def wait_for(self, condition: str, what: str, seconds: float = 60) -> None:
-        """Until a JavaScript condition holds."""
+        """Wait until a JavaScript condition holds."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(condition):
             if time.monotonic() > deadline:
@@ -106,7 +106,7 @@ class Page:
         time.sleep(1)
 
     def picture(self, path: Path) -> None:
-        """What the page shows, as a PNG of few colours."""
+        """Save a screenshot of the page as a PNG with few colours."""
         shown = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
         path.write_bytes(small_picture(shown, width=SIZE[0], colours=128))
         if path.stat().st_size > LARGEST:
@@ -116,10 +116,10 @@ class Page:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Page]:
-    """A page of a Chromium of one's own."""
+    """A page of a temporary Chromium."""
     program = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     if program is None:
-        raise SystemExit(f"none of these is installed: {', '.join(CHROMIUM)}")
+        raise SystemExit(f"no Chromium found; install one of: {', '.join(CHROMIUM)}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [program, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -140,7 +140,7 @@ def browser() -> Iterator[Page]:
 
 
 def take(page: Page, stack: Stack, runs: dict[str, str], output: Path) -> None:
-    """All pictures.
+    """Take all screenshots.
 
     Args:
         page: of a browser.
@@ -153,7 +153,7 @@ def take(page: Page, stack: Stack, runs: dict[str, str], output: Path) -> None:
     def run_page(name: str, height: int) -> None:
         run = stack.flow_run(runs[name])
         page.open(f"{base}/runs/flow-run/{run['id']}", run["name"], "Completed", height=height)
-        time.sleep(8)  # the graph finds its place
+        time.sleep(8)  # until the layout of the graph is stable
 
     run_page("first", 1350)
     page.picture(output / "ui-run.png")
@@ -174,7 +174,7 @@ def take(page: Page, stack: Stack, runs: dict[str, str], output: Path) -> None:
 
 
 def story(stack: Stack, folder: Path) -> dict[str, str]:
-    """Deploy, and run what the pictures show; gives the runs' ids."""
+    """Deploy, and run the flows that the screenshots show; returns the runs' ids."""
     stack.start_server()
     for name, kind in POOLS.items():
         stack.create_pool(name, kind)
@@ -193,8 +193,8 @@ def story(stack: Stack, folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Deploy, run, look."""
-    parser = argparse.ArgumentParser(description="pictures of Prefect's pages for the documentation")
+    """Deploy, run the flows, and take the screenshots."""
+    parser = argparse.ArgumentParser(description="Screenshots of Prefect's pages for the documentation.")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "images", metavar="DIR")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

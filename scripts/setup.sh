@@ -3,8 +3,8 @@
 #
 #   bash scripts/setup.sh [EXTRAS]      e.g. bash scripts/setup.sh demo,dev
 #
-# PYTHON names the interpreter to create .venv/ with (default: python3). Running it again is cheap: nothing is
-# done while the inputs and the extras are those of the last run. Extras add up from run to run.
+# PYTHON is the interpreter that creates .venv/ (default: python3). Repeated runs are cheap: nothing is done if the inputs
+# and the extras are unchanged. Extras accumulate from run to run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ die() {
     exit 1
 }
 
-# What the environment was made from. The path is part of it, since an environment cannot be moved.
+# Hash of the inputs of the environment, including its path, since an environment cannot be moved.
 fingerprint() {
     { printf '%s\n' "$root"; cat pyproject.toml constraints.txt scripts/setup.sh scripts/torchvision_cpu_stub.c; } | cksum
 }
@@ -38,7 +38,7 @@ make_venv() {
             grep -qF "$venv" "$venv/bin/activate"; then
             return
         fi
-        say "the environment in .venv/ does not work here, making it anew"
+        say "the environment in .venv/ does not work here; creating it again"
     else
         say "creating .venv/ with $interpreter"
     fi
@@ -49,7 +49,7 @@ make_venv() {
         die "could not create .venv/: install the venv module of $interpreter (Debian: python3-venv)."
 }
 
-# Editable installs with an SPDX license field need no newer pip than this.
+# Editable installs with an SPDX license field need at least pip 23.
 upgrade_pip_if_old() {
     if ! "$python" -c 'import sys, pip; sys.exit(int(pip.__version__.split(".")[0]) < 23)'; then
         say "upgrading pip"
@@ -59,18 +59,18 @@ upgrade_pip_if_old() {
 
 torchvision_works() { "$python" -c 'import torchvision' >/dev/null 2>&1; }
 
-# Some package indexes offer a CPU build of torch, but torchvision only as a CUDA build. Its extension modules
-# then ask for CUDA libraries that are not there, and `import torchvision` fails, and timm and transformers'
-# models with it. The libraries it asks for are put beside the ones that its wheel brings (torchvision.libs/):
+# Some package indexes have a CPU build of torch, but torchvision only as a CUDA build. Its extension modules need
+# CUDA libraries that are not installed, so `import torchvision` fails, and with it timm and transformers' models.
+# The required libraries are added to those of the wheel (torchvision.libs/):
 #   libc10_cuda.so, libtorch_cuda.so   compiled from our stub,
-#   libcudart.so.N                     a link to the copy in the wheel, which has another file name there.
-# image.so searches that folder by itself. _C.so names a folder of the machine it was built on, which is replaced.
+#   libcudart.so.N                     a link to the copy in the wheel, which has a different file name.
+# image.so searches that folder by default. The rpath of _C.so is a folder of the build machine and is replaced.
 repair_torchvision() {
     local cuda error
     cuda=$("$python" -c 'import torch; print(torch.version.cuda)')
     if [ "$(uname -s)" != Linux ] || [ "$cuda" != None ]; then
         error=$("$python" -c 'import torchvision' 2>&1 | tail -n 1)
-        die "torchvision cannot be imported ($error): install the build that belongs to this torch."
+        die "torchvision cannot be imported ($error): install the build that matches this torch."
     fi
     say "torch is a CPU build and torchvision a CUDA build: adding stand-ins for torch's CUDA libraries"
 
@@ -106,7 +106,7 @@ repair_torchvision() {
     fi
 }
 
-# Imports that have failed before although pip was content.
+# Imports that can fail although pip succeeds.
 verify() {
     "$python" - <<'PYTHON'
 import timm

@@ -1,4 +1,4 @@
-"""The steps of a run, one file each: parameters, inputs, output. ``python -m steps NAME --spec URI`` runs one."""
+"""The steps of a run, one file per step: parameters, inputs, output. ``python -m steps NAME --spec URI`` runs one."""
 
 from __future__ import annotations
 

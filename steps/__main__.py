@@ -1,11 +1,11 @@
 """``python -m steps NAME --spec URI``: run one step in this process, from a JSON description at any fsspec URI.
 
 The last line on standard output is a JSON object: the artifact's step and key, whether it was reused, and seconds; with
-``--events`` there is one object a line, progress included (``steps.protocol``). ``python -m steps --serve`` takes
-lines ``{"name": …, "spec": URI}`` on standard input and carries one after another out, so that torch, model and data
-are loaded once for many steps.
+``--events`` every line is one object, progress included (``steps.protocol``). ``python -m steps --serve`` reads lines
+``{"name": …, "spec": URI}`` from standard input and runs one step after another, so that torch, model and data are
+loaded once for many steps.
 
-Exit status: 0 when the artifact is there, 2 when the input is at fault, 75 when another try makes sense, 1 for a
+Exit status: 0 if the artifact exists, 2 for wrong input, 75 for a transient error (a retry makes sense), 1 for a
 defect.
 """
 
@@ -19,29 +19,31 @@ import sys
 from collections.abc import Sequence
 from typing import IO
 
-# Torch is not imported yet: its threads shall sleep while they wait (see flows/cli.py).
+# Set before torch is imported: its threads sleep while they wait (see flows/cli.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from steps import REGISTRY
-from steps.protocol import Desk, Event
+from steps.protocol import Event, StepServer
 
-MISTAKE, TRY_AGAIN, DEFECT = 2, os.EX_TEMPFAIL, 1
+WRONG_INPUT, TRANSIENT, DEFECT = 2, os.EX_TEMPFAIL, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one step, or serve."""
+    """Run one step, or the steps that standard input names."""
     parser = argparse.ArgumentParser(prog="python -m steps", description="Run one step of a compression run.")
     parser.add_argument("name", nargs="?", choices=sorted(REGISTRY), help="the step")
     parser.add_argument("--spec", help="fsspec URI of the step's JSON description")
-    parser.add_argument("--events", action="store_true", help="print progress and the end as JSON, one object a line")
-    parser.add_argument("--serve", action="store_true", help="carry out what comes on standard input, line by line")
+    parser.add_argument(
+        "--events", action="store_true", help="print progress and the result as JSON, one object per line"
+    )
+    parser.add_argument("--serve", action="store_true", help="run the steps that standard input names, one per line")
     arguments = parser.parse_args(argv)
     if arguments.serve == bool(arguments.name and arguments.spec):
         parser.error("give NAME and --spec URI, or --serve")
     with _events_on_stdout() as out:
         if arguments.serve:
             return _serve(out)
-        event = Desk().carry_out(
+        event = StepServer().run(
             arguments.spec, arguments.name, lambda event: _print(event, out) if arguments.events else None
         )
         if arguments.events:
@@ -54,24 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(event["message"], file=sys.stderr)
     else:
         print(f"mlorq: error: {' '.join(event['message'].split())}", file=sys.stderr)
-    return TRY_AGAIN if event["can_pass"] else DEFECT if event["kind"] is None else MISTAKE
+    return TRANSIENT if event["can_pass"] else DEFECT if event["kind"] is None else WRONG_INPUT
 
 
 def _serve(out: IO[str]) -> int:
-    desk = Desk()
+    server = StepServer()
     for line in sys.stdin:
         request = json.loads(line)
-        _print(desk.carry_out(request["spec"], request["name"], lambda event: _print(event, out)), out)
+        _print(server.run(request["spec"], request["name"], lambda event: _print(event, out)), out)
     return 0
 
 
 def _events_on_stdout() -> IO[str]:
-    """Standard output for events alone: what anybody else prints there, C code included, goes to standard error."""
+    """Standard output for events alone: all other output to it, that of C code included, goes to standard error."""
     sys.stdout.flush()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # seen while the step runs, and not lost if it is killed
+        sys.stdout.reconfigure(line_buffering=True)  # visible while the step runs, and kept if it is killed
     return out
 
 

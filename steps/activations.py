@@ -1,4 +1,4 @@
-"""Step ``activations``: where activations are quantized, with which ranges, and which LayerNorms are folded for it."""
+"""Step ``activations``: quantizers of activations, and folded LayerNorms (docs/METHOD.md, section 8)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Params:
 
     Attributes:
         method: as ``activations.method``.
-        settings: what the method reads of the ``activations`` section.
-        seed: of the tokens that are drawn.
+        settings: the settings of the ``activations`` section that the method reads.
+        seed: for the tokens that are drawn.
     """
 
     method: str
@@ -45,7 +45,7 @@ def spec(session: Session, layers: ArtifactRef) -> StepSpec:
     """Depends on the float model, the calibration data, the layers and the ``activations`` section."""
     chosen = session.config.activations
     assert chosen is not None
-    # What the choice of widths may cost in all is the program's to know.
+    # The compute budget is a constraint of the integer program (step ``joint``); ranges do not depend on it.
     values = chosen.own.model_dump(mode="json", exclude={"compute"})
     params = Params(chosen.method, values, session.config.seed)
     return STEP.spec(params, Inputs(session.model_ref, session.calibration_ref, layers))
@@ -53,7 +53,6 @@ def spec(session: Session, layers: ArtifactRef) -> StepSpec:
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     model = context.model(inputs.model)
-    # The compute budget belongs with the choice of widths, and was checked with the configuration.
     settings = ACTIVATION_METHODS[params.method].settings.model_validate(params.settings)
     batches = spread_batches(context.calibration(inputs.calibration).batches, settings.samples)
     layers = context.artifacts.layers(inputs.layers).layers

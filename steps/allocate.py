@@ -1,4 +1,4 @@
-"""Step ``allocate``: the integer program of one budget."""
+"""Step ``allocate``: the integer program of one budget (docs/METHOD.md, section 5)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Params:
-    """The layers, the budget (as asked for, and in bytes), and the solver's settings."""
+    """The layers, the budget (as written in the configuration, and in bytes), and the solver's settings."""
 
     layers: tuple[str, ...]
     budget: str
@@ -71,7 +71,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": float(sum(table["global_cost"].to_pylist())),
-        # Its time is in the manifest: an artifact of one key has one content.
+        # Without its time, which the manifest has: the content of an artifact is a function of its key.
         "solver": {name: value for name, value in solution.report.to_json().items() if name != "seconds"},
     }
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
@@ -83,7 +83,7 @@ def joined(
     candidates: Mapping[str, ArtifactRef],
     sensitivity: Mapping[str, ArtifactRef],
 ) -> tuple[list[Choices], Mapping[str, Sequence[Mapping[str, Any]]]]:
-    """What the program chooses from: the candidates of layers with their costs, and their rows by layer."""
+    """The choices of the program: the candidates of layers with their costs, and their table rows by layer."""
     space = artifacts.search_space(layers, candidates, sensitivity)
     return list(space.choices), space.rows
 

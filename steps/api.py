@@ -1,7 +1,7 @@
 """``mlorq.compress``: the whole method on a module and batches in memory, in this process, without Prefect.
 
-It runs the very steps that the flows run, on a store in memory unless one is named, so there is one pipeline and not
-two. This is the library's front door; nothing else in ``mlorq`` knows of ``steps``, which is why it is imported late.
+It runs the same steps as the flows, on an in-memory store unless one is named, so there is only one pipeline. It is the
+entry point of the library; nothing else in ``mlorq`` imports ``steps``, so ``mlorq`` imports this module lazily.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ class CompressionResult:
 
     Attributes:
         model: the compressed ``nn.Module``, on the device asked for.
-        allocation: Arrow table, one row a layer: layer, candidate_id, form, bits, bits_a, bits_b, rank, bytes,
+        allocation: Arrow table, one row per layer: layer, candidate_id, form, bits, bits_a, bits_b, rank, bytes,
             global_cost.
         metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
             ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
-            reused, ``solver``;
-            with ``evaluate=``: ``float`` and ``compressed``, what it returned for either model.
+            reused, ``solver``; with ``evaluate=``: ``float`` and ``compressed``, its results for the two models.
     """
 
     model: nn.Module
@@ -44,7 +43,7 @@ class CompressionResult:
     _files: Mapping[str, bytes] = field(repr=False)
 
     def save(self, location: str) -> None:
-        """Write the checkpoint, ``model.safetensors`` and ``config.json``, to a folder or any fsspec URL.
+        """Write the checkpoint, ``model.safetensors`` and ``config.json``, to a folder or fsspec URL.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -78,36 +77,36 @@ def compress(
 ) -> CompressionResult:
     """Compress a trained module to a memory budget (MLoRQ, arXiv 2507.09616).
 
-    The module given is left as it is.
+    ``model`` itself is not changed.
 
     Args:
         model: any ``nn.Module`` of linear layers and convolutions, float32, float16 or bfloat16.
-        batches: calibration data: a sequence of what the module takes (tensor, tuple, or mapping of tensors).
-        budget: ``"3bit"`` (average a weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
+        batches: calibration data: a sequence of the module's inputs (tensor, tuple, or mapping of tensors).
+        budget: ``"3bit"`` (average per weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
             ``"25MiB"`` for the whole checkpoint.
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
         preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
-        rounding: ``nearest``, ``gptq``, ``closed_form``, ``block`` or ``lra``.
-        rounding_iterations: of ``lra`` a layer, of ``block`` a block.
-        activations: as the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
+        rounding: name of a rounding method (``mlorq.rounding.METHODS``); None: the preset's.
+        rounding_iterations: per layer (``lra``) or per block (methods that reconstruct blocks).
+        activations: the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
             stay float.
-        embeddings: ``{"bits": 8}`` or 4: embedding tables as codes too; None: they stay float.
+        embeddings: ``{"bits": 8}`` or 4, to quantize embedding tables as well; None: they stay float.
         evaluate: called with the float and the compressed module; its numbers are reported.
         forward: ``forward(module, batch)`` gives the output tensor f(x), samples first; default: call the module.
         include, exclude: glob patterns of layer names.
         search: further settings of the ``search`` section of a configuration, by name.
-        seed: of every random choice.
+        seed: for every random choice.
         device: ``auto``, ``cpu``, ``cuda:0`` …
-        store: URL of an artifact store; a later call reuses what did not change. Default: kept in memory and
-            dropped at the end.
+        store: URL of an artifact store; a later call reuses the artifacts whose inputs are unchanged. Default: in
+            memory, discarded at the end.
         progress: True for lines on standard error, or ``callable(label, done, total)``.
 
     Raises:
         ConfigError: an option is wrong.
-        DataError: there are no batches, or they hold values that are not finite.
-        ModelError: nothing to compress, or weights or activations that are not finite.
-        BudgetError: the budget is malformed or impossible; the smallest possible one is named.
+        DataError: there are no batches, or they hold non-finite values.
+        ModelError: no layer can be compressed, or weights or activations are not finite.
+        BudgetError: the budget is malformed, or too small; the message names the smallest possible one.
     """
     from mlorq.artifacts.hashing import digest_json
     from mlorq.checkpoint.io import load
@@ -145,13 +144,13 @@ def compress(
             "store": store or f"memory://mlorq-{uuid.uuid4().hex}",
         }
     )
-    # A copy: running it in eval mode, without gradients and on another device must not change the one given.
+    # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
     float_model = from_module(deepcopy(model), forward)
     calibration = from_batches(batches)
     held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
     wrapped = None
     if evaluate is not None:
-        # User code has no content to hash that would cover all it calls: measured anew in every call.
+        # User code cannot be hashed with all that it calls: it is measured again in every call.
         wrapped = _numbers(evaluate)
     evaluation = Dataset(
         held_out.batches,

@@ -1,4 +1,4 @@
-"""Reading artifacts: what steps and flows take out of the store, by reference, as the records they work with."""
+"""Reading artifacts from the store: by reference, as the records that steps and flows work with."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def moments_file(layer: str) -> str:
 
 
 class ArtifactReader:
-    """Reads artifacts of one store; the last of those that several steps need are kept in memory.
+    """Reads artifacts of one store and caches in memory the latest of those that several steps need.
 
     Args:
-        store: that holds them.
+        store: the store that holds them.
     """
 
     def __init__(self, store: Store) -> None:
@@ -71,15 +71,15 @@ class ArtifactReader:
         return self._layers[ref.key]
 
     def moments(self, capture: ArtifactRef, layer: str) -> dict[str, Tensor]:
-        """A layer's Hessian, and the moments that a ``capture`` artifact has of it, by name, on the CPU."""
+        """A layer's Hessian and, if the ``capture`` artifact has them, its moments; by name, on the CPU."""
         return self._store.read_tensors(capture, moments_file(layer))
 
     def importance(self, capture: ArtifactRef, batches: int) -> Sequence[Importance] | None:
-        """Weights of the calibration data's tokens, a mapping per batch; None if the capture has none.
+        """Weights of the calibration data's tokens, one mapping per batch; None if the capture has none.
 
         Args:
             capture: the ``capture`` artifact.
-            batches: how many the calibration data has.
+            batches: number of batches of the calibration data.
         """
         if self._importance is None or self._importance[0] != capture.key:
             found = None
@@ -89,7 +89,7 @@ class ArtifactReader:
         return self._importance[1]
 
     def plan(self, ref: ArtifactRef | None) -> ActivationPlan | None:
-        """The plan that an ``activations`` or ``joint`` artifact holds; None without one."""
+        """The plan that an ``activations`` or ``joint`` artifact holds; None if ``ref`` is None."""
         if ref is None:
             return None
         if self._plan is None or self._plan[0] != ref:
@@ -97,7 +97,7 @@ class ArtifactReader:
         return self._plan[1]
 
     def tables(self, ref: ArtifactRef | None) -> dict[str, CompressedLayer]:
-        """The quantized embedding tables of an ``embeddings`` artifact by name; none without one."""
+        """The quantized embedding tables of an ``embeddings`` artifact by name; empty if ``ref`` is None."""
         if ref is None:
             return {}
         if self._tables is None or self._tables[0] != ref.key:
@@ -115,7 +115,7 @@ class ArtifactReader:
         candidates: Mapping[str, ArtifactRef],
         sensitivity: Mapping[str, ArtifactRef],
     ) -> SearchSpace:
-        """The candidates of layers with their costs; the last one is kept, for the next budget.
+        """The candidates of layers with their costs; the last search space is cached for the next budget.
 
         Args:
             layers: names, in execution order.
@@ -137,7 +137,7 @@ class ArtifactReader:
     # -- chains of rounded layers -----------------------------------------------------------------------------
 
     def rounded(self, ref: ArtifactRef) -> tuple[list[CompressedLayer], ArtifactRef | None]:
-        """The layers that a step which rounds wrote, and the artifact before it, if its inputs depended on any."""
+        """The layers that a rounding step wrote, and the artifact before it in the chain (None for the first)."""
         blockwise = ref.step in ("reconstruct", "tune")
         info = self._store.read_json(ref, "block.json" if blockwise else "layer.json")
         layers = []
@@ -150,7 +150,12 @@ class ArtifactReader:
     def all_rounded(
         self, last: ArtifactRef | None, wanted: Collection[str] | None = None
     ) -> dict[str, CompressedLayer]:
-        """The layers of a chain of artifacts by name, each as the last of them left it; all, or the wanted ones."""
+        """The layers of a chain of artifacts by name, each from the last artifact that has it.
+
+        Args:
+            last: the end of the chain.
+            wanted: names after which the search stops; None: all layers.
+        """
         found: dict[str, CompressedLayer] = {}
         while last is not None and not (wanted is not None and found.keys() >= set(wanted)):
             layers, last = self.rounded(last)
@@ -171,9 +176,9 @@ class ArtifactReader:
 
     @contextlib.contextmanager
     def checkpoint(self, ref: ArtifactRef) -> Iterator[str]:
-        """Where a ``compressed`` artifact can be loaded from.
+        """Location from which a ``compressed`` artifact can be loaded.
 
-        That of a remote store is read through the store, with its cache and patience.
+        An artifact of a remote store is copied to a temporary folder, through the store's cache and retries.
         """
         if not self._store.is_remote:
             yield self._store.uri(ref)

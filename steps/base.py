@@ -1,9 +1,9 @@
-"""What a step is: a name, a version, and a pure function from parameters and inputs to the files of one artifact.
+"""Steps: a name, a version, and a pure function from parameters and inputs to the files of one artifact.
 
 A step declares two frozen records: its parameters, which are plain values, and its inputs, which are handles
 (``steps.handles``). Its key is the hash of its name, its version, its parameters and the keys of its inputs, and its
-function reaches nothing else. It looks its key up in the store itself, so a hit needs no database and holds in any
-process. Paths, devices, thread counts and log levels are in no key.
+function reads nothing else. Before it runs, its key is looked up in the store, so a cache hit needs no database and is
+valid in any process. Keys do not depend on paths, devices, thread counts or log levels.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Params = TypeVar("Params")
 
 @dataclass(frozen=True)
 class NoParams:
-    """Of a step whose result depends on its inputs alone."""
+    """Parameters of a step whose result depends on its inputs alone."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a step needs of the machine that runs it; nothing of this is part of a key.
+    """Resources that a step needs; they are not part of its key.
 
     Attributes:
-        device: whether it computes on the run's device, a GPU where there is one.
-        memory_bytes: that its own work takes at most on top of model and data, estimated; 0 where it is small.
+        device: whether it computes on the run's device (a GPU if there is one).
+        memory_bytes: estimated upper bound of its memory in addition to model and data; 0 if small.
     """
 
     device: bool = True
@@ -48,9 +48,9 @@ class Needs:
 
     @classmethod
     def of_layer(cls, layer: Layer) -> Needs:
-        """For the search or the rounding of one layer: float64 copies of W and its factors, and moments in two folds.
+        """Needs of the search or the rounding of one layer: float64 copies of W and its factors, moments in two folds.
 
-        Doubled, for PyTorch's temporaries and the allocator's gaps.
+        Doubled to allow for PyTorch's temporaries and memory fragmentation.
         """
         return cls(True, 2 * 8 * (8 * layer.params + 9 * (layer.in_features * layer.groups) ** 2))
 
@@ -61,11 +61,11 @@ class StepSpec:
 
     Attributes:
         step: registered name.
-        version: of the step's code; a change of results is a change of version.
+        version: of the step's code; it increases when results change.
         params: the step's parameters as JSON values.
         inputs: handles of everything it reads, by role.
-        layer: the layer it is about, for people; a step that depends on it has it in ``params`` too.
-        needs: for whoever places it; not in its key, and not in its message.
+        layer: the layer (or block) that it handles, for display; a step that depends on it has it in ``params`` too.
+        needs: resources, for the scheduler; neither in the key nor in the message.
     """
 
     step: str
@@ -89,7 +89,7 @@ class StepSpec:
 
     @property
     def ref(self) -> ArtifactRef:
-        """The artifact that the step makes."""
+        """Reference of the step's artifact."""
         return ArtifactRef(self.step, self.key)
 
     @property
@@ -99,7 +99,7 @@ class StepSpec:
 
     @property
     def artifacts(self) -> list[ArtifactRef]:
-        """The artifacts that it reads, that of its model's activations among them."""
+        """The artifacts that it reads, including the ``activations`` artifact of its model."""
         found = [handle.activations if isinstance(handle, ModelRef) else handle for handle in self.inputs.values()]
         return [handle for handle in found if isinstance(handle, ArtifactRef)]
 
@@ -147,14 +147,14 @@ class Step(Generic[Params, Inputs]):
         label: str | None = None,
         needs: Needs | None = None,
     ) -> StepSpec:
-        """A step to run, with this step's name and version.
+        """The specification of one run of this step.
 
         Args:
-            params: that it reads.
-            inputs: that it reads.
-            layer: that it is about; it decides what the step needs.
-            label: what it is about, for people, where that is no layer.
-            needs: instead of the run's device, and of the memory that its layer takes.
+            params: the parameters.
+            inputs: the input handles.
+            layer: the layer that it handles, if any; determines the default of ``needs``.
+            label: display name of its subject, if that is not a layer.
+            needs: resources; default: the run's device, and the memory that ``layer`` takes.
         """
         values: dict[str, Any] = self._adapter.dump_python(params, mode="json")
         if needs is None:
@@ -163,16 +163,16 @@ class Step(Generic[Params, Inputs]):
         return StepSpec(self.name, self.version, values, roles_of(inputs), about, needs)
 
     def read(self, spec: StepSpec) -> tuple[Params, Inputs]:
-        """The records of a step to run: the inverse of ``spec``.
+        """Parameters and inputs of a specification: the inverse of ``spec``.
 
         Raises:
-            StoreError: its inputs are not those of this step.
-            ValidationError: its parameters are not.
+            StoreError: the inputs are not those of this step.
+            ValidationError: the parameters are not those of this step.
         """
         return self._adapter.validate_python(spec.params), inputs_of(self.inputs, spec.inputs)
 
     def ref(self, params: Params, inputs: Inputs) -> ArtifactRef:
-        """The artifact that the step makes of these parameters and inputs."""
+        """Reference of the artifact for these parameters and inputs."""
         return self.spec(params, inputs).ref
 
     @cached_property
@@ -182,12 +182,12 @@ class Step(Generic[Params, Inputs]):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a step came to.
+    """The outcome of a step.
 
     Attributes:
         ref: the artifact.
-        reused: True where the artifact was there already.
-        seconds: spent computing it, now or when it was made.
+        reused: whether the artifact was already in the store.
+        seconds: time spent computing it, in this run or in the earlier one.
     """
 
     ref: ArtifactRef
@@ -196,7 +196,7 @@ class Outcome:
 
 
 def find(spec: StepSpec, store: Store) -> Outcome | None:
-    """The step's artifact if the store has it."""
+    """The step's outcome if its artifact is in the store, else None."""
     if not store.exists(spec.ref):
         return None
     manifest = store.manifest(spec.ref) or {}
@@ -204,15 +204,15 @@ def find(spec: StepSpec, store: Store) -> Outcome | None:
 
 
 def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) -> Outcome:
-    """Run a step unless its artifact is there, and write the artifact.
+    """Run a step and write its artifact, unless the store has it.
 
     Args:
         spec: the step.
-        worker: where it runs.
+        worker: the store, and the context in which the step runs.
         progress: called with (done, total).
 
     Raises:
-        MlorqError: the input is at fault; nothing is written then.
+        MlorqError: the input is wrong; nothing is written.
     """
     from steps import REGISTRY
 
@@ -222,14 +222,14 @@ def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) ->
     step = REGISTRY[spec.step]
     if step.version != spec.version:
         raise ConfigError(
-            f"step {spec.step} is of version {step.version} here, version {spec.version} was asked for: "
-            "the process or image that runs the step holds another version of mlorq than the flow"
+            f"step {spec.step} has version {step.version} here, but version {spec.version} was requested: install the "
+            "flow's version of mlorq in the process or image that runs the step"
         )
     params, inputs = step.read(spec)
     worker.context.use_threads()
     started = time.perf_counter()
     files = step.run(params, inputs, worker.context, progress or (lambda done, total: None))
-    # Whole milliseconds from the start: sums of what was just computed and of what a manifest says then agree.
+    # Rounded before it is used: the outcome and the manifest then have the same number.
     seconds = round(time.perf_counter() - started, 3)
     details = {"layer": spec.layer, "params": spec.params, "inputs": spec.to_json()["inputs"]}
     ref = worker.store.write(spec.step, spec.key, files, details=details, seconds=seconds)

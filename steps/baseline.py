@@ -1,4 +1,4 @@
-"""Step ``baseline``: the float model on the evaluation data: its metric, and its outputs to compare others with."""
+"""Step ``baseline``: metric and outputs of the float model on the evaluation data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model as given, and the data; calibration data only if the evaluation data gives no batches."""
+    """The model as given, and the data; calibration data only if the evaluation data has no batches."""
 
     model: ModelRef
     evaluation: DataRef
@@ -32,17 +32,17 @@ def spec(session: Session) -> StepSpec:
 
 
 def stand_in(session: Session) -> DataRef | None:
-    """Data on which the output NMSE is measured if evaluation data gives no batches; None if it does."""
+    """The calibration data if the evaluation data has no batches to measure the output NMSE on, else None."""
     return None if session.evaluation.batches else session.calibration_ref
 
 
 def nmse_data(session: Session) -> Dataset:
-    """Where the output NMSE is measured: the evaluation data, or calibration data if that gives no batches."""
+    """Data for the output NMSE: the evaluation data, or the calibration data if that has no batches."""
     return session.evaluation if session.evaluation.batches else session.calibration
 
 
 def measure(data: Dataset, outputs: torch.Tensor, module: torch.nn.Module) -> dict[str, float]:
-    """Metrics of a module by name: the data set's own, or what the user's function returns."""
+    """Metrics of a module by name: those of the data set, or of the user's ``evaluate`` function."""
     if data.evaluate is not None:
         return {name: float(value) for name, value in data.evaluate(module).items()}
     return {} if data.metric is None else data.metric(outputs)

@@ -1,4 +1,4 @@
-"""Step ``candidates``: every candidate of one layer with memory, local cost and Pareto front."""
+"""Step ``candidates``: memory, local cost and Pareto front of one layer's candidates (docs/METHOD.md, section 4)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Params:
-    """What decides a layer's candidates.
+    """Settings of a layer's candidates.
 
     Attributes:
-        layer: which.
-        forms: settings of every form that it may take, by the form's name.
+        layer: its name.
+        forms: settings of its permitted forms, by the form's name.
         accounting: how bytes are counted.
-        fit: what decides the matrices of one given candidate.
+        fit: settings of the fit of one candidate's matrices.
     """
 
     layer: str
@@ -63,7 +63,7 @@ class Fits:
 
 
 def params_of(session: Session, layer: Layer) -> Params:
-    """What a configuration says of a layer's candidates."""
+    """The settings of a layer's candidates in the run's configuration."""
     search = layer_search(session.config.search, layer)
     forms = {name: settings.model_dump(mode="json") for name, settings in search.form_settings.items()}
     return Params(layer.name, forms, search.accounting, search.fit)
@@ -79,10 +79,10 @@ def fits_of(context: Context, model: ModelRef, capture: ArtifactRef, layer: Laye
 
     Args:
         context: of the worker.
-        model: whose weight is compressed.
+        model: the float model.
         capture: the ``capture`` artifact, with the layer's Hessian and moments.
-        layer: which.
-        settings: what decides a candidate's matrices.
+        layer: the layer.
+        settings: of the fit of a candidate's matrices.
     """
     weight = weight_matrix(context.model(model).module.get_submodule(layer.name))
     tensors = context.artifacts.moments(capture, layer.name)

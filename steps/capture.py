@@ -1,8 +1,9 @@
-"""Step ``capture``: one pass over the calibration data.
+"""Step ``capture``: statistics of the calibration data (docs/METHOD.md, sections 3 and 7).
 
 Output: ``reference.parquet`` (f(x) of every sample), ``activations/<layer>.parquet`` (a bounded random sample of the
-layer's inputs), ``moments/<layer>.safetensors`` (the label-free Hessian and, where the metric needs them, moments of
-inputs and output gradients in two folds) and, where asked for, ``importance.safetensors`` (weights of all tokens).
+layer's inputs), ``moments/<layer>.safetensors`` (the label-free Hessian and, if the metric needs them, moments of
+inputs and output gradients in two folds) and, with ``search.token_weights``, ``importance.safetensors`` (weights of all
+tokens).
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ ACTIVATION_ROWS = 256
 
 @dataclass(frozen=True)
 class Params:
-    """What is collected.
+    """Settings of the statistics.
 
     Attributes:
-        rows: tokens kept of each layer's inputs.
-        samples: calibration samples of the label-free Hessian.
+        rows: number of input tokens kept per layer.
+        samples: number of calibration samples for the label-free Hessian.
         probes, min_probes, tolerance, mode: of its estimate (``mlorq.calibration.label_free_hessian``).
-        moments: whether moments of inputs and output gradients are summed.
-        token_weights: the power of the tokens' weights in them; False: all tokens weigh the same.
-        seed: of the choice of rows, and of the probes.
+        moments: whether moments of inputs and output gradients are accumulated.
+        token_weights: exponent of the tokens' weights in the moments; False: equal weights.
+        seed: for the choice of rows, and for the probes.
     """
 
     rows: int

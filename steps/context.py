@@ -1,7 +1,7 @@
-"""What a step works with beside its parameters: one device, and model and data in exchange for handles.
+"""The context in which a step runs: one device, and the model, data and artifacts that its handles stand for.
 
-Each worker has its own context: a step may change weights of the model for a moment, and two steps must not do that to
-one model at a time.
+Each worker has its own context, because a step may temporarily change weights of the model: two steps must not share a
+model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from steps.paired_cache import PairedCache
 
 
 class Sources:
-    """Model and data of a run on one device, each loaded when it is first asked for and kept.
+    """Model and data of a run on one device, each loaded on first use and kept.
 
     Args:
         model: loads the float model.
         calibration, evaluation: load data for a model.
-        device: that the model is put on: ``cpu``, ``cuda:0`` …
+        device: the model's device: ``cpu``, ``cuda:0`` …
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class Sources:
 
 
 class Context:
-    """What a step may ask for. It knows nothing of the configuration: that is in the step's parameters.
+    """Resolves a step's handles. It has no access to the configuration: a step reads its parameters alone.
 
     Args:
         sources: of model and data.
         artifacts: reads the store.
-        threads: CPU threads per step; None: as torch decides.
+        threads: CPU threads per step; None: torch's default.
 
     Attributes:
-        device: where to compute.
-        artifacts: reads artifacts, by reference.
-        paired: the float and the partly rounded model that the last step left, for the next one.
+        device: the device to compute on.
+        artifacts: reads artifacts by reference.
+        paired: cache of the float and the partly rounded model between steps.
     """
 
     def __init__(self, sources: Sources, artifacts: ArtifactReader, threads: int | None = None) -> None:
@@ -108,7 +108,7 @@ class Context:
     def model(self, ref: ModelRef) -> FloatModel:
         """The float model of a handle, on the device: as given, or with its LayerNorms folded.
 
-        The one that was folded last is kept.
+        The last folded model is cached.
 
         Raises:
             ConfigError: this worker loads another model.
@@ -118,7 +118,7 @@ class Context:
         if ref.activations is None:
             return model
         if self._folded is None or self._folded[0] != ref.activations:
-            self._folded = None  # before there is another copy
+            self._folded = None  # released before the next copy is made
             module = deepcopy(model.module)
             plan = self.plan(ref)
             assert plan is not None
@@ -153,17 +153,17 @@ def _require_same(what: str, asked: str, found: str) -> None:
     if asked != found:
         raise ConfigError(
             f"the step asks for the {what} {asked[:12]}, but the configuration gives {found[:12]} in the process that "
-            "runs it: use the same files and the same versions of packages wherever steps run"
+            "runs it: use the same files and package versions in all processes that run steps"
         )
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A place where steps run.
+    """A store and a context: all that is needed to run steps.
 
     Attributes:
-        store: that their artifacts are written to.
-        context: that they work with.
+        store: the store that artifacts are written to.
+        context: resolves the steps' handles.
     """
 
     store: Store

@@ -9,19 +9,19 @@ from mlorq.errors import ConfigError
 
 
 def local_devices(config: RunConfig) -> list[str]:
-    """The devices that the flow's own machine gives to steps; a cluster's workers have theirs.
+    """The devices of the flow's machine; with a Dask cluster, whose workers have their own, only the CPU.
 
     Raises:
-        ConfigError: a device asked for is not there.
+        ConfigError: a configured device does not exist.
     """
     return ["cpu"] if config.engine.runner == "dask" else devices(config)
 
 
 def devices(config: RunConfig) -> list[str]:
-    """The devices of this machine that a run may use; what a cluster's workers have is for them to say.
+    """The devices of this machine that ``engine.devices`` selects.
 
     Raises:
-        ConfigError: a device asked for is not there.
+        ConfigError: a configured device does not exist.
     """
     wanted = config.engine.devices
     present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -32,5 +32,5 @@ def devices(config: RunConfig) -> list[str]:
         names = present or ["cuda"]
     for name in names:
         if name != "cpu" and name not in present:
-            raise ConfigError(f"engine.devices: {name!r} is not there; present: {', '.join([*present, 'cpu'])}")
+            raise ConfigError(f"engine.devices: {name!r} does not exist; available: {', '.join([*present, 'cpu'])}")
     return names

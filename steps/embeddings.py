@@ -1,4 +1,4 @@
-"""Step ``embeddings``: the model's embedding tables as codes, where the configuration asks for them."""
+"""Step ``embeddings``: quantized embedding tables of the model (docs/METHOD.md, section 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Params:
-    """Code width, entries of the smallest table that is quantized, and percentiles of the ranges that are tried."""
+    """Bit-width, number of entries of the smallest table to quantize, and percentiles of the candidate ranges."""
 
     bits: int
     smallest: int
@@ -31,15 +31,15 @@ class Inputs:
 
 
 def spec(session: Session) -> StepSpec:
-    """Depends on the model, the bit-width and the ranges that are tried; on no data."""
+    """Depends on the model, the bit-width and the candidate ranges; on no data."""
     settings = session.config.embeddings
-    assert settings is not None, "only where the configuration asks for quantized embeddings"
+    assert settings is not None, "the configuration does not quantize embeddings"
     params = Params(settings.bits, settings.smallest, tuple(session.config.search.percentiles))
     return STEP.spec(params, Inputs(session.model_ref))
 
 
 def artifact(session: Session) -> ArtifactRef | None:
-    """The quantized tables of a run, for steps that see them; None if tables stay float."""
+    """The artifact of the run's quantized tables; None if tables stay float."""
     return None if session.config.embeddings is None else spec(session).ref
 
 

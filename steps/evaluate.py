@@ -1,4 +1,4 @@
-"""Step ``evaluate``: the compressed model, as loaded from its checkpoint, on the evaluation data."""
+"""Step ``evaluate``: metric and output NMSE of the compressed model, loaded from its checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checkpoint, the float model's ``baseline``, and what that was made from."""
+    """The checkpoint, the float model's ``baseline``, and the inputs of that."""
 
     checkpoint: ArtifactRef
     baseline: ArtifactRef
@@ -37,7 +37,7 @@ def spec(session: Session, checkpoint: ArtifactRef, baseline: ArtifactRef) -> St
 def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     model, evaluation = context.model(inputs.model), context.evaluation(inputs.evaluation)
     data = evaluation if inputs.calibration is None else context.calibration(inputs.calibration)
-    # Loaded into a copy of the float model's structure only where the architecture alone cannot rebuild it.
+    # Loaded into a copy of the float model only if its architecture cannot be rebuilt by name.
     instance = None if model.rebuilds else model.module
     with context.artifacts.checkpoint(inputs.checkpoint) as location:
         module = load(location, model=instance, device=context.device)

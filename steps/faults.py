@@ -1,4 +1,4 @@
-"""Which faults may be gone at the next try: those of a network or a machine, never those of the input."""
+"""Transient errors: those of a network or a machine, which a retry may not meet again; never those of the input."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ RETRY_SECONDS = (1, 5, 15, 30)
 T = TypeVar("T")
 
 
-def can_pass(error: BaseException | None) -> bool:
-    """Whether trying again makes sense: a worker that was killed, a network that was down; not a full disk."""
+def is_transient(error: BaseException | None) -> bool:
+    """Whether a retry makes sense: yes for a killed worker or a lost connection, no for a full disk."""
     if isinstance(error, TransientError):
         return True
     return files.can_pass(error.__cause__ if isinstance(error, StoreError) else error)
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """``call()``, tried again where its fault can pass."""
+def with_retries(call: Callable[[], T]) -> T:
+    """``call()``, retried after transient errors, with the pauses ``RETRY_SECONDS``."""
     for seconds in RETRY_SECONDS:
         try:
             return call()
         except Exception as error:
-            if not can_pass(error):
+            if not is_transient(error):
                 raise
             time.sleep(seconds)
     return call()

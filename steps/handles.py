@@ -1,4 +1,4 @@
-"""Handles: what a step names as its inputs, and exchanges for the model, data and artifacts that it works with.
+"""Handles: references to the model, data and artifacts that a step takes as inputs; its context resolves them.
 
 A step declares its inputs as a frozen dataclass whose fields are handles (``ArtifactRef``, ``ModelRef``, ``DataRef``),
 optional handles, mappings ``{name: handle}`` or tuples of handles. In a message and in a key they are a flat mapping
@@ -23,9 +23,9 @@ class ModelRef:
     """The float model that a step works with.
 
     Attributes:
-        key: of the float model as given.
-        activations: the ``activations`` or ``joint`` artifact whose plan quantizes its activations: its LayerNorms are
-            folded for it. None: the model as given.
+        key: hash of the float model as given.
+        activations: the ``activations`` or ``joint`` artifact whose plan quantizes its activations; its LayerNorms are
+            folded accordingly. None: the model as given.
     """
 
     key: str
@@ -33,13 +33,13 @@ class ModelRef:
 
     @property
     def digest(self) -> str:
-        """One key for the model and what was folded into it."""
+        """One key for the model and its activation plan."""
         return self.key if self.activations is None else digest_json([self.key, self.activations.key])
 
 
 @dataclass(frozen=True)
 class DataRef:
-    """Calibration or evaluation data, by the hash of its samples."""
+    """Calibration or evaluation data, identified by the hash of its samples."""
 
     key: str
 
@@ -49,7 +49,7 @@ Inputs = TypeVar("Inputs")
 
 
 def key_of(handle: Handle) -> str:
-    """What a handle adds to the key of a step that reads it."""
+    """The contribution of a handle to the key of a step that reads it."""
     return handle.digest if isinstance(handle, ModelRef) else handle.key
 
 
@@ -104,7 +104,7 @@ def inputs_of(record: type[Inputs], roles: Mapping[str, Handle]) -> Inputs:
         roles: handles by role.
 
     Raises:
-        StoreError: a role is missing, unknown, or has a handle of another kind.
+        StoreError: a role is missing or unknown, or its handle has the wrong type.
     """
     values: dict[str, Any] = {}
     for name, (many, kind, optional) in _shape(record).items():
@@ -115,7 +115,9 @@ def inputs_of(record: type[Inputs], roles: Mapping[str, Handle]) -> Inputs:
             raise StoreError(f"{record.__module__}: input {name!r} is missing")
         for handle in own:
             if not isinstance(handle, kind):
-                raise StoreError(f"{record.__module__}: input {name!r} is of type {type(handle).__name__}, not {kind}")
+                raise StoreError(
+                    f"{record.__module__}: input {name!r} has type {type(handle).__name__}, not {kind.__name__}"
+                )
         if many is tuple:
             values[name] = tuple(found[str(index)] for index in range(len(found)))
         elif many is Mapping:

@@ -1,4 +1,4 @@
-"""The plainest executor: every step is a call in this process, one after another."""
+"""The simplest executor: every step is a call in this process, one after another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class InProcess:
 
     Args:
         session: of the run.
-        progress: called with (label, steps done, steps) of the current phase after every step.
+        progress: called after every step with (label, steps done, number of steps) of the current phase.
         record: called with every outcome.
     """
 
@@ -33,13 +33,13 @@ class InProcess:
         self._done, self._total = 0, total
 
     def run(self, spec: StepSpec) -> Outcome:
-        """Run one step unless its artifact is there."""
+        """Run one step unless the store has its artifact."""
         outcome = execute(spec, self.session.worker)
-        self.tell(spec, outcome)
+        self.finished(spec, outcome)
         return outcome
 
-    def tell(self, spec: StepSpec, outcome: Outcome) -> None:
-        """Count a step that is done."""
+    def finished(self, spec: StepSpec, outcome: Outcome) -> None:
+        """Count and report a finished step."""
         self._done += 1
         if self._record is not None:
             self._record(outcome)

@@ -1,8 +1,8 @@
-"""Steps ``width_costs`` and ``joint``: activations' code widths chosen together with the layers' candidates.
+"""Steps ``width_costs`` and ``joint``: bit-widths of activations, chosen together with the layers' candidates.
 
-``width_costs`` measures what the output costs with the activations of one group alone quantized, for every group and
-width. ``joint`` solves one program for both; its artifact is an allocation, and holds the activations' plan with the
-widths decided as well.
+``width_costs`` measures the output cost with the activations of one group alone quantized, for every group and
+bit-width. ``joint`` solves one program for both; its artifact holds the allocation and the activation plan with the
+chosen bit-widths. docs/METHOD.md, section 8 (``choices``), has the program.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ COSTS = "costs.json"
 
 @dataclass(frozen=True)
 class CostsParams:
-    """How the costs of activations' code widths are measured."""
+    """How the costs of activations' bit-widths are measured."""
 
     measuring: Measuring
 
 
 @dataclass(frozen=True)
 class CostsInputs:
-    """The model with the plan of all widths, and the calibration data."""
+    """The model with the plan of all bit-widths, and the calibration data."""
 
     model: ModelRef
     calibration: DataRef
 
 
 def costs_spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
-    """Depends on the plan of all widths and the samples that costs are measured on.
+    """Depends on the plan of all bit-widths and the samples that costs are measured on.
 
     Args:
         session: of the run.
-        model: with the plan of all widths.
+        model: with the plan of all bit-widths.
         layers: the ``layers`` artifact.
     """
     params = CostsParams(measuring(session, session.artifacts.layers(layers).layers))
@@ -95,7 +95,7 @@ def run_costs(params: CostsParams, inputs: CostsInputs, context: Context, progre
 
 
 def widths_of(sites: list[Any]) -> list[int]:
-    """The code widths that a group may have, rising."""
+    """The bit-widths that a group may have, in increasing order."""
     return sorted({int(sites[0].quantizer["bits"]), *map(int, sites[0].variants)})
 
 
@@ -108,7 +108,7 @@ class Params(ProgramParams):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The layers, the plan of all widths and its costs, and the ``candidates`` and ``sensitivity`` by layer."""
+    """The layers, the plan of all bit-widths and its costs, and the ``candidates`` and ``sensitivity`` by layer."""
 
     layers: ArtifactRef
     plan: ArtifactRef
@@ -180,7 +180,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
 def program_groups(
     plan: ActivationPlan, costs: Mapping[str, Mapping[str, float]], layers: list[Layer]
 ) -> tuple[list[Group], list[int]]:
-    """The program's groups, and which of them each layer reads; pixels have one width and no choice."""
+    """The program's groups, and for each layer the index of its group. Pixels have a single bit-width."""
     found: list[Group] = []
     reading: dict[str, int] = {}
     for name, sites in plan.groups().items():

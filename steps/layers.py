@@ -1,4 +1,4 @@
-"""Step ``layers``: which layers the model has to compress (``layers.parquet``), its blocks and what is skipped."""
+"""Step ``layers``: the model's compressible layers (``layers.parquet``), its blocks and the skipped layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Params:
-    """Name patterns of the layers to compress, and of those to leave alone."""
+    """Name patterns of the layers to compress, and of those to skip."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -22,14 +22,14 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model as given, and the data whose first batch it is run on."""
+    """The model as given, and the calibration data, whose first batch it is run on."""
 
     model: ModelRef
     calibration: DataRef
 
 
 def records(session: Session) -> tuple[Params, Inputs]:
-    """What the step reads of a run."""
+    """Parameters and inputs of the step."""
     search = session.config.search
     params = Params(tuple(search.include), tuple(search.exclude))
     return params, Inputs(session.model_ref, session.calibration_ref)
@@ -41,7 +41,7 @@ def spec(session: Session) -> StepSpec:
 
 
 def discover(session: Session) -> LayerList:
-    """List the layers without reading or writing the store (for a dry run)."""
+    """The layers, found without reading or writing the store (for a dry run)."""
     return _discover(*records(session), session.worker.context)
 
 

@@ -1,7 +1,8 @@
-"""On which calibration samples global costs are measured, and what cost of the output.
+"""The calibration samples on which global costs are measured, and the cost function of the output.
 
-Fits in the metric of moments look at the first of two folds of the calibration data (``mlorq.fitting.covariance_fit``);
-costs of what was fitted there are measured on samples of the second fold. Grouped convolutions have no such moments.
+With ``search.metric: moments``, candidates are fitted on the first of two folds of the calibration data
+(``mlorq.fitting.covariance_fit``), and their costs are measured on samples of the second. Grouped convolutions have no
+such moments.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Measuring:
     """How a global cost is measured.
 
     Attributes:
-        samples: about how many calibration samples, spread evenly.
-        held_out: whether they are taken from the second fold, to which nothing was fitted.
-        cost: of the output.
+        samples: approximate number of calibration samples, spread evenly.
+        held_out: whether they are taken from the second fold, which no candidate was fitted on.
+        cost: cost function of the output.
         labels: digest of the labels that the cost reads; None if it reads none.
     """
 
@@ -43,7 +44,7 @@ class Measuring:
 
         Args:
             data: the calibration data.
-            times: multiplies the number of samples.
+            times: factor on the number of samples.
         """
 
         def chosen(parts: Sequence[Any]) -> list[Any]:
@@ -58,10 +59,10 @@ def measuring(session: Session, layers: Sequence[Layer]) -> Measuring:
 
     Args:
         session: of the run.
-        layers: whose candidates are measured.
+        layers: the layers whose candidates are measured.
 
     Raises:
-        DataError: the cost reads labels, and there are none.
+        DataError: the cost needs labels, and the calibration data has none.
     """
     search = session.config.search
     held_out = search.metric == "moments" and any(layer.groups == 1 for layer in layers)
@@ -72,11 +73,11 @@ def labels_digest(session: Session) -> str | None:
     """Digest of the labels that the configured cost reads; None if it reads none.
 
     Raises:
-        DataError: the cost reads labels, and there are none.
+        DataError: the cost needs labels, and the calibration data has none.
     """
     if session.config.search.cost != "task":
         return None
     labels = session.calibration.labels
     if labels is None:
-        raise DataError("search.cost: task needs calibration data with labels; use nmse or kl")
+        raise DataError("search.cost: task needs calibration data with labels; provide labels, or use nmse or kl")
     return digest_json([part.tolist() for part in labels])

@@ -1,4 +1,4 @@
-"""Step ``pack``: the compressed checkpoint, a folder that ``mlorq.load`` needs no other file for."""
+"""Step ``pack``: the compressed checkpoint, a self-contained folder for ``mlorq.load``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Params:
-    """What a checkpoint says of itself: how bytes are counted, and the digest of the configuration."""
+    """Metadata of the checkpoint: how bytes are counted, and the digest of the configuration."""
 
     accounting: Accounting
     configuration: str
@@ -37,7 +37,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model, the artifacts that changed each layer last, and what the checkpoint says it was made from."""
+    """The model, the last artifact of each layer, and the artifacts that the checkpoint's metadata names."""
 
     model: ModelRef
     calibration: DataRef
@@ -54,7 +54,7 @@ def spec(
     allocation: ArtifactRef,
     rounded: Sequence[ArtifactRef],
 ) -> StepSpec:
-    """Depends on the artifacts that changed each layer last and, for what it says of itself, the allocation."""
+    """Depends on the last artifact of each layer and, for its metadata, on the allocation."""
     config = session.config
     configuration = {
         "preset": config.preset,
@@ -70,13 +70,13 @@ def spec(
 
 
 def describe(model: FloatModel, plan: ActivationPlan | None) -> dict[str, Any]:
-    """What a checkpoint of a model says of itself, as far as it is known before a budget is."""
+    """The part of a checkpoint's metadata that does not depend on the budget."""
     found = {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
     return found if plan is None else found | {"activations": plan.without_folds().to_json()}
 
 
 def tables(session: Session) -> dict[str, int]:
-    """Bits of the embedding tables that are quantized, by name."""
+    """Bit-widths of the embedding tables that are quantized, by name."""
     settings = session.config.embeddings
     if settings is None:
         return {}
@@ -93,18 +93,18 @@ def _with_quantizers(session: Session, ref: ModelRef) -> nn.Module:
 
 
 def rest_kinds(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> dict[str, int]:
-    """What of a checkpoint stays float, in bytes by kind; ``model`` as in ``rest_bytes_bound``."""
+    """Bytes of the float rest of a checkpoint, by kind; ``model`` as in ``rest_bytes_bound``."""
     aliases = {layer.name: layer.aliases for layer in layers}
     return rest_by_kind(float_rest(_with_quantizers(session, model or session.model_ref), aliases, tables(session)))
 
 
 def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> int:
-    """Most bytes of a checkpoint that are not the compressible layers' weights.
+    """Upper bound in bytes of the rest of a checkpoint: everything but the compressible layers' weights.
 
     Args:
         session: of the run.
-        layers: that are compressed.
-        model: with its plan of activations, where that is known; default: as given.
+        layers: the compressible layers.
+        model: the model with its activation plan, if that is known; default: the model as given.
     """
     ref = model or session.model_ref
     aliases = {layer.name: layer.aliases for layer in layers}

@@ -1,4 +1,4 @@
-"""The float and the partly rounded model side by side, kept from one step of sequential rounding to the next."""
+"""Cache of the float and the partly rounded model, kept from one step of sequential rounding to the next."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairedState:
-    """All that a pair depends on beside the layers that are rounded in it.
+    """Everything that a pair depends on, except its rounded layers.
 
     Attributes:
         model: the float model; its activations are quantized in the compressed copy.
-        calibration: the data that runs through both.
+        calibration: the data that runs through both models.
         layers: the ``layers`` artifact.
         capture: the ``capture`` artifact, which may have weights of the data's tokens.
-        embeddings: the ``embeddings`` artifact, if tables are quantized: the compressed copy has theirs.
-        samples: most calibration samples used.
-        batch_size: samples in a batch; None: as the data comes.
+        embeddings: the ``embeddings`` artifact; the compressed copy has its quantized tables. None: tables stay float.
+        samples: maximum number of calibration samples.
+        batch_size: samples per batch; None: the batches of the data.
     """
 
     model: ModelRef
@@ -67,7 +67,7 @@ class TrainingInputs:
 
 
 class PairedCache:
-    """The last pair of a worker, and up to which artifact its layers are rounded.
+    """The last pair of a worker, and the last artifact whose layers are rounded in it.
 
     Args:
         context: of the worker.
@@ -80,11 +80,11 @@ class PairedCache:
     def get(self, state: PairedState, previous: ArtifactRef | None) -> PairedForward:
         """A pair in which all layers up to ``previous`` are rounded.
 
-        A run that goes on layer by layer advances the kept pair; one that resumes in the middle, or in another process,
-        builds it from the chain of rounded artifacts.
+        A run that continues layer by layer advances the cached pair; a run that resumes midway, or in another process,
+        rebuilds it from the chain of rounded artifacts.
 
         Args:
-            state: what it depends on.
+            state: everything else that the pair depends on.
             previous: the last artifact of the chain; None at its start.
         """
         artifacts = self._context.artifacts
@@ -96,14 +96,14 @@ class PairedCache:
                 for name, compressed in later.items():
                     paired.set(layers[name], compressed)
                 return paired
-        self._kept = None  # before there is another one
+        self._kept = None  # released before the next pair is built
         paired = self._build(state)
         for compressed in artifacts.all_rounded(previous).values():
             paired.set(layers[compressed.layer], compressed)
         return paired
 
     def keep(self, paired: PairedForward, state: PairedState, last: ArtifactRef) -> None:
-        """Remember a pair in which every layer up to ``last`` is rounded."""
+        """Cache a pair in which every layer up to ``last`` is rounded."""
         self._kept = (state, last.key, paired)
 
     def _build(self, state: PairedState) -> PairedForward:
@@ -124,11 +124,11 @@ class PairedCache:
 
 
 def rounding_batches(context: Context, state: PairedState) -> tuple[list[Any], Sequence[Importance] | None]:
-    """Calibration batches that rounding sees, and the weights of their tokens if there are any.
+    """Calibration batches for rounding, and the weights of their tokens if there are any.
 
     Args:
         context: of the worker.
-        state: which data, how many samples, in batches of which size.
+        state: the data, the number of samples and the batch size.
     """
     data = context.calibration(state.calibration)
     weights = context.artifacts.importance(state.capture, len(data.batches))

@@ -1,9 +1,9 @@
-"""The order of a run's steps, whoever carries them out.
+"""The order of a run's steps, independent of the executor that runs them.
 
 ``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate (→ refine) → round (ℓ in order)
-→ pack → evaluate → summary``; what does not depend on the budget comes first and is shared by all budgets. An executor
-runs single steps and fan-outs; the Python API brings one that calls them in this process, the flows one that makes
-Prefect tasks of them.
+→ pack → evaluate → summary``; steps that do not depend on the budget come first and are shared by all budgets. An
+executor runs single steps and fan-outs: that of the Python API calls them in this process, that of the flows runs them
+as Prefect tasks.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from steps.session import Session
 
 
 class Executor(Protocol):
-    """Carries steps out."""
+    """Runs steps."""
 
     def run(self, spec: StepSpec) -> Outcome:
-        """Run one step (or find its artifact)."""
+        """Run one step, or find its artifact."""
 
     def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
         """Run independent steps, in any order; results in the order given."""
 
     def phase(self, name: str, total: int) -> None:
-        """Announce that ``total`` steps of a kind come next."""
+        """Announce the next phase: ``total`` steps of one kind."""
 
 
 @dataclass
 class Search:
-    """What all budgets share.
+    """Artifacts of the search, shared by all budgets.
 
     Attributes:
         layers_ref: the ``layers`` artifact.
@@ -66,8 +66,8 @@ class Search:
         capture: the ``capture`` artifact.
         candidates: ``{layer: artifact}``.
         sensitivity: ``{layer: artifact}``.
-        activations: the ``activations`` artifact; None where they stay float.
-        widths: the ``width_costs`` artifact; None where code widths are not chosen.
+        activations: the ``activations`` artifact; None if activations stay float.
+        widths: the ``width_costs`` artifact; None if bit-widths of activations are not chosen.
     """
 
     layers_ref: ArtifactRef
@@ -82,14 +82,13 @@ class Search:
 
 @dataclass
 class Compressed:
-    """The artifacts of one budget; those after ``allocation`` are None where only the allocation was asked for.
+    """The artifacts of one budget; those after ``allocation`` are None if only the allocation is computed.
 
     Attributes:
-        budget: as asked for.
-        model: the float model that is compressed; where code widths of activations are chosen, with those of this
-            budget.
-        allocation: what every layer becomes.
-        program: the integer program's own solution, if ``allocation`` is one that was found from it.
+        budget: the budget.
+        model: the float model that is compressed; if bit-widths of activations are chosen, with those of this budget.
+        allocation: the chosen candidate of every layer.
+        program: the solution of the integer program, if ``allocation`` was refined from it.
     """
 
     budget: Budget
@@ -102,8 +101,8 @@ class Compressed:
 
 
 def run_search(session: Session, executor: Executor) -> Search:
-    """Everything that does not depend on the budget, except the float model's evaluation."""
-    labels_digest(session)  # refuses a cost that the data cannot give before anything is computed
+    """Run every step that does not depend on the budget, except the float model's evaluation."""
+    labels_digest(session)  # raises before anything is computed if the cost needs labels and there are none
     executor.phase("layers", 1)
     layers_ref = executor.run(layers.spec(session)).ref
     listed = session.artifacts.layers(layers_ref)
@@ -120,12 +119,12 @@ def run_search(session: Session, executor: Executor) -> Search:
     executor.phase("capture", 1)
     capture_ref = executor.run(capture.spec(session, model, layers_ref)).ref
     search = Search(layers_ref, found, model, capture_ref, activations=activations_ref)
-    # Large layers first: the last worker to finish then has a small one.
+    # Large layers first: the last steps to run are then short ones.
     ordered = sorted(found, key=lambda layer: (-layer.params, layer.order))
     executor.phase("candidates", len(found))
     outcomes = executor.map([candidates.spec(session, model, capture_ref, layers_ref, layer) for layer in ordered])
     search.candidates = {layer.name: outcome.ref for layer, outcome in zip(ordered, outcomes, strict=True)}
-    # Early layers cost the most here: more of the model comes after them.
+    # Early layers first: they take longest, since a measurement runs the model from its layer on.
     by_cost = sorted(found, key=lambda layer: layer.order)
     executor.phase("sensitivity", len(found))
     outcomes = executor.map(
@@ -144,13 +143,13 @@ def run_search(session: Session, executor: Executor) -> Search:
 def compressible_budget(
     session: Session, search_layers: Sequence[Layer], budget: Budget, model: ModelRef | None = None
 ) -> int:
-    """Most bytes that the compressible layers may take under a budget.
+    """Budget in bytes of the compressible layers.
 
     Args:
         session: of the run.
         search_layers: the compressible layers.
-        budget: as asked for.
-        model: with its plan of activations, where that is known; default: as given.
+        budget: the budget.
+        model: the model with its activation plan, if that is known; default: the model as given.
 
     Raises:
         BudgetError: not even the float rest of the model fits.
@@ -160,7 +159,7 @@ def compressible_budget(
 
 
 def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpec:
-    """The ``allocate`` step of one budget; ``joint`` where activations' code widths are chosen with it."""
+    """The ``allocate`` step of one budget; ``joint`` if bit-widths of activations are chosen as well."""
     limit = compressible_budget(session, search.layers, budget, search.model)
     names = [layer.name for layer in search.layers]
     if search.widths is not None:
@@ -182,16 +181,16 @@ def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpe
 def run_allocations(
     session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]
 ) -> list[Compressed]:
-    """The integer program of every budget; where asked, whole allocations are measured and improved afterwards."""
+    """Solve the integer program of every budget; with ``search.rounds``, refine the allocations afterwards."""
     specs = [allocation_spec(session, search, budget) for budget in budgets]
     executor.phase("allocate", len(specs))
     results = []
     for budget, spec in zip(budgets, specs, strict=True):
         allocation = executor.run(spec).ref
-        # Where widths are chosen, the allocation holds the plan with those that it has decided.
+        # If bit-widths are chosen, the allocation's artifact holds the plan with the chosen ones.
         model = search.model if search.widths is None else ModelRef(search.model.key, allocation)
         results.append(Compressed(budget, model, allocation))
-    # Whole allocations are not measured where widths are chosen too: programs around them know of no compute budget.
+    # No refinement if bit-widths are chosen: its programs have no compute budget.
     if session.config.search.rounds and search.widths is None:
         executor.phase("refine", len(specs))
         for result, spec in zip(results, specs, strict=True):
@@ -207,10 +206,10 @@ class RoundedLayers:
     """The artifacts of the layers' codes.
 
     Attributes:
-        layers: ``{layer: artifact}`` of their rounding.
-        blocks: ``{block: artifact}`` of what was reconstructed afterwards.
-        tuned: the artifact of all layers' tuning, where there was one.
-        last: ``{layer: artifact}`` that changed each layer last.
+        layers: ``{layer: artifact}`` of the rounding.
+        blocks: ``{block: artifact}`` of the block reconstruction.
+        tuned: the artifact of the joint tuning of all layers, if there is any.
+        last: ``{layer: artifact}``, the last artifact that changed each layer.
     """
 
     layers: dict[str, ArtifactRef] = field(default_factory=dict)
@@ -220,7 +219,7 @@ class RoundedLayers:
 
 
 def run_rounding(session: Session, executor: Executor, search: Search, result: Compressed) -> RoundedLayers:
-    """Round every layer, one after another where the method needs it; a block is reconstructed when it is complete."""
+    """Round every layer, in execution order if the method requires it; reconstruct each block once it is complete."""
     rows = session.artifacts.table(result.allocation, "allocation.parquet").to_pylist()
     model = result.model
     chosen = {row["layer"]: Candidate.of_row(row) for row in rows}
@@ -269,7 +268,7 @@ def complete_blocks(session: Session, search: Search) -> dict[str, tuple[int, st
 def run_budget(
     session: Session, executor: Executor, search: Search, result: Compressed, float_evaluation: ArtifactRef
 ) -> Compressed:
-    """Rounding, checkpoint, evaluation and summary of one allocated budget."""
+    """Run rounding, checkpoint, evaluation and summary of one allocated budget."""
     rounded = run_rounding(session, executor, search, result)
     last = [rounded.last[layer.name] for layer in search.layers]
     executor.phase("pack", 1)
@@ -305,12 +304,12 @@ def run_pipeline(
 
     Args:
         session: of the run.
-        executor: carries steps out.
+        executor: runs the steps.
         budgets: of the run.
         allocate_only: stop after the integer programs.
 
     Raises:
-        BudgetError: a budget is impossible.
+        BudgetError: a budget is too small.
     """
     search = run_search(session, executor)
     results = run_allocations(session, executor, search, budgets)
@@ -322,12 +321,12 @@ def run_pipeline(
 
 
 def result_json(session: Session, result: Compressed) -> dict[str, Any]:
-    """One budget's public result object: what ``--json`` prints."""
+    """One budget's public result object, as ``--json`` prints it."""
     if result.summary is not None:
         found = summary.read(session.store, result.summary)
         listed = session.artifacts.layers(ArtifactRef.from_json(found["artifacts"]["layers"]))
         return found | {"rest": pack.rest_kinds(session, listed.layers, result.model)}
     unknown = {"embedding_bytes": None, "embeddings": None, "rest": None}
     found = summary.allocation_json(session, result.allocation) | unknown
-    found["solver"]["seconds"] = summary.made_in(session.store, result.program or result.allocation)
+    found["solver"]["seconds"] = summary.seconds_of(session.store, result.program or result.allocation)
     return found

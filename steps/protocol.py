@@ -1,9 +1,8 @@
-"""What a step's process is told, and what it says: one JSON description in, one JSON event a line out.
+"""The protocol of a step in its own process: input one JSON description, output one JSON event per line.
 
-A description holds all that a step in another process or container needs to know; that process opens the store and
-loads model and data by itself. Events are ``progress`` (done, total), at the end one of ``done`` (the artifact) or
-``error`` (its kind, message, and whether another try makes sense). Credentials are in neither: they come from the
-environment.
+A description holds everything that a step in another process or container needs; that process opens the store and
+loads model and data itself. Events are ``progress`` (done, total) and finally ``done`` (the artifact) or ``error`` (its
+kind, message, and whether it is transient). Neither holds credentials: those come from the environment.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mlorq.config.run import RunConfig
 from mlorq.errors import KINDS, MlorqError, StoreError, TransientError
 from steps.base import Outcome, StepSpec, execute
 from steps.context import Worker
-from steps.faults import can_pass
+from steps.faults import is_transient
 from steps.session import open_worker
 
 Event = dict[str, Any]
@@ -29,12 +28,12 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Description:
-    """A step to run and where.
+    """A step to run, and where.
 
     Attributes:
         spec: the step.
         config: the run's configuration.
-        device: as the process that runs the step sees it.
+        device: its name in the process that runs the step.
     """
 
     spec: StepSpec
@@ -57,10 +56,10 @@ class Description:
 
         Args:
             uri: of a JSON file.
-            step: the step it should be for.
+            step: name of the expected step.
 
         Raises:
-            StoreError: it is not there, malformed, or for another step.
+            StoreError: the description is missing, malformed, or for another step.
             ConfigError: its configuration is wrong.
         """
         try:
@@ -75,8 +74,8 @@ class Description:
         return cls(spec, RunConfig.from_mapping(config, folder), device)
 
 
-class Desk:
-    """Carries descriptions out in this process; successive ones of the same run share model and data."""
+class StepServer:
+    """Runs the steps of descriptions in this process; successive steps of the same run share model and data."""
 
     def __init__(self) -> None:
         self._last: tuple[RunConfig, str, str] | None = None
@@ -86,21 +85,21 @@ class Desk:
         """A worker for a description: the last one if configuration and device are the same.
 
         Raises:
-            StoreError: the store lives in one process only.
+            StoreError: the store is in memory.
         """
         config, device = description.config, description.device
         run = (config, config.folder, device)
         if self._worker is None or self._last != run:
-            refuse_memory_store(config)
+            reject_memory_store(config)
             self._worker, self._last = open_worker(config, device), run
         return self._worker
 
-    def carry_out(self, uri: str, step: str, emit: Callable[[Event], None]) -> Event:
-        """Run the step of a description; gives the last event, which is not emitted.
+    def run(self, uri: str, step: str, emit: Callable[[Event], None]) -> Event:
+        """Run the step of a description; returns the last event, which is not emitted.
 
         Args:
             uri: of the description.
-            step: its step's name.
+            step: name of its step.
             emit: called with every event before the last.
         """
         try:
@@ -115,44 +114,44 @@ class Desk:
         return done_event(outcome)
 
 
-def refuse_memory_store(config: RunConfig) -> None:
-    """Refuse a store that other processes cannot see.
+def reject_memory_store(config: RunConfig) -> None:
+    """Reject a store that other processes cannot access.
 
     Raises:
-        StoreError: it is ``memory://``.
+        StoreError: the store is ``memory://``.
     """
     if config.store.startswith("memory://"):
         raise StoreError(
-            f"store {config.store} lives in one process; child processes, containers and dask need one that others "
-            "can reach, such as file:// or s3://"
+            f"store {config.store} lives in one process; child processes, containers and dask need a shared store, "
+            "such as file:// or s3://"
         )
 
 
 def done_event(outcome: Outcome) -> Event:
-    """The last event of a step whose artifact is there."""
+    """The last event of a successful step."""
     return {"event": "done", **outcome.ref.to_json(), "reused": outcome.reused, "seconds": outcome.seconds}
 
 
 def error_event(error: Exception) -> Event:
-    """The last event of a step that failed; a defect of the software brings its traceback."""
+    """The last event of a failed step; for a defect of the software, with its traceback."""
     known = isinstance(error, MlorqError)
     return {
         "event": "error",
         "kind": type(error).__name__ if known else None,
         "message": str(error) if known else "".join(traceback.format_exception(error)),
-        "can_pass": can_pass(error),
+        "can_pass": is_transient(error),
     }
 
 
 def outcome_of(event: Mapping[str, Any], label: str) -> Outcome:
-    """What a last event says: the outcome, or the error that it tells of is raised.
+    """The outcome in a last event; the error of an ``error`` event is raised.
 
     Args:
-        event: of ``done`` or ``error``.
+        event: ``done`` or ``error``.
         label: of the step, for the message of a defect.
 
     Raises:
-        MlorqError: of the kind that the step raised; ``TransientError`` where another try makes sense.
+        MlorqError: of the kind that the step raised; ``TransientError`` if a retry makes sense.
         RuntimeError: for a defect, with the traceback of the other process.
     """
     if event["event"] == "done":

@@ -1,4 +1,4 @@
-"""Step ``reconstruct``: the codes, scales and biases of one block's layers, optimised together after their rounding."""
+"""Step ``reconstruct``: joint training of one block's codes, scales and biases (docs/METHOD.md, sections 7 and 9)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Params:
     """How a block is reconstructed.
 
     Attributes:
-        block: its index.
-        training: which samples are trained on.
-        seed: of every random choice.
+        block: index of the block.
+        training: number of samples and batch size.
+        seed: for every random choice.
         method: as ``rounding.method``.
-        settings: what the method reads of the ``rounding`` section.
-        fit: what decides the candidates' matrices; None for a method that starts from codes alone.
+        settings: the settings of the ``rounding`` section that the method reads.
+        fit: of the candidates' matrices; None for a method that starts from codes alone.
     """
 
     block: int
@@ -59,16 +59,16 @@ def spec(
     name: str,
     previous: ArtifactRef,
 ) -> StepSpec:
-    """Depends on all layers rounded so far (the block's own among them), the model and the calibration data.
+    """Depends on all layers rounded so far (including the block's), the model and the calibration data.
 
     Args:
         session: of the run.
-        model: that is compressed.
+        model: the model to compress.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         block: index of the block.
-        name: of the block, for people.
-        previous: the last layer that was rounded.
+        name: display name of the block.
+        previous: artifact of the last rounded layer.
     """
     rounding = session.config.rounding
     blocks = METHODS[rounding.method].blocks
@@ -116,7 +116,7 @@ def run(params: Params, inputs: TrainingInputs, context: Context, progress: Prog
 
 
 def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
-    """What ``ArtifactReader.rounded`` reads: trained layers, and the artifact whose layers they were."""
+    """Files of trained layers for ``ArtifactReader.rounded``; ``previous`` has the layers before training."""
     files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
     files["block.json"] = json_bytes(
         {

@@ -1,4 +1,4 @@
-"""Step ``refine``: one budget's allocation, measured on the whole model and improved by programs around it."""
+"""Step ``refine``: an allocation improved by measurements of the whole model (docs/METHOD.md, section 7)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from steps.handles import DataRef, ModelRef
 from steps.measuring import Measuring, measuring
 from steps.session import Session
 
-WHOLE_SAMPLES = 4  # times those that a layer's costs are measured on
+WHOLE_SAMPLES = 4  # factor on the number of samples for a layer's costs
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Params:
 
     Attributes:
         program: parameters of the ``allocate`` step whose result is refined.
-        rounds: of measuring the whole model and solving the program around it.
+        rounds: maximum number of rounds; each measures the whole model and solves a rescaled program.
         measuring: of the cost.
-        fit: what decides the candidates' matrices.
+        fit: of the candidates' matrices.
     """
 
     program: program.Params
@@ -45,7 +45,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model, the data, the allocation, and all that it was made from."""
+    """The model, the data, the allocation, and the inputs of the allocation."""
 
     model: ModelRef
     calibration: DataRef
@@ -59,11 +59,11 @@ class Inputs:
 def spec(
     session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, allocation: StepSpec
 ) -> StepSpec:
-    """Depends on all that the allocation depends on, the model and the calibration data.
+    """Depends on the allocation and its inputs, the model and the calibration data.
 
     Args:
         session: of the run.
-        model: that is compressed.
+        model: the model to compress.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         allocation: the ``allocate`` step whose result is refined.
@@ -83,7 +83,7 @@ def spec(
     )
     numbers = sum(layer.params for layer in listed)
     hardest = max(Needs.of_layer(layer).memory_bytes for layer in listed)
-    # Two copies of the model, and of each layer the weights that were tried: three or four in all runs looked at.
+    # Two copies of the model, and the dense weights of each layer's tried candidates (three or four in observed runs).
     return STEP.spec(params, inputs, needs=Needs(True, 4 * (2 + 4) * numbers + hardest))
 
 
@@ -100,7 +100,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         for layer, layer_rows in zip(layers, ordered, strict=True)
     ]
     data = context.calibration(inputs.calibration)
-    # Differences between whole allocations are small and few are measured; of single layers there are many.
+    # Differences between whole allocations are small, and few allocations are measured: they get more samples.
     whole, part = (
         WholeModel(
             context.model(inputs.model),
@@ -114,7 +114,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         for batches, labels in (params.measuring.of(data, times) for times in (WHOLE_SAMPLES, 1))
     )
     weights: dict[tuple[str, int], Tensor] = {}
-    # Allocations: the program's, the uniform one, codes alone, powers, and in each round one and its contributions.
+    # Measured allocations: the program's, the uniform one, Q alone, powers; per round one more and its contributions.
     total = ((3 + len(POWERS) if params.rounds else 2) + 2 * params.rounds) * len(layers)
     done = 0
 

@@ -1,4 +1,7 @@
-"""Step ``round``: the codes of one layer. Methods that look at inputs see the layers before it rounded already."""
+"""Step ``round``: the codes of one layer (docs/METHOD.md, sections 6, 7 and 9).
+
+Methods that read a layer's inputs see those of the model whose earlier layers are already rounded.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ class Params:
     """How a layer is rounded.
 
     Attributes:
-        layer: which.
-        candidate: what it becomes.
+        layer: its name.
+        candidate: the chosen candidate.
         method: as ``rounding.method``.
-        fit: what decides the candidate's matrices.
-        settings: what the method reads of the ``rounding`` section.
+        fit: of the candidate's matrices.
+        settings: the settings of the ``rounding`` section that the method reads.
     """
 
     layer: str
@@ -44,7 +47,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model and what is known of the layer; of a sequential method also the data and what was rounded before."""
+    """The model and the layer's artifacts; for a sequential method also the data and the previous rounded layer."""
 
     model: ModelRef
     layers: ArtifactRef
@@ -65,7 +68,7 @@ def spec(
 ) -> StepSpec:
     """Depends on the candidate, the layer before it (for sequential methods), the model and the calibration data.
 
-    Not on the allocation's key: another budget that chooses the same candidates so far reuses what is rounded.
+    Not on the allocation's key: another budget reuses rounded layers as long as it chooses the same candidates.
     """
     rounding = session.config.rounding
     method = METHODS[rounding.method]
@@ -99,7 +102,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
             getattr(settings, "batch_size", None),
         )
         paired = context.paired.get(state, inputs.previous)
-        # A grouped convolution's rows see different inputs: methods round it to nearest.
+        # The rows of a grouped convolution have different inputs: no moments, and methods round it to nearest.
         moments = paired.moments(layer) if layer.groups == 1 else None
         result = method.round(replace(task, moments=moments), settings, progress)
         paired.set(layer, result.layer)
@@ -117,7 +120,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
 
 
 def own_bias(module: nn.Module, layer: Layer) -> Tensor | None:
-    """The bias that a layer may change: its own, unless another module has the weight too."""
+    """The bias that rounding may change: the layer's own, unless another module shares the weight."""
     bias = module.get_submodule(layer.name).bias
     return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
 

@@ -1,4 +1,4 @@
-"""Step ``sensitivity``: global costs of one layer's candidates, measured on the model's output."""
+"""Step ``sensitivity``: global costs of one layer's candidates (docs/METHOD.md, sections 5 and 7)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class Params:
-    """How local costs of a layer become global ones.
+    """How global costs are obtained from a layer's local costs.
 
     Attributes:
-        candidates: what decides the layer's candidates.
+        candidates: parameters of the layer's ``candidates`` step.
         how: as ``search.sensitivity``.
-        measuring: of the cost; None where ``how`` is ``local``, which measures none.
-        points: candidates to measure.
-        tolerance: of ``auto``: no further measurements where costs were predicted this well.
+        measuring: of the cost; None if ``how`` is ``local``, which measures nothing.
+        points: number of candidates to measure.
+        tolerance: for ``auto``: prediction error below which an interval is not measured further.
     """
 
     candidates: enumeration.Params
@@ -44,7 +44,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model, the calibration data, and the layer's candidates with what they were made from."""
+    """The model, the calibration data, the layer's candidates and their inputs."""
 
     model: ModelRef
     calibration: DataRef

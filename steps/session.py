@@ -1,6 +1,7 @@
-"""What whoever plans a run works with: its configuration, its store, and the handles of its model and data.
+"""A run on this machine: its configuration, its store, and the handles of its model and data.
 
-Functions that make specs (``steps.*.spec``) and the pipeline read a session; the steps' own functions never see one.
+The pipeline and the functions that make step specifications (``steps.*.spec``) read a session; the steps' ``run``
+functions have no access to it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from steps.handles import DataRef, ModelRef
 
 
 class Session:
-    """A run on this machine: what it is told, and its first worker, whose model and data it shares.
+    """A run on this machine: its configuration, and its first worker, whose model and data it shares.
 
     Args:
         config: the run's configuration.
-        store: where artifacts are.
+        store: the artifact store.
         device: of the first worker: ``cpu``, ``cuda:0`` …
-        model, calibration, evaluation: given in memory instead of being loaded from the configuration.
+        model, calibration, evaluation: in-memory objects to use instead of those that the configuration names.
 
     Attributes:
-        config, store, device: as given.
+        config, store, device: the arguments.
         artifacts: reads the store.
-        worker: the first worker. Nothing is loaded before it is needed.
+        worker: the first worker. Model and data are loaded on first use.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Session:
         self.worker = Worker(store, Context(self._sources, self.artifacts, config.engine.threads))
 
     def worker_on(self, device: str) -> Worker:
-        """Another worker, with a model of its own and the same data."""
+        """Another worker, with its own copy of the model and the same data."""
         config, model = self.config, deepcopy(self._model)
         sources = Sources(
             lambda: model or load_model(config.model, config.folder),
@@ -89,10 +90,10 @@ class Session:
         """The calibration data.
 
         Raises:
-            DataError: it cannot be loaded, is empty, or has labels that do not fit the model and are needed.
+            DataError: it cannot be loaded or is empty, or the cost needs labels and they do not fit the model.
         """
         data = self._sources.calibration
-        if self.config.search.cost == "task":  # no other cost looks at the labels
+        if self.config.search.cost == "task":  # the only cost that reads labels
             data.check_labels(self.model)
         return data
 
@@ -124,19 +125,19 @@ class Session:
 
 
 def open_store(config: RunConfig) -> Store:
-    """The run's store, with its cache where it is remote; nothing is contacted yet.
+    """The run's store, with a cache if it is remote; no connection is made yet.
 
     Raises:
-        StoreError: its URL is of no known kind.
+        StoreError: the URL's protocol is unknown.
     """
     cache = config.engine.cache
     return Store(config.resolve(config.store), cache=cache if cache in (None, "auto") else config.resolve(cache))
 
 
 def open_worker(config: RunConfig, device: str) -> Worker:
-    """A worker that loads everything by itself, in a process of its own.
+    """A worker that loads model and data itself, for a separate process.
 
     Raises:
-        StoreError: the store's URL is of no known kind.
+        StoreError: the protocol of the store's URL is unknown.
     """
     return Session(config, open_store(config), device).worker

@@ -1,6 +1,6 @@
-"""Step ``summary``: the run's result as one JSON object, with pictures of it, and the keys of all it was made from.
+"""Step ``summary``: the run's result as one JSON object with a report, and the keys of all its artifacts.
 
-This is what ``mlorq runs`` lists and what ``--json`` prints. It is an artifact like the others, so that a run that
+``mlorq runs`` lists these results, and ``--json`` prints one. The result is an artifact like the others: a run that
 computes nothing writes nothing.
 """
 
@@ -22,7 +22,7 @@ from steps.session import Session
 
 @dataclass(frozen=True)
 class QuantizedActivations:
-    """What a result says of activations: their code width, and how they are quantized."""
+    """Activations in a result: their bit-width, and the method that quantizes them."""
 
     bits: int
     method: str
@@ -30,7 +30,7 @@ class QuantizedActivations:
 
 @dataclass(frozen=True)
 class Params:
-    """The model's name, the budget as asked for, and how activations are quantized, if they are."""
+    """The model's name, the budget as written in the configuration, and how activations are quantized, if they are."""
 
     model: str
     budget: str
@@ -59,7 +59,7 @@ class Inputs:
 
 
 def params_of(session: Session, budget: str) -> Params:
-    """What a result says of its run beside its artifacts."""
+    """The part of a result that comes from the configuration."""
     chosen = session.config.activations
     activations = None if chosen is None else QuantizedActivations(chosen.bits, chosen.method)
     return Params(session.config.model.display_name, budget, activations)
@@ -110,11 +110,11 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
 
 
 def allocation_json(session: Session, allocation: ArtifactRef) -> dict[str, Any]:
-    """The result object as far as the allocation alone decides it; the rest is null."""
+    """The result object of an allocation alone; what depends on later steps is null."""
     info = session.artifacts.json(allocation, "allocation.json")
     rows = session.artifacts.table(allocation, "allocation.parquet").to_pylist()
     result = _allocation_json(params_of(session, info["budget"]), allocation, info, rows)
-    result["solver"]["seconds"] = made_in(session.store, allocation)
+    result["solver"]["seconds"] = seconds_of(session.store, allocation)
     return result
 
 
@@ -144,14 +144,14 @@ def _allocation_json(
 
 
 def _embeddings(artifacts: ArtifactReader, ref: ArtifactRef | None, sizes: dict[str, int]) -> dict[str, Any]:
-    """What became of the embedding tables; nothing if they were left alone."""
+    """The quantized embedding tables; empty if tables stay float."""
     if ref is None:
         return {}
     return {"embedding_bytes": sizes.get("embedding_bytes", 0), "embeddings": artifacts.json(ref, "embeddings.json")}
 
 
 def _activations(chosen: QuantizedActivations | None, info: dict[str, Any]) -> dict[str, Any]:
-    """How activations are quantized; nothing if they stay float."""
+    """How activations are quantized; empty if they stay float."""
     if chosen is None:
         return {}
     decided = {name: info[name] for name in ("compute", "bit_operations", "activation_bits") if name in info}
@@ -171,27 +171,27 @@ def _metric(float_info: dict[str, Any], compressed: dict[str, Any]) -> dict[str,
 
 
 def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
-    """A run's result object, completed with what is no part of an artifact's bytes: times, and where things are.
+    """A run's result object, completed with times and locations, which are not part of an artifact's content.
 
-    ``seconds`` are those that the artifacts took when they were made, summed by step.
+    ``seconds`` is the time that computing the artifacts took, now or earlier, summed by step.
 
     Raises:
-        StoreError: the summary is not there or damaged.
+        StoreError: the summary is missing or damaged.
     """
     result: dict[str, Any] = store.read_json(ref, "run.json")
     artifacts = {role: ArtifactRef.from_json(value) for role, value in result["artifacts"].items()}
     seconds: dict[str, float] = defaultdict(float)
     for made in artifacts.values():
-        seconds[made.step] += made_in(store, made)
+        seconds[made.step] += seconds_of(store, made)
     result["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
-    # Of the step that solved the program: where an allocation was refined, of the one that it was found from.
-    result["solver"]["seconds"] = made_in(store, artifacts.get("program", artifacts["allocation"]))
+    # Of the step that solved the program: for a refined allocation, the one before the refinement.
+    result["solver"]["seconds"] = seconds_of(store, artifacts.get("program", artifacts["allocation"]))
     result["checkpoint"] = store.uri(artifacts["checkpoint"])
     return {"embedding_bytes": 0, "embeddings": None} | result
 
 
-def made_in(store: Store, ref: ArtifactRef) -> float:
-    """Seconds that an artifact took when it was made; 0 where it is gone."""
+def seconds_of(store: Store, ref: ArtifactRef) -> float:
+    """Time in seconds that computing an artifact took; 0 if it is no longer in the store."""
     manifest = store.manifest(ref, missing_ok=True) or {}
     return float(manifest.get("seconds") or 0.0)
 

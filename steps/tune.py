@@ -1,4 +1,4 @@
-"""Step ``tune``: the codes, scales and biases of all layers, trained together after the last block."""
+"""Step ``tune``: joint training of all codes, scales and biases after the last block (docs/METHOD.md, section 7)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Params:
     """How all layers are trained together.
 
     Attributes:
-        training: which samples are trained on.
-        seed: of their order.
+        training: number of samples and batch size.
+        seed: for their order.
         method: as ``rounding.method``.
-        settings: what the method reads of the ``rounding`` section.
+        settings: the settings of the ``rounding`` section that the method reads.
     """
 
     training: TrainingSettings
@@ -43,7 +43,7 @@ def spec(
 
     Args:
         session: of the run.
-        model: that is compressed.
+        model: the model to compress.
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         previous: the last artifact of the rounded layers.

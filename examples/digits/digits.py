@@ -1,8 +1,7 @@
-"""A model of one's own: a small ViT trained on scikit-learn's digits in seconds, named by ``digits.yaml``.
+"""Example of a custom model: a small ViT, trained on scikit-learn's digits in seconds; see ``digits.yaml``.
 
-A configuration names the functions that build the model, return calibration batches, measure a model and, if you like,
-return the batches on which its outputs are compared. Nothing else is needed to compress any ``nn.Module`` from the
-command line.
+The configuration names functions that build the model, return calibration batches, evaluate a model and, optionally,
+return the batches on which outputs are compared. Any ``nn.Module`` can be compressed from the command line in this way.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def build(epochs: int = 20, seed: int = 0, weights: str | None = None) -> nn.Module:
     """A ViT with three blocks, trained from a fixed seed; the same weights on every call on one machine.
 
-    ``weights`` is a file of them (safetensors): read where it is there, else written after training. Every process
-    that runs steps builds the model, and need not train it then.
+    ``weights`` is a safetensors file: loaded if it exists, else written after training. Every process that runs steps
+    builds the model; with this file, only the first one trains it.
     """
     torch.manual_seed(seed)
     model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=3, num_heads=4)

@@ -1,7 +1,7 @@
-"""Where the work of steps runs, by configuration: ``engine.steps`` names one of the runners here.
+"""Runners: where steps run. ``engine.steps`` of the configuration names one of them.
 
-All of them look a step's key up in the same store and write the same bytes; the flow, its tasks and its caching are the
-same with each. ``fan_out.py`` says how many work at a time.
+All runners look a step's key up in the same store and write the same bytes; the flow, its tasks and its caching do not
+depend on the runner. ``flows.executor`` distributes steps over runners.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def make_runner(config: RunConfig, device: str, worker: Callable[[], Worker]) ->
     """The runner that ``engine.steps`` names, for one device.
 
     Args:
-        config: the run's.
+        config: of the run.
         device: ``cpu``, ``cuda:0`` …
-        worker: gives a worker on that device, for runners that work in this process.
+        worker: returns a worker on that device, for runners in this process.
 
     Raises:
-        ConfigError: what the runner needs is not there.
-        StoreError: the store cannot be reached from where the runner works.
+        ConfigError: a requirement of the runner is missing.
+        StoreError: the runner's processes cannot access the store.
     """
     if config.engine.steps == "subprocess":
         return ChildRunner(config, device)

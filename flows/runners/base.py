@@ -1,4 +1,4 @@
-"""What a runner is: it carries steps out on one device, wherever that is, with the same artifact under the same key."""
+"""Interfaces of runners: a runner runs steps on one device, with results that do not depend on the runner."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from typing import Any, Protocol
 
 from steps.base import Outcome, StepSpec
 
-POLL_SECONDS = 0.5  # how often a runner that waits for another process asks whether the run goes on
+POLL_SECONDS = 0.5  # interval at which a runner that waits for another process checks whether the run is over
 
 
 class Watch(Protocol):
-    """What a runner tells while a step runs, and asks."""
+    """Callbacks of a running step."""
 
     def progress(self, done: int, total: int) -> None:
-        """The step has done ``done`` of ``total`` units. Raises where the run is over."""
+        """The step has completed ``done`` of ``total`` units. Raises if the run is over."""
 
     def check(self) -> None:
-        """Raises where the run is over."""
+        """Raise if the run is over."""
 
     def log(self, line: str) -> None:
         """A line that the step's process wrote."""
 
 
 class LogOnly:
-    """A watch for those who hear of a step when it is over.
+    """A watch that ignores progress.
 
     Args:
-        log: gets the lines that a step's process writes, as debugging messages.
+        log: logger that receives the lines of a step's process as debug messages.
     """
 
     def __init__(self, log: Any) -> None:
         self._log = log
 
     def progress(self, done: int, total: int) -> None:
-        """Nobody asks."""
+        """Ignored."""
 
     def check(self) -> None:
-        """The run goes on."""
+        """Never raises."""
 
     def log(self, line: str) -> None:
         """A line that the step's process wrote."""
@@ -44,19 +44,19 @@ class LogOnly:
 
 
 class Runner(Protocol):
-    """Carries steps out, one at a time."""
+    """Runs steps, one at a time."""
 
     @property
     def place(self) -> str:
-        """Where steps run, for people: ``cuda:1``, ``cuda:1 in a child process``."""
+        """Where steps run, for display: ``cuda:1``, ``cuda:1 in a child process``."""
 
     def run(self, spec: StepSpec, watch: Watch) -> Outcome:
-        """Run a step unless its artifact is there. Whatever ends it early, nothing of it goes on running.
+        """Run a step unless the store has its artifact. If it ends early, its process is ended as well.
 
         Raises:
-            MlorqError: the step's own.
+            MlorqError: of the step.
             TransientError: its process or container was lost.
         """
 
     def close(self) -> None:
-        """Let go of processes and memory; the runner may be used again."""
+        """Release processes and memory; the runner can be used again."""

@@ -1,8 +1,8 @@
-"""Steps in a child process of the flow, one process a device, which sees that device alone.
+"""Steps in a child process of the flow, one process per device, which sees that device only.
 
-The interpreter lock, CUDA contexts and leaks of the work stay out of the flow. The child is
-``python -m steps --serve``: it imports torch and loads model and data once, and takes one step after another. It is
-started with the first step and, if it was lost, again with the next.
+The steps' use of the interpreter lock, CUDA contexts and memory leaks do not affect the flow. The child is
+``python -m steps --serve``: it imports torch and loads model and data once, and runs one step after another. It starts
+with the first step and, if it is lost, again with the next.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ from flows.runners.base import POLL_SECONDS, Watch
 from mlorq.config.run import RunConfig
 from mlorq.errors import TransientError
 from steps.base import Outcome, StepSpec
-from steps.protocol import Description, outcome_of, refuse_memory_store
+from steps.protocol import Description, outcome_of, reject_memory_store
 
-LAST_LINES = 20  # of what a lost child said, for the error
+LAST_LINES = 20  # of the output of a lost process, for the error message
 
 
 class ChildRunner:
     """Runs steps in a child process.
 
     Args:
-        config: the run's.
-        device: ``cpu``, ``cuda:0`` … as this process sees it.
+        config: of the run.
+        device: ``cpu``, ``cuda:0`` …, numbered as in this process.
 
     Raises:
-        StoreError: the store lives in one process only.
+        StoreError: the store is in memory.
     """
 
     def __init__(self, config: RunConfig, device: str) -> None:
-        refuse_memory_store(config)
+        reject_memory_store(config)
         self.config = config
         self.device = device
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._said: deque[str] = deque(maxlen=LAST_LINES)
+        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._watch: Watch | None = None
-        self._late: list[str] = []  # lines that came when no step was running
-        self._speaking = threading.Lock()
+        self._pending: list[str] = []  # lines received while no step was running
+        self._lock = threading.Lock()
         self._busy = False
         self._listener: threading.Thread | None = None
 
     @property
     def place(self) -> str:
-        """The device, and that it is a process of its own."""
+        """The device, in a child process."""
         return f"{self.device} in a child process"
 
     def run(self, spec: StepSpec, watch: Watch) -> Outcome:
         """Run a step in the child."""
-        with self._speaking:
-            self._watch, late, self._late = watch, self._late, []
-        for text in late:
+        with self._lock:
+            self._watch, pending, self._pending = watch, self._pending, []
+        for text in pending:
             watch.log(text)
-        inside = "cpu" if self.device == "cpu" else "cuda:0"  # the child sees no other
+        inside = "cpu" if self.device == "cpu" else "cuda:0"  # the only device of the child
         with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder:
             path = os.path.join(folder, "step.json")
             with open(path, "wb") as file:
@@ -72,18 +72,18 @@ class ChildRunner:
                 return outcome_of(self._ask({"name": spec.step, "spec": path}, spec.label, watch), spec.label)
             except BaseException:
                 if self._busy:
-                    self.close()  # interrupted: what it does now is not wanted any more
+                    self.close()  # interrupted: its step is no longer needed
                 raise
             finally:
-                with self._speaking:
+                with self._lock:
                     self._watch = None
 
     def _ask(self, request: dict[str, Any], label: str, watch: Watch) -> dict[str, Any]:
-        """Send a request and see to the events up to the last."""
+        """Send a request and handle its events; returns the last one."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         assert process.stdin is not None
         self._busy = True
-        with contextlib.suppress(BrokenPipeError):  # it is gone: the end of its output says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the end of its output shows
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
         while True:
@@ -93,7 +93,7 @@ class ChildRunner:
                 watch.check()
                 continue
             if line is None:
-                raise TransientError(f"{label}: its process {self._how_it_ended(process)}")
+                raise TransientError(f"{label}: its process {self._exit_reason(process)}")
             event: dict[str, Any] = json.loads(line)
             if event["event"] == "progress":
                 watch.progress(event["done"], event["total"])
@@ -102,7 +102,7 @@ class ChildRunner:
             return event
 
     def _start(self) -> subprocess.Popen[str]:
-        self._lines, self._said = queue.SimpleQueue(), deque(maxlen=LAST_LINES)
+        self._lines, self._last_lines = queue.SimpleQueue(), deque(maxlen=LAST_LINES)
         self._process = process = subprocess.Popen(
             [sys.executable, "-m", "steps", "--serve"],
             stdin=subprocess.PIPE,
@@ -110,7 +110,7 @@ class ChildRunner:
             stderr=subprocess.PIPE,
             text=True,
             env=child_environment(self.device, self.config.engine.threads),
-            start_new_session=True,  # the terminal's Ctrl-C is for us, who then end the child
+            start_new_session=True,  # Ctrl-C interrupts the flow only, which then ends the child
         )
         assert process.stdout is not None
         assert process.stderr is not None
@@ -123,34 +123,34 @@ class ChildRunner:
         with stream:
             for line in stream:
                 text = line.rstrip()
-                self._said.append(text)
-                with self._speaking:
+                self._last_lines.append(text)
+                with self._lock:
                     watch = self._watch
                     if watch is None and text:
-                        self._late.append(text)
+                        self._pending.append(text)
                 if watch is not None and text:
                     watch.log(text)
 
-    def _how_it_ended(self, process: subprocess.Popen[str]) -> str:
+    def _exit_reason(self, process: subprocess.Popen[str]) -> str:
         status = process.wait()
         if self._listener is not None:
-            self._listener.join(timeout=1.0)  # for its last words; a grandchild may keep the pipe open
-        said = "".join(f"\n  {line}" for line in self._said)
+            self._listener.join(timeout=1.0)  # for its last lines; a grandchild may keep the pipe open
+        lines = "".join(f"\n  {line}" for line in self._last_lines)
         if status < 0:
             name = signal.Signals(-status).name
             why = " (out of memory?)" if -status == signal.SIGKILL else ""
-            return f"was ended by {name}{why}{said}"
-        return f"ended with status {status}{said}"
+            return f"was ended by {name}{why}{lines}"
+        return f"ended with status {status}{lines}"
 
     def close(self) -> None:
-        """End the child at once: the store is whole at any moment."""
+        """End the child at once: the store is always consistent."""
         process, self._process = self._process, None
         self._busy = False
         if process is None:
             return
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what user code may have started
+                os.killpg(process.pid, signal.SIGKILL)  # with processes that user code may have started
         process.wait()
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
@@ -168,13 +168,13 @@ def child_environment(device: str, threads: int | None) -> dict[str, str]:
     """The environment of a process that may use one device.
 
     Args:
-        device: ``cpu`` or ``cuda:N``, N counting the devices that this process sees.
-        threads: CPU threads; None leaves it to torch.
+        device: ``cpu`` or ``cuda:N``, numbered as in this process.
+        threads: CPU threads; None: torch's default.
     """
     environment = dict(os.environ)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = environment.get("PYTHONPATH")
-    # Where the packages are used from a checkout, the child finds the same ones.
+    # If the packages are used from a checkout, the child imports the same ones.
     environment["PYTHONPATH"] = root if not path else os.pathsep.join((root, path))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if device == "cpu":

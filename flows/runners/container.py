@@ -1,12 +1,12 @@
-"""Steps in containers, one container a step, on the Docker engine of this machine.
+"""Steps in containers, one container per step, on the Docker engine of this machine.
 
-A container gets what its step needs and nothing else: the folders that the configuration names, the store, one device,
-and the variables that object stores read their credentials from. It runs ``python -m steps`` as the calling user, and
-is removed however the step ends.
+A container gets only what its step needs: the folders that the configuration names, the store, one device, and the
+environment variables with the credentials of object stores. It runs ``python -m steps`` as the calling user, and is
+removed when the step ends, successfully or not.
 
-No container outlives its flow. While the flow lives it removes them, also when it is interrupted. The flow's connection
-to a container is its standard input, too: where the flow is killed, the engine closes it, and the process inside ends.
-That leaves a stopped container, which the next flow on this machine removes.
+No container keeps running after its flow. A flow removes its containers, also when it is interrupted. If the flow is
+killed, the engine closes the connection to the container, which is also its standard input, and the process inside
+ends. The stopped container is removed by the next flow on this machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from flows.runners.container_setup import (
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, TransientError
 from steps.base import Outcome, StepSpec
-from steps.protocol import Description, outcome_of, refuse_memory_store
+from steps.protocol import Description, outcome_of, reject_memory_store
 from steps.session import open_store
 
 try:
@@ -49,43 +49,45 @@ except ImportError:
     raise ConfigError("engine.steps: docker needs the package docker: pip install 'mlorq[docker]'") from None
 
 BUILD = "docker build -f docker/Dockerfile -t {} ."
-DESCRIPTION_FOLDER = "/run/mlorq"  # inside
+DESCRIPTION_FOLDER = "/run/mlorq"  # in the container
 KILLED = 137  # 128 + SIGKILL
-END_SECONDS = 10.0  # for a process that has closed its output to end
+END_SECONDS = 10.0  # limit for a process to end after it has closed its output
 
-LABELS = ("mlorq.host", "mlorq.boot", "mlorq.process")  # who started a container
+LABELS = ("mlorq.host", "mlorq.boot", "mlorq.process")  # the process that started a container
 
-# Runs ``steps`` and ends at once when standard input does: then the flow is gone.
+# Runs ``steps``, and exits at once if standard input is closed, which means that the flow has ended.
 LAUNCHER = """
 import os, runpy, sys, threading
-def attend():
+def watch():
     while os.read(0, 64): pass
     os._exit(os.EX_TEMPFAIL)
-threading.Thread(target=attend, daemon=True).start()
+threading.Thread(target=watch, daemon=True).start()
 runpy.run_module("steps", run_name="__main__", alter_sys=True)
 """
-PROBE = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no CUDA device in it')"
+PROBE = (
+    "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no CUDA device in the container')"
+)
 
 
 class ContainerRunner:
     """Runs steps in containers of ``engine.docker.image``.
 
     Args:
-        config: the run's.
-        device: ``cpu``, ``cuda:0`` … as this process sees it.
+        config: of the run.
+        device: ``cpu``, ``cuda:0`` …, numbered as in this process.
 
     Raises:
-        ConfigError: no engine answers, the image is not there, or containers get no GPU.
-        StoreError: the store lives in one process only, or its folder cannot be created.
+        ConfigError: no Docker engine answers, the image does not exist, or containers have no access to the GPU.
+        StoreError: the store is in memory, or its folder cannot be created.
     """
 
     def __init__(self, config: RunConfig, device: str) -> None:
-        refuse_memory_store(config)
+        reject_memory_store(config)
         self.config = config
         self.device = device
         cache = cache_folder(config)
         engine = config.engine.model_copy(update={"cache": cache})
-        # As it is inside: another folder is the current one there, and another one home.
+        # For the container, which has another working directory and home folder: absolute paths.
         self._config_inside = config.model_copy(update={"folder": folder_of(config), "engine": engine})
         self._secrets = secrets_of(config, os.environ)
         self._client = _connect()
@@ -101,13 +103,13 @@ class ContainerRunner:
         return f"{self.device} in a container of {self.config.engine.docker.image}"
 
     def run(self, spec: StepSpec, watch: Watch) -> Outcome:
-        """Run a step in a container of its own."""
-        # Known before there is a container: whatever happens while it is made, it can be removed.
+        """Run a step in its own container."""
+        # Chosen before the container exists, so that it can be removed if its creation is interrupted.
         name = f"mlorq-{spec.step}-{uuid.uuid4().hex[:12]}"
         with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder, _faults(spec.label, self._secrets):
             try:
                 self._create(name, spec, folder)
-                return outcome_of(self._attend(name, spec.label, watch), spec.label)
+                return outcome_of(self._follow(name, spec.label, watch), spec.label)
             finally:
                 self._remove(name)
 
@@ -118,11 +120,11 @@ class ContainerRunner:
     # -- one container ----------------------------------------------------------------------------------------
 
     def _create(self, name: str, spec: StepSpec, folder: str) -> None:
-        """Make the container of a step, which does not run yet; ``folder`` is for its description."""
+        """Create the container of a step without starting it; ``folder`` is for its description."""
         path = os.path.join(folder, "step.json")
         with open(path, "wb") as file:
             file.write(Description(spec, self._config_inside, "cpu" if self.device == "cpu" else "cuda:0").to_bytes())
-        if self.config.engine.docker.user is not None:  # somebody else than we are
+        if self.config.engine.docker.user is not None:  # another user than that of this process
             os.chmod(folder, 0o755)
             os.chmod(path, 0o644)
         described = docker.types.Mount(DESCRIPTION_FOLDER, folder, type="bind", read_only=True)
@@ -135,13 +137,13 @@ class ContainerRunner:
             **self._options | {"mounts": [*self._options["mounts"], described]},
         )
 
-    def _attend(self, name: str, label: str, watch: Watch) -> dict[str, Any]:
-        """Start the container and see to what it says; gives its last event."""
+    def _follow(self, name: str, label: str, watch: Watch) -> dict[str, Any]:
+        """Start the container and handle its output; returns its last event."""
         connection = self._client.api.attach_socket(name, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
         lines: queue.SimpleQueue[tuple[bool, str] | None] = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(connection, lines), daemon=True).start()
         last: dict[str, Any] | None = None
-        said: deque[str] = deque(maxlen=LAST_LINES)
+        last_lines: deque[str] = deque(maxlen=LAST_LINES)
         try:
             self._client.api.start(name)
             checked = time.monotonic()
@@ -153,23 +155,23 @@ class ContainerRunner:
                 elif event is not None:
                     last = event
                 elif text:
-                    said.append(hide(text, self._secrets))
-                    watch.log(said[-1])
+                    last_lines.append(hide(text, self._secrets))
+                    watch.log(last_lines[-1])
                 if time.monotonic() - checked >= POLL_SECONDS:
                     watch.check()
                     checked = time.monotonic()
         finally:
-            _hang_up(connection)
+            _disconnect(connection)
         if last is None:
-            raise self._how_it_ended(name, label, said)
+            raise self._exit_error(name, label, last_lines)
         if last["event"] == "error":
             last["message"] = hide(last["message"], self._secrets)
         return last
 
-    def _how_it_ended(self, name: str, label: str, said: deque[str]) -> Exception:
+    def _exit_error(self, name: str, label: str, last_lines: deque[str]) -> Exception:
         """The error of a container that ended without a last event."""
         settings = self.config.engine.docker
-        lines = "".join(f"\n  {line}" for line in said)
+        lines = "".join(f"\n  {line}" for line in last_lines)
         deadline = time.monotonic() + END_SECONDS
         while (state := self._client.api.inspect_container(name)["State"])["Running"]:
             if time.monotonic() > deadline:
@@ -184,19 +186,19 @@ class ContainerRunner:
         if status > 128 or status == os.EX_TEMPFAIL:
             return TransientError(f"{label}: its container ended with status {status}{lines}")
         return ConfigError(
-            f"{label}: its container ended with status {status} before it said how the step went: does "
-            f"engine.docker.image {settings.image!r} hold this version of mlorq? {BUILD.format(settings.image)}{lines}"
+            f"{label}: its container ended with status {status} without a result: check that engine.docker.image "
+            f"{settings.image!r} has this version of mlorq, or build it: {BUILD.format(settings.image)}{lines}"
         )
 
     def _remove(self, name: str) -> None:
-        """Kill and remove a container, if there is one. What fails here is left to the next flow."""
+        """Kill and remove a container, if it exists. If this fails, the next flow removes it."""
         with contextlib.suppress(docker.errors.DockerException, RequestException):
             self._client.api.remove_container(name, force=True, v=True)
 
-    # -- before any work --------------------------------------------------------------------------------------
+    # -- checks before the run ---------------------------------------------------------------------------------
 
     def _make_options(self, cache: str | None) -> dict[str, Any]:
-        """What all containers of the run have in common, as ``docker.containers.create`` takes it."""
+        """The common options of all containers of the run, as keyword arguments of ``docker.containers.create``."""
         settings = self.config.engine.docker
         binds = binds_of(self.config, cache, os.environ)
         options: dict[str, Any] = {
@@ -209,16 +211,16 @@ class ContainerRunner:
             "security_opt": ["no-new-privileges"],
         }
         if HOME not in {bind.target for bind in binds}:
-            options["tmpfs"] = {HOME: "exec"}  # libraries that compile load what they have compiled from there
+            options["tmpfs"] = {HOME: "exec"}  # exec: libraries load the code that they compile from there
         if settings.user is not None:
             options["user"] = settings.user
         elif _is_rootless(self._client):
-            options["user"] = "0:0"  # is the caller outside
+            options["user"] = "0:0"  # outside the container this is the calling user
         else:
             options["user"] = f"{os.getuid()}:{os.getgid()}"
             options["group_add"] = [str(group) for group in os.getgroups()]
         if options["user"].partition(":")[0] in ("0", "root"):
-            options["cap_add"] = ["DAC_OVERRIDE"]  # root reads and writes others' files, as outside
+            options["cap_add"] = ["DAC_OVERRIDE"]  # root may access all users' files, as on the host
         if settings.memory is not None:
             options["mem_limit"] = options["memswap_limit"] = settings.memory
         if settings.network in ("host", "none"):
@@ -237,14 +239,14 @@ class ContainerRunner:
             self._client.images.get(image)
         except docker.errors.ImageNotFound:
             raise ConfigError(
-                f"engine.docker.image: there is no image {image!r} here, and none is pulled by itself: "
+                f"engine.docker.image: there is no image {image!r} here, and images are not pulled automatically: run "
                 f"{BUILD.format(image)}, or docker pull {image}"
             ) from None
         except docker.errors.APIError as error:
             raise ConfigError(f"engine.docker.image: {image!r}: {_one_line(error)}") from None
 
     def _check_gpu(self) -> None:
-        """Start a container with the device. What an engine says of itself does not tell whether that works."""
+        """Start a container with the device: the engine's own information does not show whether that works."""
         where = f"engine.devices: {self.device} cannot be used in containers of {self.config.engine.docker.image}"
         name = f"mlorq-probe-{uuid.uuid4().hex[:12]}"
         api = self._client.api
@@ -262,29 +264,29 @@ class ContainerRunner:
 
 
 def cache_folder(config: RunConfig) -> str | None:
-    """The folder on this machine that keeps what was read from a remote store; None where there is none."""
+    """The folder on this machine that caches a remote store; None if there is none."""
     cache = open_store(config).cache
     return None if cache is None else os.path.abspath(cache.folder)
 
 
 def remove_left_overs(client: docker.DockerClient) -> None:
-    """Remove the containers of flows of this machine that are not there any more."""
+    """Remove the containers of flows on this machine that have ended."""
     host, boot, _ = _owner().values()
-    with contextlib.suppress(docker.errors.DockerException, RequestException):  # not what the run is about
+    with contextlib.suppress(docker.errors.DockerException, RequestException):  # the run does not depend on it
         for container in client.api.containers(all=True, filters={"label": f"{LABELS[0]}={host}"}):
             its_boot, process = (container["Labels"].get(label, "") for label in LABELS[1:])
             if its_boot == boot:
                 pid, _, started = process.partition("@")
                 gone = _started(pid) != started
-            else:  # before the machine started anew, or in another container on it: then it may be at work
+            else:  # before a reboot, or in another PID namespace: the flow may still be running
                 gone = container["State"] in ("exited", "dead")
             if gone:
-                with contextlib.suppress(docker.errors.APIError):  # another flow removes it, too
+                with contextlib.suppress(docker.errors.APIError):  # another flow may have removed it
                     client.api.remove_container(container["Id"], force=True, v=True)
 
 
 def _owner() -> dict[str, str]:
-    """Labels that say which process started a container, and among which processes its number counts."""
+    """Labels that identify the process that started a container: host, boot and PID namespace, process."""
     boot = "/proc/sys/kernel/random/boot_id"
     with contextlib.suppress(OSError), open(boot) as file:
         boot = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -293,7 +295,7 @@ def _owner() -> dict[str, str]:
 
 
 def _started(pid: str) -> str:
-    """When a process was started, in ticks since the machine was; empty where there is none. Numbers come again."""
+    """Start time of a process, in ticks since boot, because PIDs are reused; empty if there is no such process."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[19]
     return ""
@@ -303,10 +305,10 @@ def _started(pid: str) -> str:
 
 
 def _connect() -> docker.DockerClient:
-    """A client of the engine that ``DOCKER_HOST`` names, or of this machine's.
+    """A client of the engine that ``DOCKER_HOST`` names, or else of this machine's.
 
     Raises:
-        ConfigError: it does not answer.
+        ConfigError: the engine does not answer.
     """
     try:
         client = docker.from_env()
@@ -324,21 +326,21 @@ def _is_rootless(client: docker.DockerClient) -> bool:
 
 @contextlib.contextmanager
 def _faults(label: str, secrets: list[str]) -> Iterator[None]:
-    """Faults of the engine as errors that a user can act on, or that may pass."""
+    """Convert errors of the engine: ConfigError if the user can fix them, else TransientError."""
     try:
         yield
     except (docker.errors.DockerException, RequestException, SocketError) as error:
         said = hide(_one_line(error), secrets)
         refused = isinstance(error, docker.errors.APIError) and error.is_client_error()
         if refused and "bind source path does not exist" in said:
-            raise ConfigError(f"engine.docker: the engine does not see the files of this machine: {said}") from None
+            raise ConfigError(f"engine.docker: the engine has no access to the files of this machine: {said}") from None
         if refused:
-            raise ConfigError(f"engine.docker: {label}: the engine refuses its container: {said}") from None
-        raise TransientError(f"{label}: the Docker engine fails: {said}") from None
+            raise ConfigError(f"engine.docker: {label}: the engine rejects its container: {said}") from None
+        raise TransientError(f"{label}: the Docker engine failed: {said}") from None
 
 
 def _one_line(error: BaseException) -> str:
-    """What is wrong, without the layers of libraries between."""
+    """The cause of an error in one line, without the wrappers of libraries."""
     explanation = getattr(error, "explanation", None)
     cause: BaseException | None = error
     while cause is not None and not explanation:
@@ -348,9 +350,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _pass_on(connection: Any, lines: queue.SimpleQueue[tuple[bool, str] | None]) -> None:
-    """Every line of a container as (whether it was on standard output, text); at the end None."""
+    """Put every line of a container into ``lines`` as (whether it is from standard output, text); at the end None."""
     begun = {True: b"", False: b""}
-    with contextlib.suppress(OSError, ValueError, SocketError):  # closed, here or there
+    with contextlib.suppress(OSError, ValueError, SocketError):  # closed on either side
         for stream, data in frames_iter(connection, tty=False):
             out = stream == STDOUT
             *whole, begun[out] = (begun[out] + data).split(b"\n")
@@ -363,21 +365,21 @@ def _pass_on(connection: Any, lines: queue.SimpleQueue[tuple[bool, str] | None])
 
 
 def _next(lines: queue.SimpleQueue[tuple[bool, str] | None]) -> tuple[bool, str] | None:
-    """The next line, an empty one where there is none for a while."""
+    """The next line, or an empty one after ``POLL_SECONDS``; None at the end."""
     try:
         return lines.get(timeout=POLL_SECONDS)
     except queue.Empty:
         return False, ""
 
 
-def _hang_up(connection: Any) -> None:
-    """End the connection to a container; whoever waits for its lines wakes up."""
+def _disconnect(connection: Any) -> None:
+    """Close the connection to a container, which also ends the thread that reads its lines."""
     with contextlib.suppress(OSError, AttributeError):
         getattr(connection, "_sock", connection).shutdown(socket.SHUT_RDWR)
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """An event; None for other text, which an image's own start-up may print."""
+    """The event in a line; None for other text, such as the output of an image's entry point."""
     with contextlib.suppress(ValueError):
         value = json.loads(line)
         if isinstance(value, dict) and "event" in value:

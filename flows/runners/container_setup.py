@@ -1,7 +1,7 @@
-"""What the container of a step is given of this machine: folders, variables, and which of those are secrets.
+"""The folders and environment variables of this machine that a step's container gets, and which of them are secret.
 
-Everything is at the path that it has outside, so that a configuration means the same inside; what a step only reads is
-mounted read-only. Nothing here talks to an engine.
+Everything is mounted at its path on the host, so that a configuration is valid in the container as well; folders that a
+step only reads are mounted read-only. Nothing here connects to an engine.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError, StoreError
 from mlorq.models.family import FAMILIES
 
-HOME = "/tmp"  # inside: any user can write there
+HOME = "/tmp"  # in the container: any user can write there
 FSSPEC_FOLDER = "/run/fsspec"
 
-# By how a variable's name begins. Object stores read places and credentials from these,
+# Prefixes of variable names. Object stores read endpoints and credentials from these;
 STORES = ("AWS_", "FSSPEC_", "S3_", "GOOGLE_", "GCSFS_", "AZURE_STORAGE_", "HF_")
-# and these choose the code that computes: with other ones, the same key would not mean the same bytes.
+# these select numeric code paths: with different values, the same key would not give the same bytes.
 NUMERICS = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "DNNL_", "ONEDNN_")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|KEY|CREDENTIAL|CONNECTION_STRING|SAS|PROXY", re.IGNORECASE)
-SECRET_LENGTH = 6  # shorter values are as good as guessed, and in every other line
+SECRET_LENGTH = 6  # shorter values are easily guessed and occur in many lines
 HIDDEN = "***"
 
-# Where the clients of object stores keep credentials below the home folder.
+# Folders below the home folder in which clients of object stores keep credentials.
 CREDENTIALS = {"s3": ".aws", "s3a": ".aws", "gs": ".config/gcloud", "gcs": ".config/gcloud", "az": ".azure"}
 
 
 @dataclass(frozen=True)
 class Bind:
-    """A file or folder of this machine, and where it is inside."""
+    """A mount: a file or folder of this machine, and its path in the container."""
 
     source: str
     target: str
@@ -48,24 +48,24 @@ class Bind:
 
 @dataclass
 class _Binds:
-    """Collects mounts; a target is mounted once, and what is inside of a mounted folder needs no mount."""
+    """Collects mounts; each target is mounted once, and the contents of mounted folders need no mount."""
 
     binds: dict[str, Bind] = field(default_factory=dict)
 
     def need(self, path: str) -> None:
-        """Have a file or folder inside, at its own path, to read. What is not there is for the step to report."""
+        """Mount a file or folder at its own path, read-only. Missing ones are left to the step to report."""
         if not os.path.exists(path):
             return
         real = os.path.realpath(path)
         shown = self._is_inside(path)
         if real != path and shown:
-            path = real  # a link in a mounted folder: what it points to
+            path = real  # a link in a mounted folder: mount its target
             shown = self._is_inside(path)
         if not shown:
             self.binds[path] = Bind(real, path)
 
     def write(self, folder: str) -> None:
-        """Have a folder inside, at its own path, to write; it is created."""
+        """Mount a folder at its own path, writable; it is created if needed."""
         os.makedirs(folder, exist_ok=True)
         real = os.path.realpath(folder)
         target = real if real != folder and self._is_inside(folder) else folder
@@ -76,16 +76,16 @@ class _Binds:
 
 
 def folder_of(config: RunConfig) -> str:
-    """Where relative paths of the configuration start: a path or a URL."""
+    """Base of relative paths in the configuration: a path or a URL."""
     return absolute_folder(config.folder)
 
 
 def binds_of(config: RunConfig, cache: str | None, environment: Mapping[str, str]) -> list[Bind]:
-    """The mounts of a run's containers. Folders that are written are created.
+    """The mounts of a run's containers. Writable folders are created.
 
     Args:
-        config: the run's.
-        cache: folder that keeps what was read from the store; None where there is none.
+        config: of the run.
+        cache: folder that caches the store; None if there is none.
         environment: of this process.
 
     Raises:
@@ -107,7 +107,7 @@ def binds_of(config: RunConfig, cache: str | None, environment: Mapping[str, str
         if path is not None:
             found.need(path)
     home = os.path.expanduser("~")
-    for name, value in handed_on(config, environment).items():
+    for name, value in forwarded_variables(config, environment).items():
         if name != "FSSPEC_CONFIG_DIR" and os.path.isabs(value):  # such as AWS_CA_BUNDLE
             found.need(value)
     for location in (config.store, *_locations(config)):
@@ -118,27 +118,27 @@ def binds_of(config: RunConfig, cache: str | None, environment: Mapping[str, str
     fsspec = _fsspec_folder(environment)
     if fsspec is not None:
         found.binds[FSSPEC_FOLDER] = Bind(fsspec, FSSPEC_FOLDER)
-    for volume in config.engine.docker.volumes:  # the user's own word is the last
+    for volume in config.engine.docker.volumes:  # the user's mounts take precedence
         source, target, mode = [*volume.split(":"), ""][:3]
         found.binds[target.rstrip("/") or "/"] = Bind(source, target, read_only=mode == "ro")
     if "/" in found.binds:
         raise ConfigError(
             f"engine.steps: docker cannot mount {found.binds['/'].source!r} as the root of a container: "
-            "move configuration, store and data into folders"
+            "move configuration, store and data into subfolders"
         )
     return list(found.binds.values())
 
 
 def environment_of(config: RunConfig, device: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a run's containers.
+    """The environment variables of a run's containers.
 
     Args:
-        config: the run's.
-        device: of the runner, as this process sees it.
+        config: of the run.
+        device: of the runner, numbered as in this process.
         environment: of this process.
     """
-    values = handed_on(config, environment)
-    values |= {"HOME": HOME, "USER": "mlorq", "LOGNAME": "mlorq"}  # any number may be the user: it has no name
+    values = forwarded_variables(config, environment)
+    values |= {"HOME": HOME, "USER": "mlorq", "LOGNAME": "mlorq"}  # the user id may have no name in the image
     if _fsspec_folder(environment) is not None:
         values["FSSPEC_CONFIG_DIR"] = FSSPEC_FOLDER
     hub = _hub_folder(config)
@@ -147,13 +147,13 @@ def environment_of(config: RunConfig, device: str, environment: Mapping[str, str
     if config.engine.threads is not None:
         values["OMP_NUM_THREADS"] = str(config.engine.threads)
     if device == "cpu":
-        # Images made from NVIDIA's ask for all GPUs where the engine gives them to every container.
+        # Images based on NVIDIA's request all GPUs if the NVIDIA runtime is the engine's default.
         values |= {"CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "void"}
     return values
 
 
-def handed_on(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of this process that its containers get too."""
+def forwarded_variables(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of this process that its containers get as well."""
     named = {*config.engine.docker.environment, *PROXIES, *(name.lower() for name in PROXIES)}
     return {
         name: value for name, value in environment.items() if name.startswith((*STORES, *NUMERICS)) or name in named
@@ -161,27 +161,27 @@ def handed_on(config: RunConfig, environment: Mapping[str, str]) -> dict[str, st
 
 
 def secrets_of(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
-    """Values handed on that must be in no log line and in no error; longer ones first."""
+    """Forwarded values that must not appear in log lines or errors, longest first."""
     asked = config.engine.docker.environment
     values = [
         value
-        for name, value in handed_on(config, environment).items()
+        for name, value in forwarded_variables(config, environment).items()
         if (SECRET_NAMES.search(name) or name in asked) and not os.path.exists(value)
     ]
-    # Lines are looked at one by one.
+    # Output is searched line by line.
     parts = {part.strip() for value in values for part in value.splitlines() if len(part.strip()) >= SECRET_LENGTH}
     return sorted(parts, key=len, reverse=True)
 
 
 def hide(text: str, secrets: list[str]) -> str:
-    """A text without secrets."""
+    """A text with its secrets replaced."""
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return text
 
 
 def gpu_of(device: str) -> str:
-    """What the engine calls a device: its number, or what ``CUDA_VISIBLE_DEVICES`` calls it."""
+    """The engine's name of a device: its index, or its entry in ``CUDA_VISIBLE_DEVICES``."""
     return child_environment(device, None)["CUDA_VISIBLE_DEVICES"].strip()
 
 
@@ -194,7 +194,7 @@ def local_path(location: str) -> str | None:
 
 
 def _locations(config: RunConfig) -> list[str]:
-    """All paths and URIs that a configuration names, but the store; absolute."""
+    """All paths and URIs that a configuration names, except the store; absolute."""
     model = config.model
     named: list[str | None] = [*FAMILIES[model.family].locations(model.own)]
     for source in (config.data.calibration, config.data.evaluation):
@@ -203,7 +203,7 @@ def _locations(config: RunConfig) -> list[str]:
 
 
 def _hub_folder(config: RunConfig) -> str | None:
-    """The hub's folder on this machine where the model comes from the hub: it is fetched once, not by every step."""
+    """The hub's cache folder if the model or data come from the hub, so that they are downloaded once; else None."""
     model = config.model
     needed = FAMILIES[model.family].uses_hub(model.own, config.folder)
     sources = (config.data.calibration, config.data.evaluation)
@@ -212,6 +212,6 @@ def _hub_folder(config: RunConfig) -> str | None:
 
 
 def _fsspec_folder(environment: Mapping[str, str]) -> str | None:
-    """The folder of fsspec's own configuration, where there is one."""
+    """The folder of fsspec's configuration; None if it does not exist."""
     folder = environment.get("FSSPEC_CONFIG_DIR") or os.path.expanduser("~/.config/fsspec")
     return os.path.abspath(folder) if os.path.isdir(folder) else None

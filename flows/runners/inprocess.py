@@ -1,4 +1,4 @@
-"""Steps as calls in the flow's own process."""
+"""Steps as calls in the flow's process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class InProcessRunner:
     """Runs steps on one worker.
 
     Args:
-        worker: with the device, and a model of its own.
+        worker: on the device, with its own copy of the model.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -23,8 +23,8 @@ class InProcessRunner:
         return self.worker.device
 
     def run(self, spec: StepSpec, watch: Watch) -> Outcome:
-        """Run a step here and now."""
+        """Run a step in this thread."""
         return execute(spec, self.worker, watch.progress)
 
     def close(self) -> None:
-        """Nothing to let go of: the worker is the flow's."""
+        """Nothing to release: the flow owns the worker."""

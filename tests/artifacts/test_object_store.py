@@ -22,7 +22,7 @@ from mlorq.artifacts.transfer import CHUNK_BYTES
 from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
 from steps.base import Outcome
-from steps.faults import can_pass, patiently
+from steps.faults import is_transient, with_retries
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session, open_store
@@ -179,7 +179,7 @@ def test_wrong_credentials_are_one_line_that_tells_no_secret(server: S3Server, u
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
-    assert not can_pass(caught.value)
+    assert not is_transient(caught.value)
 
 
 def test_a_bucket_that_is_not_there_stays_so(server: S3Server) -> None:
@@ -187,7 +187,7 @@ def test_a_bucket_that_is_not_there_stays_so(server: S3Server) -> None:
     for ask in (store.check_writable, lambda: store.exists(ArtifactRef("step", KEY)), lambda: list(store.refs("step"))):
         with pytest.raises(StoreError, match=r"no-such-bucket-here.*NoSuchBucket") as caught:
             ask()
-        assert not can_pass(caught.value)
+        assert not is_transient(caught.value)
 
 
 def test_missing_credentials_are_one_line_and_stay_so(server: S3Server, url: str, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_missing_credentials_are_one_line_and_stay_so(server: S3Server, url: str
         Store(url).check_writable()
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not can_pass(caught.value)
+    assert not is_transient(caught.value)
 
 
 def test_an_address_where_nobody_is_fails_soon_and_can_pass(server: S3Server) -> None:
@@ -209,7 +209,7 @@ def test_an_address_where_nobody_is_fails_soon_and_can_pass(server: S3Server) ->
         with pytest.raises(StoreError) as caught:
             Store("s3://bucket/x").check_writable()
     assert time.monotonic() - started < 20
-    assert can_pass(caught.value)
+    assert is_transient(caught.value)
 
 
 def test_a_store_that_is_down_for_a_while_is_waited_for(server: S3Server, url: str) -> None:
@@ -217,7 +217,7 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(server: S3Server, url: s
     ref = store.write("step", KEY, {"a": b"1"})
     with server.down_for(3):
         assert Store(url).fs is not None
-        assert patiently(lambda: store.read_bytes(ref, "a")) == b"1"
+        assert with_retries(lambda: store.read_bytes(ref, "a")) == b"1"
     with server.down_for(3):
         store.write("step", KEY[::-1], {"a": b"1"})
     assert Store(url).exists(ArtifactRef("step", KEY[::-1]))
@@ -233,7 +233,7 @@ def test_patience_ends(server: S3Server, url: str, monkeypatch: pytest.MonkeyPat
             store.read_bytes(ref, "a")
     finally:
         server.mend()
-    assert can_pass(caught.value)
+    assert is_transient(caught.value)
     assert files.can_pass(caught.value.__cause__)
 
 

@@ -155,7 +155,7 @@ def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("preset=fast", "preset: "),
         ("rounding.method=adaround", "rounding.method"),
         ("search.bits=[1]", "search.bits"),
-        ("engine.devices=cuda:77", "engine.devices: 'cuda:77' is not there"),
+        ("engine.devices=cuda:77", "engine.devices: 'cuda:77' does not exist"),
         ("store=nonsense://x", "nonsense"),
         ("model.factory=tiny_project:nothing", "has no function 'nothing'"),
         ("data.calibration.factory=nowhere:batches", "there is no module 'nowhere'"),
@@ -331,7 +331,7 @@ def test_an_interrupt_that_ends_in_an_error_is_an_interrupt(
 
     monkeypatch.setattr("flows.cli._dispatch", interrupted)
     assert main(["models"]) == 130
-    assert "goes on from what is finished" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     monkeypatch.setattr("flows.cli._dispatch", defect)
     with pytest.raises(ValueError, match="a defect"):
         main(["models"])

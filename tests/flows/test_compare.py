@@ -12,7 +12,8 @@ import pytest
 
 from flows.cli import main
 from flows.compare import PAGE, ROWS, TABLE, compare_flow
-from flows.comparison import chosen, configured, known_methods, notes, plan, uniform_bytes, width_for
+from flows.comparison import configured, notes, plan, uniform_bytes, width_for
+from flows.comparison_methods import chosen, known_methods
 from flows.run import known_layers, open_session
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import RunConfig
@@ -110,7 +111,7 @@ def test_without_a_command_line(compared: Compared) -> None:
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_project(tmp_path)
     assert "did you mean 'gptq'" in fails(capsys, "compare", config, "--methods", "gpqt")
-    assert "code width" in fails(capsys, "compare", config, "--activations", "16")
+    assert "bit-width" in fails(capsys, "compare", config, "--activations", "16")
     assert "2 bits for every layer" in fails(capsys, "compare", config, "--budget", "1bit")
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("*/*/manifest.json"))
 

@@ -26,7 +26,7 @@ from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError
 from steps import layers
 from steps.base import execute
-from steps.faults import can_pass
+from steps.faults import is_transient
 from tests.flows.test_cli import LAYERS, fails, prints_json, write_project
 
 STEPS = 1 + 1 + 6 + 6 + 1 + 1 + 6 + 1 + 1 + 1
@@ -347,20 +347,20 @@ def test_a_fault_of_the_store_that_passes_is_tried_again(
     assert "a library that prints" not in out
 
 
-def test_whatcan_pass() -> None:
+def test_what_is_transient() -> None:
     def caused(error: OSError) -> StoreError:
         found = StoreError("cannot read")
         found.__cause__ = error
         return found
 
-    assert can_pass(caused(TimeoutError()))
-    assert can_pass(ConnectionResetError())
-    assert not can_pass(caused(OSError(28, "No space left on device")))
-    assert not can_pass(caused(PermissionError()))
-    assert not can_pass(caused(FileNotFoundError()))
-    assert not can_pass(StoreError("damaged"))
-    assert not can_pass(ModelError("NaN"))
-    assert not can_pass(None)
+    assert is_transient(caused(TimeoutError()))
+    assert is_transient(ConnectionResetError())
+    assert not is_transient(caused(OSError(28, "No space left on device")))
+    assert not is_transient(caused(PermissionError()))
+    assert not is_transient(caused(FileNotFoundError()))
+    assert not is_transient(StoreError("damaged"))
+    assert not is_transient(ModelError("NaN"))
+    assert not is_transient(None)
 
 
 def test_mistakes_are_found_before_the_run(
@@ -445,7 +445,7 @@ def test_ctrl_c_and_the_same_command_again(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "mlorq: interrupted; the same command goes on from what is finished"
+    assert err.splitlines()[-1] == "mlorq: interrupted; run the same command again to resume"
     assert "Traceback" not in err
     assert flow_runs("tiny_project 4.5bit")[0].state_name == "Crashed"
     before = contents(tmp_path / "store")

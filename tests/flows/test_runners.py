@@ -77,7 +77,7 @@ def test_a_childs_error_comes_back_as_what_it_was(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="is not in the store"):
             child.run(capture, Watch())
         other = StepSpec("layers", 999, layers.params, layers.inputs)
-        with pytest.raises(ConfigError, match="another version of mlorq"):
+        with pytest.raises(ConfigError, match="the flow's version of mlorq"):
             child.run(other, Watch())
         with pytest.raises(RuntimeError, match="ValidationError"):  # a defect, with the child's traceback
             child.run(StepSpec("capture", capture.version, {}, {}), Watch())

@@ -92,7 +92,7 @@ def test_impossible_budgets_are_named_before_any_work(
 ) -> None:
     project = write_project(tmp_path)
     line = fails(capsys, "sweep", project, "--budget", "3bit", "--budget", "1bit", "--budget", "0.5bit")
-    assert "budgets that are too small: 1bit, 0.5bit;" in line
+    assert "budgets are too small: 1bit, 0.5bit;" in line
     assert f"the smallest possible is {swept.result['results'][0]['smallest_bytes']} bytes" in line
     assert "3 apples" in fails(capsys, "sweep", project, "--budget", "3 apples")
     assert not contents(tmp_path / "store")

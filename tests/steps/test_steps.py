@@ -144,7 +144,7 @@ def test_inputs_of_another_shape_are_refused():
     assert inputs_of(step.inputs, roles) == inputs
     with pytest.raises(StoreError, match="'model' is missing"):
         inputs_of(step.inputs, {role: handle for role, handle in roles.items() if role != "model"})
-    with pytest.raises(StoreError, match="'model' is of type DataRef"):
+    with pytest.raises(StoreError, match="'model' has type DataRef, not ModelRef"):
         inputs_of(step.inputs, roles | {"model": DataRef("d")})
     with pytest.raises(StoreError, match="unknown input 'model_'"):
         inputs_of(step.inputs, roles | {"model_": ModelRef("m")})
