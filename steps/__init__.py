@@ -21,10 +21,11 @@ from steps import (
     sensitivity,
     summary,
     tune,
+    width_costs,
 )
 from steps.base import Step
 
-REGISTRY: dict[str, Step[Any, Any]] = {joint.COSTS_STEP.name: joint.COSTS_STEP} | {
+REGISTRY: dict[str, Step[Any, Any]] = {
     module.STEP.name: module.STEP
     for module in (
         layers,
@@ -39,6 +40,7 @@ REGISTRY: dict[str, Step[Any, Any]] = {joint.COSTS_STEP.name: joint.COSTS_STEP} 
         rounding,
         reconstruct,
         tune,
+        width_costs,
         pack,
         baseline,
         evaluate,

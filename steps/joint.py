@@ -1,19 +1,15 @@
-"""Steps ``width_costs`` and ``joint``: bit-widths of activations, chosen together with the layers' candidates.
+"""Step ``joint``: bit-widths of activations, chosen together with the layers' candidates in one program.
 
-``width_costs`` measures the output cost with the activations of one group alone quantized, for every group and
-bit-width. ``joint`` solves one program for both; its artifact holds the allocation and the activation plan with the
-chosen bit-widths. docs/METHOD.md, section 8 (``choices``), has the program.
+Its artifact holds the allocation, and the activation plan with the chosen bit-widths. docs/METHOD.md, section 8
+(``choices``), has the program; step ``width_costs`` measures the costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
 
 from mlorq.activations.compute import parse_compute
 from mlorq.activations.plan import ActivationPlan
@@ -21,82 +17,15 @@ from mlorq.allocation.choices import Group, WidthChoices, allocation_table, smal
 from mlorq.allocation.program import Program, solve
 from mlorq.allocation.weight_load import weight_load
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
-from mlorq.costs.output_cost import OutputCost
 from mlorq.forms import Candidate
-from mlorq.models.base import move_batch
 from mlorq.models.layers import Layer
 from steps.allocate import Params as ProgramParams
 from steps.allocate import joined, program_values
 from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
-from steps.handles import DataRef, ModelRef
-from steps.measuring import Measuring, measuring
 from steps.session import Session
-
-COSTS = "costs.json"
-
-
-@dataclass(frozen=True)
-class CostsParams:
-    """How the costs of activations' bit-widths are measured."""
-
-    measuring: Measuring
-
-
-@dataclass(frozen=True)
-class CostsInputs:
-    """The model with the plan of all bit-widths, and the calibration data."""
-
-    model: ModelRef
-    calibration: DataRef
-
-
-def costs_spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
-    """Depends on the plan of all bit-widths and the samples that costs are measured on.
-
-    Args:
-        session: of the run.
-        model: with the plan of all bit-widths.
-        layers: the ``layers`` artifact.
-    """
-    params = CostsParams(measuring(session, session.artifacts.layers(layers).layers))
-    return COSTS_STEP.spec(params, CostsInputs(model, session.calibration_ref))
-
-
-def run_costs(params: CostsParams, inputs: CostsInputs, context: Context, progress: Progress) -> dict[str, bytes]:
-    model, plan = context.model(inputs.model), context.plan(inputs.model)
-    assert plan is not None
-    groups = plan.groups()
-    batches, labels = params.measuring.of(context.calibration(inputs.calibration))
-    moved = [move_batch(batch, context.device, model.dtype) for batch in batches]
-    with torch.no_grad():
-        references = [model.outputs(model.module, batch) for batch in moved]
-        cost = OutputCost(params.measuring.cost, references, labels)
-        todo = {name: widths_of(sites) for name, sites in groups.items()}
-        total, done = sum(len(widths) for widths in todo.values()), 0
-        found: dict[str, dict[str, float]] = {name: {} for name in groups}
-        for width in sorted({width for widths in todo.values() for width in widths}):
-            module = deepcopy(model.module)
-            chosen = {name: width for name, widths in todo.items() if width in widths}
-            installed = plan.at(chosen).install(module)
-            for quantizer in installed.values():
-                quantizer.enabled = False
-            for name in chosen:
-                own = [installed[site.name] for site in groups[name]]
-                for quantizer in own:
-                    quantizer.enabled = True
-                found[name][str(width)] = cost([model.outputs(module, batch) for batch in moved])
-                for quantizer in own:
-                    quantizer.enabled = False
-                done += 1
-                progress(done, total)
-    return {COSTS: json_bytes(found)}
-
-
-def widths_of(sites: list[Any]) -> list[int]:
-    """The bit-widths that a group may have, in increasing order."""
-    return sorted({int(sites[0].quantizer["bits"]), *map(int, sites[0].variants)})
+from steps.width_costs import COSTS, widths_of
 
 
 @dataclass(frozen=True)
@@ -198,5 +127,4 @@ def program_groups(
     return found, [reading[layer.name] for layer in layers]
 
 
-COSTS_STEP = Step("width_costs", 2, CostsParams, CostsInputs, run_costs)
 STEP = Step("joint", 2, Params, Inputs, run)

@@ -35,6 +35,7 @@ from steps import (
     sensitivity,
     summary,
     tune,
+    width_costs,
 )
 from steps.base import Outcome, StepSpec
 from steps.handles import ModelRef
@@ -136,7 +137,7 @@ def run_search(session: Session, executor: Executor) -> Search:
     search.sensitivity = {layer.name: outcome.ref for layer, outcome in zip(by_cost, outcomes, strict=True)}
     if session.config.activations is not None and session.config.activations.choices:
         executor.phase("activations", 1)
-        search.widths = executor.run(joint.costs_spec(session, model, layers_ref)).ref
+        search.widths = executor.run(width_costs.spec(session, model, layers_ref)).ref
     return search
 
 
