@@ -1,4 +1,4 @@
-"""Compress a trained transformer to a memory budget: a bit-width, or a rank and two bit-widths, for every layer.
+"""Compress a trained transformer to a memory budget: a bit-width, or a rank and two bit-widths, per layer.
 
     >>> import mlorq                                                             # doctest: +SKIP
     >>> result = mlorq.compress(model, batches, budget="3bit")                   # doctest: +SKIP
@@ -29,7 +29,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: `import mlorq` stays quick, and the command line answers before torch is imported.
+    # Loaded on first use: `import mlorq` stays fast, and the command line answers before torch is imported.
     if name in _HOMES:
         import importlib
 
