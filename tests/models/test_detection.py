@@ -156,7 +156,7 @@ def test_checkpoints_at_fault_are_named(layout, tmp_path):
     message = loading({**state, "rpn_head.rpn_cls.weight": torch.ones(2, 8, 1, 1)})
     assert "rpn.head.cls_logits.weight" in message
     message = loading({"model.layers.0.weight": torch.ones(2)})
-    assert "no known layout" in message
+    assert "unknown layout" in message
     assert "'model.layers.0.weight'" in message
 
 

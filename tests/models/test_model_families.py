@@ -596,7 +596,7 @@ def test_modules_in_memory():
     model = from_module(TokenNet().to(torch.bfloat16))
     assert model.dtype == torch.bfloat16
     assert not model.module.training
-    with pytest.raises(ModelError, match="no floating parameters"):
+    with pytest.raises(ModelError, match="no floating-point parameters"):
         from_module(torch.nn.ReLU())
 
 
