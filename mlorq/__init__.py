@@ -1,4 +1,4 @@
-"""Compress a trained transformer to a memory budget: a bit-width, or a rank and two bit-widths, for every layer.
+"""Compress a trained transformer to a memory budget: a bit-width, or a rank and two bit-widths, per layer.
 
     >>> import mlorq                                                             # doctest: +SKIP
     >>> result = mlorq.compress(model, batches, budget="3bit")                   # doctest: +SKIP
@@ -29,5 +29,5 @@ _HOMES = {
     "load": "mlorq.checkpoint.io",
 }
 
-# `import mlorq` stays quick, and the command line answers before torch is imported.
+# `import mlorq` stays fast, and the command line answers before torch is imported.
 __getattr__ = lazy_exports(__name__, _HOMES)

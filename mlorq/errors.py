@@ -1,14 +1,14 @@
 """Errors that a user can act on.
 
-Each is one clear line that names the key, file, layer or artifact at fault. The command line prints the
-line and exits with status 2; everything else is a defect of the software and keeps its traceback.
+The message of each is one line that names the key, file, layer or artifact at fault. The command line prints it and
+exits with status 2. Any other exception is a defect of the software and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class MlorqError(Exception):
-    """Base of all errors that are about the input and not about the software."""
+    """Base class of errors caused by the input or the environment, not by a defect of the software."""
 
 
 class ConfigError(MlorqError):
@@ -32,14 +32,19 @@ class BudgetError(MlorqError):
 
 
 class CheckpointError(MlorqError):
-    """A compressed checkpoint is missing, damaged, or does not fit the model it is loaded into."""
+    """A compressed checkpoint is missing, is damaged, or does not fit the model it is loaded into."""
 
 
 class TransientError(MlorqError):
-    """A fault of a machine or a network that may be gone at the next try, such as a worker that was killed."""
+    """A transient fault of a machine or a network, such as a killed worker: a retry may succeed."""
 
 
 KINDS: dict[str, type[MlorqError]] = {
     kind.__name__: kind
     for kind in (ConfigError, ModelError, DataError, StoreError, BudgetError, CheckpointError, TransientError)
 }
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks, cut to 300 characters."""
+    return " ".join(str(error).split())[:300]

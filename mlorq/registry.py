@@ -1,16 +1,16 @@
-"""Named implementations of one kind: forms, rounding methods, model families, data sources, quantizers, targets.
+"""Registries of named implementations: forms, rounding methods, model families, data sources, quantizers, targets.
 
-A configuration offers what the registries hold, and everything that needs an implementation asks its registry for it by
-name, so that adding one is one file:
+A configuration accepts the names in the registries, and all code looks implementations up there by name. Adding an
+implementation therefore takes one file:
 
     class Double(Form): ...
     FORMS.register(Double())
 
-An installed package joins in through the entry point group ``mlorq.plugins``: its modules are imported the first time a
-registry is asked, in every process and container that runs steps.
+An installed package adds its own through the entry point group ``mlorq.plugins``: its modules are imported at the first
+lookup in a registry, in every process and container that runs steps.
 
-The files that registries are filled from are read for every command, ``mlorq --help`` included: they import torch where
-they compute, not at their top.
+Every command, ``mlorq --help`` included, imports the files that fill the registries. These files therefore import torch
+inside their functions, not at the top.
 """
 
 from __future__ import annotations
@@ -31,58 +31,63 @@ PLUGINS = "mlorq.plugins"  # entry point group
 class Settings(BaseModel):
     """Part of a configuration: frozen, and unknown keys are errors.
 
-    A field says by its annotation what it may be (``Annotated[list[int], AfterValidator(...)]``), because sections are
-    composed from the fields of several settings (``mlorq.config.compose``). ``check`` is for what concerns several.
+    Constraints on one field belong in its annotation (``Annotated[list[int], AfterValidator(...)]``), because sections
+    are composed from the fields of several settings (``mlorq.config.compose``). Constraints across fields belong in
+    ``check``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     def check(self) -> None:
-        """Raise ValueError where values do not fit together."""
+        """Check constraints across fields.
+
+        Raises:
+            ValueError: two values are inconsistent.
+        """
 
 
 class Named(Protocol):
-    """What a registry holds."""
+    """An implementation that a registry can hold."""
 
     @property
     def name(self) -> str:
-        """As a configuration writes it."""
+        """Its name in a configuration."""
 
     @property
     def settings(self) -> type[Settings]:
-        """The configuration keys that it reads."""
+        """The class of the configuration keys that it reads."""
 
 
 Item = TypeVar("Item", bound=Named)
 
 
 class Registry(Generic[Item]):
-    """Implementations by name, in the order in which they were registered.
+    """Implementations by name, in the order of registration.
 
     Args:
-        kind: what they are, for messages: ``rounding method``.
+        kind: the kind of implementation, for messages: ``rounding method``.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.version = 0  # rises with every change, for what is derived from the content
+        self.version = 0  # incremented at every change, to invalidate caches of derived classes
         self._items: dict[str, Item] = {}
 
     def register(self, item: Item) -> Item:
         """Add an implementation.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is already registered.
         """
         if item.name in self._items:
-            raise ValueError(f"{self.kind} {item.name!r} is registered already")
+            raise ValueError(f"{self.kind} {item.name!r} is already registered: choose another name")
         self._items[item.name] = item
         self.version += 1
         return item
 
     @contextmanager
     def added(self, item: Item) -> Iterator[Item]:
-        """An implementation that is there for the time of a ``with`` block."""
+        """Register an implementation for the duration of a ``with`` block."""
         self.register(item)
         try:
             yield item
@@ -91,10 +96,10 @@ class Registry(Generic[Item]):
             self.version += 1
 
     def __getitem__(self, name: str) -> Item:
-        """The implementation of a name.
+        """The implementation with a name.
 
         Raises:
-            ConfigError: there is none; the nearest name is given.
+            ConfigError: the name is unknown; the message suggests the nearest one.
         """
         load_plugins()
         if name not in self._items:
@@ -102,7 +107,7 @@ class Registry(Generic[Item]):
         return self._items[name]
 
     def hint(self, name: object) -> str:
-        """What to write instead of an unknown name."""
+        """A suggestion in place of an unknown name: the nearest name, or all of them."""
         near = difflib.get_close_matches(str(name), self._items, n=1, cutoff=0.5)
         return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self._items)}"
 
@@ -123,15 +128,15 @@ _plugins_loaded = False
 
 
 def load_plugins() -> None:
-    """Import the modules of installed packages' entry points, once a process.
+    """Import the modules of installed packages' entry points, once per process.
 
     Raises:
-        ConfigError: a module cannot be imported; the entry point is named.
+        ConfigError: a module cannot be imported; the message names the entry point.
     """
     global _plugins_loaded
     if _plugins_loaded:
         return
-    _plugins_loaded = True  # first: a plugin's own import asks the registries
+    _plugins_loaded = True  # set first, because a plugin's import uses the registries
     for point in importlib.metadata.entry_points(group=PLUGINS):
         try:
             point.load()

@@ -1,8 +1,7 @@
-"""A folder of this machine that keeps what was read from a remote store, so that nothing is downloaded twice.
+"""A local cache of the files of a remote store, so that no file is downloaded twice.
 
-A file is named by the digest of its content, which the artifact's manifest says: an entry can never be out of date,
-only damaged, and what is damaged is downloaded again. Deleting the folder, or anything in it, costs a download and no
-more.
+Each entry is named by the digest of its content, as listed in the artifact's manifest. An entry can therefore be
+damaged but never outdated, and a damaged one is downloaded again. Deleting entries, or the whole folder, is safe.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from mlorq.errors import StoreError
 
 
 def cache_folder(setting: str | None, url: str) -> str | None:
-    """The folder that a setting means.
+    """The cache folder for a value of ``engine.cache``; None for no cache.
 
     Args:
-        setting: ``auto`` for a folder a store in the user's cache, a folder, or None for no cache.
-        url: of the store.
+        setting: ``auto`` for one folder per store in the user's cache, a path or ``file://`` URL, or None.
+        url: URL of the store.
 
     Raises:
-        StoreError: it is a URL, but not of a folder.
+        StoreError: the setting is a URL of something other than a local folder.
     """
     if setting is not None and "://" in setting and not setting.startswith("file://"):
-        raise StoreError(f"cache {setting!r}: a folder of this machine is needed")
+        raise StoreError(f"cache {setting!r} is not a local folder: give a path on this machine")
     if setting != "auto":
         return None if setting is None else setting.removeprefix("file://")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -37,13 +36,13 @@ def cache_folder(setting: str | None, url: str) -> str | None:
 
 
 class Cache:
-    """Contents by their digest.
+    """A folder of files, each named by the digest of its content.
 
-    A cache that cannot be written is no reason to fail: it says so once and is left aside.
+    If the folder cannot be written, the cache warns once and stores nothing from then on.
 
     Args:
-        folder: where they are; made with the first entry.
-        hit: called with the size of every content that was here.
+        folder: path of the folder; created with the first entry.
+        hit: called with the size in bytes of every content that ``fetch`` finds.
     """
 
     def __init__(self, folder: str, hit: Callable[[int], object] = lambda size: None) -> None:
@@ -52,11 +51,11 @@ class Cache:
         self._usable = True
 
     def path(self, digest: str) -> str:
-        """Where a content is, or would be."""
+        """Path of the entry of a digest, whether it exists or not."""
         return os.path.join(self.folder, digest[:2], digest)
 
     def find(self, digest: str, size: int) -> bytes | None:
-        """A content that is here unharmed."""
+        """The content of an entry; None if it is missing or damaged."""
         try:
             with open(self.path(digest), "rb") as file:
                 if os.fstat(file.fileno()).st_size != size:
@@ -67,17 +66,19 @@ class Cache:
         return data if digest_bytes(data) == digest else None
 
     def fetch(self, digest: str, size: int, download: Callable[[], bytes]) -> bytes:
-        """A content that is here, or else is downloaded and kept; one process downloads, others wait for it.
+        """A content from the cache; if it is missing, download and store it.
+
+        Of several processes that need the same content, one downloads it and the others wait.
 
         Args:
-            digest: of the content.
-            size: likewise.
-            download: gives the content, checked.
+            digest: digest of the content.
+            size: size of the content in bytes.
+            download: returns the verified content.
         """
         data = self.find(digest, size)
         if data is None:
             with self._locked(digest):
-                data = self.find(digest, size)  # another may have downloaded it while we waited
+                data = self.find(digest, size)  # another process may have stored it while this one waited
                 if data is None:
                     data = download()
                     self.keep(digest, data)
@@ -86,7 +87,7 @@ class Cache:
         return data
 
     def keep(self, digest: str, data: bytes) -> None:
-        """Add a content, unless it is there."""
+        """Store a content, unless the cache has it already."""
         if not self._usable or self.find(digest, len(data)) is not None:
             return
         path = self.path(digest)
@@ -98,7 +99,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, digest: str) -> Iterator[None]:
-        """Hold an entry's lock, which the system takes back from a process that ends, however it ends."""
+        """Hold the lock of an entry; the system releases it when the process ends, even if it is killed."""
         file = self._lock(digest) if self._usable else None
         try:
             yield
@@ -116,7 +117,7 @@ class Cache:
                 file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX)
-                    # Who held it before us has removed it: others may hold a new one by this name already.
+                    # The previous holder removed the file: another process may hold a new one of the same name.
                     with contextlib.suppress(FileNotFoundError):
                         if os.stat(name).st_ino == os.fstat(file).st_ino:
                             return file
@@ -131,4 +132,4 @@ class Cache:
     def _give_up(self, error: OSError) -> None:
         if self._usable:
             self._usable = False
-            warnings.warn(f"the cache {self.folder} cannot be written: {error}; going on without it", stacklevel=2)
+            warnings.warn(f"cannot write the cache {self.folder}: {error}; continuing without a cache", stacklevel=2)

@@ -1,8 +1,8 @@
-"""What a store holds, whether it is whole, and what of it can go: the store seen as one listing of files.
+"""Maintenance of a store: list its artifacts, verify them, and remove those that are not needed.
 
-A folder ``<step>/<key>/`` with a ``manifest.json`` is an artifact. Without one it is a left-over: of a write that was
-interrupted, or of one that is still going on, which is why only old ones are removed. A store may lie in a bucket or a
-folder with other things in it: what is not named as the store names things is none of it, and is never touched.
+A folder ``<step>/<key>/`` with a ``manifest.json`` is an artifact. Without a manifest it is a left-over of an
+interrupted write, or a write in progress; only old ones are therefore removed. The bucket or folder of a store may
+contain other files: those whose names do not follow the store's scheme are ignored and never removed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from mlorq.artifacts.store import MANIFEST, ArtifactRef, Store
 from mlorq.artifacts.transfer import Entry, hide_password, side_by_side
 from mlorq.errors import StoreError
 
-LEFT_OVER_AGE = datetime.timedelta(days=1)  # no write of one artifact takes that long
+LEFT_OVER_AGE = datetime.timedelta(days=1)  # longer than any write of one artifact
 KEY = re.compile("[0-9a-f]{32}")
-TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # as ``transfer.put_file`` names it
+TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # temporary names of ``transfer.replace_file``
 
 
 @dataclass
 class Folder:
-    """One folder of a store where an artifact is or was to be.
+    """A folder ``<step>/<key>/`` of a store: an artifact or a left-over.
 
     Attributes:
         ref: step and key.
-        files: every file in it.
+        files: all files in the folder, by name.
     """
 
     ref: ArtifactRef
@@ -36,23 +36,23 @@ class Folder:
 
     @property
     def is_artifact(self) -> bool:
-        """Whether it has a manifest."""
+        """Whether the folder has a manifest."""
         return MANIFEST in self.files
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Total size of the files."""
         return sum(file.bytes for file in self.files.values())
 
     @property
     def modified(self) -> datetime.datetime | None:
-        """When the newest file was written; None where the store does not say."""
+        """Time at which the newest file was written; None if the store does not report times."""
         times = [file.modified for file in self.files.values() if file.modified is not None]
         return max(times, default=None)
 
 
 def folders(store: Store) -> list[Folder]:
-    """Everything in a store, from one listing, by step and key.
+    """All folders of a store, from one listing, ordered by step and key.
 
     Raises:
         StoreError: the store cannot be reached.
@@ -65,7 +65,7 @@ def folders(store: Store) -> list[Folder]:
     for path, entry in listing.items():
         step, _, rest = path.partition("/")
         key, _, name = rest.partition("/")
-        if not name or not KEY.fullmatch(key):  # a file of somebody else's
+        if not name or not KEY.fullmatch(key):  # not a file of the store
             continue
         ref = ArtifactRef(step, key)
         found.setdefault(ref, Folder(ref)).files[name] = entry
@@ -74,12 +74,12 @@ def folders(store: Store) -> list[Folder]:
 
 @dataclass
 class Findings:
-    """What ``verify`` found.
+    """Result of ``verify``.
 
     Attributes:
-        artifacts: looked at.
-        bytes: read.
-        damaged: one line for each artifact that is damaged.
+        artifacts: number of artifacts checked.
+        bytes: number of bytes read.
+        damaged: one message per damaged artifact.
         left_over: folders without a manifest.
     """
 
@@ -90,11 +90,11 @@ class Findings:
 
 
 def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> Findings:
-    """Read every artifact of a store and compare sizes and digests with the manifests.
+    """Read all artifacts of a store and compare their sizes and digests with the manifests.
 
     Args:
-        store: without a cache, so that its own files are read.
-        progress: called with (artifacts done, artifacts).
+        store: a store opened without a cache, so that the files of the store itself are read.
+        progress: called with (artifacts done, artifacts in total).
 
     Raises:
         StoreError: the store cannot be reached.
@@ -110,7 +110,7 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
                 findings.bytes += len(store.read_bytes(folder.ref, name, verify=True))
         except StoreError as error:
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                raise  # not damaged: out of reach
+                raise  # the store is unreachable; the artifact is not damaged
             findings.damaged.append(str(error))
         findings.artifacts += 1
         if progress is not None:
@@ -119,14 +119,14 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
 
 
 def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
-    """The artifacts that runs stand on, with their summaries and the sweeps' curves of these runs alone.
+    """The artifacts that runs depend on, with their summaries and the sweeps made of these runs only.
 
     Args:
-        store: with the runs.
-        runs: names, as ``mlorq runs`` lists them.
+        store: the store of the runs.
+        runs: names of runs, as ``mlorq runs`` lists them.
 
     Raises:
-        StoreError: there is no run of such a name; those there are, are named.
+        StoreError: a run is not in the store; the message names the runs that are.
     """
     known: dict[str, tuple[ArtifactRef, dict[str, dict[str, str]]]] = {}
     for ref in store.refs("summary"):
@@ -135,8 +135,7 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
     for name in runs:
         if name not in known:
             raise StoreError(
-                f"no run {name!r} in the store {hide_password(store.url)}; "
-                f"there are: {', '.join(sorted(known)) or 'none'}"
+                f"no run {name!r} in the store {hide_password(store.url)}; known: {', '.join(sorted(known)) or 'none'}"
             )
     kept = {ref for name, (ref, _) in known.items() if name in runs}
     kept |= {ArtifactRef.from_json(made) for name in runs for made in known[name][1].values()}
@@ -149,33 +148,35 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
 def removable(
     everything: Iterable[Folder], kept: set[ArtifactRef], now: datetime.datetime | None = None
 ) -> list[Folder]:
-    """What is not kept: artifacts, and left-overs of a day and older beside artifacts of the same step.
+    """The folders to remove: artifacts that are not kept, and left-overs that are at least a day old.
+
+    A left-over is removed only if its step has artifacts, since otherwise its folder may not belong to the store.
 
     Args:
-        everything: what ``folders`` lists.
-        kept: artifacts that stay.
-        now: the time that left-overs' age is taken from.
+        everything: all folders, from ``folders``.
+        kept: artifacts to keep.
+        now: reference time for the age; default: the current time.
     """
     everything = list(everything)
     steps = {folder.ref.step for folder in everything if folder.is_artifact}
 
-    def goes(folder: Folder) -> bool:
+    def is_removable(folder: Folder) -> bool:
         if folder.is_artifact:
             return folder.ref not in kept
         return folder.ref.step in steps and _is_old(folder.modified, now)
 
-    return [folder for folder in everything if goes(folder)]
+    return [folder for folder in everything if is_removable(folder)]
 
 
 def temporaries(everything: Iterable[Folder], now: datetime.datetime | None = None) -> list[Folder]:
-    """In artifacts, files of a day and older that a writer who was killed never moved in place.
+    """Temporary files in artifacts that are at least a day old: left by writers that were killed.
 
     Args:
-        everything: what ``folders`` lists.
-        now: the time that their age is taken from.
+        everything: all folders, from ``folders``.
+        now: reference time for the age; default: the current time.
 
     Returns:
-        The artifacts' folders, with these files alone.
+        The folders of the artifacts, reduced to these files.
     """
     found = []
     for folder in everything:
@@ -195,14 +196,14 @@ def _is_old(modified: datetime.datetime | None, now: datetime.datetime | None) -
 
 
 def remove_files(store: Store, gone: Sequence[Folder]) -> None:
-    """Remove files of folders, and nothing else there.
+    """Remove the listed files of folders.
 
     Args:
-        store: where they are.
-        gone: as ``temporaries`` gives them.
+        store: the store of the folders.
+        gone: the files, from ``temporaries``.
 
     Raises:
-        StoreError: one could not be removed.
+        StoreError: a file could not be removed.
     """
     try:
         for folder in gone:
@@ -213,15 +214,15 @@ def remove_files(store: Store, gone: Sequence[Folder]) -> None:
 
 
 def remove(store: Store, gone: Sequence[Folder], progress: Callable[[int, int], None] | None = None) -> None:
-    """Remove folders, all manifests first: interrupted, it leaves left-overs and no damaged artifact.
+    """Remove folders: all manifests first, so that an interruption leaves left-overs and no damaged artifact.
 
     Args:
-        store: where they are.
-        gone: as ``removable`` gives them.
-        progress: called with (folders removed, folders).
+        store: the store of the folders.
+        gone: the folders, from ``removable``.
+        progress: called with (folders removed, folders in total).
 
     Raises:
-        StoreError: one could not be removed.
+        StoreError: a folder could not be removed.
     """
     try:
         side_by_side([partial(store.forget, folder.ref) for folder in gone])

@@ -1,7 +1,7 @@
-"""Content hashes: what names an artifact.
+"""Content hashes: the keys of artifacts.
 
-Every key is a BLAKE2b digest of canonical JSON or of raw bytes, so it is the same in every process, on every
-machine and with every Prefect database.
+Every key is a BLAKE2b digest of canonical JSON or of raw bytes, so it is the same in every process, on every machine
+and with every Prefect database.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def digest_bytes(data: bytes | bytearray | memoryview) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """Hex digest of a JSON-like value; mappings are ordered by key, floats keep their shortest exact form.
+    """Hex digest of a JSON value, independent of the order of keys; floats are written in their shortest exact form.
 
     Raises:
-        TypeError: the value holds something that JSON cannot express.
+        TypeError: the value contains an object that JSON cannot represent.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return digest_bytes(text.encode())
@@ -45,13 +45,13 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def digest_model(module: nn.Module, architecture: Any) -> str:
-    """Key of a float model: the hash of its architecture description and of every parameter and buffer."""
+    """Key of a float model: hex digest of its architecture and of all parameters and buffers."""
     weights = digest_tensors(sorted(module.state_dict().items()))
     return digest_json({"architecture": architecture, "weights": weights})
 
 
 def digest_batch(batch: Any) -> str:
-    """Key of one model input: a tensor, or tuples, lists and mappings of tensors and plain values."""
+    """Hex digest of one model input: a tensor, or nested tuples, lists and mappings of tensors and plain values."""
     if isinstance(batch, Tensor):
         return digest_tensors([("", batch)])
     if isinstance(batch, np.ndarray):

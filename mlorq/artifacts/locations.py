@@ -1,4 +1,4 @@
-"""Where things are: paths and fsspec URLs as a configuration names them, made absolute."""
+"""Resolution of the paths and fsspec URLs in a configuration to absolute ones."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mlorq.errors import ConfigError
 
 
 def resolve_location(location: str, folder: str) -> str:
-    """Make a relative path, or a relative ``file://./…`` URL, absolute against ``folder``; URIs stay as they are.
+    """The absolute path or URL of a location; absolute URLs are returned unchanged.
 
     Args:
-        location: as a configuration names it.
-        folder: a folder of this machine (empty: the working directory) or a URL, as ``s3://bucket/runs``. A relative
-            ``file://`` URL means this machine: where the folder is a URL it starts from the working directory.
+        location: a path or URL from a configuration; relative paths and ``file://./…`` URLs start from ``folder``.
+        folder: a local folder (empty: the working directory) or a URL, as ``s3://bucket/runs``. If it is a remote URL,
+            relative ``file://`` URLs start from the working directory.
 
     Raises:
-        ConfigError: a relative path leads out of the bucket or host of a URL.
+        ConfigError: a relative path leaves the bucket or host of a URL.
     """
     scheme, separator, rest = location.partition("://")
     here = os.getcwd() if not folder or is_remote(folder) else folder
@@ -33,25 +33,25 @@ def resolve_location(location: str, folder: str) -> str:
 
 
 def is_remote(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a URL of something other than this machine's files."""
+    """Whether a folder is a URL that is not a local one (``file://``, ``local://``)."""
     scheme, separator, _ = os.fspath(folder).partition("://")
     return bool(separator) and scheme not in ("file", "local")
 
 
 def absolute_folder(folder: str) -> str:
-    """A folder that means the same in every process: a URL as it is, a path from the root; empty: the working one."""
+    """A folder as an absolute path, or an unchanged URL; an empty one is the working directory."""
     return folder if is_remote(folder) else os.path.abspath(folder or ".")
 
 
 def folder_of_url(url: str) -> str:
-    """The folder of a file behind a URL.
+    """URL of the folder that contains a file.
 
     Raises:
-        ConfigError: the URL is a chain, as in ``zip://…::s3://…``.
+        ConfigError: the URL is chained, as in ``zip://…::s3://…``.
     """
     scheme, _, rest = url.partition("://")
-    if "::" in rest:  # what is beside the file is in an archive
-        raise ConfigError(f"configuration {hide_password(url)}: give the URL of a plain file")
+    if "::" in rest:  # the neighbours of the file are in an archive
+        raise ConfigError(f"configuration {hide_password(url)} is behind a chained URL: give the URL of a plain file")
     return f"{scheme}://{posixpath.dirname(rest)}"
 
 
@@ -60,5 +60,5 @@ def _below(folder: str, path: str) -> str:
     joined = posixpath.normpath(posixpath.join(rest, path))
     root = rest.partition("/")[0]
     if joined.partition("/")[0] in ("", ".", "..") or (root and joined.partition("/")[0] != root):
-        raise ConfigError(f"path {path!r} leads out of {hide_password(folder)}")
+        raise ConfigError(f"path {path!r} leads out of {hide_password(folder)}: give a path inside it, or a full URL")
     return f"{scheme}://{joined}"

@@ -1,4 +1,4 @@
-"""The Arrow schema of every Parquet table that an artifact holds, in one place."""
+"""Arrow schemas of the Parquet tables in artifacts, and conversion of matrices to tables and back."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ ALLOCATION = pa.schema(
 
 
 def matrix_table(values: Tensor, column: str, index: Mapping[str, Tensor], dtype: pa.DataType) -> pa.Table:
-    """A matrix as a table of one fixed-size list a row, beside whole-number index columns.
+    """A matrix as a table: one fixed-size list per row, after integer index columns.
 
     Args:
         values: ``(rows, width)``.
         column: name of the list column.
-        index: columns before it, ``(rows,)`` each.
+        index: the index columns by name, ``(rows,)`` each.
         dtype: element type of the lists.
     """
     array = values.detach().cpu().contiguous().numpy()

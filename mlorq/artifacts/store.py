@@ -1,9 +1,9 @@
 """Content-addressed artifacts over fsspec.
 
-An artifact is a folder ``<store>/<step>/<key>/`` of plain files whose ``manifest.json`` is written last: no
-manifest, no artifact. Two writers of one key are harmless, because both write the same bytes. Local files appear
-under a temporary name first; an object store's upload is atomic by itself. What is read from a remote store can be kept
-in a folder of this machine (``mlorq.artifacts.cache``); whether an artifact exists is always the store's word.
+An artifact is a folder ``<store>/<step>/<key>/`` of plain files whose ``manifest.json`` is written last: without a
+manifest there is no artifact. Two writers of one key are harmless, because both write the same bytes. Local files are
+written under a temporary name and renamed; uploads to object stores are atomic. Files read from a remote store can be
+cached locally (``mlorq.artifacts.cache``); whether an artifact exists is always checked in the store itself.
 
     >>> store = Store("memory://doc")
     >>> ref = store.write("demo", "0" * 32, {"a.txt": b"hello"})
@@ -34,7 +34,7 @@ from torch import Tensor
 from mlorq.artifacts.cache import Cache, cache_folder
 from mlorq.artifacts.hashing import digest_bytes
 from mlorq.artifacts.transfer import Files, Traffic, hide_password
-from mlorq.artifacts.transfer import put_file as put_file  # for those that write files which are no artifacts
+from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
 from mlorq.errors import StoreError
 
 MANIFEST = "manifest.json"
@@ -43,7 +43,7 @@ MANIFEST_FORMAT = 1
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """What tasks exchange instead of data: the step that made an artifact and the artifact's key."""
+    """A reference to an artifact: its step and its key. Tasks pass references instead of data."""
 
     step: str
     key: str
@@ -60,30 +60,32 @@ class Store:
     """Artifacts at any fsspec URL (``file://``, ``s3://``, ``gs://``, ``memory://`` …).
 
     Attributes:
-        url: as given.
-        fs, root: the file system, and the store's path there.
-        files: what transfers whole files.
-        is_local: whether it is a folder of this machine.
-        is_remote: whether reading it goes over a network: it is neither a folder nor in memory.
-        traffic: what this object moved.
+        url: URL of the store.
+        fs: fsspec file system.
+        root: path of the store in the file system.
+        files: transfers whole files.
+        is_local: whether the store is a local folder.
+        is_remote: whether the store is on a network, that is, neither a local folder nor in memory.
+        traffic: counts of the transfers of this object.
     """
 
     def __init__(self, url: str, *, cache: str | None = None, **storage_options: Any) -> None:
         """Open a store; nothing is created or contacted before the first read or write.
 
         Args:
-            url: of the store.
-            cache: folder that keeps what was read from it or written to it, ``auto`` for one in the user's cache, None
-                for none. Only a remote store has one.
-            storage_options: of the fsspec driver; better left to fsspec's configuration, which other processes see too.
+            url: URL of the store.
+            cache: cache folder for files read or written, ``auto`` for one in the user's cache, None for no cache. Used
+                only for a remote store.
+            storage_options: options of the fsspec driver; prefer fsspec's configuration, which other processes read
+                too.
 
         Raises:
-            StoreError: the URL's protocol is unknown or its driver is not installed.
+            StoreError: the protocol of the URL is unknown or its driver is not installed.
         """
         self.url = url.rstrip("/")
         try:
             if re.match(r"s3a?://", self.url):
-                # Its memory of listings hides what others write, and serves us nothing.
+                # The driver's cache of listings hides files that other processes write.
                 storage_options.setdefault("use_listings_cache", False)
             self.fs, root = url_to_fs(self.url, **storage_options)
         except (ValueError, ImportError) as error:
@@ -94,33 +96,33 @@ class Store:
         self.is_remote = not self.is_local and not isinstance(self.fs, fsspec.get_filesystem_class("memory"))
         folder = cache_folder(cache, self.url) if self.is_remote else None
         self.cache = None if folder is None else Cache(folder, self.traffic.cached)
-        # Of a remote store: an artifact never changes, so its manifest is read once.
+        # Only for a remote store: an artifact never changes, so its manifest is read once.
         self._manifests: dict[ArtifactRef, dict[str, Any]] = {}
 
     @property
     def traffic(self) -> Traffic:
-        """What this object moved."""
+        """Counts of the transfers of this object."""
         return self.files.traffic
 
     # -- names ------------------------------------------------------------------------------------------------
 
     def path(self, ref: ArtifactRef, *names: str) -> str:
-        """Path of an artifact, or of a file in it, inside the store's file system."""
+        """Path of an artifact, or of a file in it, in the file system of the store."""
         return posixpath.join(self.root, ref.step, ref.key, *names)
 
     def uri(self, ref: ArtifactRef, *names: str) -> str:
-        """Full URI of an artifact or of a file in it."""
+        """URI of an artifact, or of a file in it."""
         return str(self.fs.unstrip_protocol(self.path(ref, *names)))
 
     # -- existence --------------------------------------------------------------------------------------------
 
     def exists(self, ref: ArtifactRef) -> bool:
-        """Whether a complete artifact is there: its manifest, and every file that the manifest lists, at its size.
+        """Whether a complete artifact exists: its manifest, and every listed file with the listed size.
 
-        A store that is not local is asked for the manifest, unless it was read before, and for one listing.
+        If the store is not local, this reads the manifest, unless it is known, and makes one listing.
 
         Raises:
-            StoreError: the artifact is there but damaged, or the store cannot be reached.
+            StoreError: the artifact is damaged, or the store cannot be reached.
         """
         manifest = self.manifest(ref, missing_ok=True)
         if manifest is None:
@@ -139,7 +141,7 @@ class Store:
             found = self.files.listing(self.path(ref))
         except OSError as error:
             raise StoreError(f"cannot list {self.uri(ref)}: {error}") from error
-        if MANIFEST not in found:  # it was removed since the manifest was read
+        if MANIFEST not in found:  # removed after the manifest was read
             self._manifests.pop(ref, None)
             return False
         try:
@@ -154,12 +156,13 @@ class Store:
         return True
 
     def manifest(self, ref: ArtifactRef, missing_ok: bool = False) -> dict[str, Any] | None:
-        """The artifact's manifest, or None where there is none and ``missing_ok``.
+        """The manifest of an artifact; None if it is missing and ``missing_ok``.
 
-        A remote store is asked once for it; whether the artifact is still there is what ``exists`` says.
+        The manifest of a remote artifact is read once and remembered, even if the artifact is removed later; use
+        ``exists`` to check that.
 
         Raises:
-            StoreError: it is missing (unless ``missing_ok``), unreadable or of another format version.
+            StoreError: the manifest is missing (unless ``missing_ok``), unreadable or of another format version.
         """
         known = self._manifests.get(ref)
         if known is not None:
@@ -178,7 +181,7 @@ class Store:
                 raise ValueError(f"unknown manifest format {manifest['format']!r}")
             for name, listed in manifest["files"].items():
                 if not isinstance(listed["bytes"], int) or not re.fullmatch("[0-9a-f]{32}", listed["digest"]):
-                    raise ValueError(f"no size and digest of {name}")
+                    raise ValueError(f"the size or digest of {name} is missing")
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(ref, MANIFEST, str(error)) from error
         if self.is_remote:
@@ -186,7 +189,7 @@ class Store:
         return manifest
 
     def refs(self, step: str) -> Iterator[ArtifactRef]:
-        """Every complete artifact of a step, by key.
+        """All artifacts of a step (folders with a manifest), ordered by key.
 
         Raises:
             StoreError: the store cannot be reached.
@@ -204,7 +207,7 @@ class Store:
         yield from (ArtifactRef(step, key) for key in found if "/" not in key)
 
     def _is_outdated(self, ref: ArtifactRef, manifest: dict[str, Any]) -> bool:
-        """Whether the artifact was written anew, differently, since its manifest was read; it is forgotten then."""
+        """Whether a remembered manifest differs from the one in the store; the remembered one is dropped."""
         if self._manifests.pop(ref, None) is None:
             return False
         now = self.manifest(ref, missing_ok=True)
@@ -213,10 +216,10 @@ class Store:
     # -- writing ----------------------------------------------------------------------------------------------
 
     def check_writable(self) -> None:
-        """Write and remove a small file, so that a store that cannot be written is found before any work.
+        """Write and remove an empty file, to detect a read-only store before any computation.
 
         Raises:
-            StoreError: the probe could not be written.
+            StoreError: the file cannot be written.
         """
         try:
             self.files.probe(self.root)
@@ -232,10 +235,14 @@ class Store:
         details: Mapping[str, Any] | None = None,
         seconds: float | None = None,
     ) -> ArtifactRef:
-        """Write an artifact: its files, then the manifest that makes it one.
+        """Write an artifact: its files, then its manifest.
 
-        ``details`` (layer, model, parameters) and ``seconds`` go into the manifest for people; they are no part of
-        any digest.
+        Args:
+            step: the step that made the artifact.
+            key: its key.
+            files: contents by file name.
+            details: information for users (layer, model, parameters), kept in the manifest; not part of any digest.
+            seconds: computing time, likewise.
 
         Raises:
             StoreError: the store cannot be written.
@@ -271,10 +278,10 @@ class Store:
         return ref
 
     def forget(self, ref: ArtifactRef) -> None:
-        """Remove an artifact's manifest: from now on it is none, whatever files of it are left.
+        """Remove the manifest of an artifact, so that its folder is no longer an artifact; other files stay.
 
         Raises:
-            OSError: it cannot be removed.
+            OSError: the manifest cannot be removed.
         """
         self.files.remove(self.path(ref, MANIFEST))
         self._manifests.pop(ref, None)
@@ -285,10 +292,12 @@ class Store:
     # -- reading ----------------------------------------------------------------------------------------------
 
     def read_bytes(self, ref: ArtifactRef, name: str, *, verify: bool = False) -> bytes:
-        """One file of an artifact. Its size is always checked, its digest where ``verify``.
+        """The content of one file of an artifact.
+
+        The size is always checked; the digest is checked if ``verify``, or if the store has a cache.
 
         Raises:
-            StoreError: the artifact or the file is missing or damaged.
+            StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
         """
         manifest = self.manifest(ref)
         assert manifest is not None
@@ -323,21 +332,33 @@ class Store:
         return data
 
     def read_table(self, ref: ArtifactRef, name: str) -> pa.Table:
-        """One Parquet file of an artifact as an Arrow table."""
+        """One Parquet file of an artifact as an Arrow table.
+
+        Raises:
+            StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
+        """
         try:
             return pq.read_table(io.BytesIO(self.read_bytes(ref, name)))
         except pa.ArrowInvalid as error:
             raise self._damaged(ref, name, str(error)) from error
 
     def read_tensors(self, ref: ArtifactRef, name: str) -> dict[str, Tensor]:
-        """One safetensors file of an artifact."""
+        """The tensors of one safetensors file of an artifact, by name.
+
+        Raises:
+            StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
+        """
         try:
             return safetensors.torch.load(self.read_bytes(ref, name))
         except safetensors.SafetensorError as error:
             raise self._damaged(ref, name, str(error)) from error
 
     def read_json(self, ref: ArtifactRef, name: str) -> Any:
-        """One JSON file of an artifact."""
+        """The value of one JSON file of an artifact.
+
+        Raises:
+            StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
+        """
         try:
             return json.loads(self.read_bytes(ref, name))
         except ValueError as error:
@@ -352,15 +373,15 @@ class Store:
 
     def _damaged(self, ref: ArtifactRef, name: str, reason: str) -> StoreError:
         return StoreError(
-            f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete that folder to have it computed again"
+            f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete its folder, and it is computed again"
         )
 
 
-# -- file contents: the three formats that a store holds (never pickle) --------------------------------------------
+# -- the three file formats of artifacts (never pickle) ------------------------------------------------------------
 
 
 def table_bytes(table: pa.Table) -> bytes:
-    """An Arrow table as Parquet bytes; the same table gives the same bytes."""
+    """An Arrow table as Parquet bytes; equal tables give equal bytes."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_statistics=True)
     return buffer.getvalue()
@@ -373,5 +394,5 @@ def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
 
 
 def json_bytes(value: Any) -> bytes:
-    """A JSON value, indented, keys in the order given."""
+    """A JSON value as indented UTF-8 text; keys keep their order."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,11 +1,12 @@
-"""Whole files on any file system: in parallel, in parts, patiently, with every driver's faults as ``OSError``s.
+"""Transfer of whole files on any file system: parallel, chunked, with retries, and with all errors as ``OSError``s.
 
-fsspec gives all stores one interface, but not one behaviour. What is added here, for stores that are not local folders:
+fsspec gives all stores the same interface but not the same behaviour. For stores that are not local folders, this
+module adds:
 
-- files are transferred side by side and large ones in parts, always a bounded number at a time;
-- a fault that can pass is waited out for a while, so that a store that is down for seconds stops nobody;
-- what drivers raise becomes an ``OSError`` whose type says whether another try makes sense (``can_pass``);
-- listings are the store's word of this moment, never a driver's memory of an earlier one.
+- parallel transfers, and large files in parts, with a bounded number of transfers at a time;
+- retries of transient faults for a limited time, so that an outage of some seconds does not stop a run;
+- conversion of driver exceptions to ``OSError``s whose type shows whether a retry makes sense (``can_pass``);
+- listings that are always read from the store, never from a cache of the driver.
 """
 
 from __future__ import annotations
@@ -27,53 +28,53 @@ from typing import Any, TypeVar
 
 import fsspec
 
-CHUNK_BYTES = 8 * 2**20  # a part of a large file; S3 takes none below 5 MiB
+CHUNK_BYTES = 8 * 2**20  # size of a part of a large file; S3 requires at least 5 MiB
 PARALLEL = 8  # transfers at a time; botocore opens 10 connections
-PATIENCE_SECONDS = 45.0  # that a store which has answered before may be down
-LONGEST_PAUSE = 5.0
+PATIENCE_SECONDS = 45.0  # time limit of retries for a store that has answered before
+LONGEST_PAUSE = 5.0  # seconds between two retries
 
-LASTING = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG}
-# S3's own words for what is worth another try although its status says that the request was at fault.
-PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "OperationAborted"}
-PASSING_STATUS = {408, 409, 425, 429}
-# Parts of the names of exceptions, for there is no base class that the drivers' have in common.
+PERMANENT_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG}
+# Error codes of S3 that are worth a retry although their status blames the request.
+TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "OperationAborted"}
+TRANSIENT_STATUS = {408, 409, 425, 429}
+# Parts of exception names, because the exceptions of the drivers have no common base class.
 REFUSALS = ("Credential", "Token", "Profile", "Auth", "Login", "Validation", "Permission", "Forbidden", "Invalid")
 
 T = TypeVar("T")
 
 
 class RefusedError(PermissionError):
-    """The store answers, and will answer the same again: no rights, no valid credentials, no such bucket."""
+    """The store refuses the request permanently: no permission, invalid credentials, or no such bucket."""
 
 
 def can_pass(fault: BaseException | None) -> bool:
-    """Whether a fault may be gone at the next try: a network that was down, but no missing file and no full disk."""
-    lasting = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-    return isinstance(fault, OSError) and not isinstance(fault, lasting) and fault.errno not in LASTING
+    """Whether a fault is transient, like a network outage and unlike a missing file or a full disk."""
+    permanent = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+    return isinstance(fault, OSError) and not isinstance(fault, permanent) and fault.errno not in PERMANENT_ERRNO
 
 
 def as_os_error(error: Exception) -> OSError | None:
-    """A driver's fault as an ``OSError``; None where it is none, but a defect of some code.
+    """An exception of a driver as an ``OSError``; None if it shows a defect of code instead of a fault.
 
-    Drivers are recognised by how they name things, so that none has to be imported.
+    Exceptions are recognised by the names of their classes, so that no driver has to be imported.
     """
     if isinstance(error, OSError):
         return _s3_answer(error) or error
-    if isinstance(error, ValueError):  # a bucket or path of a form that cannot be
+    if isinstance(error, ValueError):  # an invalid bucket name or path
         return RefusedError(_line(error))
     names = {kind.__name__ for kind in type(error).__mro__}
-    own = type(error).__module__.partition(".")[0] not in sys.stdlib_module_names
-    if not own and not names & {"EOFError", "HTTPException"}:  # of asyncio and http.client: cut off in the middle
+    third_party = type(error).__module__.partition(".")[0] not in sys.stdlib_module_names
+    if not third_party and not names & {"EOFError", "HTTPException"}:  # asyncio and http.client: connection cut off
         return None
     if any("Timeout" in name for name in names):
         return TimeoutError(_line(error))
-    if own and any(part in type(error).__name__ for part in REFUSALS):
+    if third_party and any(part in type(error).__name__ for part in REFUSALS):
         return RefusedError(_line(error))
     return _s3_answer(error) or ConnectionError(_line(error))
 
 
 def _s3_answer(error: Exception) -> OSError | None:
-    """What an S3 server answered, where the driver's translation of it leaves open whether it will last."""
+    """The permanent refusal in an S3 response; None if there is no response or its fault may be transient."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if not isinstance(response, Mapping):
         return None
@@ -81,7 +82,7 @@ def _s3_answer(error: Exception) -> OSError | None:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if code == "InvalidRange" or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
         return None
-    if code in PASSING_CODES or status in PASSING_STATUS or not 400 <= status < 500:
+    if code in TRANSIENT_CODES or status in TRANSIENT_STATUS or not 400 <= status < 500:
         return None
     return RefusedError(f"{code}: {_line(error)}")
 
@@ -97,7 +98,7 @@ def _is_past_the_end(error: OSError) -> bool:
 
 @dataclass
 class Moved:
-    """Transfers of one kind: how many, and their bytes."""
+    """Numbers of transfers of one kind, and of their bytes."""
 
     reads: int = 0
     read_bytes: int = 0
@@ -106,13 +107,13 @@ class Moved:
 
 
 class Traffic:
-    """What was moved between this process and a store, manifests apart from the rest; read it at any time.
+    """Thread-safe counts of the transfers between this process and a store.
 
     Attributes:
-        files: of artifacts. A file in parts is one transfer.
-        manifests: likewise.
-        listings: of folders, whose bytes nobody sees.
-        cached_bytes: that a local cache gave instead of the store.
+        files: transfers of files other than manifests; a file in several parts counts once.
+        manifests: transfers of manifests.
+        listings: number of listings of folders; their bytes are not counted.
+        cached_bytes: bytes read from the local cache instead of the store.
     """
 
     def __init__(self) -> None:
@@ -121,31 +122,31 @@ class Traffic:
         self.listings = self.cached_bytes = 0
 
     def read(self, count: int, *, manifest: bool = False) -> None:
-        """``count`` bytes came from the store."""
+        """Count a read of ``count`` bytes from the store."""
         with self._lock:
             moved = self.manifests if manifest else self.files
             moved.reads += 1
             moved.read_bytes += count
 
     def written(self, count: int, *, manifest: bool = False) -> None:
-        """``count`` bytes went to the store."""
+        """Count a write of ``count`` bytes to the store."""
         with self._lock:
             moved = self.manifests if manifest else self.files
             moved.writes += 1
             moved.written_bytes += count
 
     def listed(self) -> None:
-        """A folder was listed."""
+        """Count a listing of a folder."""
         with self._lock:
             self.listings += 1
 
     def cached(self, count: int) -> None:
-        """``count`` bytes did not have to come from the store."""
+        """Count ``count`` bytes read from the cache."""
         with self._lock:
             self.cached_bytes += count
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain values."""
+        """The counts as JSON values."""
         with self._lock:
             return {
                 "files": asdict(self.files),
@@ -157,11 +158,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as a listing shows it.
+    """A file in a listing.
 
     Attributes:
-        bytes: its size.
-        modified: when it was written; None where the store does not say.
+        bytes: size of the file.
+        modified: time at which it was written; None if the store does not report it.
     """
 
     bytes: int
@@ -169,12 +170,12 @@ class Entry:
 
 
 class Files:
-    """Files of one store.
+    """Reads, writes and lists the files of one store.
 
     Args:
         fs: the file system.
-        patience: seconds that a fault which can pass is waited out, once the store has answered. A store that never
-            did is reported at once: an address that is wrong stays wrong.
+        patience: time limit in seconds for retries after a transient fault. Until the store has answered once there
+            are no retries, since its address is probably wrong.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, patience: float = PATIENCE_SECONDS) -> None:
@@ -182,7 +183,7 @@ class Files:
         self.patience = patience
         self.traffic = Traffic()
         self.is_local = isinstance(fs, fsspec.get_filesystem_class("file"))
-        # Folders are made by the files in them there; making one makes a bucket where the name is mistyped.
+        # Object stores need no folders, and creating one could create a bucket with a mistyped name.
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
         self._makes_folders = not protocols & {"s3", "gs", "gcs", "abfs", "az", "memory"}
         takes = inspect.signature(getattr(fs, "_pipe_file", fs.pipe_file)).parameters
@@ -190,10 +191,10 @@ class Files:
         self._answered = self.is_local
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Call the driver.
+        """The result of a driver call, with retries of transient faults.
 
         Raises:
-            OSError: its fault, after waiting for one that can pass; ``RefusedError`` where the store says no.
+            OSError: a permanent fault, or a transient one that lasted; ``RefusedError`` if the store refuses.
         """
         end: float | None = None
         pause = 0.5
@@ -219,22 +220,24 @@ class Files:
     # -- reading ----------------------------------------------------------------------------------------------
 
     def read(self, path: str, size: int | None = None, *, manifest: bool = False) -> bytes:
-        """A whole file; where ``size`` is what it should have, another length of the result says that it has not.
+        """The content of a whole file.
+
+        If the size of the file differs from ``size``, so does the length of the result.
 
         Args:
-            path: of the file.
-            size: that is expected, which saves asking for it and lets a large file come in parts.
-            manifest: which account of ``traffic`` it goes to.
+            path: path of the file.
+            size: expected size in bytes; it saves a request and allows reading a large file in parts.
+            manifest: whether ``traffic`` counts the file as a manifest.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
             OSError: as for ``ask``.
         """
         if self.is_local:
             data: bytes = self.ask(lambda: self.fs.cat_file(path))
         elif size is None or size < 2 * CHUNK_BYTES:
-            # One byte more than expected shows a file that is too long. A range spares drivers the question for the
-            # size, which is a request of its own.
+            # Reading one byte more than expected detects a file that is too long. With a range, drivers do not send
+            # a separate request for the size.
             data = self._part(path, 0, 2**40 if size is None else size + 1)
         else:
             starts = range(0, size, CHUNK_BYTES)
@@ -256,15 +259,15 @@ class Files:
         return self.ask(get)
 
     def size(self, path: str) -> int:
-        """Size of a file of a local store."""
+        """Size of a file in bytes."""
         return int(self.ask(lambda: self.fs.size(path)))
 
     def exists(self, path: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
         return bool(self.ask(lambda: self.fs.exists(path)))
 
     def children(self, folder: str) -> list[str]:
-        """Names in a folder, sorted; none where there is no folder.
+        """Sorted names of the entries of a folder; empty if the folder does not exist.
 
         Raises:
             OSError: as for ``ask``.
@@ -276,7 +279,7 @@ class Files:
         return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
 
     def listing(self, folder: str) -> dict[str, Entry]:
-        """Every file below a folder, by its path there; none where there is no folder.
+        """All files below a folder, by path relative to it; empty if the folder does not exist.
 
         Raises:
             OSError: as for ``ask``.
@@ -302,7 +305,7 @@ class Files:
     # -- writing ----------------------------------------------------------------------------------------------
 
     def write(self, path: str, data: bytes, *, manifest: bool = False) -> None:
-        """Write a file, whole or not at all; a large one in parts where the driver can.
+        """Write a file atomically; a large one in parts, if the driver supports it.
 
         Raises:
             OSError: as for ``ask``.
@@ -317,10 +320,10 @@ class Files:
         self.traffic.written(len(data), manifest=manifest)
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
-        """Write several files, small ones side by side, large ones one after another in parts side by side.
+        """Write several files: small ones in parallel; large ones one after another, the parts of each in parallel.
 
         Raises:
-            OSError: of one that could not be written; others may be there.
+            OSError: a file could not be written; others may have been.
         """
         small = {path: data for path, data in files.items() if len(data) < 2 * CHUNK_BYTES}
         side_by_side([_call(self.write, path, data) for path, data in small.items()])
@@ -329,20 +332,20 @@ class Files:
                 self.write(path, data)
 
     def remove(self, path: str) -> None:
-        """Remove a file that may be gone already."""
+        """Remove a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self.ask(lambda: self.fs.rm_file(path))
 
     def remove_folder(self, path: str) -> None:
-        """Remove a folder, which may be gone already, with all in it."""
+        """Remove a folder and its content, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self.ask(lambda: self.fs.rm(path, recursive=True))
 
     def probe(self, folder: str) -> None:
-        """Write and remove an empty file.
+        """Write and remove an empty file, to check that a folder is writable.
 
         Raises:
-            OSError: that cannot be done.
+            OSError: the file cannot be written or removed.
         """
         name = f"{folder}/.probe-{uuid.uuid4().hex}"
         if self._makes_folders:
@@ -352,16 +355,16 @@ class Files:
 
 
 def put_file(fs: fsspec.AbstractFileSystem, path: str, data: bytes, **options: Any) -> None:
-    """Write a file that is there whole or not at all: an upload is atomic by itself, a local file is moved in place.
+    """Write a file atomically: uploads are atomic already, a local file is written under another name and renamed.
 
     Args:
         fs: the file system.
-        path: of the file.
+        path: path of the file.
         data: its content.
-        options: of the driver's ``pipe_file``.
+        options: options of the driver's ``pipe_file``.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if not isinstance(fs, fsspec.get_filesystem_class("file")):
         fs.pipe_file(path, data, **options)
@@ -370,10 +373,10 @@ def put_file(fs: fsspec.AbstractFileSystem, path: str, data: bytes, **options: A
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a local file under a temporary name and move it in place: readers see all of it or nothing.
+    """Write a local file atomically: under a temporary name, then renamed.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -386,15 +389,15 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 def hide_password(url: str) -> str:
-    """A URL as it may be shown: a password in it is left out."""
+    """A URL with its password replaced by ``***``, for messages."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], limit: int = PARALLEL) -> list[T]:
-    """The results of calls that wait for a store, some at a time, in the order given.
+    """The results of calls, in their order; the calls run in at most ``limit`` threads.
 
     Raises:
-        Exception: the first one's in that order; those that have not begun are left out then.
+        Exception: the exception of the first call that fails, in their order; calls not yet started are cancelled.
     """
     if len(calls) < 2:
         return [call() for call in calls]
@@ -412,7 +415,7 @@ def _call(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
 
 
 def _modified(info: Mapping[str, Any]) -> datetime.datetime | None:
-    """When a file was written, from what drivers call it."""
+    """Time at which a file was written, under any of the names that drivers use; None if unknown."""
     for name in ("LastModified", "last_modified", "mtime", "updated", "modified", "created"):
         value = info.get(name)
         if isinstance(value, (int, float)):

@@ -1,11 +1,11 @@
-"""Memory budgets: what a user asked for, and the bytes that it allows (METHOD 2).
+"""Memory budgets, and their conversion to bytes of the compressible layers (METHOD 2).
 
-A budget is written as average bits per weight (``3bit``), as a share of the float32 size of the compressible layers
-(``12.5%``), or as the size of the whole checkpoint (``25MB``, ``25MiB``). Each becomes the bytes that the compressible
-layers may take, in exact rational arithmetic, always rounded down.
+A budget is an average number of bits per weight (``3bit``), a percentage of the float32 size of the compressible layers
+(``12.5%``), or the size of the whole checkpoint (``25MB``, ``25MiB``). Each is converted to the bytes that the
+compressible layers may take, in exact rational arithmetic, rounded down.
 
-Texts are parsed once, where they come in: on the command line, in a configuration, in a flow's parameters. From there
-on a ``Budget`` travels.
+Text is parsed once, at the boundary: on the command line, in a configuration, in a flow's parameters. All other code
+passes a ``Budget``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNITS = {
 }  # fmt: skip
 
 _BUDGET = re.compile(r"\s*(?P<sign>[+-]?)(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]+|%)\s*", re.ASCII)
-_EXPECTED = "expected bits per weight (3bit), a share (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
+_EXPECTED = "expected bits per weight (3bit), a percentage (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Budget:
 
     Attributes:
         kind: ``bits``, ``percent`` and ``layers`` bound the compressible layers, ``bytes`` the whole checkpoint.
-        value: average bits per weight; percent of the float32 size; bytes. A ``Fraction``, so that binary floating
-            point puts no budget off by a byte.
-        text: the words of the user, for people: results and artifacts show it.
+        value: average bits per weight (``bits``), percent of the float32 size (``percent``), or bytes (``bytes``,
+            ``layers``). A ``Fraction``, because binary floating point could change a budget by a byte.
+        text: the budget as the user wrote it; only displayed.
     """
 
     kind: BudgetKind
@@ -52,11 +52,11 @@ class Budget:
 
     @classmethod
     def of_layers(cls, size: int, text: str) -> Budget:
-        """An exact number of bytes of the compressible layers, shown under another label.
+        """A budget of an exact number of bytes for the compressible layers.
 
         Args:
             size: bytes.
-            text: for people.
+            text: label that is displayed.
         """
         return cls("layers", Fraction(size), text)
 
@@ -65,19 +65,19 @@ class Budget:
 
     @property
     def whole_bits(self) -> int | None:
-        """Bits per weight where they are an integer; else, and for budgets of other kinds, None."""
+        """Bits per weight, if this is a budget in bits and they are an integer; else None."""
         return int(self.value) if self.kind == "bits" and self.value.denominator == 1 else None
 
     def compressible_bytes(self, compressible_params: int, rest_bytes: int) -> int:
-        """Bytes that the compressible layers' weights may take together.
+        """Total bytes that the weights of the compressible layers may take.
 
         Args:
-            compressible_params: weights of the compressible layers (shared weights once, biases not at all).
+            compressible_params: number of weights of the compressible layers (shared weights once, biases excluded).
             rest_bytes: bytes of everything else in the checkpoint, file headers included
-                (``mlorq.checkpoint.format.rest_upper_bound``); only sizes of the whole checkpoint depend on it.
+                (``mlorq.checkpoint.format.rest_upper_bound``); used only by kind ``bytes``.
 
         Raises:
-            BudgetError: the rest alone is larger than the budget.
+            BudgetError: the rest alone exceeds the budget.
         """
         if self.kind == "layers":
             return int(self.value)
@@ -88,13 +88,13 @@ class Budget:
         allowed = int(self.value // 1) - rest_bytes
         if allowed < 0:
             raise BudgetError(
-                f"budget {self.text}: the whole checkpoint cannot be that small: what is not compressed "
-                f"and the file headers take {rest_bytes} bytes alone; ask for more than {rest_bytes}B"
+                f"budget {self.text} is too small: the uncompressed tensors and the file headers of the checkpoint "
+                f"take {rest_bytes} bytes; ask for more than {rest_bytes}B"
             )
         return allowed
 
     def to_json(self) -> dict[str, str]:
-        """JSON form, read back by ``from_json``; the value is a ratio of integers, so that it stays exact."""
+        """The budget as JSON values, for ``from_json``; the value is a ratio of integers and stays exact."""
         return {"kind": self.kind, "value": str(self.value), "text": self.text}
 
     @classmethod
@@ -102,7 +102,7 @@ class Budget:
         """The inverse of ``to_json``.
 
         Raises:
-            BudgetError: the object is malformed.
+            BudgetError: the JSON value is malformed.
         """
         try:
             kind, number, text = value["kind"], Fraction(value["value"]), value["text"]
@@ -115,10 +115,10 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget: ``3bit``, ``2.5 bits``, ``12.5%``, ``25MB`` (10⁶), ``25MiB`` (2²⁰), ``800kB``, ``9B``.
+    """Parse a budget: ``3bit``, ``2.5 bits``, ``12.5%``, ``25MB`` (10⁶ bytes), ``25MiB`` (2²⁰), ``800kB``, ``9B``.
 
     Raises:
-        BudgetError: the text is none of these, not positive, or more than the float32 model.
+        BudgetError: the text cannot be parsed, is not positive, or exceeds the float32 model.
     """
     match = _BUDGET.fullmatch(text) if isinstance(text, str) else None
     if match is None:
@@ -135,7 +135,7 @@ def parse_budget(text: str) -> Budget:
         if value > 100:
             raise BudgetError(f"budget {text!r}: more than the float32 model itself")
         return Budget("percent", value, asked)
-    if unit not in UNITS:  # also "b" and "Mb", which could be bits
+    if unit not in UNITS:  # includes "b" and "Mb", which could mean bits
         raise BudgetError(f"budget {text!r}: unknown unit {unit!r}, {_EXPECTED}")
     size = value * UNITS[unit]
     if size < 1:
@@ -144,9 +144,9 @@ def parse_budget(text: str) -> Budget:
 
 
 def parse_budgets(texts: str | Iterable[str]) -> list[Budget]:
-    """Read one budget or several.
+    """Parse one budget or several.
 
     Raises:
-        BudgetError: names the first that cannot be read.
+        BudgetError: a budget cannot be parsed; the message names the first.
     """
     return [parse_budget(text) for text in ([texts] if isinstance(texts, str) else texts)]

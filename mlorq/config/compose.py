@@ -1,8 +1,8 @@
-"""Sections of a configuration that are made from a registry: its names as choices, its settings as keys.
+"""Configuration sections composed from a registry: its names are the choices, its settings are the keys.
 
-A section such as ``rounding`` is flat for its user: ``{method: lra, iterations: 500}``. In the code every method has
-settings of its own. ``composed`` gives the flat section, a subclass of the fixed part with the keys of all registered
-implementations; ``Choice.own`` goes back from a flat section to the settings of the one that was chosen.
+A section such as ``rounding`` is flat for the user: ``{method: lra, iterations: 500}``. In the code every method has
+its own settings class. ``composed`` returns the flat section: a subclass of the fixed part with the keys of all
+registered implementations. ``Choice.own`` extracts the settings of the chosen implementation from a flat section.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Own = TypeVar("Own", bound=Settings)
 
 
 class Choice(Settings):
-    """A section that picks one implementation of a registry by name.
+    """A section that selects one implementation of a registry by name.
 
     Attributes:
-        chooser: the key that names it: ``method``.
-        registry: where it is looked up.
+        chooser: the key that holds the name: ``method``.
+        registry: the registry of the implementations.
     """
 
     chooser: ClassVar[str]
@@ -32,7 +32,7 @@ class Choice(Settings):
 
     @property
     def own(self) -> Settings:
-        """The settings of the implementation that was chosen, with what the section says of them."""
+        """The settings of the chosen implementation, with the values of this section."""
         settings: type[Settings] = self.registry[getattr(self, self.chooser)].settings
         return part(self, settings)
 
@@ -44,7 +44,7 @@ class Choice(Settings):
 
 
 def part(section: BaseModel, settings: type[Own]) -> Own:
-    """What a flat section says of the keys of one implementation."""
+    """The settings of one implementation, with the values that a flat section gives them."""
     given = {key: getattr(section, key) for key in settings.model_fields if key in type(section).model_fields}
     return settings.model_validate(given)
 
@@ -55,16 +55,16 @@ def composed(
     replaced: Mapping[str, Any] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> type[Section]:
-    """The flat section of some implementations.
+    """The flat section of several implementations: a subclass of ``base`` with their keys.
 
     Args:
-        base: its fixed part.
-        items: the implementations whose keys it has, after its own.
-        replaced: other types of fixed keys, such as the choices of a name.
-        about: what the replaced keys mean, where that follows from the implementations too.
+        base: the fixed part.
+        items: the implementations; their keys follow those of ``base``.
+        replaced: new types of keys of ``base``, such as the choices of a name.
+        about: new descriptions of replaced keys; default: those of ``base``.
 
     Raises:
-        ValueError: two implementations, or one and the fixed part, define a key differently.
+        ValueError: two implementations, or an implementation and the fixed part, define a key differently.
     """
     fields: dict[str, Any] = {}
     for name, annotation in (replaced or {}).items():
@@ -78,9 +78,9 @@ def composed(
 
 
 def keys_of(items: Iterable[Named], base: type[Settings] | None = None) -> dict[str, tuple[FieldInfo, str]]:
-    """``{key: (field, what it means)}`` of some implementations; ``base`` has keys of its own.
+    """``{key: (field, description)}`` of several implementations, without the keys of ``base``.
 
-    What a key means starts with the names of the implementations that read it, where not all of them do.
+    If only some of the implementations read a key, its description starts with their names.
 
     Raises:
         ValueError: see ``composed``.
@@ -105,22 +105,22 @@ def keys_of(items: Iterable[Named], base: type[Settings] | None = None) -> dict[
 
 
 def choices(registry: Registry[Any]) -> Any:
-    """The type of a key that names one implementation."""
+    """The type of a key that holds the name of an implementation: a ``Literal`` of all names."""
     return Literal[tuple(registry.names())]
 
 
 def limited(info: FieldInfo) -> Any:
-    """A field's type with its limits (``ge`` and the like)."""
+    """A field's type with its constraints (``ge``, ``le``, …)."""
     return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
 
 
 def default_of(info: FieldInfo) -> Any:
-    """A field's default, made anew where a factory makes it."""
+    """A field's default; a default factory is called."""
     return info.get_default(call_default_factory=True)
 
 
 def _described(info: FieldInfo, about: str | None) -> Any:
-    """A new field with the default of another; without ``about`` its annotation may describe it."""
+    """A new field with the default of another and the description ``about``; None: leave it to the annotation."""
     description: dict[str, Any] = {} if about is None else {"description": about}
     if info.default_factory is not None:
         factory: Callable[[], Any] = info.default_factory  # type: ignore[assignment]
@@ -131,4 +131,4 @@ def _described(info: FieldInfo, about: str | None) -> Any:
 def _require_same(key: str, info: FieldInfo, other: FieldInfo, name: str, owner: str) -> None:
     ours, theirs = ((one.annotation, one.metadata, default_of(one)) for one in (info, other))
     if repr(ours) != repr(theirs):
-        raise ValueError(f"{name}: the key {key!r} is defined otherwise by {owner}")
+        raise ValueError(f"{name}: {owner} defines the key {key!r} differently: use its definition or another key")

@@ -1,9 +1,9 @@
-"""Settings of single layers: what ``search.layers`` says of them, laid over what ``search`` says of all.
+"""Settings of single layers: the values of ``search.layers`` override those of ``search``.
 
-A pattern names layers as ``include`` and ``exclude`` do. Of the patterns that match a layer the more specific one, with
-more letters that are no wildcard, decides each key that it sets; a full name is the most specific of all. The order in
-which they are written does not count, since mappings lose it on their way through databases. Two patterns that are
-equally specific may not set the same key of one layer differently.
+Patterns match layer names as in ``include`` and ``exclude``. If several patterns that match a layer set the same key,
+the most specific one wins: the one with the most characters outside wildcards, so a full name wins over all patterns.
+The order of the patterns has no effect, because databases do not keep the order of mappings. Two equally specific
+patterns must not set the same key of a layer to different values.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ _WILDCARD = re.compile(r"\[[^\]]+\]|[*?]")
 
 
 def layer_search(search: SearchConfig, layer: Layer) -> SearchConfig:
-    """The settings of one layer.
+    """The ``search`` settings of one layer.
 
     Args:
-        search: of the run.
-        layer: one of the model's.
+        search: the ``search`` section of the run.
+        layer: a layer of the model.
 
     Raises:
-        ConfigError: two equally specific patterns disagree about a key of the layer.
+        ConfigError: two equally specific patterns set a key of the layer differently.
     """
     by_key: dict[str, list[tuple[int, str, Any]]] = {}
     for pattern, override in search.layers.items():
         if _matches(pattern, (layer.name, *layer.aliases)):
             for key, value in override.model_dump(exclude_none=True).items():
-                by_key.setdefault(key, []).append((_letters(pattern), pattern, value))
+                by_key.setdefault(key, []).append((_specificity(pattern), pattern, value))
     decided = {}
-    for key, said in by_key.items():
-        most = max(letters for letters, _, _ in said)
-        (_, first, value), *others = [one for one in said if one[0] == most]
+    for key, settings in by_key.items():
+        highest = max(specificity for specificity, _, _ in settings)
+        (_, first, value), *others = [setting for setting in settings if setting[0] == highest]
         for _, pattern, other in others:
             if other != value:
                 raise ConfigError(
-                    f"search.layers: {first!r} and {pattern!r} both set {key} of layer {layer.name!r} and are equally "
-                    "specific: name the layer in full"
+                    f"search.layers: the patterns {first!r} and {pattern!r} set {key} of layer {layer.name!r} to "
+                    "different values and are equally specific: name the layer in full"
                 )
         decided[key] = value
     return search.model_copy(update=decided) if decided else search
 
 
 def check_overrides(search: SearchConfig, found: LayerList) -> None:
-    """Refuse patterns that change nothing, and those that contradict each other.
+    """Check that every pattern matches a compressible layer and that no two patterns conflict.
 
     Raises:
-        ConfigError: a pattern matches no compressible layer, or two of them disagree; it names both.
+        ConfigError: a pattern matches no compressible layer, or two patterns conflict; the message names them.
     """
     names = [(layer.name, *layer.aliases) for layer in found.layers]
     for pattern in search.layers:
@@ -63,7 +63,7 @@ def check_overrides(search: SearchConfig, found: LayerList) -> None:
         left_alone = [(name, reason) for name, reason in found.skipped if _matches(pattern, (name,))]
         if left_alone:
             name, reason = left_alone[0]
-            hint = f": layer {name!r} is left alone ({reason})"
+            hint = f": layer {name!r} is not compressed ({reason})"
         else:
             near = difflib.get_close_matches(pattern, [own[0] for own in names], n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -73,7 +73,7 @@ def check_overrides(search: SearchConfig, found: LayerList) -> None:
 
 
 def search_json(search: SearchConfig) -> dict[str, Any]:
-    """The section as JSON for a key: without ``layers`` where there are none, as before there could be any."""
+    """The section as JSON, for cache keys; an empty ``layers`` is omitted, which keeps keys of older versions valid."""
     values = search.model_dump(mode="json")
     if not values["layers"]:
         del values["layers"]
@@ -84,5 +84,6 @@ def _matches(pattern: str, names: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _letters(pattern: str) -> int:
+def _specificity(pattern: str) -> int:
+    """Number of characters outside wildcards."""
     return len(_WILDCARD.sub("", pattern))

@@ -1,4 +1,4 @@
-"""Presets: defaults of ``search`` and ``rounding``; whatever a configuration writes out wins over them."""
+"""Presets: defaults of ``search`` and ``rounding``; explicit values of a configuration win over them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ Preset = Literal["best", "quick", "paper"]
 DEFAULT_PRESET: Preset = "best"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # Second moments, three forms, closed forms, costs measured where they decide, and block reconstruction (METHOD 7).
+    # Second moments, three forms, closed-form solutions, measurements of the decisive costs only, and block
+    # reconstruction (METHOD 7).
     "best": {
         "search": {
             "samples": 32,
@@ -20,7 +21,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hessian_min_probes": 8,
             "hessian_mode": "probes",
             "metric": "moments",
-            "token_weights": 0.5,  # roots: with all of a weight too few tokens decide, and their noise is fitted
+            "token_weights": 0.5,  # square root: at power 1 a few tokens dominate and their noise is fitted
             "forms": ["Q", "LR", "QLR"],
             "sensitivity": "auto",
             "points": 6,
@@ -30,8 +31,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "rounding": {"method": "block", "iterations": 200, "tuning": 150},
     },
-    # The published method at a price that fits a CPU: fewer probes and LRA iterations, integer zero-points that
-    # fit the codes, and a percentile grid that reaches the Gaussian optimum of 2 and 3 bits.
+    # The published method at a cost that suits a CPU: fewer probes and LRA iterations, zero-points within the range
+    # of the codes, and a percentile grid that includes the optimum of a Gaussian at 2 and 3 bits.
     "quick": {
         "search": {
             "samples": 64,
@@ -43,7 +44,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "rounding": {"method": "lra", "iterations": 500},
     },
-    # arXiv 2507.09616 (see METHOD 3-6): the numbers of the published experiments.
+    # The settings of the published experiments (arXiv 2507.09616; METHOD 3-6).
     "paper": {
         "search": {
             "samples": 1024,

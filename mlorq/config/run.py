@@ -1,10 +1,10 @@
-"""What a run is told: one YAML file, one frozen ``RunConfig``.
+"""The configuration of a run: one YAML file, one frozen ``RunConfig``.
 
-Unknown keys are errors that name the nearest valid one. A preset gives the defaults of ``search`` and ``rounding``;
-whatever is written out wins over it. ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` are lossless.
+An unknown key is an error that names the nearest valid one. A preset sets the defaults of ``search`` and ``rounding``;
+explicit values win over it. The round-trip through ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` is lossless.
 
-Sections whose choices and keys come from registries (``mlorq.config.compose``) are composed by ``run_config``: the
-class of a configuration is a subclass of ``RunConfig`` that knows all that is registered.
+``run_config`` composes the sections whose choices and keys come from registries (``mlorq.config.compose``): the class
+of a loaded configuration is a subclass of ``RunConfig`` with the keys of all registered implementations.
 """
 
 from __future__ import annotations
@@ -71,47 +71,51 @@ __all__ = [
 
 
 class RunConfig(Settings):
-    """Everything a run is told. Relative paths are relative to the configuration's own folder."""
+    """The configuration of a run. Relative paths start from the folder of the configuration file."""
 
     model: ModelConfig
     data: DataConfig
     budget: str | list[str] = Field("3bit", description='"3bit", "12.5%", "25MB", "25MiB", or a list')
     preset: Preset = Field(
         DEFAULT_PRESET,
-        description="defaults of search and rounding: best; paper, the published method and its numbers; quick, that "
-        "method with fewer of everything",
+        description="defaults of search and rounding: best; paper: the published method with its settings; quick: the "
+        "published method with fewer samples, probes and iterations",
     )
     search: SearchConfig = Field(default_factory=SearchConfig)
     rounding: RoundingConfig = Field(default_factory=RoundingConfig)
     embeddings: EmbeddingsConfig | None = Field(
-        None, description="quantized embedding tables, as in {bits: 8}; null: they stay float"
+        None, description="quantized embedding tables, for example {bits: 8}; null: they stay float"
     )
     activations: ActivationsConfig | None = Field(
-        None, description="quantized activations, as in {bits: 4, method: repq}; null: they stay float"
+        None, description="quantized activations, for example {bits: 4, method: repq}; null: they stay float"
     )
     store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
     engine: EngineConfig = Field(default_factory=EngineConfig)
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, description="seed of all random numbers")
     folder: str = Field("", exclude=True, description="folder that relative paths start from")
 
     @property
     def budgets(self) -> list[Budget]:
-        """The budgets asked for.
+        """The parsed budgets.
 
         Raises:
-            BudgetError: one of them is malformed.
+            BudgetError: a budget is malformed.
         """
         return parse_budgets(self.budget)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], folder: str = "") -> RunConfig:
-        """A validated configuration from plain values; the preset's defaults are filled in beneath them.
+        """A validated configuration from plain values, completed with the preset's defaults.
+
+        Args:
+            values: the configuration as YAML would give it.
+            folder: folder that relative paths start from.
 
         Raises:
-            ConfigError: a key is unknown or a value is wrong; the first problem is named.
+            ConfigError: a key is unknown or a value is invalid; the message names the first problem.
         """
         if not isinstance(values, dict):
-            raise ConfigError("a configuration is a mapping of keys to values")
+            raise ConfigError("a configuration must be a mapping of keys to values")
         values = dict(values)
         preset = values.get("preset", DEFAULT_PRESET)
         for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
@@ -126,14 +130,14 @@ class RunConfig(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> RunConfig:
-        """Read a configuration file; ``overrides`` are dotted keys (``search.samples``) with their values.
+        """Read and validate a configuration file.
 
         Args:
-            path: of the file, or its fsspec URL; relative paths in it start from the folder that it is in.
-            overrides: values that win over the file's.
+            path: path or fsspec URL of the file; relative paths in the configuration start from its folder.
+            overrides: ``{dotted key: value}``, as in ``{"search.samples": 32}``; these win over the file's values.
 
         Raises:
-            ConfigError: the file is missing, is not YAML, or a key or value is wrong.
+            ConfigError: the file is missing or is not YAML, or a key or value is invalid.
         """
         location, folder = location_and_folder(path)
         values = read_values(location, overrides)
@@ -143,20 +147,16 @@ class RunConfig(Settings):
             raise ConfigError(f"{hide_password(location)}: {error}") from None
 
     def to_yaml(self) -> str:
-        """The configuration as YAML; read back it gives an equal configuration."""
+        """The configuration as YAML, from which ``from_yaml`` restores an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude={"folder"}), sort_keys=False)
 
     def resolve(self, location: str) -> str:
-        """An absolute path or URI for a location in the configuration."""
+        """The absolute path or URI of a location in the configuration."""
         return resolve_location(location, self.folder)
-
-    def with_budget(self, budget: str | list[str]) -> RunConfig:
-        """The same configuration at another budget."""
-        return self.model_copy(update={"budget": budget})
 
 
 def run_config() -> type[RunConfig]:
-    """``RunConfig`` with the choices and keys of all that is registered."""
+    """The subclass of ``RunConfig`` with the choices and keys of all registered implementations."""
     return _run_config(registries_version())
 
 
@@ -176,7 +176,7 @@ def _run_config(_: int) -> type[RunConfig]:
 
 
 def location_and_folder(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """Where a configuration file is, and the folder that relative paths in it start from."""
+    """Path or URL of a configuration file, and the folder that relative paths in it start from."""
     location = os.fspath(path)
     scheme, separator, rest = location.partition("://")
     if not separator or scheme in ("file", "local"):
@@ -186,10 +186,14 @@ def location_and_folder(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def read_values(location: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a configuration file says, as it stands there, with some keys set; no defaults, and not checked.
+    """The values of a configuration file with overrides applied; without defaults, and not validated.
+
+    Args:
+        location: path or fsspec URL of the file.
+        overrides: ``{dotted key: value}``.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read, or an override sets a key below a value.
     """
     values = _read_mapping(location)
     for key, value in (overrides or {}).items():
@@ -198,7 +202,7 @@ def read_values(location: str, overrides: dict[str, Any] | None = None) -> dict[
 
 
 def _read_mapping(location: str) -> dict[str, Any]:
-    """What a YAML file holds, at a path or behind an fsspec URL."""
+    """The content of a YAML file at a path or an fsspec URL."""
     shown = f"configuration {hide_password(location)}"
     try:
         with fsspec.open(location, "rt") if "://" in location else open(location, encoding="utf-8") as file:
@@ -207,7 +211,7 @@ def _read_mapping(location: str) -> dict[str, Any]:
         raise ConfigError(f"{shown} does not exist") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{shown} is not YAML: {' '.join(str(error).split())}") from None
-    except Exception as error:  # whatever a file system's driver raises
+    except Exception as error:  # file-system drivers raise exceptions of any type
         raise ConfigError(f"{shown} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{shown} is not a mapping of keys to values")
@@ -226,7 +230,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _inside(section: Any, part: str) -> Any:
-    """The class of a section's part: of a field, or of a mapping's value; None where it is no section."""
+    """The type of a field of a section, or of the values if the section is a mapping; None if it is unknown."""
     if get_origin(section) is dict:
         return get_args(section)[1]
     found = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
@@ -236,7 +240,7 @@ def _inside(section: Any, part: str) -> Any:
 
 
 def _explain(error: ValidationError, config: type[RunConfig]) -> str:
-    """The first problem of a validation as one line that names the key."""
+    """The first problem of a failed validation, as one line that names the key."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

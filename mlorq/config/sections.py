@@ -1,4 +1,4 @@
-"""The sections of a configuration: what each key means, its default, and what it may be (``mlorq.config.run``)."""
+"""The sections of a configuration: meaning, default and valid values of each key (``mlorq.config.run``)."""
 
 from __future__ import annotations
 
@@ -24,36 +24,41 @@ Cost = Literal["nmse", "kl", "task"]
 
 
 class ModelConfig(Choice):
-    """The float model: its family, its name there, and where its weights come from."""
+    """The float model: its family, its name in that family, and the source of its weights."""
 
     chooser: ClassVar[str] = "family"
     registry: ClassVar[Registry[Any]] = FAMILIES
 
-    family: str = Field(description="which library builds the model")
+    family: str = Field(description="model family: the library that builds the model")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype the model runs in")
     rotation: int | None = Field(
         None,
         ge=0,
-        description="seed of a random rotation of the residual stream, folded into the weights (pre-norm ViT, DeiT)",
+        description="seed of a random rotation of the residual stream, folded into the weights (pre-norm ViT, DeiT); "
+        "null: no rotation",
     )
 
     @property
     def display_name(self) -> str:
-        """A short name of the model for people and file names."""
+        """A short name of the model, for display and file names."""
         return FAMILIES[self.family].display_name(self.own)
 
     def check(self) -> None:
-        """Raise ValueError where a rotation is asked for that the family does not allow."""
+        """Check that the family supports the rotation.
+
+        Raises:
+            ValueError: ``rotation`` is set and the family does not support it.
+        """
         if self.rotation is not None and not FAMILIES[self.family].rotates:
             allowed = ", ".join(family.name for family in FAMILIES if family.rotates)
             raise ValueError(
-                f"rotation is for pre-norm vision transformers (families {allowed}); family {self.family} has none: "
-                "leave rotation out"
+                f"family {self.family} does not support rotation: leave rotation out, or use a pre-norm vision "
+                f"transformer (families {allowed})"
             )
 
 
 class SourceConfig(Choice):
-    """One data source."""
+    """The choice of a data source and its settings."""
 
     chooser = "source"
     registry = SOURCES
@@ -61,12 +66,16 @@ class SourceConfig(Choice):
     source: str = Field(description="kind of source")
 
     def check(self) -> None:
-        """Refuse missing keys, and keys that the source must not ignore."""
+        """Check the keys of the section against the source.
+
+        Raises:
+            ValueError: a key that the source needs is missing, or a key is set that it does not read.
+        """
         SOURCES[self.source].check(self)
 
 
 class DataConfig(Settings):
-    """Calibration data (what the search sees) and evaluation data (what the metric is measured on)."""
+    """Calibration data (read by the search) and evaluation data (for the metric)."""
 
     calibration: SourceConfig
     evaluation: SourceConfig
@@ -86,9 +95,9 @@ class DataConfig(Settings):
 
 
 class LayerConfig(Settings):
-    """Candidates of single layers (a value of ``search.layers``); keys that are null are as in ``search``."""
+    """Candidates of single layers (a value of ``search.layers``); a null key takes its value from ``search``."""
 
-    forms: list[str] | None = Field(None, description="what the layer may become")
+    forms: list[str] | None = Field(None, description="forms that the layer may take")
 
     @model_validator(mode="after")
     def _check(self) -> LayerConfig:
@@ -102,69 +111,84 @@ class LayerConfig(Settings):
 
 
 class SearchConfig(FitSettings):
-    """Candidates, their costs, and the integer program (docs/METHOD.md, 1-5)."""
+    """Candidates, their costs, and the ILP (docs/METHOD.md, 1, 3-5 and 7)."""
 
     forms: list[str] = Field(
-        default_factory=lambda: [form.name for form in FORMS if form.by_default], description="what a layer may become"
+        default_factory=lambda: [form.name for form in FORMS if form.by_default],
+        description="forms that a layer may take",
     )
     token_weights: bool | Annotated[float, Field(ge=0, le=1)] = Field(
         False,
-        description="with moments: tokens weighted by their effect on the output; a number: the power of the weights",
+        description="with metric moments: weight tokens by their effect on the output; a number: exponent of the "
+        "weights",
     )
     hessian_samples: int = Field(32, ge=1, description="calibration samples for the label-free Hessian")
-    hessian_probes: int = Field(32, ge=1, description="most Gaussian probes per batch")
-    hessian_min_probes: int = Field(10, ge=1, description="probes before convergence is checked")
-    hessian_tolerance: float = Field(1e-4, ge=0, description="stop at this relative change of the estimate")
+    hessian_probes: int = Field(32, ge=1, description="maximum number of Gaussian probes per batch")
+    hessian_min_probes: int = Field(10, ge=1, description="probes per batch before convergence is checked")
+    hessian_tolerance: float = Field(
+        1e-4, ge=0, description="relative change of the estimate below which no more probes are drawn"
+    )
     hessian_mode: Literal["auto", "probes", "exact"] = Field(
-        "auto", description="exact: one backward pass per output; auto: exact where that needs fewer passes"
+        "auto",
+        description="probes: one backward pass per probe; exact: one backward pass per output; auto: the one with "
+        "fewer passes",
     )
     sensitivity: Sensitivity = Field(
         "measured",
-        description="how local costs become global ones: measured (the paper's); auto (closed forms, scaled by "
-        "measurements where the allocation is decided); closed_form (scaled by one measurement per form); local (local "
-        "costs are used as they are, as where every layer has one candidate)",
+        description="global costs of candidates: measured (as in the paper); auto (local costs scaled by measurements "
+        "of the decisive candidates); closed_form (local costs scaled by one measurement per layer and form); local "
+        "(local costs, not scaled)",
     )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
     points: int = Field(
-        5, ge=2, description="candidates measured per layer and curve (pair of factor bit-widths); auto: most per form"
+        5,
+        ge=2,
+        description="candidates measured per layer and pair of factor bit-widths; with sensitivity auto: maximum per "
+        "layer and form",
     )
     tolerance: float = Field(
-        0.2, ge=0, description="auto: no further measurements where costs were predicted this well (as a logarithm)"
+        0.2,
+        ge=0,
+        description="with sensitivity auto: error of the predicted log cost below which measuring stops",
     )
     cost: Cost = Field(
         "nmse",
-        description="global cost: nmse of the output; kl of the predictions; task, the rise of the task's loss, "
-        "which needs labels of the calibration data",
+        description="global cost: nmse: NMSE of the output; kl: KL divergence of the predictions; task: increase of "
+        "the task loss (needs labelled calibration data)",
     )
     rounds: int = Field(
-        0, ge=0, description="how often the chosen allocation is measured and the program solved again around it"
+        0, ge=0, description="rounds of measuring the chosen allocation, rescaling the costs and solving the ILP again"
     )
-    accounting: Accounting = Field("exact", description="exact: bytes on disk; paper: weight bits alone")
-    objective: Literal["nsr", "sqnr"] = Field("nsr", description="minimise summed NMSE, or maximise summed 1/NMSE")
-    solver: Literal["highs", "cbc"] = Field("highs", description="integer programming solver")
-    time_limit: float = Field(120.0, gt=0, description="seconds the solver may take")
+    accounting: Accounting = Field(
+        "exact", description="memory of a candidate: exact: bytes on disk; paper: bits of the weights alone"
+    )
+    objective: Literal["nsr", "sqnr"] = Field(
+        "nsr", description="nsr: minimise the sum of NMSE; sqnr: maximise the sum of 1/NMSE"
+    )
+    solver: Literal["highs", "cbc"] = Field("highs", description="ILP solver")
+    time_limit: float = Field(120.0, gt=0, description="time limit of the solver in seconds")
     gap: float = Field(1e-4, ge=0, description="relative optimality gap at which the solver may stop")
-    include: list[str] = Field(["*"], description="layer name patterns to compress")
-    exclude: list[str] = Field([], description="layer name patterns to leave alone")
+    include: list[str] = Field(["*"], description="name patterns of the layers to compress")
+    exclude: list[str] = Field([], description="name patterns of layers not to compress; wins over include")
     layers: dict[str, LayerConfig] = Field(
         {},
-        description="other candidates for layers by name pattern, as in {head: {bits: [8], forms: [Q]}}; of several "
-        "patterns that match, the one with more letters outside wildcards decides, key by key",
+        description="candidates of single layers by name pattern, for example {head: {bits: [8], forms: [Q]}}; for "
+        "each key the matching pattern with the most characters outside wildcards wins",
     )
 
     @property
     def storage(self) -> Storage:
-        """How matrices are stored and counted."""
+        """How matrices are stored and their bytes counted."""
         return Storage(self.accounting, self.zero_point)
 
     @property
     def fit(self) -> FitSettings:
-        """The keys that decide the matrices of a given candidate."""
+        """The keys that determine the matrices of a given candidate."""
         return part(self, FitSettings)
 
     @property
     def form_settings(self) -> dict[str, Settings]:
-        """The settings of every form that layers may take, by name, in the order of the registry."""
+        """Settings of every form in ``forms``, by name, in the order of the registry."""
         return {form.name: part(self, form.settings) for form in FORMS if form.name in self.forms}
 
     @model_validator(mode="after")
@@ -178,16 +202,16 @@ class SearchConfig(FitSettings):
 def _require_uniform(forms: list[str]) -> None:
     uniform = [form.name for form in FORMS if form.uniform]
     if not set(uniform) & set(forms):
-        raise ValueError(f"forms must have {' or '.join(uniform)}, which serves every layer")
+        raise ValueError(f"forms must include {' or '.join(uniform)}, which every layer can take")
 
 
 class RoundingConfig(Choice):
-    """How the chosen candidates' codes are found (docs/METHOD.md, 6)."""
+    """Rounding of the chosen candidates (docs/METHOD.md, 6, 7 and 9)."""
 
     chooser = "method"
     registry = METHODS
 
-    method: str = Field("lra", description="how codes are found")
+    method: str = Field("lra", description="rounding method")
 
 
 class ActivationsConfig(ActivationSettings, Choice):
@@ -198,39 +222,45 @@ class ActivationsConfig(ActivationSettings, Choice):
 
 
 class EmbeddingsConfig(Settings):
-    """Embedding tables as codes; they count in sizes of whole checkpoints, and in no budget of bits or per cent."""
+    """Quantized embedding tables (docs/METHOD.md, 2).
 
-    bits: Literal[4, 8] = Field(8, description="code width of every table that is quantized")
-    smallest: int = Field(16384, ge=1, description="tables of fewer entries stay float")
+    They count towards budgets in bytes of the whole checkpoint, not towards budgets in bits or per cent.
+    """
+
+    bits: Literal[4, 8] = Field(8, description="bit-width of the quantized tables")
+    smallest: int = Field(16384, ge=1, description="tables with fewer entries stay float")
 
 
 class DaskConfig(Settings):
-    """The cluster of runner dask: one that is started for the run, or one that runs already."""
+    """The cluster of runner dask: started for the run, or already running."""
 
-    address: str | None = Field(None, description="scheduler of a running cluster, as in tcp://host:8786")
+    address: str | None = Field(None, description="scheduler of a running cluster, for example tcp://host:8786")
     cluster: str = Field(
         "distributed.LocalCluster", description="class of the cluster to start, such as dask_cuda.LocalCUDACluster"
     )
-    arguments: dict[str, Any] = Field({}, description="its arguments, such as n_workers: 4")
+    arguments: dict[str, Any] = Field({}, description="arguments of that class, for example n_workers: 4")
 
 
 class DockerConfig(Settings):
-    """The containers of steps: docker. The folders and the store that a configuration names are mounted."""
+    """The containers of ``steps: docker``. The folders and the store of the configuration are mounted."""
 
-    image: str = Field("mlorq:latest", description="image to run, as docker/Dockerfile builds it")
-    memory: str | None = Field(None, description="most memory of a container, as in 8g")
-    network: str | None = Field(None, description="network of the containers, as in host; default: Docker's own")
-    volumes: list[str] = Field([], description="further mounts, HOST:CONTAINER or HOST:CONTAINER:ro")
-    environment: list[str] = Field(
-        [], description="further variables of this process to hand on, by name; those of object stores are"
+    image: str = Field("mlorq:latest", description="image to run; docker/Dockerfile builds it")
+    memory: str | None = Field(None, description="memory limit per container, for example 8g")
+    network: str | None = Field(
+        None, description="network of the containers, for example host; default: Docker's default network"
     )
-    user: str | None = Field(None, description="user the steps run as, uid[:gid]; default: the caller")
+    volumes: list[str] = Field([], description="additional mounts, HOST:CONTAINER or HOST:CONTAINER:ro")
+    environment: list[str] = Field(
+        [],
+        description="names of additional environment variables to pass on; those of object stores are always passed",
+    )
+    user: str | None = Field(None, description="user that the steps run as, uid[:gid]; default: the caller")
 
     @field_validator("memory")
     @classmethod
     def _check_memory(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[1-9]\d*[bkmgBKMG]?", value):
-            raise ValueError("memory is a number of bytes, or one with a unit: 512m, 8g")
+            raise ValueError("memory must be a number of bytes, or a number with a unit: 512m, 8g")
         return value
 
     @field_validator("volumes")
@@ -240,39 +270,40 @@ class DockerConfig(Settings):
             host, _, rest = volume.partition(":")
             inside, _, mode = rest.partition(":")
             if not host.startswith("/") or not inside.startswith("/") or mode not in ("", "ro", "rw"):
-                raise ValueError(f"{volume!r} is not of the form /HOST:/CONTAINER or /HOST:/CONTAINER:ro")
+                raise ValueError(f"volume {volume!r} must have the form /HOST:/CONTAINER or /HOST:/CONTAINER:ro")
         return value
 
 
 class EngineConfig(Settings):
-    """Where steps run. Nothing here is part of any key."""
+    """Where steps run. No key of an artifact depends on this section."""
 
     runner: Literal["threads", "dask"] = Field(
-        "threads", description="how fan-outs are spread: threads over this machine's devices, or a dask cluster"
+        "threads", description="parallel tasks run in: threads over this machine's devices; dask: a dask cluster"
     )
     devices: str | list[str] = Field("auto", description="auto, cpu, cuda, cuda:0, or a list of them")
     steps: Literal["inprocess", "subprocess", "docker"] = Field(
         "inprocess",
-        description="where a step's work runs: in the flow's process, a child process a device, a container",
+        description="where a step runs: inprocess: in the flow's process; subprocess: one child process per device; "
+        "docker: in a container",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads a step; default: as torch decides")
+    threads: int | None = Field(None, ge=1, description="CPU threads per step; default: torch's choice")
     cache: str | None = Field(
-        "auto", description="folder that keeps what was read from a remote store; auto: the user's cache; null: none"
+        "auto", description="local cache folder for a remote store; auto: in the user's cache; null: no cache"
     )
     dask: DaskConfig = Field(DaskConfig(), description="the cluster of runner dask")
     docker: DockerConfig = Field(DockerConfig(), description="the containers of steps docker")
 
 
-# -- sections with the choices and keys of what is registered -----------------------------------------------------
+# -- sections with the choices and keys of all registered implementations -----------------------------------------
 
 
 def registries_version() -> int:
-    """A number that rises whenever something is registered that sections are made from."""
+    """A number that increases at every change of a registry that sections are composed from."""
     return sum(registry.version for registry in (FAMILIES, SOURCES, FORMS, METHODS, ACTIVATION_METHODS))
 
 
 def model_section() -> type[ModelConfig]:
-    """``model``."""
+    """The class of ``model``, with the keys of all families."""
     return _model_section(FAMILIES.version)
 
 
@@ -282,25 +313,25 @@ def _model_section(_: int) -> type[ModelConfig]:
 
 
 def source_section() -> type[SourceConfig]:
-    """``data.calibration`` and ``data.evaluation``."""
+    """The class of ``data.calibration`` and ``data.evaluation``, with the keys of all sources."""
     return composed(SourceConfig, SOURCES, {"source": choices(SOURCES)})
 
 
 def rounding_section() -> type[RoundingConfig]:
-    """``rounding``, with the keys of all methods."""
+    """The class of ``rounding``, with the keys of all methods."""
     about = "; ".join(f"{method.name}: {method.title}" for method in METHODS)
     return composed(RoundingConfig, METHODS, {"method": choices(METHODS)}, {"method": about})
 
 
 def activations_section() -> type[ActivationsConfig]:
-    """``activations``."""
+    """The class of ``activations``, with the keys of all methods."""
     about = "; ".join(f"{method.name}: {method.about}" for method in ACTIVATION_METHODS)
     named: Any = Annotated[choices(ACTIVATION_METHODS), Field(description=about)]
     return composed(ActivationsConfig, ACTIVATION_METHODS, {"method": named})
 
 
 def search_section() -> type[SearchConfig]:
-    """``search``, with the keys of all forms; those of a layer can be null."""
+    """The class of ``search``, with the keys of all forms; in ``search.layers`` they can be null."""
     names: Any = list[Literal[tuple(FORMS.names())]]  # type: ignore[misc]
     keys = {
         key: (limited(info) | None, Field(None, description=about)) for key, (info, about) in keys_of(FORMS).items()

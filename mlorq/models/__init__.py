@@ -1,9 +1,9 @@
-"""Float models: one file per family, and what the search needs to know of any model.
+"""Float models: one file per model family, and analysis of models of any family.
 
-A family (``family.py``) is a record in the registry ``FAMILIES``: its keys of the ``model`` section, how it loads a
+A family (``family.py``) is an entry of the registry ``FAMILIES``: its keys of the ``model`` section, how it loads a
 model and rebuilds one from a description, and which inputs its models take. ``timm.py``, ``transformers.py``,
-``detection.py`` and ``custom.py`` are the families; their neighbours hold the numerics they import when called.
-``layers``, ``blocks``, ``partial_forward`` and ``prefetch`` work with the modules of all families.
+``detection.py`` and ``custom.py`` are the families; they import the files that need torch when called.
+``layers``, ``blocks``, ``partial_forward`` and ``prefetch`` work with modules of all families.
 
 Importing this package does not import torch: the functions below are loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""What a model family gives the rest of the library: a module, how to run it on a batch, and how to rebuild it."""
+"""``FloatModel``: a module with its forward and its architecture, in one form for all families; helpers for batches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
 from mlorq.models.family import FAMILIES
 
-Batch = Any  # a tensor, a tuple or list of tensors, or a mapping of tensors: what the model takes
+Batch = Any  # inputs of a model: a tensor, a tuple or list of tensors, or a mapping of tensors
 Forward = Callable[[nn.Module, Batch], Tensor]
 
 
 def call_module(module: nn.Module, batch: Batch) -> Tensor:
-    """Call a module on a batch (tensor: one argument; tuple or list: several; mapping: keywords)."""
+    """The output tensor of a module: the tensor it returns, its ``logits``, or the first of a tuple.
+
+    Args:
+        module: the module.
+        batch: a tensor is passed as one argument, a tuple or list as several, a mapping as keyword arguments.
+
+    Raises:
+        ModelError: the module returns none of these.
+    """
     if isinstance(batch, Mapping):
         output = module(**batch)
     elif isinstance(batch, (tuple, list)):
@@ -38,7 +46,7 @@ def call_module(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def move_batch(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-    """A batch on another device; floating tensors also in another dtype when one is given."""
+    """A batch on ``device``, with floating-point tensors cast to ``dtype`` unless it is None."""
     if isinstance(batch, Tensor):
         return batch.to(device, dtype if dtype is not None and batch.is_floating_point() else None)
     if isinstance(batch, Mapping):
@@ -49,10 +57,10 @@ def move_batch(batch: Batch, device: torch.device | str, dtype: torch.dtype | No
 
 
 def batch_samples(batch: Batch) -> int:
-    """Samples in a batch: the leading size of its first tensor.
+    """Number of samples in a batch: the leading size of its first tensor.
 
     Raises:
-        ModelError: the batch holds no tensor.
+        ModelError: the batch contains no tensor.
     """
     values = (
         [batch]
@@ -68,11 +76,11 @@ def batch_samples(batch: Batch) -> int:
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
             return int(value.shape[0])
-    raise ModelError("a batch must be a tensor, or a tuple, list or mapping with one in it")
+    raise ModelError("a batch must be a tensor, or a tuple, list or mapping that contains one")
 
 
 def take_samples(batch: Batch, index: slice) -> Batch:
-    """Some samples of a batch: every tensor whose leading axis is that of the samples is cut."""
+    """A slice of the samples of a batch: of every tensor whose leading size is the number of samples."""
     count = batch_samples(batch)
 
     def take(value: Any) -> Any:
@@ -95,7 +103,7 @@ def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
 
 
 def fold_batches(batches: Sequence[Batch], fold: int, folds: int = 2) -> list[Batch]:
-    """Every ``folds``-th sample, counted through all batches, from sample ``fold`` on; empty batches are left out."""
+    """Every ``folds``-th sample, counted across all batches, starting at sample ``fold``; empty batches are dropped."""
     found, first = [], 0
     for batch in batches:
         count = batch_samples(batch)
@@ -107,20 +115,20 @@ def fold_batches(batches: Sequence[Batch], fold: int, folds: int = 2) -> list[Ba
 
 
 def no_token_mask(batch: Batch) -> Tensor | None:
-    """The token mask of models whose tokens all count."""
+    """The token mask of models without padding: None."""
     return None
 
 
 def attention_mask(batch: Batch) -> Tensor | None:
-    """True where a token is no padding, ``(samples, tokens)``; None for batches without an ``attention_mask``."""
+    """Mask of the tokens that are not padding, ``(samples, tokens)``; None for a batch without ``attention_mask``."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def same_construction(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules differ in nothing but their weights, as far as their attributes tell.
+    """Whether two modules differ only in their weights, judged by their attributes.
 
-    Compared are, submodule by submodule: classes, names, shapes of the tensors, and every plain attribute.
+    Compares, for each submodule: class, name, shapes of the tensors, all plain attributes, and numbers of hooks.
     """
     ours, theirs = dict(module.named_modules()), dict(other.named_modules())
     if list(ours) != list(theirs):
@@ -133,30 +141,30 @@ def same_construction(module: nn.Module, other: nn.Module) -> bool:
 
 def _construction(module: nn.Module) -> tuple[Any, ...]:
     plain = (bool, int, float, str, tuple, type(None))
-    # What an instance notes of its origin or its training changes nothing that it computes.
-    noted = ("training", "name_or_path")
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in noted}
+    # Attributes about origin or training do not affect the output.
+    ignored = ("training", "name_or_path")
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in ignored}
     values = {name: value if isinstance(value, plain) else type(value) for name, value in own.items()}
-    # A forward put on the instance is among the values; hooks may change what it returns.
+    # A forward assigned to the instance is one of the values; hooks could change the output, too.
     return type(module), values, len(module._forward_hooks), len(module._forward_pre_hooks)
 
 
 @dataclass
 class FloatModel:
-    """A float model as the search sees it.
+    """A float model in the form that the search uses.
 
     Attributes:
-        module: in eval mode, without gradients.
+        module: the module, in eval mode and without gradients.
         family: name in ``mlorq.models.FAMILIES``.
-        architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights;
-            its family and class where that is not possible.
-        forward: ``forward(module, batch)`` gives f(x): logits ``(samples, classes)``, the L2-normalised
-            embedding ``(samples, width)`` of a sentence encoder, or what a detector's heads say at fixed places.
-        token_mask: ``token_mask(batch)`` gives ``(samples, tokens)`` bool, True where a token counts; None
-            where all do. Padding never enters a statistic.
-        blocks: names of the modules that run one after another, each on the output of the one before (transformer
-            blocks); empty where none are known.
-        dtype: what floating inputs are cast to before the forward.
+        architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights; if the
+            family cannot rebuild modules, only its name and the class.
+        forward: ``forward(module, batch)`` returns f(x): logits ``(samples, classes)``, the L2-normalised embedding
+            ``(samples, width)`` of a sentence encoder, or the outputs of a detector's heads at fixed positions.
+        token_mask: ``token_mask(batch)`` returns a bool mask ``(samples, tokens)``, False at padding, which is excluded
+            from all statistics; None if there is no padding.
+        blocks: names of the modules (transformer blocks) that run one after another, each on the output of the previous
+            one; empty if unknown.
+        dtype: dtype to which floating-point inputs are cast.
         key: hash of the architecture and the weights.
     """
 
@@ -176,7 +184,7 @@ class FloatModel:
 
     @property
     def rebuilds(self) -> bool:
-        """Whether its architecture alone gives the module; else a checkpoint is loaded into an instance."""
+        """Whether the module can be rebuilt from its architecture; else checkpoints need an instance to load into."""
         return FAMILIES[self.family].rebuilds
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -186,11 +194,11 @@ class FloatModel:
 
 
 def check_weights(module: nn.Module) -> None:
-    """Refuse weights that are not finite.
+    """Check that all parameters and buffers are finite.
 
     Raises:
-        ModelError: names the first parameter or buffer that holds NaN or infinity.
+        ModelError: a tensor contains NaN or infinity; the message names the first.
     """
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"weight {name!r} holds NaN or infinite values")
+            raise ModelError(f"weight {name!r} contains NaN or infinite values")

@@ -1,7 +1,7 @@
-"""Finding a model's chain of blocks by watching one forward pass.
+"""Detection of a model's chain of blocks by hooks on one forward pass.
 
-A chain is a run of children of one container, each called exactly once and each reading, as its first argument, the
-very tensor that the one before returned. Nothing is assumed about names or classes.
+A chain is a sequence of children of one container. Each is called exactly once, and its first argument is the tensor
+that the previous one returned. Names and classes are not used.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ SHORTEST_CHAIN = 2
 
 
 def detect_blocks(module: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """Names of the chain of blocks that holds the most parameters; empty where there is none.
+    """Names of the blocks of the chain with the most parameters; empty if there is no chain.
 
     Args:
         module: the model.
-        run: runs one forward pass of it.
+        run: runs one forward pass of the model.
     """
     containers = {
         name: [f"{name}.{child}" if name else child for child, _ in container.named_children()]
@@ -35,7 +35,7 @@ def detect_blocks(module: nn.Module, run: Callable[[], Any]) -> list[str]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal order
             first = args[0] if args else next(iter(kwargs.values()), None)
-            # Kept alive until the pass is over, so that identity of storage means identity of value.
+            # Kept alive until the end of the pass, so that an address is not reused by another tensor.
             calls[name].append((order, first, output))
             order += 1
 
@@ -60,7 +60,7 @@ def detect_blocks(module: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def _longest_chain(names: list[str], calls: Mapping[str, list[tuple[int, Any, Any]]]) -> list[str]:
-    """The longest run of children in which each reads what the one before returned."""
+    """The longest sequence of children in which each reads the output of the previous one."""
     ordered = sorted(names, key=lambda name: calls[name][0][0])
     best: list[str] = []
     current: list[str] = []

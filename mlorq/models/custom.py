@@ -1,4 +1,4 @@
-"""The user's own modules: a factory ``package:function`` in a configuration, or an instance in Python."""
+"""User-defined modules: a factory ``package:function`` in a configuration, or an instance in Python."""
 
 from __future__ import annotations
 
@@ -23,24 +23,28 @@ if TYPE_CHECKING:
 
 
 NAME = "custom"
-IN_MEMORY = {"family": NAME, "factory": "given:in_memory"}  # the ``model`` section where a module is passed in
+IN_MEMORY = {"family": NAME, "factory": "given:in_memory"}  # the ``model`` section if a module is passed in Python
 
 
 class CustomSettings(Settings):
-    """The user's own code."""
+    """Settings of a user-defined model."""
 
     factory: str | None = Field(None, description="package:function that returns an nn.Module, or (module, forward)")
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
 
     def check(self) -> None:
-        """Raise ValueError without a factory."""
+        """Check that there is a factory.
+
+        Raises:
+            ValueError: ``factory`` is not set.
+        """
         self.require_factory()
 
     def require_factory(self) -> str:
         """The factory.
 
         Raises:
-            ValueError: there is none.
+            ValueError: ``factory`` is not set.
         """
         if not self.factory:
             raise ValueError(f"family {NAME} needs factory: package:function")
@@ -48,14 +52,14 @@ class CustomSettings(Settings):
 
 
 class Custom(ModelFamily[CustomSettings]):
-    """Any module; its checkpoints load into an instance of it."""
+    """The family of user-defined modules; a checkpoint is loaded into an instance of the module."""
 
     name = NAME
     settings = CustomSettings
     rotates = True
 
     def load(self, settings: CustomSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
-        """Call the factory: it returns an ``nn.Module``, or ``(module, forward)``.
+        """The model that the factory returns as an ``nn.Module``, or as ``(module, forward)``.
 
         Raises:
             ModelError: the factory cannot be imported, fails, or returns something else.
@@ -75,16 +79,16 @@ class Custom(ModelFamily[CustomSettings]):
         module, forward = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
         if not isinstance(module, nn.Module):
             raise ModelError(
-                f"model.factory {factory} returned {type(module).__name__}, not an nn.Module or (module, forward)"
+                f"model.factory {factory} returned {type(module).__name__}: return an nn.Module or (module, forward)"
             )
         return from_module(module.to(getattr(torch, dtype)), forward)
 
     def display_name(self, settings: CustomSettings) -> str:
-        """The last part of the factory's module."""
+        """The last component of the factory's module name."""
         return (settings.factory or "model").partition(":")[0].rpartition(".")[2]
 
     def example(self) -> Example:
-        """Functions of the user's package."""
+        """Functions of a user's package."""
 
         def function(name: str) -> dict[str, Any]:
             return {"source": "custom", "factory": f"my_package:{name}"}
@@ -98,20 +102,25 @@ class Custom(ModelFamily[CustomSettings]):
 
 
 def own_architecture(module: nn.Module) -> dict[str, Any]:
-    """What is said of a module that no library knows: its class, and what it prints; it cannot be rebuilt."""
+    """The architecture of a user-defined module: its class and its ``repr``; the module cannot be rebuilt from it."""
     kind = type(module)
     return {"family": NAME, "class": f"{kind.__module__}.{kind.__qualname__}", "repr": str(module)}
 
 
 def import_function(location: str, folder: str, error_type: type[ModelError] | type[DataError]) -> Callable[..., Any]:
-    """Import ``package:function``, looking in ``folder`` first.
+    """The function at ``package:function``.
+
+    Args:
+        location: ``package:function``.
+        folder: searched before the import path.
+        error_type: type of the errors raised.
 
     Raises:
-        ModelError or DataError, as asked for: names what is missing.
+        ModelError or DataError, as ``error_type`` says: the module cannot be imported or has no such function.
     """
     module_name, separator, attribute = location.partition(":")
     if not separator or not module_name or not attribute:
-        raise error_type(f"factory {location!r} is not of the form package:function")
+        raise error_type(f"factory {location!r} must have the form package:function")
     _forget_namesakes(module_name.partition(".")[0], _code_folder(folder))
     try:
         with importable(folder):
@@ -130,23 +139,23 @@ def import_function(location: str, folder: str, error_type: type[ModelError] | t
 
 @contextlib.contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """With ``folder`` first among the places that imports look in: functions may import when they are called."""
-    place = _code_folder(folder)
-    sys.path.insert(0, place)
+    """Put ``folder`` first on the import path, also for imports inside functions that are called meanwhile."""
+    path = _code_folder(folder)
+    sys.path.insert(0, path)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the user's code may have changed the path itself
-            sys.path.remove(place)
+        with contextlib.suppress(ValueError):  # the user's code may have changed the import path
+            sys.path.remove(path)
 
 
 def _code_folder(folder: str) -> str:
-    """Code is imported from this machine alone: beside a configuration behind a URL it is in the working directory."""
+    """The folder that code is imported from: ``folder``, or the working directory if it is empty or remote."""
     return "." if not folder or is_remote(folder) else folder
 
 
 def _forget_namesakes(package: str, folder: str) -> None:
-    """Drop an imported module when ``folder`` has another one of that name: else the wrong code would run."""
+    """Remove an imported package from ``sys.modules`` if ``folder`` has another one of that name."""
     known = sys.modules.get(package)
     candidates = [os.path.join(folder, f"{package}.py"), os.path.join(folder, package, "__init__.py")]
     here = [os.path.realpath(path) for path in candidates if os.path.isfile(path)]
@@ -156,5 +165,5 @@ def _forget_namesakes(package: str, folder: str) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """An exception of the user's code in one line; its traceback stays with the cause."""
+    """Type and message of an exception of the user's code, in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,4 +1,4 @@
-"""Mask R-CNN with a Swin backbone, from published weights; ``mask_rcnn.py`` builds and runs it."""
+"""The family of Mask R-CNN detectors with a Swin backbone and published weights; see ``mask_rcnn.py``."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ NAME = "detection"
 
 
 class DetectionSettings(LibrarySettings):
-    """A detector and where its weights come from."""
+    """Settings of a detector and its weights."""
 
     checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
     pretrained: bool = Field(False, description="fetch the weights from the family's hub")
 
     def check(self) -> None:
-        """Raise ValueError where the name or the weights are missing."""
+        """Check that there are a name and a checkpoint.
+
+        Raises:
+            ValueError: ``name`` or ``checkpoint`` is missing, or ``pretrained`` is set.
+        """
         self.require_name(NAME)
         if self.pretrained or not self.checkpoint:
-            raise ValueError(f"family {NAME} needs checkpoint: URI of its weights; it fetches none")
+            raise ValueError(f"family {NAME} cannot fetch weights: give checkpoint: URI, without pretrained")
 
 
 class Detection(ModelFamily[DetectionSettings]):
-    """Detectors of torchvision with backbones of timm."""
+    """Detectors of torchvision with backbones from timm."""
 
     name = NAME
     settings = DetectionSettings
@@ -41,7 +45,7 @@ class Detection(ModelFamily[DetectionSettings]):
     inputs: ClassVar[Mapping[InputKind, str]] = {"objects": ""}
 
     def load(self, settings: DetectionSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
-        """Build a detector and load its checkpoint.
+        """The detector with the weights of its checkpoint.
 
         Raises:
             ModelError: the name or an argument is unknown, or the weights are missing or do not fit.
@@ -52,7 +56,7 @@ class Detection(ModelFamily[DetectionSettings]):
         return load(settings.require_name(NAME), settings.arguments, location, dtype)
 
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
-        """The module of an architecture, without its weights.
+        """The module of an architecture, with weights yet to be loaded.
 
         Raises:
             ModelError: the name or an argument is unknown.
@@ -62,7 +66,7 @@ class Detection(ModelFamily[DetectionSettings]):
         return rebuild(architecture)
 
     def example(self) -> Example:
-        """The smaller one, on COCO."""
+        """The smaller detector, on COCO."""
 
         def images(part: str) -> dict[str, Any]:
             return {"source": "coco", "root": f"{part}/", "annotations": f"instances_{part}.json", "batch_size": 2}
@@ -73,13 +77,13 @@ class Detection(ModelFamily[DetectionSettings]):
         )
 
     def detector(self, settings: DetectionSettings, folder: str = "") -> Detector:
-        """torchvision's own inference."""
+        """Inference as in torchvision."""
         from mlorq.models.mask_rcnn import detector
 
         return detector(settings.require_name(NAME), settings.arguments)
 
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Sizes, normalisation and padding of images."""
+        """Input sizes, normalisation and padding of images."""
         from mlorq.models.mask_rcnn import preprocessing
 
         described = preprocessing(architecture["name"], architecture["arguments"])

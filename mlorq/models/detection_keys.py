@@ -1,17 +1,16 @@
-"""Checkpoints of Mask R-CNN with a Swin backbone: three layouts, recognised by their keys, and one map between them.
+"""Conversion of Mask R-CNN checkpoints with a Swin backbone from three layouts, recognised by their keys.
 
-``mlorq``: our own state dict. ``mmdetection``: mmdetection's. ``swin``: that of the repository
-Swin-Transformer-Object-Detection, whose heads are mmdetection's and whose backbone is the original Swin's. The map
-goes from our names to those of the file: every tensor of ours has exactly one source, and what a file has beyond that
-is either named in ``UNUSED`` or an error.
+``mlorq`` is our state dict. ``mmdetection`` is that of mmdetection. ``swin`` is that of the repository
+Swin-Transformer-Object-Detection: heads as in mmdetection, backbone as in the original Swin. Names are mapped from ours
+to those of the file: each of our tensors has exactly one source, and any other tensor in the file must be listed in
+``UNUSED``, else it is an error.
 
-Tensors that are not taken as they are:
+Tensors that are changed by the conversion:
 
-- classes: in the published layouts background is last, in torchvision it is the first. ``fc_cls`` is rotated;
-  ``fc_reg`` and ``conv_logits`` have no rows for it: rows of zeros are put before theirs (four of a box, one of a
-  mask).
-- patch merging: mmdetection unfolds a 2 × 2 patch to channels in the order (channel, row, column), the original and
-  timm in the order (column, row, channel): the columns of ``reduction`` and its norm are permuted.
+- Classes: background is last in the published layouts and first in torchvision. ``fc_cls`` is rotated; ``fc_reg`` and
+  ``conv_logits`` have no rows for background, so rows of zeros are prepended (four per box, one per mask).
+- Patch merging: mmdetection unfolds a 2 × 2 patch to channels in the order (channel, row, column), the original Swin
+  and timm in the order (column, row, channel): the columns of ``reduction`` and the entries of its norm are permuted.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ HEADS: list[tuple[str, Replacement]] = [
 ]
 
 
-def _stage_before(place: str) -> Callable[[re.Match[str]], str]:
-    """timm merges patches at a stage's entry, the others at the exit of the stage before."""
-    return lambda match: f"backbone.{place}.{int(match[1]) - 1}.downsample."
+def _stage_before(stages: str) -> Callable[[re.Match[str]], str]:
+    """Name of a patch merging: timm has it at the start of a stage, the others at the end of the previous stage."""
+    return lambda match: f"backbone.{stages}.{int(match[1]) - 1}.downsample."
 
 
 BACKBONES: dict[str, list[tuple[str, Replacement]]] = {
@@ -65,25 +64,25 @@ BACKBONES: dict[str, list[tuple[str, Replacement]]] = {
     ],
 }
 
-# Tensors of the published layouts that hold no weights, and why they are left.
-UNUSED = {r"\.relative_position_index$": "an index that follows from the window size"}
+# Tensors of the published layouts that are not loaded, and the reasons.
+UNUSED = {r"\.relative_position_index$": "an index determined by the window size"}
 
 BACKGROUND_ROWS = {"roi_heads.box_predictor.bbox_pred.": 4, "roi_heads.mask_predictor.mask_fcn_logits.": 1}
 ROTATED = "roi_heads.box_predictor.cls_score."
 
 
 def layout_of(keys: Iterable[str]) -> str | None:
-    """``mlorq``, ``mmdetection`` or ``swin``; None for keys of no known layout."""
+    """The layout of a checkpoint: ``mlorq``, ``mmdetection`` or ``swin``; None if it is unknown."""
     listed = list(keys)
     marks = {"mlorq": "backbone.body.", "mmdetection": "backbone.stages.", "swin": "backbone.layers."}
     return next((name for name, mark in marks.items() if any(key.startswith(mark) for key in listed)), None)
 
 
 def source_key(key: str, layout: str) -> str:
-    """The name that one of our tensors has in a published layout.
+    """Name of one of our tensors in a published layout.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the layout has no such tensor.
     """
     for pattern, replacement in [*BACKBONES[layout], *HEADS]:
         found, changed = re.subn(f"^{pattern}", replacement, key)
@@ -93,26 +92,26 @@ def source_key(key: str, layout: str) -> str:
 
 
 def unused(key: str) -> str | None:
-    """Why a tensor of a published checkpoint is left; None for one that is not known to be of no use."""
+    """Reason why a tensor of a published checkpoint is not loaded; None if it is not in ``UNUSED``."""
     return next((reason for pattern, reason in UNUSED.items() if re.search(pattern, key)), None)
 
 
 def converted(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], checkpoint: str) -> dict[str, Tensor]:
-    """A checkpoint of any of the layouts as our state dict.
+    """A checkpoint of any known layout as our state dict.
 
     Args:
-        state: the checkpoint's tensors.
-        ours: the state dict of the model that they are for; only its names are looked at.
-        checkpoint: what errors call the file.
+        state: the tensors of the checkpoint.
+        ours: state dict of the model; only its names are read.
+        checkpoint: path of the file, for messages.
 
     Raises:
-        ModelError: the layout is not known, or a tensor is missing or has no place; it names the tensor.
+        ModelError: the layout is unknown, or a tensor is missing or unexpected; the message names the tensor.
     """
     layout = layout_of(state)
     if layout is None:
         raise ModelError(
-            f"checkpoint {checkpoint} is of no known layout (mlorq, mmdetection, Swin-Transformer-Object-Detection): "
-            f"its first tensor is {next(iter(state))!r}"
+            f"checkpoint {checkpoint} has an unknown layout: its first tensor is {next(iter(state))!r}; use one of "
+            "mlorq, mmdetection or Swin-Transformer-Object-Detection"
         )
     if layout == "mlorq":
         return dict(state)
@@ -120,10 +119,10 @@ def converted(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], checkpoin
     for source in sources.values():
         if source not in state:
             raise ModelError(f"checkpoint {checkpoint} (layout {layout}) has no tensor {source!r}")
-    places = set(sources.values())
+    used = set(sources.values())
     for key in state:
-        if key not in places and unused(key) is None:
-            raise ModelError(f"checkpoint {checkpoint} (layout {layout}) has a tensor {key!r} that has no place here")
+        if key not in used and unused(key) is None:
+            raise ModelError(f"checkpoint {checkpoint} (layout {layout}) has an unexpected tensor {key!r}")
     return {key: _convert(key, state[source], layout) for key, source in sources.items()}
 
 
@@ -141,6 +140,6 @@ def _convert(key: str, value: Tensor, layout: str) -> Tensor:
 def merging_order(value: Tensor) -> Tensor:
     """Columns of a patch merging, ``(…, 4 · channels)``, from (channel, row, column) to (column, row, channel)."""
     if value.shape[-1] % 4:
-        return value  # no patch merging of 2 × 2: the check of the shapes names it
+        return value  # not a 2 × 2 patch merging: the check of shapes reports it
     apart = value.reshape(*value.shape[:-1], -1, 2, 2)
     return apart.transpose(-1, -3).reshape(value.shape).contiguous()

@@ -1,11 +1,11 @@
-"""The parts of Mask R-CNN in which timm's Swin and torchvision differ from what published checkpoints were trained in.
+"""Parts of Mask R-CNN as published checkpoints were trained, where timm's Swin and torchvision differ from that.
 
-- Windows: padded first, then shifted. timm shifts first: pixels then meet others in the windows at the border, and the
-  features differ by several per cent unless both sides are multiples of all windows.
-- Regions: pooled with half a pixel's shift (``aligned``) and as many sampling points as a cell has pixels.
-- Anchors: not rounded, at multiples of the true strides; torchvision divides the image's size by the map's, which is
-  another number where a map was rounded up.
-- Features: each stage's output has a norm of its own before the pyramid.
+- Windows: padded first, then shifted. timm shifts first, which changes the windows at the border; the features then
+  differ by several per cent unless both sides are multiples of all windows.
+- Regions: pooled with a shift of half a pixel (``aligned``) and as many sampling points as a cell has pixels.
+- Anchors: not rounded, at multiples of the true strides. torchvision divides the size of the image by that of the map,
+  which differs from the stride if the size of the map was rounded up.
+- Features: each stage's output has its own norm before the pyramid.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-ANCHOR_SCALE = 8  # an anchor's side in strides
-ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height to width
-FINEST_REGION = 56  # regions with sides up to twice this are pooled from the finest map
+ANCHOR_SCALE = 8  # side of an anchor, in strides
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
+FINEST_REGION = 56  # pixels; regions with sides below twice this are pooled from the finest map
 
 
 class PadFirstBlock(SwinTransformerBlock):
-    """A Swin block that pads its input to whole windows and then shifts it, under the mask of the padded size."""
+    """A Swin block that pads its input to whole windows before the shift; the attention mask has the padded size."""
 
     def _attn(self, x: Tensor) -> Tensor:
         _, height, width, channels = x.shape
@@ -48,19 +48,19 @@ class PadFirstBlock(SwinTransformerBlock):
 
 
 def pad_before_shifting(body: nn.Module) -> None:
-    """Let all Swin blocks of a timm model pad first; timm's constructor has no place for a block of another class."""
+    """Change all Swin blocks of a timm model to ``PadFirstBlock``; timm's constructor does not accept a block class."""
     for block in body.modules():
         if type(block) is SwinTransformerBlock:
             block.__class__ = PadFirstBlock
 
 
 class SwinPyramid(nn.Module):
-    """A Swin backbone, a norm for each stage's output, and a feature pyramid with one more level by subsampling.
+    """A Swin backbone, a norm per stage, and a feature pyramid with an additional level by subsampling.
 
     Args:
-        body: timm's Swin with ``features_only``: one map a stage, ``(samples, height, width, channels)``.
-        channels: of the stages.
-        out_channels: of the pyramid.
+        body: timm's Swin with ``features_only``: one map per stage, ``(samples, height, width, channels)``.
+        channels: number of channels per stage.
+        out_channels: number of channels of the pyramid.
     """
 
     def __init__(self, body: nn.Module, channels: Sequence[int], out_channels: int) -> None:
@@ -79,12 +79,12 @@ class SwinPyramid(nn.Module):
 
 
 class AlignedRegions(MultiScaleRoIAlign):
-    """Pools regions from the level that fits their size, aligned to pixel centres.
+    """Pooling of regions from the level that suits their size, aligned to pixel centres.
 
     Args:
-        names: of the maps, finest first.
-        strides: of the maps, in pixels.
-        output_size: cells of a pooled region, a side.
+        names: names of the maps, finest first.
+        strides: strides of the maps, in pixels.
+        output_size: number of cells of a pooled region, per side.
     """
 
     def __init__(self, names: Sequence[str], strides: Sequence[int], output_size: int) -> None:
@@ -92,12 +92,12 @@ class AlignedRegions(MultiScaleRoIAlign):
         self.strides = tuple(strides)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any = None) -> Tensor:
-        """``(regions, channels, size, size)``; the regions of the first sample come first, then the second's.
+        """Pooled regions, ``(regions, channels, size, size)``, ordered by sample.
 
         Args:
             x: maps by name.
-            boxes: ``(regions, 4)`` in pixels, one tensor a sample.
-            image_shapes: not looked at, for the strides are known.
+            boxes: ``(regions, 4)`` in pixels, one tensor per sample.
+            image_shapes: ignored, because the strides are known.
         """
         regions = torch.cat(boxes).float()
         sample = torch.cat([torch.full_like(part[:, :1], index) for index, part in enumerate(boxes)]).float()
@@ -108,17 +108,17 @@ class AlignedRegions(MultiScaleRoIAlign):
         for index, (name, stride) in enumerate(zip(self.featmap_names, self.strides, strict=True)):
             chosen = (level == index).nonzero().flatten()
             places.append(chosen)
-            # Sampling positions need float32, whatever the model runs in.
+            # Sampling positions need float32, whatever the dtype of the model.
             pooled.append(roi_align(x[name].float(), rows[chosen], self.output_size, 1 / stride, 0, aligned=True))
         order = torch.cat(places).argsort()
         return torch.cat(pooled)[order].to(x[self.featmap_names[0]].dtype)
 
 
 class ExactAnchors(AnchorGenerator):
-    """Anchors of 8 strides and three shapes, at multiples of the strides, nothing rounded.
+    """Anchors with sides of 8 strides and three shapes, at multiples of the strides, without rounding.
 
     Args:
-        strides: of the pyramid's levels, in pixels.
+        strides: strides of the pyramid's levels, in pixels.
     """
 
     def __init__(self, strides: Sequence[int]) -> None:
@@ -132,14 +132,14 @@ class ExactAnchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Anchors about the origin, ``(ratios · scales, 4)``."""
+        """Anchors centred at the origin, ``(ratios · scales, 4)``."""
         root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         side = torch.tensor(scales, dtype=dtype, device=device)
         width, height = (side / root[:, None]).flatten(), (side * root[:, None]).flatten()
         return torch.stack([-width, -height, width, height], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """``(anchors of all levels, 4)`` for each image: rows, then columns, then shapes."""
+        """Anchors of all levels, ``(anchors, 4)`` per image, ordered by level, row, column and shape."""
         levels = []
         for map_, stride, cell in zip(feature_maps, self.strides, self.cell_anchors, strict=True):
             down, across = (torch.arange(size, device=map_.device) * stride for size in map_.shape[-2:])

@@ -1,9 +1,9 @@
-"""What the COCO source asks of a model that detects objects, whichever library it is of.
+"""The interface between the COCO source and the detection models of all libraries.
 
-A detector turns images into a batch, and a module's outputs into boxes, scores, labels and masks in the pixels of the
-original images, with everything that belongs to its inference (non-maximum suppression, thresholds). That is what
-average precision is measured on. The search never calls it: it needs f(x), a differentiable tensor of a fixed width
-(``FloatModel.forward``), from the same batches.
+A detector converts images to a batch, and the outputs of a module to boxes, scores, labels and masks in pixels of the
+original images. This is the full inference (with non-maximum suppression and thresholds), on which average precision
+is measured. The search does not use it: it needs f(x), a differentiable tensor of fixed width
+(``FloatModel.forward``), on the same batches.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first or in any order.
+    """The objects detected in one image, in any order.
 
     Attributes:
         boxes: ``(n, 4)``: left, top, right, bottom in pixels of the original image.
         scores: ``(n,)``.
-        labels: ``(n,)`` int64, the model's own class numbers.
-        masks: ``(n, height, width)`` bool; None for models that give boxes alone.
+        labels: ``(n,)`` int64, class indices of the model.
+        masks: ``(n, height, width)`` bool; None for models without masks.
     """
 
     boxes: Tensor
@@ -39,15 +39,16 @@ class Detections:
 
 @dataclass(frozen=True)
 class Detector:
-    """How to run a model on images.
+    """Preprocessing and inference of a detection model.
 
     Attributes:
-        prepare: RGB images (PIL) to one batch: resized, normalised, and padded at the right and the bottom to one size.
-        detect: a module, a batch and the images' original sizes to ``Detections``, one an image.
-        categories: ``{category id: name}`` of annotations to ``{label: category id}``; a DataError where they do not
-            belong together.
-        described: all that ``prepare`` depends on, as JSON values: a part of the data's key.
-        masks: whether there are masks.
+        prepare: converts RGB images (PIL) to one batch: resized, normalised, and padded at the right and bottom to one
+            size.
+        detect: ``detect(module, batch, original sizes)`` returns one ``Detections`` per image.
+        categories: converts ``{category id: name}`` of annotations to ``{label: category id}``; raises DataError if
+            they do not match the model's classes.
+        described: all settings of ``prepare`` as JSON values; part of the key of the data.
+        masks: whether the model predicts masks.
     """
 
     prepare: Callable[[Sequence[Any]], Batch]
@@ -58,33 +59,33 @@ class Detector:
 
 
 def side_by_side(kinds: Sequence[Tensor]) -> Tensor:
-    """Several kinds of outputs as one f(x), ``(samples, outputs)``: each kind weighs the same, however many there are.
+    """Several kinds of outputs concatenated to one f(x), ``(samples, outputs)`` float32, each divided by √entries.
 
-    A kind is divided by the square root of its number of entries, so that ``‖f(x)‖²`` is the sum of the kinds' mean
-    squares, and the NMSE is not that of the most numerous kind (mask logits) alone.
+    With the division by the square root of its number of entries per sample, ``‖f(x)‖²`` is the sum of the mean squares
+    of the kinds, and the most numerous kind (mask logits) does not dominate the NMSE (METHOD 3).
 
     Args:
-        kinds: tensors whose leading axis is that of the samples.
+        kinds: tensors with samples on the leading axis.
     """
     rows = [kind.flatten(1).float() for kind in kinds]
     return torch.cat([row / max(1, row.shape[1]) ** 0.5 for row in rows], dim=1)
 
 
 def spread_points(length: int, points: int) -> list[int]:
-    """``points`` indices below ``length``, in the middles of equal parts; repeated where these are too small."""
+    """The ``points`` indices below ``length`` at the centres of equal parts; repeated if ``length < points``."""
     return [int((index + 0.5) * length / points) for index in range(points)]
 
 
 def at_points(maps: Tensor, sizes: Sequence[Size], points: int) -> Tensor:
-    """A map's values at a ``points × points`` lattice over the part of each sample that is no padding.
+    """Values of a map at a ``points × points`` lattice over the unpadded part of each sample.
 
     Args:
         maps: ``(samples, channels, height, width)``.
-        sizes: of that part, in cells of the map, a pair a sample.
-        points: of the lattice, a side.
+        sizes: height and width of the unpadded part in cells of the map, one pair per sample.
+        points: number of lattice points per side.
 
     Returns:
-        ``(samples, channels, points, points)``: of a fixed width, whatever the size of the map.
+        ``(samples, channels, points, points)``, whatever the size of the map.
     """
     found = []
     for row, (height, width) in zip(maps, sizes, strict=True):

@@ -1,8 +1,9 @@
-"""What a model family answers for, and the registry of families.
+"""The interface of model families, and their registry.
 
-A family says which keys of the ``model`` section it reads (``settings``), loads a float model from them, describes its
-architecture so that checkpoints rebuild themselves, and tells data sources, exporters and containers what they need:
-how inputs are prepared, what an example input is, which files its settings name. Nobody else names a family:
+A family declares which keys of the ``model`` section it reads (``settings``), loads a float model from them, and
+describes its architecture so that checkpoints can be loaded without an instance. For data sources, exporters and
+containers it also describes its inputs, makes example inputs, and lists the files that its settings name. Code outside
+a family does not refer to it by name:
 
     class Mine(ModelFamily[MySettings]):
         name, settings = "mine", MySettings
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mlorq.models.base import Batch, FloatModel
     from mlorq.models.detector import Detector
 
-InputKind = Literal["images", "texts", "objects"]  # objects: images in which things are found
+InputKind = Literal["images", "texts", "objects"]  # objects: images for object detection
 Task = Literal[
     "image-classification", "text-classification", "sentence-similarity", "object-detection", "instance-segmentation"
 ]
@@ -38,7 +39,7 @@ Own = TypeVar("Own", bound=Settings)
 
 
 class ModelSection(Protocol):
-    """The ``model`` section of a configuration, as far as all families share it."""
+    """The keys of the ``model`` section that all families share."""
 
     @property
     def family(self) -> str:
@@ -46,31 +47,31 @@ class ModelSection(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Dtype that the model runs in."""
+        """Name of the dtype that the model runs in."""
 
     @property
     def rotation(self) -> int | None:
-        """Seed of a rotation of the residual stream."""
+        """Seed of the rotation of the residual stream; None: no rotation."""
 
     @property
     def own(self) -> Settings:
-        """The family's own settings."""
+        """The settings of the family."""
 
 
 class LibrarySettings(Settings):
-    """Keys of families whose models have a name in a library."""
+    """Settings that the families of libraries share: models have a name in the library."""
 
     name: str | None = Field(
-        None, description="name in the family's library or on its hub; or a model's folder, or a package's folder"
+        None, description="name in the family's library or on its hub; or a folder, also one inside a package"
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
-    task: Task | None = Field(None, description="what the model's output is, where the library has several")
+    task: Task | None = Field(None, description="task of the model, if the library has models for several tasks")
 
     def require_name(self, family: str) -> str:
         """The name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: ``name`` is not set.
         """
         if not self.name:
             raise ValueError(f"family {family} needs a name")
@@ -79,13 +80,13 @@ class LibrarySettings(Settings):
 
 @dataclass(frozen=True)
 class Example:
-    """Values of a configuration to start from.
+    """Values of an initial configuration, for ``mlorq init``.
 
     Attributes:
-        model: of the ``model`` section, without ``family``.
-        data: ``{"calibration": …, "evaluation": …}``.
-        named: how the model is named on the command line, ``mlorq init --model FAMILY:NAMED``.
-        name_key: the key of ``model`` that this sets.
+        model: values of the ``model`` section, without ``family``.
+        data: values of the ``data`` section: ``{"calibration": …, "evaluation": …}``.
+        named: placeholder of the model's name on the command line, as in ``mlorq init --model FAMILY:NAME``.
+        name_key: key of ``model`` that this name sets.
     """
 
     model: dict[str, Any]
@@ -96,12 +97,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TextInputs:
-    """How a model reads texts.
+    """Tokenizer and classes of a text model.
 
     Attributes:
-        tokenizer: gives the model's tokenizer, in the interface of transformers; raises ModelError.
-        class_names: gives its classes in the order of its outputs (one: a regressor); raises ModelError.
-        pairs: whether it embeds each text, so that pairs of them are compared; else rows are classified.
+        tokenizer: returns the model's tokenizer, with the interface of transformers; raises ModelError.
+        class_names: returns the names of its classes in the order of its outputs (a single one: a regressor); raises
+            ModelError.
+        pairs: True for a sentence encoder, which is evaluated on pairs of texts; False for a classifier.
     """
 
     tokenizer: Callable[[], Any]
@@ -110,15 +112,15 @@ class TextInputs:
 
 
 class ModelFamily(ABC, Generic[Own]):
-    """One model family.
+    """Base class of model families.
 
     Attributes:
-        name: as a configuration writes it.
-        settings: the keys of the ``model`` section that it reads.
+        name: name in a configuration.
+        settings: class of the keys of the ``model`` section that the family reads.
         rebuilds: whether checkpoints of its models load without an instance.
-        rotates: whether ``rotation`` applies to its models.
-        inputs: the kinds of inputs that its models take, and for which of its models, as in ``{"texts": "with task
-            text-classification"}``; an empty text: for all.
+        rotates: whether its models support ``rotation``.
+        inputs: the kinds of inputs that its models take, each with a condition, as in ``{"texts": "with task
+            text-classification"}``; an empty condition: all models of the family.
     """
 
     name: str
@@ -132,9 +134,9 @@ class ModelFamily(ABC, Generic[Own]):
         """The float model with its weights.
 
         Args:
-            settings: its own.
-            dtype: name of the dtype that it runs in.
-            folder: where relative paths start.
+            settings: settings of this family.
+            dtype: name of the dtype that the model runs in.
+            folder: folder that relative paths start from.
 
         Raises:
             ModelError: the model, its weights or its code cannot be loaded.
@@ -142,68 +144,72 @@ class ModelFamily(ABC, Generic[Own]):
 
     @abstractmethod
     def example(self) -> Example:
-        """Values for ``mlorq init``."""
+        """Values of an initial configuration, for ``mlorq init``."""
 
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
-        """A module of a described architecture, with weights yet to be loaded; without network.
+        """The module of an architecture, with weights yet to be loaded; needs no network.
 
         Raises:
             CheckpointError: the family cannot rebuild modules from a description.
         """
-        raise CheckpointError(f"a model of family {self.name} cannot rebuild itself: pass model=instance")
+        raise CheckpointError(f"models of family {self.name} cannot be rebuilt from a checkpoint: pass model=instance")
 
     def describe(self, module: nn.Module) -> dict[str, Any] | None:
-        """The architecture of an instance in memory from which ``rebuild`` makes its like; None: not of this family."""
+        """The architecture from which ``rebuild`` gives a module like this instance; None if not of this family."""
         return None
 
     def mark(self, module: nn.Module) -> None:
-        """Note on layers of the family's library, in a module of any family, what the search cannot see itself."""
+        """Set attributes that the search needs (``samples_axis``) on layers of this family's library.
+
+        Args:
+            module: a module of any family.
+        """
 
     def classes(self, model: FloatModel) -> int | None:
-        """How many classes a model tells apart (one: a regressor); None where that is not known."""
+        """Number of classes of a model (1: a regressor); None if unknown."""
         return None
 
     def display_name(self, settings: Own) -> str:
-        """A short name of the model for people and file names: the last part of its name that says something."""
+        """A short name of the model, for display and file names: the last distinctive part of its name."""
         return short_name(getattr(settings, "name", None) or "model")
 
     # -- inputs ---------------------------------------------------------------------------------------------------
 
     def image_inputs(self, settings: Own) -> dict[str, Any] | None:
-        """Preprocessing of images, as timm's evaluation transform takes it; None: the model does not take images."""
+        """Preprocessing of images, as arguments of timm's evaluation transform; None if it is not an image model."""
         return None
 
     def text_inputs(self, settings: Own, folder: str = "") -> TextInputs | None:
-        """How the model reads texts; None: it does not."""
+        """Tokenizer and classes of the model; None if it is not a text model."""
         return None
 
     def detector(self, settings: Own, folder: str = "") -> Detector | None:
-        """How the model finds objects in images; None: it does not.
+        """Preprocessing and inference of the model as a detector; None if it is not one.
 
         Raises:
-            ModelError: what it needs cannot be loaded.
+            ModelError: its image processor or an argument is missing or invalid.
         """
         return None
 
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-        """How inputs of an architecture are prepared, as JSON values; None where that is not known.
+        """Preprocessing of an architecture's inputs, as JSON values; None if unknown.
 
-        ``kind`` is ``image`` or ``text``; ``inputs`` the keys of a batch, where it is a mapping.
+        ``kind`` is ``image`` or ``text``; ``inputs`` are the keys of a batch, if it is a mapping.
         """
         return None
 
     def example_input(
         self, architecture: Mapping[str, Any], batch: Batch | None = None, samples: int = 1
     ) -> Batch | None:
-        """Inputs of the right shapes and types, on the CPU: what an exporter traces.
+        """A batch of the right shapes and dtypes, on the CPU, for tracing.
 
         Args:
-            architecture: of a ``FloatModel`` or a checkpoint.
-            batch: of calibration data, of which samples are taken where there is one.
-            samples: how many.
+            architecture: architecture of a ``FloatModel`` or a checkpoint.
+            batch: calibration data to take the samples from; None: random inputs.
+            samples: number of samples.
 
         Returns:
-            A batch; None where none is given and the architecture does not say what it takes.
+            A batch; None if ``batch`` is None and the architecture does not determine its inputs.
         """
         if batch is None:
             return self._made_input(architecture, samples)
@@ -218,7 +224,7 @@ class ModelFamily(ABC, Generic[Own]):
     # -- files ----------------------------------------------------------------------------------------------------
 
     def locations(self, settings: Own) -> list[str]:
-        """Files and folders that the settings name, as they are written: a container has to see them."""
+        """Files and folders that the settings name, as written there; they are mounted in containers."""
         return []
 
     def uses_hub(self, settings: Own, folder: str = "") -> bool:
@@ -241,13 +247,13 @@ def load(section: ModelSection, folder: str = "") -> FloatModel:
 
 
 def takers(kind: InputKind) -> str:
-    """The families whose models take a kind of inputs, for messages: ``family a, or family b with task c``."""
+    """The families whose models take a kind of input, for messages: ``family a, or family b with task c``."""
     found = [(family.name, family.inputs[kind]) for family in FAMILIES if kind in family.inputs]
     return ", or ".join(f"family {name}{f' {which}' if which else ''}" for name, which in found)
 
 
 def short_name(name: str) -> str:
-    """The last part of a model's name or path that says something."""
+    """The last part of a model's name or path other than ``model``, ``.`` and ``..``."""
     name = name.rstrip("/")
     parts = [part for part in name.replace(":", "/").split("/") if part not in ("model", ".", "..")]
     return parts[-1] if parts else name

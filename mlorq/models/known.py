@@ -1,7 +1,7 @@
-"""Models that are known to work: what each is for, what was tried, and what was measured by which command.
+"""Models that are known to work: task, test, measured figures, and the command that reproduces them.
 
-The one place for rows: a new family, or a model that was measured, is a row of ``KNOWN``. Figures are those of
-``benchmarks/README.md``. The commands of rows without one are to run the models whole.
+Add a row to ``KNOWN`` for a new family or a newly measured model. Figures are those of ``benchmarks/README.md``. In
+rows without figures the command runs the models at full size.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ class KnownModel:
     """One row of ``mlorq models``.
 
     Attributes:
-        family: in a configuration's ``model`` section.
-        model: name or names in that family's library; ``*`` stands for anything.
-        task: of the model.
-        tested: what was run.
-        measured: figures on real weights and data; empty where there are none.
-        command: that runs, or measured, the model.
+        family: ``family`` of the ``model`` section.
+        model: name or names in the family's library; ``*`` matches anything.
+        task: task of the model.
+        tested: weights and bit-widths that were run.
+        measured: figures on real weights and data; empty if there are none.
+        command: command that runs the model, or that measured the figures.
     """
 
     family: str
@@ -114,5 +114,5 @@ KNOWN = [
 
 
 def known_models() -> list[dict[str, str]]:
-    """Models that are known to work, as rows of ``mlorq models``."""
+    """The rows of ``mlorq models``: models that are known to work."""
     return [asdict(row) for row in KNOWN]

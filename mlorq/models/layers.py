@@ -1,8 +1,8 @@
-"""Which layers a model has to compress, in execution order, found by hooks on one real forward.
+"""The compressible layers of a model in execution order, found by hooks on one forward pass.
 
-A compressible layer is ``y = W x + b``: ``nn.Linear``, or ``nn.Conv2d`` seen through its unfolded input
+A compressible layer is ``y = W x + b``: ``nn.Linear``, or ``nn.Conv2d`` on its unfolded input
 (``in_features = in_channels / groups · kh · kw``). Grouped convolutions are quantize-only. Order, multiply-accumulates
-and shared inputs are observed and not guessed, so they hold for any module.
+and shared inputs are observed during the pass, so they are correct for any module.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Layer:
     """One compressible layer.
 
     Attributes:
-        name: module name; the first of several that share the weight.
+        name: name of the module; if several share the weight, of the one that runs first.
         kind: ``linear`` or ``conv2d``.
-        out_features: rows of W.
-        in_features: columns of W (``in_channels / groups · kh · kw`` for convolutions).
-        groups: convolution groups; a low-rank form needs 1.
-        macs: multiply-accumulates a sample.
+        out_features: number of rows of W.
+        in_features: number of columns of W (``in_channels / groups · kh · kw`` for convolutions).
+        groups: convolution groups; low-rank forms require 1.
+        macs: multiply-accumulates per sample.
         order: position in the forward pass.
-        block: how many of the model's blocks are complete before the layer is first called; a run that changes
-            only this layer may start at that block.
-        input_group: layers with the same number read the very same tensor.
-        aliases: other module names with the same weight.
+        block: number of the model's blocks that are complete before the layer's first call; a forward pass in which
+            only this layer is changed can start at that block.
+        input_group: layers with the same number read the same tensor.
+        aliases: names of the other modules with the same weight.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Layer:
 
     @property
     def params(self) -> int:
-        """Entries of W."""
+        """Number of entries of W."""
         return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class LayerList:
-    """What a model has to compress.
+    """The compressible layers of a model.
 
     Attributes:
-        layers: in execution order.
-        blocks: module names of the chain of blocks; empty where the model has none.
-        skipped: ``(name, reason)`` of linear layers and convolutions that are left alone.
+        layers: the layers in execution order.
+        blocks: names of the modules in the chain of blocks; empty if the model has none.
+        skipped: ``(name, reason)`` of linear layers and convolutions that are not compressed.
     """
 
     layers: list[Layer]
@@ -74,7 +74,7 @@ class LayerList:
 
     @property
     def params(self) -> int:
-        """Weights of all compressible layers."""
+        """Number of weights of all compressible layers."""
         return sum(layer.params for layer in self.layers)
 
     def __getitem__(self, name: str) -> Layer:
@@ -105,26 +105,30 @@ def layers_from_table(table: pa.Table) -> list[Layer]:
 
 
 def is_compressible(module: nn.Module) -> bool:
-    """Whether a module computes ``W x + b`` the way ``nn.Linear`` or ``nn.Conv2d`` do."""
+    """Whether a module has the forward of ``nn.Linear`` or ``nn.Conv2d``."""
     return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """W of a layer, ``(out_features, in_features)`` float32: a copy, so that replacing the weight leaves it alone."""
+    """A copy of the weight W of a layer, ``(out_features, in_features)`` float32."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().reshape(weight.shape[0], -1).to(torch.float32, copy=True)
 
 
 def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
-    """A layer's input as rows of its matrix product, regrouped to samples: ``(samples, tokens, in_features)``.
+    """Inputs of a layer's matrix product, grouped by sample: ``(samples, tokens, in_features)``.
 
-    Convolutions are unfolded (grouped ones to ``groups · in_features``); samples folded into the leading axis
-    (windows, regions) are taken apart again. A module that its family marks with ``samples_axis = 1`` is called with
-    tokens first.
+    The input of a convolution is unfolded (if it is grouped, to ``groups · in_features``). If the leading axis has
+    several rows per sample (windows, regions), these become tokens of the sample.
+
+    Args:
+        module: the layer; if its family set ``samples_axis = 1``, tokens are its first axis.
+        inputs: the tensor that the layer is called with.
+        samples: number of samples in it.
 
     Raises:
-        ModelError: the leading axis is no multiple of the number of samples.
+        ModelError: the leading size is not a multiple of the number of samples.
     """
     if isinstance(module, nn.Conv2d):
         inputs = _pad(module, inputs)
@@ -135,7 +139,7 @@ def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
 
 
 def output_tokens(module: nn.Module, outputs: Tensor, samples: int) -> Tensor:
-    """A layer's output (or its gradient) regrouped like its input: ``(samples, tokens, out_features)``."""
+    """Output of a layer, or its gradient, grouped as by ``input_tokens``: ``(samples, tokens, out_features)``."""
     if isinstance(module, nn.Conv2d):
         outputs = outputs.flatten(2).transpose(1, 2)
     return _by_sample(outputs, samples, getattr(module, "samples_axis", 0))
@@ -152,7 +156,10 @@ def _by_sample(values: Tensor, samples: int, axis: int = 0) -> Tensor:
     if axis:
         values = values.transpose(0, axis)
     if values.shape[0] % samples:
-        raise ModelError(f"a layer sees {values.shape[0]} leading rows for {samples} samples; samples must come first")
+        raise ModelError(
+            f"a layer has {values.shape[0]} leading rows, not a multiple of {samples} samples: put samples on the "
+            "first axis"
+        )
     return values.reshape(samples, -1, values.shape[-1])
 
 
@@ -164,17 +171,17 @@ def find_layers(
     exclude: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> LayerList:
-    """List the compressible layers of a model by running it once.
+    """The compressible layers of a model, found by one forward pass.
 
     Args:
         model: the float model, on ``device``.
         batch: one batch of calibration data.
-        include: glob patterns of layer names to compress.
-        exclude: glob patterns of layer names to leave alone; wins over ``include``.
-        device: where the batch is moved to.
+        include: glob patterns of the names of layers to compress.
+        exclude: glob patterns of the names of layers not to compress; wins over ``include``.
+        device: device that the batch is moved to.
 
     Raises:
-        ModelError: no compressible layer is reached, or none is left by the patterns.
+        ModelError: no compressible layer runs, or the patterns exclude all.
     """
     module = model.module
     named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
@@ -190,7 +197,7 @@ def find_layers(
     for name, child in targets.items():
         by_weight.setdefault(id(child.weight), []).append(name)
     for names in by_weight.values():
-        # The module that runs first gives a shared weight its name; those that never run come last.
+        # A shared weight is named after the module that runs first; modules that never run come last.
         names.sort(key=lambda name: calls.get(id(targets[name]), {"order": len(targets)})["order"])
         seen = [calls[id(targets[name])] for name in names if id(targets[name]) in calls]
         reason = _reason_to_skip(names, targets[names[0]], bool(seen), include, exclude)
@@ -217,7 +224,7 @@ def find_layers(
     if not layers:
         raise ModelError(
             "the model has no compressible layers"
-            + (f" left by include={list(include)} exclude={list(exclude)}" if targets else "")
+            + (f" with include={list(include)} exclude={list(exclude)}" if targets else "")
         )
     layers.sort(key=lambda layer: layer.order)
     return LayerList(layers, blocks, skipped)
@@ -244,10 +251,10 @@ UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 def _observe(
     model: FloatModel, batch: Any, targets: dict[int, nn.Module], blocks: list[str]
 ) -> dict[int, dict[str, int]]:
-    """One forward with hooks: call order, blocks complete at the first call, output entries, shared inputs."""
+    """Order, completed blocks, output entries and input group of the calls in one forward pass, by id of the layer."""
     calls: dict[int, dict[str, int]] = {}
     complete = 0
-    inputs: list[Tensor] = []  # kept alive so that no address is used twice during the pass
+    inputs: list[Tensor] = []  # kept alive so that no address is reused during the pass
     groups: dict[tuple[Any, ...], int] = {}
 
     def on_block(*_: Any) -> None:
@@ -258,11 +265,11 @@ def _observe(
         call = calls.get(id(child))
         if call is not None:
             call["outputs"] += output.numel()
-            call["input_group"] = -call["order"] - 1  # called again on something else: a group of its own
+            call["input_group"] = -call["order"] - 1  # called more than once: its own group
             return
         inputs.append(args[0])
-        # The version tells a tensor that was changed in place from what it was before.
-        # Convolutions that unfold one tensor in different ways have different rows, and tokens, to multiply.
+        # The version distinguishes a tensor from itself after a change in place.
+        # Convolutions that unfold one tensor differently have different inputs of their matrix products.
         unfolding = tuple(str(getattr(child, name, None)) for name in UNFOLDING)
         identity = (args[0].data_ptr(), args[0]._version, complete, tuple(args[0].shape), unfolding)
         calls[id(child)] = {

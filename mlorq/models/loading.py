@@ -1,4 +1,4 @@
-"""Float models of any family: loaded from a configuration, taken from memory, rebuilt from a description."""
+"""Float models of any family: loaded from a configuration, wrapped from an instance, rebuilt from a description."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mlorq.models.residual_rotation import rotate_residual_stream
 
 
 def load_model(config: ModelSection, folder: str = "") -> FloatModel:
-    """Load the float model that a configuration names.
+    """The float model of a configuration, with its weights, rotated if ``rotation`` is set.
 
     Args:
         config: the ``model`` section.
-        folder: where relative paths start.
+        folder: folder that relative paths start from.
 
     Raises:
         ModelError: the model, its weights or its code cannot be loaded.
@@ -29,14 +29,14 @@ def load_model(config: ModelSection, folder: str = "") -> FloatModel:
     if config.rotation is None:
         return model
     rotate_residual_stream(model.module, config.rotation)
-    return replace(model, key="")  # of the weights as they are now
+    return replace(model, key="")  # computes the key of the rotated weights
 
 
 def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """A module of a described architecture, with weights yet to be loaded; needs no network.
+    """The module of an architecture, with weights yet to be loaded; needs no network.
 
     Raises:
-        CheckpointError: the family cannot rebuild modules from a description, or is not installed.
+        CheckpointError: the family is not installed, or cannot rebuild modules from a description.
     """
     family = str(architecture.get("family"))
     if family not in FAMILIES:
@@ -45,22 +45,22 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def from_module(module: nn.Module, forward: Forward | None = None) -> FloatModel:
-    """A module in memory as a float model; parameters stay where and what they are.
+    """A float model around a module; device and dtype of its parameters stay.
 
     Args:
         module: any ``nn.Module``.
-        forward: ``forward(module, batch)`` gives the output tensor, samples first; default: call the module.
+        forward: ``forward(module, batch)`` returns the output tensor, samples first; default: call the module.
 
     Raises:
-        ModelError: it has no floating parameters.
+        ModelError: the module has no floating-point parameters.
     """
     floating = [value for value in module.parameters() if value.is_floating_point()]
     if not floating:
-        raise ModelError("the model has no floating parameters")
+        raise ModelError("the model has no floating-point parameters")
     families = list(FAMILIES)
     for family in families:
         family.mark(module)
-    # Instances of the libraries' own models are described as such, so that their checkpoints load by themselves.
+    # Instances of a library's models get the library's architecture, so that checkpoints load without an instance.
     described = (family.describe(module) for family in families)
     architecture = next((found for found in described if found is not None), None) or own_architecture(module)
     return FloatModel(

@@ -1,19 +1,19 @@
 """Mask R-CNN with a Swin backbone: timm's Swin, torchvision's pyramid, proposals and heads, published weights.
 
-What is compressed is the whole detector. Its f(x) for the label-free loss is one tensor of a fixed width a sample,
-differentiable in every weight (``label_free_outputs``):
+The whole detector is compressed. Its f(x) for the label-free loss is one tensor of fixed width per sample,
+differentiable in every weight (``label_free_outputs``; METHOD 3):
 
 - proposal head: logits and box shifts of every anchor, at a lattice of positions of every level of the pyramid;
-- box head: class logits and box shifts, of a fixed pyramid of regions over the image (the whole, its quarters, …);
-- mask head: mask logits of all classes at a few positions, of the same regions.
+- box head: class logits and box shifts of a fixed pyramid of regions of the image (the whole image, its quarters, …);
+- mask head: mask logits of all classes for the same regions, at a few positions.
 
-Regions are fixed, not proposed: proposals of a compressed model are others than the float model's, in another order and
-number, and non-maximum suppression has no gradient. A fixed grid asks every head about the same place in both models,
-reaches every level of the pyramid, and holds mostly background, as an image does.
-The regions of a sample are consecutive rows of the heads' input, so that statistics can tell samples apart.
+The regions are fixed because the proposals of the float and the compressed model differ in number and order, and
+non-maximum suppression has no gradient. Fixed regions evaluate every head at the same position in both models, reach
+every level of the pyramid, and are mostly background, as images are. The regions of a sample are consecutive rows of
+the heads' input, so that statistics per sample are possible.
 
-Images of a batch are resized one by one and padded to one size (right and bottom, after normalising, to a multiple of
-32), as in training. Padding is visible to the backbone, as it was there; f(x) itself looks at no padded position.
+The images of a batch are resized one by one and padded to one size (right and bottom, after normalisation, to a
+multiple of 32), as in training. The backbone sees the padding, as in training; f(x) excludes padded positions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlorq.errors import DataError, ModelError
+from mlorq.errors import DataError, ModelError, one_line
 from mlorq.models.base import Batch, FloatModel
 from mlorq.models.detection import NAME
 from mlorq.models.detection_keys import converted
@@ -38,9 +38,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "mask_rcnn_swin_tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
     "mask_rcnn_swin_small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
 }
-TIMM_NAME = "swin_tiny_patch4_window7_224"  # whose class builds them all; the arguments tell them apart
+TIMM_NAME = "swin_tiny_patch4_window7_224"  # class of all backbones; their sizes are arguments
 
-# What ``model.arguments`` may change, with the published models' values.
+# Keys of ``model.arguments``, with the values of the published models.
 ARGUMENTS: dict[str, Any] = {
     "embed_dim": 96,
     "depths": [2, 2, 6, 2],
@@ -49,32 +49,32 @@ ARGUMENTS: dict[str, Any] = {
     "fpn_channels": 256,
     "box_channels": 1024,
     "mask_channels": 256,
-    "num_classes": 81,  # with background
-    "min_size": 800,  # of an image's short side
-    "max_size": 1333,  # of its long side
+    "num_classes": 81,  # including background
+    "min_size": 800,  # pixels of the short side of an image
+    "max_size": 1333,  # maximum pixels of the long side
     "proposals": 1000,
     "score_threshold": 0.05,
-    "detections": 100,  # an image
+    "detections": 100,  # maximum per image
 }
 MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
 PADDED_TO = 32
 
-POINTS = 12  # of the lattice at which the proposal head is looked at, a side and level
-# Of the regions: by how much their sides are smaller than the image's, and how many there are a side. In images of
-# published size (800 × 1333) they come from the pyramid's levels 5, 5, 4, 3 and 2.
+POINTS = 12  # lattice points of the proposal head's outputs, per side and level
+# Regions: side of the image / side of the region, and number of regions per side. For images of the published size
+# (800 × 1333) they are pooled from levels 5, 5, 4, 3 and 2 of the pyramid.
 REGIONS = ((1, 1), (2, 2), (4, 4), (8, 6), (16, 6))
-MASK_POINTS = 2  # positions in a mask, a side; the mask head's four convolutions see around them
+MASK_POINTS = 2  # positions in a mask, per side; the mask head's four convolutions cover their neighbourhood
 MASK_THRESHOLD = 0.5
 
 
 def load(name: str, arguments: Mapping[str, Any], checkpoint: str, dtype: str) -> FloatModel:
-    """Build a detector and load a checkpoint of any of the layouts of ``detection_keys``.
+    """The detector with the weights of a checkpoint in any layout of ``detection_keys``.
 
     Args:
-        name: of ``BACKBONES``.
-        arguments: of ``ARGUMENTS``, instead of the published ones.
+        name: key of ``BACKBONES``.
+        arguments: values that replace those of ``ARGUMENTS``.
         checkpoint: path or URI of the weights.
-        dtype: name of the dtype that it runs in.
+        dtype: name of the dtype that the model runs in.
 
     Raises:
         ModelError: the name or an argument is unknown, or the weights are missing or do not fit.
@@ -89,10 +89,10 @@ def load(name: str, arguments: Mapping[str, Any], checkpoint: str, dtype: str) -
 
 
 def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module of an architecture, without its weights.
+    """The module of an architecture, with weights yet to be loaded.
 
-    Called on a list of images ``(3, height, width)`` with values in [0, 1], it returns what torchvision's Mask R-CNN
-    does: boxes, labels, scores and masks in the images' own pixels.
+    It is called as torchvision's Mask R-CNN: on a list of images ``(3, height, width)`` with values in [0, 1] it
+    returns boxes, labels, scores and masks in pixels of the images.
 
     Raises:
         ModelError: the name or an argument is unknown.
@@ -101,29 +101,28 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
     try:
         return _build(values)
     except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise ModelError(f"detector {architecture['name']!r} cannot be built with its arguments: {text}") from error
+        raise ModelError(f"detector {architecture['name']!r}: invalid arguments: {one_line(error)}") from error
 
 
 def settings(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a model: the published ones, and in their place those given.
+    """All arguments of a model: the given ones, and the published values of the others.
 
     Raises:
         ModelError: the name or an argument is unknown.
     """
     if name not in BACKBONES:
-        raise ModelError(f"there is no detector {name!r}; there are {', '.join(BACKBONES)}")
+        raise ModelError(f"unknown detector {name!r}; known: {', '.join(BACKBONES)}")
     for key in arguments:
         if key not in ARGUMENTS:
-            raise ModelError(f"detector {name!r} has no argument {key!r}; it has {', '.join(ARGUMENTS)}")
+            raise ModelError(f"detector {name!r}: unknown argument {key!r}; known: {', '.join(ARGUMENTS)}")
     return {**ARGUMENTS, **BACKBONES[name], **arguments}
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """All Swin blocks of all stages, in execution order.
+    """Names of the Swin blocks of all stages, in execution order.
 
-    No chain that could be entered in its middle, since patches are merged between stages and the pyramid reads every
-    stage; but each has an output of its own to be reconstructed.
+    The forward pass cannot be entered at a block, since patches are merged between stages and the pyramid reads every
+    stage; the blocks are used for block reconstruction only.
     """
     from mlorq.models.detection_parts import PadFirstBlock
 
@@ -131,11 +130,12 @@ def block_names(module: nn.Module) -> list[str]:
 
 
 def label_free_outputs(module: nn.Module, batch: Batch) -> Tensor:
-    """f(x), ``(samples, outputs)`` float32; see the module's docstring.
+    """f(x), ``(samples, outputs)`` float32; see the docstring of this file.
 
     Args:
-        module: a Mask R-CNN of torchvision's.
-        batch: ``pixel_values`` ``(samples, 3, height, width)`` and ``image_sizes`` ``(samples, 2)``, before padding.
+        module: a torchvision Mask R-CNN.
+        batch: ``pixel_values`` ``(samples, 3, height, width)``, and ``image_sizes`` ``(samples, 2)``, the height and
+            width before padding.
     """
     model: Any = module
     pixels, sizes = batch["pixel_values"], _sizes(batch)
@@ -154,7 +154,7 @@ def label_free_outputs(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def regions(size: Size) -> Tensor:
-    """The regions of f(x), ``(93, 4)``: the whole image, its quarters, …, and ever smaller ones spread over it."""
+    """The regions of f(x), ``(93, 4)`` in pixels: the whole image, its quarters, and evenly spaced smaller ones."""
     height, width = size
     found = []
     for smaller, number in REGIONS:
@@ -167,11 +167,11 @@ def regions(size: Size) -> Tensor:
 
 
 def detector(name: str, arguments: Mapping[str, Any]) -> Detector:
-    """How images become batches and a module's outputs detections: torchvision's own inference.
+    """Preprocessing and inference as in torchvision.
 
     Args:
-        name: of ``BACKBONES``.
-        arguments: of ``ARGUMENTS``, instead of the published ones.
+        name: key of ``BACKBONES``.
+        arguments: values that replace those of ``ARGUMENTS``.
 
     Raises:
         ModelError: the name or an argument is unknown.
@@ -187,7 +187,10 @@ def detector(name: str, arguments: Mapping[str, Any]) -> Detector:
     def categories(names: Mapping[int, str]) -> dict[int, int]:
         wanted = values["num_classes"] - 1
         if len(names) != wanted:
-            raise DataError(f"the annotations have {len(names)} categories, the model {wanted} classes")
+            raise DataError(
+                f"the annotations have {len(names)} categories and the model has {wanted} classes: the numbers must "
+                "be equal"
+            )
         return {label: category for label, category in enumerate(sorted(names), 1)}
 
     described = preprocessing(name, arguments)
@@ -196,24 +199,30 @@ def detector(name: str, arguments: Mapping[str, Any]) -> Detector:
 
 
 def preprocessing(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes that images are resized to, their normalisation, and the multiple that a batch is padded to."""
+    """Settings of the preprocessing: sizes of resized images, normalisation, and the multiple of the padded size."""
     values = settings(name, arguments)
     sizes = {"min_size": values["min_size"], "max_size": values["max_size"]}
     return sizes | {"mean": MEAN, "std": STD, "padded_to": PADDED_TO}
 
 
 def random_images(name: str, arguments: Mapping[str, Any], samples: int) -> Batch:
-    """Normalised pixels of square images from a fixed seed, in a batch as ``Detector.prepare`` gives it."""
+    """A batch as from ``Detector.prepare``, of square images with random pixels from a fixed seed."""
     side = -(-int(settings(name, arguments)["min_size"]) // PADDED_TO) * PADDED_TO
     pixels = torch.randn(samples, 3, side, side, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]] * samples)}
 
 
 def detect(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
-    """Run the whole detector on a batch that is already resized and padded.
+    """The detections of the whole detector on a prepared batch.
 
-    Step by step what torchvision's own ``forward`` does, but with boxes and scores in float32 whatever the model runs
-    in: a box of 1000 pixels has no place in bfloat16, and suppression does not exist there.
+    The same steps as in torchvision's ``forward``, but with boxes and scores in float32 whatever the dtype of the
+    model: bfloat16 cannot represent the coordinates of a box of 1000 pixels, and non-maximum suppression does not
+    support it.
+
+    Args:
+        module: a torchvision Mask R-CNN.
+        batch: resized and padded images, from ``Detector.prepare``.
+        originals: height and width of each original image, to which the results are scaled.
     """
     from torchvision.models.detection.image_list import ImageList
     from torchvision.models.detection.roi_heads import maskrcnn_inference
@@ -246,7 +255,7 @@ def _sizes(batch: Batch) -> list[Size]:
 
 
 def _cells(sizes: Sequence[Size], pixels: Tensor, map_: Tensor) -> list[Size]:
-    """How many cells of a map show a part of each image, at least one a side."""
+    """Height and width in cells of the unpadded part of a map, for each image; rounded up."""
     return [
         (-(-height * map_.shape[-2] // pixels.shape[-2]), -(-width * map_.shape[-1] // pixels.shape[-1]))
         for height, width in sizes

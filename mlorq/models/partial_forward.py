@@ -1,9 +1,9 @@
-"""Running a model from the middle: everything before the first changed block is computed once.
+"""Partial forward passes: the part of a model before the first changed block is computed only once.
 
-A model whose blocks run one after another, each on the output of the one before, can be entered at any block:
-the blocks before it hand on a kept output instead of computing theirs, and the code around the blocks (embeddings,
-masks, pooling, head) runs as it always does. It can be left early at any block or layer. Works on any module whose
-blocks are a chain; ``enters_cleanly`` checks that a model's are.
+If the blocks of a model form a chain, each reading the output of the previous one, a forward pass can be entered at any
+block: the blocks before it return a stored output, and the code around the blocks (embeddings, masks, pooling, head)
+runs as usual. A pass can also be ended early at any block or layer. ``enters_cleanly`` checks whether the blocks of a
+model form a chain.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ from mlorq.models.base import FloatModel
 
 
 class _Reached(Exception):
-    """Ends a forward pass early, carrying what was waited for."""
+    """Raised to end a forward pass early; carries the requested value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class Segments:
-    """Partial forwards of one module (the float model or a compressed copy of it)."""
+    """Partial forward passes of one module.
+
+    In all methods ``start`` is the index of the block at which the pass is entered, and ``carry`` the output of the
+    block before it.
+
+    Args:
+        model: the float model.
+        module: its module, or a compressed copy.
+        blocks: names of the blocks in the chain.
+    """
 
     def __init__(self, model: FloatModel, module: nn.Module, blocks: Sequence[str]) -> None:
         self.model = model
@@ -35,17 +44,17 @@ class Segments:
 
     @torch.no_grad()
     def outputs(self, batch: Any, start: int = 0, carry: Any = None) -> Tensor:
-        """f(x), ``(samples, outputs)``, entered at block ``start`` with the output of the block before it."""
+        """f(x), ``(samples, outputs)``, entered at block ``start``."""
         return self.differentiable_outputs(batch, start, carry)
 
     def differentiable_outputs(self, batch: Any, start: int = 0, carry: Any = None) -> Tensor:
-        """``outputs``, through which gradients reach ``carry``."""
+        """f(x), ``(samples, outputs)``, entered at block ``start``, with gradients down to ``carry``."""
         with self._entered_at(start, carry):
             return self.model.outputs(self.module, batch)
 
     @torch.no_grad()
     def block_arguments(self, batch: Any, start: int, carry: Any, block: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a block is called with, entered at block ``start``."""
+        """Positional and keyword arguments of block ``block``, entered at block ``start``."""
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached((args, kwargs))
@@ -56,7 +65,7 @@ class Segments:
 
     @torch.no_grad()
     def advance(self, batch: Any, start: int, carry: Any, stop: int) -> Any:
-        """Output of block ``stop - 1``, entered at block ``start``; ``carry`` itself where ``stop == start``."""
+        """Output of block ``stop - 1``, entered at block ``start``; ``carry`` itself if ``stop == start``."""
         if stop == start:
             return carry
 
@@ -67,7 +76,7 @@ class Segments:
 
     @torch.no_grad()
     def layer_inputs(self, batch: Any, start: int, carry: Any, layer: str) -> Tensor:
-        """The input of a layer's first call, entered at block ``start``, left there."""
+        """Input of the first call of layer ``layer``, entered at block ``start``."""
 
         def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
             raise _Reached(args[0])
@@ -84,14 +93,14 @@ class Segments:
             return reached.value
         finally:
             handle.remove()
-        raise RuntimeError("the forward pass ended before the block or layer that was waited for")
+        raise RuntimeError("the forward pass did not reach the requested block or layer")
 
     @contextmanager
     def _entered_at(self, start: int, carry: Any) -> Iterator[None]:
         skipped = self.blocks[:start]
         try:
             for block in skipped:
-                # An instance attribute hides the class's method until it is deleted again.
+                # An instance attribute overrides the method of the class until it is deleted.
                 block.forward = lambda *_, **__: carry
             yield
         finally:
@@ -100,9 +109,16 @@ class Segments:
 
 
 def enters_cleanly(segments: Segments, batch: Any, start: int, carry: Any, expected: Tensor) -> bool:
-    """Whether a run entered at ``start`` gives the full forward's outputs, up to rounding.
+    """Whether a pass entered at ``start`` gives the outputs of the full pass, up to a relative error of 1e-5.
 
-    False for models whose later parts read earlier blocks again (feature pyramids): run those in full.
+    False for models whose later parts also read earlier blocks (feature pyramids): these need full passes.
+
+    Args:
+        segments: partial passes of the model.
+        batch: one batch.
+        start: index of a block.
+        carry: output of the block before it.
+        expected: outputs of the full pass, ``(samples, outputs)``.
     """
     if start == 0:
         return True
@@ -111,5 +127,5 @@ def enters_cleanly(segments: Segments, batch: Any, start: int, carry: Any, expec
         return bool((found - expected).norm() <= 1e-5 * expected.norm())
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # who reads an earlier block again was given a tensor of another shape
+    except RuntimeError:  # a later part reads an earlier block and got a tensor of another shape
         return False

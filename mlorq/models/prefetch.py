@@ -1,8 +1,7 @@
-"""Batches on their way to a device: the next one is made ready while the model works on the current one.
+"""Prefetching of batches to a device: the next batch is prepared while the model processes the current one.
 
-A helper thread asks for the batch, which is where images are decoded, casts it to the model's dtype and, for a CUDA
-device, puts it into page-locked memory. The caller's thread then only starts the copy, which does not wait for the work
-that is queued on the device before it.
+A helper thread reads the batch (which decodes images), casts it to the dtype of the model and, for a CUDA device, pins
+its memory. The caller's thread then only starts the copy, which is asynchronous.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from mlorq.models.base import Batch
 def feed(
     batches: Sequence[Batch], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[Batch]:
-    """The batches in their order, each on the device.
+    """Iterate over batches in order, each copied to a device.
 
     Args:
-        batches: on the CPU.
-        device: where to.
-        dtype: of floating tensors; None: as they are.
+        batches: batches on the CPU.
+        device: target device.
+        dtype: dtype of floating-point tensors; None: unchanged.
     """
     target = torch.device(device)
     on_cuda = target.type == "cuda"
@@ -36,7 +35,7 @@ def feed(
         return tensor.pin_memory() if on_cuda and tensor.device.type == "cpu" else tensor
 
     def ready(index: int) -> Batch:
-        # Page-locked memory belongs to a device's context: without this a thread would open one on the first device.
+        # Pinning needs a device context: without this, the thread would create one on the first device.
         with torch.cuda.device(target) if on_cuda else nullcontext():
             return _each_tensor(batches[index], prepared)
 

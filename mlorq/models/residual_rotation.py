@@ -1,12 +1,12 @@
-"""Rotation of a transformer's residual stream, folded into the weights: the float function stays what it is (METHOD 7).
+"""Rotation of a transformer's residual stream, folded into the weights; the float function is unchanged (METHOD 7).
 
-Quantization errors depend on the basis: in a random one no channel stands out, and rows need no wide ranges for a few
-large weights (QuaRot, arXiv 2404.00456). For an orthogonal R every layer that writes to the stream becomes ``R W, R b``
-and every layer that reads it ``W Rᵀ``. LayerNorm stands between; without its scale and shift, which are folded into the
-readers first, it commutes with R where R keeps the vector of ones: the mean and the norm about it stay the same. So,
-other than for the root-mean-square norms of language models, R is drawn among the orthogonal matrices with
-``R 1 = 1``. As it is folded into weights and never applied to activations, it need not be one with a fast transform
-(Hadamard), and any width will do.
+Quantization errors depend on the basis: in a random one there are no outlier channels, so rows need no wide ranges for
+a few large weights (QuaRot, arXiv 2404.00456). For an orthogonal R, every layer that writes to the stream becomes
+``R W, R b`` and every layer that reads it ``W Rᵀ``. The scale and shift of each LayerNorm are first folded into its
+reader. The remaining normalisation commutes with R if ``R 1 = 1``, which keeps the mean and the norm of the centred
+vector. R is therefore a random orthogonal matrix with ``R 1 = 1``; the RMS norms of language models do not need this
+constraint. Since R is folded into weights and never applied to activations, it need not have a fast transform
+(Hadamard), and any width is possible.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mlorq.errors import ModelError
 
 @dataclass(frozen=True)
 class _Stream:
-    """What touches a residual stream.
+    """The layers and parameters that write to or read a residual stream.
 
     Attributes:
-        writers: layers whose output is added to it.
-        tokens: parameters added to it or put into it, ``(…, width)``.
-        readers: LayerNorms on it, each with the layers that read what it gives.
-        scales: LayerScale vectors, each with the writer that it follows.
+        writers: layers whose output is added to the stream.
+        tokens: parameters added to the stream or inserted as tokens, ``(…, width)``.
+        readers: LayerNorms of the stream, each with the layer that reads its output.
+        scales: LayerScale modules, each with the writer before it.
     """
 
     writers: Sequence[nn.Module]
@@ -38,16 +38,16 @@ class _Stream:
 
 
 def rotation_matrix(width: int, seed: int) -> Tensor:
-    """A random orthogonal matrix that keeps the vector of ones, ``(width, width)`` float64.
+    """A random orthogonal matrix R with ``R 1 = 1``, ``(width, width)`` float64.
 
-    In a basis whose first vector is the normalised vector of ones it is ``diag(1, O)``, O uniformly distributed.
+    ``R = B diag(1, O) B`` with the Householder reflection B that swaps the first unit vector and ``1 / √width``, and a
+    Haar-distributed orthogonal O.
     """
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(width - 1, width - 1, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     inner = torch.eye(width, dtype=torch.float64)
     inner[1:, 1:] = q * r.diagonal().sign()
-    # Householder reflection that swaps the first unit vector and the normalised vector of ones.
     ones = torch.full((width,), width**-0.5, dtype=torch.float64)
     normal = ones.clone()
     normal[0] -= 1
@@ -57,16 +57,16 @@ def rotation_matrix(width: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def rotate_residual_stream(module: nn.Module, seed: int) -> None:
-    """Rotate a vision transformer's residual stream in place; its outputs stay the same up to rounding.
+    """Rotate a vision transformer's residual stream in place; its outputs are unchanged up to rounding.
 
-    LayerNorms keep their place with scale one and shift zero.
+    LayerNorms stay in the module with scale one and shift zero.
 
     Args:
         module: a pre-norm ViT or DeiT of timm.
-        seed: of the rotation.
+        seed: seed of the rotation.
 
     Raises:
-        ModelError: the architecture does not allow it; the reason is named, and nothing is changed.
+        ModelError: the architecture does not allow a rotation; the message gives the reason. Nothing is changed.
     """
     stream = _vision_transformer(module)
     width = stream.readers[0][0].normalized_shape[0]
@@ -109,18 +109,18 @@ def _vision_transformer(module: nn.Module) -> _Stream:
             "only that of timm's VisionTransformer (ViT, DeiT) can"
         )
 
-    def refuse(what: str) -> ModelError:
-        return ModelError(f"model.rotation: the residual stream of this VisionTransformer cannot be rotated: {what}")
+    def refuse(reason: str) -> ModelError:
+        return ModelError(f"model.rotation: the residual stream of this VisionTransformer cannot be rotated: {reason}")
 
     def plain_norm(norm: nn.Module, name: str) -> nn.LayerNorm:
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
-            raise refuse(f"{name} is {type(norm).__name__}, no LayerNorm with a scale")
+            raise refuse(f"{name} is {type(norm).__name__}, not a LayerNorm with a scale")
         return norm
 
     def reading(norm: nn.Module, name: str, reader: nn.Module) -> tuple[nn.LayerNorm, nn.Linear]:
         found = plain_norm(norm, name)
         if not isinstance(reader, nn.Linear) or (found.bias is not None and reader.bias is None):
-            raise refuse(f"what reads {name} has no bias to take its shift")
+            raise refuse(f"the layer that reads {name} has no bias for its shift")
         return found, reader
 
     if not isinstance(module.norm_pre, nn.Identity):
@@ -134,7 +134,7 @@ def _vision_transformer(module: nn.Module) -> _Stream:
     for index, block in enumerate(module.blocks):
         name = f"blocks.{index}"
         if type(block) is not Block:
-            raise refuse(f"{name} is {type(block).__name__}, no pre-norm block")
+            raise refuse(f"{name} is {type(block).__name__}, not a pre-norm Block")
         readers.append(reading(block.norm1, f"{name}.norm1", block.attn.qkv))
         readers.append(reading(block.norm2, f"{name}.norm2", block.mlp.fc1))
         for writer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
@@ -143,7 +143,7 @@ def _vision_transformer(module: nn.Module) -> _Stream:
                 scales.append((scale, writer))
     last = [(name, norm) for name in ("norm", "fc_norm") if not isinstance(norm := getattr(module, name), nn.Identity)]
     if len(last) != 1:
-        raise refuse("it has not exactly one LayerNorm before its head")
+        raise refuse("it does not have exactly one LayerNorm before its head")
     readers.append(reading(last[0][1], last[0][0], module.head))
     names = ("cls_token", "reg_token", "pos_embed")
     tokens = [token for token in (getattr(module, name, None) for name in names) if isinstance(token, nn.Parameter)]

@@ -1,8 +1,9 @@
-"""How a sentence encoder's tokens become one vector: as its folder says, or by their mean, L2-normalised.
+"""Sentence embeddings from the tokens of a transformer: pooling, dense layers and normalisation.
 
 A folder of the sentence-transformers library lists its modules in ``modules.json``: a transformer, a pooling (``mean``,
-``max`` or ``cls``, the first token that counts), perhaps dense layers, and perhaps a normalisation. Without dense
-layers the compressed module is the transformer, with them a ``SentenceEncoder``, so that they are compressed too.
+``max`` or ``cls``, the first token that is not padding), optional dense layers, and an optional normalisation. Without
+that file the embedding is the L2-normalised mean. The compressed module is the transformer; if there are dense layers
+it is a ``SentenceEncoder``, so that they are compressed, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mlorq.models.sentence_dense import Dense, DenseSettings, load_weights, read
 from mlorq.models.sentence_files import read_json
 
 MODULES = "modules.json"
-# In the order in which sentence-transformers puts several of them side by side.
+# In the order in which sentence-transformers concatenates several of them.
 POOLINGS = ("cls", "max", "mean")
 KEYS = {
     "pooling_mode_cls_token": "cls",
@@ -38,10 +39,10 @@ class SentenceEmbedding:
     """The forward of a sentence encoder.
 
     Attributes:
-        pooling: how tokens are put together; several are put side by side.
-        normalised: whether the result has length one.
-        inside: folder of the transformer in the encoder's folder.
-        dense: layers between pooling and normalisation, and their folders.
+        pooling: pooling modes; the results of several are concatenated.
+        normalised: whether the embedding is L2-normalised.
+        inside: folder of the transformer, relative to the folder of the encoder.
+        dense: layers between pooling and normalisation, each with its folder.
     """
 
     pooling: tuple[str, ...] = ("mean",)
@@ -50,9 +51,11 @@ class SentenceEmbedding:
     dense: tuple[tuple[DenseSettings, str], ...] = ()
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Embeddings, ``(samples, width)`` float32; padding has no part in them.
+        """Embeddings, ``(samples, width)`` float32, independent of padding.
 
-        ``module`` is the transformer, or a ``SentenceEncoder``.
+        Args:
+            module: the transformer, or a ``SentenceEncoder``.
+            batch: the output of a tokenizer, including ``attention_mask``.
         """
         if isinstance(module, SentenceEncoder):
             found: Tensor = module(**batch)
@@ -60,13 +63,13 @@ class SentenceEmbedding:
         return _finished(self.pooled(module, batch), self.normalised)
 
     def pooled(self, transformer: nn.Module, batch: Batch) -> Tensor:
-        """What the pooling makes of a transformer's tokens, ``(samples, width)`` float32."""
+        """The pooled tokens of a transformer, ``(samples, width)`` float32."""
         hidden = transformer(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].to(hidden.device)
         return torch.cat([_pooled(kind, hidden, mask) for kind in self.pooling], 1)
 
     def described(self) -> dict[str, Any]:
-        """What an architecture says of it: nothing of the usual one."""
+        """Its entries in an architecture; empty for the default, the normalised mean without dense layers."""
         if (self.pooling, self.normalised, self.dense) == (("mean",), True, ()):
             return {}
         found = {"pooling": list(self.pooling), "normalised": self.normalised}
@@ -74,7 +77,7 @@ class SentenceEmbedding:
 
 
 class SentenceEncoder(nn.Module):
-    """A transformer, its pooling, dense layers and perhaps a normalisation: calling it gives embeddings."""
+    """A transformer with pooling, dense layers and optional normalisation; its forward returns embeddings."""
 
     def __init__(
         self, transformer: nn.Module, pooling: Sequence[str], normalised: bool, dense: Sequence[DenseSettings]
@@ -85,7 +88,7 @@ class SentenceEncoder(nn.Module):
         self.embedding = SentenceEmbedding(tuple(pooling), normalised)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """Embeddings, ``(samples, width)`` float32, of what a tokenizer gives, ``attention_mask`` included."""
+        """Embeddings, ``(samples, width)`` float32, of a tokenizer's output, including ``attention_mask``."""
         found = self.embedding.pooled(self.transformer, batch)
         found = found.to(next(self.transformer.parameters()).dtype)
         for layer in self.dense:
@@ -94,22 +97,22 @@ class SentenceEncoder(nn.Module):
 
 
 def with_dense(transformer: nn.Module, embedding: SentenceEmbedding, location: str, name: str) -> SentenceEncoder:
-    """A transformer with the dense layers of its encoder's folder, in the transformer's dtype.
+    """A transformer with the dense layers of its encoder, in the transformer's dtype.
 
     Args:
-        transformer: loaded.
-        embedding: of ``read_embedding``.
-        location: the encoder's folder, or a hub name.
-        name: of the model, for errors.
+        transformer: the transformer with its weights.
+        embedding: the result of ``read_embedding``.
+        location: folder or hub name of the encoder.
+        name: name of the model, for messages.
 
     Raises:
-        ModelError: weights are missing or damaged, or a layer is not as wide as what it reads.
+        ModelError: weights are missing or damaged, or the width of a layer differs from that of its input.
     """
     settings = [each for each, _ in embedding.dense]
     width = int(transformer.config.hidden_size) * len(embedding.pooling)  # type: ignore[arg-type, union-attr]
     for each, folder in embedding.dense:
         if each.in_features != width:
-            raise ModelError(f"model {name!r}: {folder} takes {each.in_features} numbers and is given {width}")
+            raise ModelError(f"model {name!r}: {folder} has in_features {each.in_features}, but its input has {width}")
         width = each.out_features
     module = SentenceEncoder(transformer, embedding.pooling, embedding.normalised, settings)
     for layer, (_, folder) in zip(module.dense, embedding.dense, strict=True):
@@ -120,7 +123,7 @@ def with_dense(transformer: nn.Module, embedding: SentenceEmbedding, location: s
 
 
 def rebuilt(transformer: nn.Module, architecture: Mapping[str, Any]) -> nn.Module:
-    """The module of an architecture around its transformer: that alone where it has no dense layers."""
+    """The module of an architecture: a ``SentenceEncoder`` around the transformer; the latter if no dense layers."""
     if "dense" not in architecture:
         return transformer
     dense = [DenseSettings(**settings) for settings in architecture["dense"]]
@@ -134,25 +137,25 @@ def _finished(found: Tensor, normalised: bool) -> Tensor:
 
 
 def _pooled(kind: str, hidden: Tensor, mask: Tensor) -> Tensor:
-    """One vector a sample, of ``hidden`` ``(samples, tokens, width)`` where ``mask`` ``(samples, tokens)`` counts."""
+    """One vector per sample from ``hidden``, ``(samples, tokens, width)``, at the tokens in ``mask``."""
     counts = mask.unsqueeze(-1).to(hidden.dtype)
     if kind == "mean":
         return (hidden * counts).sum(1) / counts.sum(1).clamp(min=1)
     if kind == "max":
         return hidden.masked_fill(counts == 0, -torch.inf).amax(1)
-    first = mask.int().argmax(1)  # with padding on the left it is not the first place
+    first = mask.int().argmax(1)  # not 0 if padding is on the left
     return hidden[torch.arange(len(hidden), device=hidden.device), first]
 
 
 def read_embedding(location: str, name: str) -> SentenceEmbedding:
-    """What an encoder's folder, or its files on the hub, say of its pooling.
+    """The embedding that a sentence encoder's ``modules.json`` describes; the normalised mean without that file.
 
     Args:
-        location: the folder, or a hub name.
-        name: of the model, for errors.
+        location: folder or hub name of the encoder.
+        name: name of the model, for messages.
 
     Raises:
-        ModelError: it has a module or a pooling that is not known here, or its files are damaged.
+        ModelError: a module or pooling mode is not supported, or a file is damaged.
     """
     modules = read_json(location, MODULES, name)
     if modules is None:
@@ -163,7 +166,9 @@ def read_embedding(location: str, name: str) -> SentenceEmbedding:
     try:
         listed = [(str(each["type"]), str(each["path"])) for each in modules]
     except (TypeError, KeyError):
-        raise ModelError(f"model {name!r}: {MODULES} lists no modules with type and path") from None
+        raise ModelError(
+            f"model {name!r}: {MODULES} is malformed: expected a list of modules with type and path"
+        ) from None
     for index, (kind, path) in enumerate(listed):
         short = kind.rpartition(".")[2]
         if index == 0 and short == "Transformer":
@@ -176,7 +181,7 @@ def read_embedding(location: str, name: str) -> SentenceEmbedding:
             normalised = True
         else:
             raise ModelError(
-                f"model {name!r}: its module {index} ({short}) is not supported after a transformer; known are one "
+                f"model {name!r}: module {index} ({short}) is not supported there; supported are a Transformer, one "
                 "Pooling, then Dense layers and a Normalize"
             )
     if pooling is None:
@@ -186,12 +191,12 @@ def read_embedding(location: str, name: str) -> SentenceEmbedding:
 
 def _pooling(settings: Any, name: str, path: str) -> tuple[str, ...]:
     if not isinstance(settings, Mapping):
-        raise ModelError(f"model {name!r} has no {path}/config.json with the settings of its pooling")
+        raise ModelError(f"model {name!r}: {path}/config.json with the settings of its pooling is missing")
     modes = settings.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in KEYS.items() if settings.get(key)] or ["mean"]
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in modes:
         if mode not in POOLINGS:
-            raise ModelError(f"model {name!r}: pooling {mode!r} is not supported; known are {', '.join(POOLINGS)}")
+            raise ModelError(f"model {name!r}: pooling {mode!r} is not supported; supported: {', '.join(POOLINGS)}")
     return modes

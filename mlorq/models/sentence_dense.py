@@ -1,4 +1,4 @@
-"""Dense layers behind a sentence encoder's pooling: ``y = σ(W x + b)``, with or without a residual."""
+"""Dense layers after the pooling of a sentence encoder: ``y = σ(W x + b)``, with or without a residual."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mlorq.errors import ModelError
+from mlorq.errors import ModelError, one_line
 from mlorq.models.sentence_files import find_file, read_json
 
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
-INPUT = "sentence_embedding"  # what the pooling wrote; the library's Dense can also act on single tokens
+INPUT = "sentence_embedding"  # output of the pooling; the library's Dense can also apply to single tokens
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """One dense layer, as its ``config.json`` describes it.
+    """Settings of one dense layer.
 
     Attributes:
-        in_features: width of its input.
-        out_features: width of its output.
-        bias: whether it has one.
-        activation: σ, one of ``ACTIVATIONS``.
-        residual: whether the input is added to the output, projected where the widths differ.
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether the layer has a bias.
+        activation: σ, a key of ``ACTIVATIONS``.
+        residual: whether the input is added to the output; it is projected if the widths differ.
     """
 
     in_features: int
@@ -39,12 +39,12 @@ class DenseSettings:
     residual: bool = False
 
     def described(self) -> dict[str, Any]:
-        """Of an architecture."""
+        """The settings as JSON values, for an architecture."""
         return asdict(self)
 
 
 class Dense(nn.Module):
-    """The layer; names of its tensors are those of the library's files."""
+    """A dense layer whose tensors have the same names as in files of sentence-transformers."""
 
     def __init__(self, settings: DenseSettings) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Dense(nn.Module):
             self.residual = nn.Linear(settings.in_features, settings.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(samples, in_features)`` to ``(samples, out_features)``."""
+        """``σ(W x + b)`` with the residual; ``(samples, in_features)`` to ``(samples, out_features)``."""
         found: Tensor = self.activation(self.linear(x))
         if not self.added:
             return found
@@ -63,41 +63,53 @@ class Dense(nn.Module):
 
 
 def read_settings(location: str, folder: str, name: str) -> DenseSettings:
-    """What a dense layer's folder says of it.
+    """The settings of a dense layer from the ``config.json`` in its folder.
+
+    Args:
+        location: folder or hub name of the encoder.
+        folder: folder of the layer in it.
+        name: name of the model, for messages.
 
     Raises:
-        ModelError: it says nothing, or something that is not known here.
+        ModelError: the file is missing or invalid, or a setting is not supported.
     """
     file = f"{folder}/config.json"
     found = read_json(location, file, name)
     if not isinstance(found, Mapping):
-        raise ModelError(f"model {name!r} has no {file} with the settings of its dense layer")
+        raise ModelError(f"model {name!r}: {file} with the settings of its dense layer is missing")
     for key in ("module_input_name", "module_output_name"):
         if found.get(key) not in (None, INPUT):
-            raise ModelError(f"model {name!r}: {file}: {key} {found[key]!r} is not supported; known is {INPUT!r}")
+            raise ModelError(f"model {name!r}: {file}: {key} {found[key]!r} is not supported; supported: {INPUT!r}")
     path = str(found.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = path.rpartition(".")[2]
     if not path.startswith("torch.nn.") or activation not in ACTIVATIONS:
         raise ModelError(
-            f"model {name!r}: {file}: activation {path!r} is not supported; known are {', '.join(ACTIVATIONS)}"
+            f"model {name!r}: {file}: activation {path!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
     width, out = (found.get(key) for key in ("in_features", "out_features"))
     if not (type(width) is int and type(out) is int and min(width, out) > 0):
-        raise ModelError(f"model {name!r}: {file}: in_features and out_features must be positive whole numbers")
+        raise ModelError(f"model {name!r}: {file}: in_features and out_features must be positive integers")
     bias, residual = bool(found.get("bias", True)), bool(found.get("use_residual", False))
     return DenseSettings(width, out, bias, activation, residual)
 
 
 def load_weights(dense: Dense, location: str, folder: str, name: str) -> None:
-    """Fill a layer with the weights of its folder.
+    """Load the weights of a layer from its folder.
+
+    Args:
+        dense: the layer to fill.
+        location: folder or hub name of the encoder.
+        folder: folder of the layer in it.
+        name: name of the model, for messages.
 
     Raises:
-        ModelError: there are none, they are damaged, or they are of another shape.
+        ModelError: the weights are missing or damaged, or a shape differs.
     """
     found = ((file, find_file(location, f"{folder}/{file}", name)) for file in WEIGHTS)
     file, path = next(((file, path) for file, path in found if path is not None), (None, None))
     if path is None:
-        raise ModelError(f"model {name!r} has neither {' nor '.join(f'{folder}/{file}' for file in WEIGHTS)}")
+        wanted = " nor ".join(f"{folder}/{file}" for file in WEIGHTS)
+        raise ModelError(f"model {name!r}: the weights of its dense layer are missing: there is neither {wanted}")
     try:
         if file == WEIGHTS[0]:
             state = safetensors.torch.load_file(path)
@@ -105,5 +117,6 @@ def load_weights(dense: Dense, location: str, folder: str, name: str) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         dense.load_state_dict(state)
     except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r}: {folder}/{file} does not hold its dense layer: {reason}") from error
+        raise ModelError(
+            f"model {name!r}: cannot load its dense layer from {folder}/{file}: {one_line(error)}"
+        ) from error

@@ -1,4 +1,4 @@
-"""The files beside a sentence encoder's transformer, in a folder or on the hub."""
+"""Access to the files of a sentence encoder, in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import json
 import os
 from typing import Any
 
-from mlorq.errors import ModelError
+from mlorq.errors import ModelError, one_line
 
 
 def find_file(location: str, file: str, name: str) -> str | None:
-    """Path of a file of a folder or of the hub; None where there is none.
+    """Local path of a file in a folder or on the hub; None if it does not exist.
+
+    Args:
+        location: folder or hub name.
+        file: path of the file in it.
+        name: name of the model, for messages.
 
     Raises:
-        ModelError: the hub refuses.
+        ModelError: the hub refuses the request.
     """
     path: str | None = os.path.join(location, file)
     if not os.path.isdir(location):
@@ -28,15 +33,15 @@ def find_file(location: str, file: str, name: str) -> str | None:
                 _raise_exceptions_for_gated_repo=False,
             )
         except (OSError, ValueError) as error:
-            raise ModelError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from error
+            raise ModelError(f"model {name!r}: {one_line(error)}") from error
     return path if path is not None and os.path.isfile(path) else None
 
 
 def read_json(location: str, file: str, name: str) -> Any:
-    """A JSON file of a folder or of the hub; None where there is none.
+    """Content of a JSON file in a folder or on the hub; None if it does not exist. Arguments as in ``find_file``.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: the file cannot be read or is not JSON.
     """
     path = find_file(location, file, name)
     if path is None:
@@ -45,4 +50,4 @@ def read_json(location: str, file: str, name: str) -> Any:
         with open(path, encoding="utf-8") as opened:
             return json.load(opened)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name!r}: {file} cannot be read: {' '.join(str(error).split())}") from error
+        raise ModelError(f"model {name!r}: {file} cannot be read: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Named tensors of weight files, and how they are put into a module."""
+"""Reading of state dicts from weight files, and strict loading into a module."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mlorq.errors import ModelError
+from mlorq.errors import ModelError, one_line
 
-NESTED = ("state_dict", "model", "model_ema")  # where training scripts put the weights
+NESTED = ("state_dict", "model", "model_ema")  # keys under which training scripts store the weights
 
 
 def load_weights(module: nn.Module, uri: str) -> None:
-    """Load a safetensors or PyTorch state dict strictly.
+    """Load a safetensors or PyTorch state dict into a module, strictly.
+
+    Args:
+        module: the module to fill.
+        uri: fsspec URI of the file.
 
     Raises:
         ModelError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
@@ -26,7 +30,12 @@ def load_weights(module: nn.Module, uri: str) -> None:
 
 
 def fill_weights(module: nn.Module, state: Mapping[str, Tensor], uri: str) -> None:
-    """Put named tensors into a module, strictly; ``uri`` is what errors call them.
+    """Copy named tensors into a module, strictly.
+
+    Args:
+        module: the module to fill.
+        state: the tensors.
+        uri: their source, for messages.
 
     Raises:
         ModelError: a tensor is missing, unexpected or of another shape.
@@ -38,19 +47,19 @@ def fill_weights(module: nn.Module, state: Mapping[str, Tensor], uri: str) -> No
         if state[name].shape != tensor.shape:
             raise ModelError(
                 f"checkpoint {uri}: tensor {name!r} has shape {tuple(state[name].shape)}, "
-                f"the model wants {tuple(tensor.shape)}"
+                f"but the model needs {tuple(tensor.shape)}"
             )
     for name in state:
         if name not in wanted:
-            raise ModelError(f"checkpoint {uri} has a tensor {name!r} that the model does not know")
+            raise ModelError(f"checkpoint {uri} has an unexpected tensor {name!r}")
     module.load_state_dict(state)
 
 
 def read_state_dict(uri: str) -> dict[str, Tensor]:
-    """Named tensors of a file at any fsspec URI; training wrappers (nesting, ``module.``) are taken off.
+    """The tensors of a file at an fsspec URI, by name, without wrappers of training (nesting, prefix ``module.``).
 
     Raises:
-        ModelError: the file is missing, damaged, or holds no tensors.
+        ModelError: the file is missing or damaged, or does not contain a state dict.
     """
     content: Any
     try:
@@ -62,17 +71,13 @@ def read_state_dict(uri: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ModelError(f"checkpoint {uri} does not exist") from None
     except (OSError, ValueError, ImportError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        raise ModelError(f"checkpoint {uri} cannot be read: {_one_line(error)}") from error
-    except Exception as error:  # torch reports a refused pickle by a type of its own
-        raise ModelError(f"checkpoint {uri} is no plain state dict: {_one_line(error)}") from error
+        raise ModelError(f"checkpoint {uri} cannot be read: {one_line(error)}") from error
+    except Exception as error:  # torch refuses a pickle with its own exception type
+        raise ModelError(f"checkpoint {uri} is not a plain state dict: {one_line(error)}") from error
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"checkpoint {uri} holds no state dict of tensors")
+        raise ModelError(f"checkpoint {uri} does not contain a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

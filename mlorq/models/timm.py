@@ -1,4 +1,4 @@
-"""Image classifiers of timm: by name, with weights from the hub or from a checkpoint of one's own."""
+"""The family of timm's image classifiers, with weights from the hub or from the user's checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.errors import ModelError
+from mlorq.errors import ModelError, one_line
 from mlorq.lazy import lazy_exports
 from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
 from mlorq.models.family import load as load
@@ -29,25 +29,29 @@ __getattr__ = lazy_exports(__name__, {"load_weights": "mlorq.models.state_dict"}
 
 
 class TimmSettings(LibrarySettings):
-    """A model of timm and where its weights come from."""
+    """Settings of a timm model and its weights."""
 
     checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
     pretrained: bool = Field(False, description="fetch the weights from the family's hub")
 
     def check(self) -> None:
-        """Raise ValueError where the name or the weights are missing."""
+        """Check that there are a name and weights.
+
+        Raises:
+            ValueError: ``name`` is missing, or both ``checkpoint`` and ``pretrained``.
+        """
         self.require_name(NAME)
         if not self.pretrained and not self.checkpoint:
             raise ValueError("weights are missing: give checkpoint: URI, or pretrained: true to fetch them")
 
     @property
     def fetched(self) -> bool:
-        """Whether the weights come from the hub: a checkpoint wins over ``pretrained``."""
+        """Whether the weights are fetched from the hub; ``checkpoint`` wins over ``pretrained``."""
         return self.pretrained and not self.checkpoint
 
 
 class Timm(ModelFamily[TimmSettings]):
-    """ViT, DeiT, Swin, and whatever else timm builds of linear layers and convolutions."""
+    """ViT, DeiT, Swin, and other timm models of linear layers and convolutions."""
 
     name = NAME
     settings = TimmSettings
@@ -56,7 +60,7 @@ class Timm(ModelFamily[TimmSettings]):
     inputs: ClassVar[Mapping[InputKind, str]] = {"images": ""}
 
     def load(self, settings: TimmSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
-        """Build a timm model and load its weights.
+        """The timm model with its weights.
 
         Raises:
             ModelError: the name is unknown, or the weights are missing or do not fit.
@@ -75,23 +79,23 @@ class Timm(ModelFamily[TimmSettings]):
         return FloatModel(module.to(as_dtype), NAME, architecture, blocks=block_names(module), dtype=as_dtype)
 
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
-        """The module of an architecture, without its weights.
+        """The module of an architecture, with weights yet to be loaded.
 
         Raises:
-            ModelError: this version of timm does not know it.
+            ModelError: the installed version of timm does not have the model.
         """
         return create(architecture["name"], architecture["arguments"])
 
     def describe(self, module: nn.Module) -> dict[str, Any] | None:
-        """See ``describe`` below."""
+        """See the function ``describe``."""
         return describe(module)
 
     def classes(self, model: FloatModel) -> int | None:
-        """``num_classes`` of the module."""
+        """``num_classes`` of the module; None if it has none."""
         return getattr(model.module, "num_classes", None) or None
 
     def example(self) -> Example:
-        """A ViT with the hub's weights."""
+        """A ViT with weights from the hub."""
         return Example(
             {"name": "vit_tiny_patch16_224", "pretrained": True},
             {
@@ -101,15 +105,15 @@ class Timm(ModelFamily[TimmSettings]):
         )
 
     def image_inputs(self, settings: TimmSettings) -> dict[str, Any]:
-        """timm's own preprocessing of the model."""
+        """timm's preprocessing settings of the model."""
         return preprocessing(settings)
 
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """timm's own preprocessing of the model."""
+        """timm's preprocessing settings of the architecture."""
         return {"kind": "image", **preprocessing(_settings_of(architecture))}
 
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Tensor:
-        """Normalised pixels, ``(samples, channels, height, width)``."""
+        """Random normalised pixels, ``(samples, channels, height, width)``, from a fixed seed."""
         import torch
 
         size = preprocessing(_settings_of(architecture))["input_size"]
@@ -129,7 +133,7 @@ def _settings_of(architecture: Mapping[str, Any]) -> TimmSettings:
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """The architecture of an instance, where ``timm.create_model`` gives another one just like it; else None."""
+    """The architecture of an instance, if ``timm.create_model`` builds an identical module from it; else None."""
     known = getattr(module, "pretrained_cfg", None)
     name = known.get("architecture") if isinstance(known, Mapping) else None
     if not isinstance(name, str):
@@ -138,9 +142,9 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
 
     from mlorq.models.base import same_construction
 
-    # What a recent timm notes on the instance is only a proposal: the comparison below decides.
-    noted = getattr(module, "_model_args", None)
-    arguments = dict(noted) if isinstance(noted, Mapping) else {"num_classes": getattr(module, "num_classes", 1000)}
+    # The arguments that recent versions of timm store in the instance may be wrong: the comparison below decides.
+    stored = getattr(module, "_model_args", None)
+    arguments = dict(stored) if isinstance(stored, Mapping) else {"num_classes": getattr(module, "num_classes", 1000)}
     architecture = {"family": NAME, "name": name, "arguments": arguments}
     try:
         architecture = json.loads(json.dumps(architecture))
@@ -152,7 +156,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
 
 
 def preprocessing(settings: TimmSettings) -> dict[str, Any]:
-    """timm's own preprocessing of a model: input size, interpolation, mean, std, crop."""
+    """timm's preprocessing settings of a model: input size, interpolation, mean, std, crop."""
     import timm.data
     from timm.models import get_pretrained_cfg
 
@@ -164,7 +168,7 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
     channels = wanted.pop("in_chans", None) or channels
     size = wanted.pop("img_size", None) or (height, width)
-    # One number or a pair: timm's own resolution of settings knows only the number.
+    # An integer or a pair: timm's ``resolve_data_config`` accepts only an integer.
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     wanted["input_size"] = (channels, height, width)
     if channels != len(cfg.get("mean") or (0, 0, 0)):
@@ -176,7 +180,7 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """Blocks of ViT and DeiT (``blocks.i``); other models' chains are found by watching a forward pass."""
+    """Names of the blocks of ViT and DeiT (``blocks.i``); empty for other models, see ``mlorq.models.blocks``."""
     from torch import nn
 
     blocks = getattr(module, "blocks", None)
@@ -186,7 +190,12 @@ def block_names(module: nn.Module) -> list[str]:
 
 
 def create(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """A model of timm.
+    """A timm model.
+
+    Args:
+        name: name of the model in timm.
+        arguments: keyword arguments of its constructor.
+        pretrained: whether to fetch its weights from the hub.
 
     Raises:
         ModelError: the name or an argument is unknown, or the pretrained weights cannot be fetched.
@@ -196,20 +205,16 @@ def create(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False)
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ModelError(f"timm has no model {name!r}{hint}")
     try:
-        # Hub progress goes to standard output otherwise.
+        # Keeps the hub's progress bars off standard output.
         with contextlib.redirect_stdout(sys.stderr):
             module = timm.create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError, LookupError) as error:  # how timm's constructors refuse arguments
-        raise ModelError(f"timm model {name!r}: {_one_line(error)}") from error
+    except (TypeError, AssertionError, LookupError) as error:  # raised by timm's constructors for invalid arguments
+        raise ModelError(f"timm model {name!r}: {one_line(error)}") from error
     except (OSError, RuntimeError, ValueError) as error:
-        what = "its pretrained weights cannot be fetched" if pretrained else "it cannot be built"
-        raise ModelError(f"timm model {name!r}: {what}: {_one_line(error)}") from error
+        problem = "its pretrained weights cannot be fetched" if pretrained else "it cannot be built"
+        raise ModelError(f"timm model {name!r}: {problem}: {one_line(error)}") from error
     assert isinstance(module, nn.Module)
     return module
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""Models of transformers: classifiers, sentence encoders with the pooling of their folder, and detectors."""
+"""The family of models from transformers: text classifiers, sentence encoders and detectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlorq.artifacts.locations import is_remote, resolve_location
-from mlorq.errors import ModelError
+from mlorq.errors import ModelError, one_line
 from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
 
@@ -26,10 +26,14 @@ OBJECTS = ("object-detection", "instance-segmentation")
 
 
 class TransformersSettings(LibrarySettings):
-    """A model of transformers: the keys of every library; its weights are where its name points to."""
+    """Settings of a model from transformers; its name is also the location of its weights."""
 
     def check(self) -> None:
-        """Raise ValueError where the name is missing, or the task is one that is not offered."""
+        """Check the name and the task.
+
+        Raises:
+            ValueError: ``name`` is missing, or ``task`` is missing or not supported.
+        """
         self.require_name(NAME)
         if self.task not in (PAIRS, CLASSES, *OBJECTS):
             raise ValueError(
@@ -39,7 +43,7 @@ class TransformersSettings(LibrarySettings):
 
 
 class Transformers(ModelFamily[TransformersSettings]):
-    """BERT and its kin, DETR, Mask2Former."""
+    """BERT and similar encoders, DETR, Mask2Former."""
 
     name = NAME
     settings = TransformersSettings
@@ -50,39 +54,39 @@ class Transformers(ModelFamily[TransformersSettings]):
     }
 
     def load(self, settings: TransformersSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
-        """Load a model and its weights from a folder, a package's folder, or the hub.
+        """The model with its weights, from a folder, a folder inside a package, or the hub.
 
         Raises:
-            ModelError: there is no such model, or its weights do not fit.
+            ModelError: the model does not exist, or its weights do not fit.
         """
         from mlorq.models.transformers_modules import load
 
         return load(settings, dtype, folder)
 
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
-        """The module of an architecture, without its weights.
+        """The module of an architecture, with weights yet to be loaded.
 
         Raises:
-            CheckpointError: this version of transformers does not know it.
+            CheckpointError: the installed version of transformers does not have the model class.
         """
         from mlorq.models.transformers_modules import rebuild
 
         return rebuild(architecture)
 
     def describe(self, module: nn.Module) -> dict[str, Any] | None:
-        """The architecture of an instance of one of transformers' own classes; None for others."""
+        """The architecture of an instance of a class from transformers; None for other modules."""
         from mlorq.models.transformers_modules import describe
 
         return describe(module)
 
     def mark(self, module: nn.Module) -> None:
-        """Mark the layers that are called with tokens first and samples second."""
+        """Set ``samples_axis = 1`` on layers whose input has tokens first and samples second."""
         from mlorq.models.transformers_detection import mark_samples
 
         mark_samples(module)
 
     def classes(self, model: FloatModel) -> int | None:
-        """``num_labels`` of a text classifier."""
+        """``num_labels`` of a text classifier; None for other tasks."""
         if model.architecture.get("task") != CLASSES:
             return None
         return int(model.module.config.num_labels)  # type: ignore[union-attr, arg-type]
@@ -100,7 +104,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         )
 
     def text_inputs(self, settings: TransformersSettings, folder: str = "") -> TextInputs | None:
-        """Its tokenizer and classes; None for detectors."""
+        """Tokenizer and classes of the model; None for detectors."""
         if settings.task not in (PAIRS, CLASSES):
             return None
         return TextInputs(
@@ -108,7 +112,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         )
 
     def detector(self, settings: TransformersSettings, folder: str = "") -> Detector | None:
-        """Its image processor and what becomes of its queries; None for models of texts."""
+        """Image processor and post-processing of the model; None for text models."""
         if settings.task not in OBJECTS:
             return None
         from mlorq.models.transformers_detection import detector
@@ -116,31 +120,31 @@ class Transformers(ModelFamily[TransformersSettings]):
         return detector(settings, locate(settings, folder))
 
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of a batch, and of texts the size of the vocabulary and the longest sequence."""
+        """Keys of a batch, with the vocabulary size and maximum length of texts or the size of images."""
         from mlorq.models.transformers_inputs import described_inputs
 
         return described_inputs(architecture)
 
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Batch:
-        """Random tokens, or random pixels."""
+        """Random tokens or random pixels, from a fixed seed."""
         from mlorq.models.transformers_inputs import random_inputs
 
         return random_inputs(architecture, samples)
 
     def locations(self, settings: TransformersSettings) -> list[str]:
-        """The name, which may be a folder."""
+        """The name of the model, which can be a folder."""
         return [settings.name] if settings.name else []
 
     def uses_hub(self, settings: TransformersSettings, folder: str = "") -> bool:
-        """Whether the name is one of the hub."""
+        """Whether the name is a hub name."""
         return not os.path.isabs(locate(settings, folder))
 
 
 def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
-    """The model's tokenizer.
+    """The tokenizer of a model.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -149,7 +153,7 @@ def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
     try:
         with quiet():
             location = locate(settings, folder)
-            if settings.task == "sentence-similarity" and os.path.isdir(location):
+            if settings.task == PAIRS and os.path.isdir(location):
                 location = os.path.join(location, read_embedding(location, settings.name or "").inside)
             return AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -157,10 +161,10 @@ def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
 
 
 def class_names(settings: TransformersSettings, folder: str = "") -> list[str]:
-    """What a classifier's configuration calls its classes, in the order of its outputs; one: a regressor.
+    """Names of a classifier's classes in the order of its outputs; a single one for a regressor.
 
     Raises:
-        ModelError: there is no configuration.
+        ModelError: the model's configuration cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -173,10 +177,10 @@ def class_names(settings: TransformersSettings, folder: str = "") -> list[str]:
 
 
 def locate(settings: TransformersSettings, folder: str = "") -> str:
-    """What a model's name means: a folder, a folder inside an installed package, or a hub name.
+    """Location of a model: path of a folder (also inside an installed package), or else the hub name.
 
     Raises:
-        ModelError: a relative or absolute path that does not exist.
+        ModelError: the folder is not on this machine or does not exist.
     """
     name = settings.name
     assert name is not None  # see check
@@ -191,13 +195,13 @@ def locate(settings: TransformersSettings, folder: str = "") -> str:
             if os.path.isdir(os.path.join(root, inside)):
                 return os.path.join(root, inside)
     if name.startswith((".", "/", "~")):
-        raise ModelError(f"model folder {path} does not exist")
+        raise ModelError(f"model folder {path} does not exist: correct model.name")
     return name
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice; errors are reported by exceptions."""
+    """Suppress transformers' progress bars and warnings for the duration of a ``with`` block."""
     from transformers.utils import logging
 
     log: Any = logging
@@ -210,8 +214,3 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks, cut to 300 characters."""
-    return " ".join(str(error).split())[:300]

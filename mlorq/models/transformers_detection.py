@@ -1,9 +1,8 @@
-"""Detectors of transformers: boxes from queries (DETR and its kin), and masks from queries (MaskFormer, Mask2Former).
+"""Detectors from transformers: boxes from queries (DETR and similar), masks from queries (MaskFormer, Mask2Former).
 
-f(x) is what the queries say, for their number is fixed and nothing has to be suppressed: class logits and boxes, or
-class logits and mask logits at a lattice of positions. Both kinds weigh the same (``side_by_side``). Images are
-prepared by the model's own image processor, which pads a batch to one size; masks are looked at where there is no
-padding.
+f(x) is the output of the queries, since their number is fixed and they need no suppression: class logits and boxes, or
+class logits and mask logits at a lattice of positions (METHOD 3). Both kinds have equal weight (``side_by_side``). The
+model's image processor prepares images and pads a batch to one size; the lattice covers the unpadded part only.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.errors import DataError, ModelError
+from mlorq.errors import DataError, ModelError, one_line
 from mlorq.models.base import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
 from mlorq.models.transformers import TransformersSettings
 
-POINTS = 12  # of the lattice at which masks are looked at, a side
-DETECTIONS = 100  # an image
-# What an image processor's description says of its origin and not of its function.
+POINTS = 12  # lattice points of the masks in f(x), per side
+DETECTIONS = 100  # maximum per image
+# Entries of an image processor's configuration that do not affect its function.
 NOT_PREPROCESSING = ("_processor_class", "image_processor_type", "processor_class")
 
 
 def box_outputs(module: nn.Module, batch: Batch) -> Tensor:
-    """Class logits and boxes of all queries, ``(samples, outputs)``."""
+    """f(x) of a box detector: class logits and boxes of all queries, ``(samples, outputs)``."""
     found = module(**batch)
     return side_by_side([found.logits, found.pred_boxes])
 
 
 def mask_outputs(module: nn.Module, batch: Batch) -> Tensor:
-    """Class logits of all queries, and their mask logits at a lattice over the image, ``(samples, outputs)``."""
+    """f(x) of a mask detector: class logits of all queries, and mask logits at a lattice, ``(samples, outputs)``."""
     found = module(**batch)
     maps = found.masks_queries_logits
     parts = _parts(batch)
@@ -48,22 +47,22 @@ OUTPUTS = {"object-detection": box_outputs, "instance-segmentation": mask_output
 
 
 def mark_samples(module: nn.Module) -> None:
-    """Mark the layers that are called with tokens first and samples second: those of Mask2Former's decoder."""
+    """Set ``samples_axis = 1`` on layers whose input has tokens first and samples second: Mask2Former's decoder."""
     for child in module.modules():
         if type(child).__name__ == "Mask2FormerMaskedAttentionDecoderLayer":
             for layer in (child.fc1, child.fc2):
-                setattr(layer, "samples_axis", 1)  # noqa: B010 - no attribute that a type knows of
+                setattr(layer, "samples_axis", 1)  # noqa: B010 - not an attribute of its type
 
 
 def detector(settings: TransformersSettings, location: str) -> Detector:
-    """How images become batches and a model's outputs detections.
+    """Preprocessing and inference of a detector.
 
     Args:
-        settings: of the model.
+        settings: settings of the model.
         location: folder or hub name of the model.
 
     Raises:
-        ModelError: it has no image processor.
+        ModelError: its image processor cannot be loaded.
     """
     from transformers import AutoConfig, AutoImageProcessor
 
@@ -71,7 +70,7 @@ def detector(settings: TransformersSettings, location: str) -> Detector:
         processor = AutoImageProcessor.from_pretrained(location)
         named = AutoConfig.from_pretrained(location).id2label
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error)
         raise ModelError(f"model {settings.name!r}: its image processor cannot be loaded: {text}") from error
 
     def prepare(images: Sequence[Any]) -> Batch:
@@ -101,9 +100,15 @@ def detector(settings: TransformersSettings, location: str) -> Detector:
 
 
 def masks_of(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
-    """The instances of Mask2Former (arXiv 2112.01527): the best pairs of query and class, each with its query's mask.
+    """Instance segmentation as in Mask2Former (arXiv 2112.01527): the best pairs of query and class, with masks.
 
-    A score is the class's probability times the mean probability of the mask's pixels; boxes are the masks'.
+    The score is the probability of the class times the mean probability of the pixels in the mask. Each box encloses
+    its mask.
+
+    Args:
+        module: a MaskFormer or Mask2Former.
+        batch: prepared images.
+        originals: height and width of each original image.
     """
     found = module(**batch)
     padded = batch["pixel_values"].shape[-2:]
@@ -126,20 +131,24 @@ def masks_of(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list
 
 
 def match_names(labels: Mapping[int, str], categories: Mapping[int, str]) -> dict[int, int]:
-    """``{label: category id}`` by the names of both.
+    """``{label: category id}`` of the model's classes and the annotations' categories with equal names.
+
+    Args:
+        labels: ``{label: name}`` of the model.
+        categories: ``{category id: name}`` of the annotations.
 
     Raises:
-        DataError: the annotations have a category that no class of the model is named after.
+        DataError: the model has no class with the name of a category.
     """
     by_name = {name: label for label, name in sorted(labels.items(), reverse=True)}
     for category, name in categories.items():
         if name not in by_name:
-            raise DataError(f"category {category} of the annotations, {name!r}, is not a class of the model")
+            raise DataError(f"the annotations have a category {name!r} ({category}), but the model has no such class")
     return {by_name[name]: category for category, name in categories.items()}
 
 
 def _parts(batch: Batch) -> list[tuple[float, float]]:
-    """Which part of a batch's height and width each image takes up; the rest is padding."""
+    """Unpadded part of the height and width of each image in a batch, as fractions."""
     mask = batch.get("pixel_mask")
     if mask is None:
         return [(1.0, 1.0)] * len(batch["pixel_values"])
@@ -153,7 +162,7 @@ def _resized(maps: Tensor, size: Size) -> Tensor:
 
 
 def _boxes(masks: Tensor) -> Tensor:
-    """The boxes around masks of which none is empty, ``(n, 4)``; right and bottom edges lie behind the last pixel."""
+    """Bounding boxes of non-empty masks, ``(n, 4)``; right and bottom edges are exclusive."""
     edges = []
     for axis in (1, 2):
         along = masks.any(axis)  # columns, then rows

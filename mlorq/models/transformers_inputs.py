@@ -1,4 +1,4 @@
-"""Inputs of a described architecture of transformers: their names, and random ones of the right shapes."""
+"""Inputs of an architecture from transformers: their names and sizes, and random inputs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mlorq.errors import CheckpointError
 from mlorq.models.base import Batch
 from mlorq.models.transformers_modules import auto_class
 
-TOKENS = 16  # of a random text
-SIDE = 224  # of a random image, where the architecture takes any size
+TOKENS = 16  # length of a random text
+SIDE = 224  # side of a random image, if the architecture accepts any size
 
 
 def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """How inputs are prepared, as far as an architecture says it; the tokenizer or image processor is the model's own.
+    """Kind, names and sizes of the inputs of an architecture, as JSON values.
 
     Raises:
-        CheckpointError: this version of transformers does not know the architecture.
+        CheckpointError: the installed version of transformers does not have the model class.
     """
     names = input_names(architecture)
     config = architecture["config"]
@@ -31,10 +31,10 @@ def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def input_names(architecture: Mapping[str, Any]) -> list[str]:
-    """The keys of a batch.
+    """The keys of a batch of an architecture.
 
     Raises:
-        CheckpointError: this version of transformers does not know the architecture.
+        CheckpointError: the installed version of transformers does not have the model class.
     """
     kind = _module_class(architecture)
     taken = inspect.signature(kind.forward).parameters
@@ -45,10 +45,10 @@ def input_names(architecture: Mapping[str, Any]) -> list[str]:
 
 
 def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
-    """A batch from a fixed seed, without padding.
+    """A random batch from a fixed seed, without padding.
 
     Raises:
-        CheckpointError: this version of transformers does not know the architecture.
+        CheckpointError: the installed version of transformers does not have the model class.
     """
     config = architecture["config"]
     names = input_names(architecture)
@@ -58,7 +58,7 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
         shape = (samples, max(1, length))
         tokens = torch.randint(0, config["vocab_size"] - 1, shape, generator=generator)
         padding = config.get("pad_token_id")
-        if padding is not None:  # the tokens after it move up by one: all others occur, and padding does not
+        if padding is not None:  # shifts tokens from the padding token on by one, so that it does not occur
             tokens = tokens + (tokens >= padding)
         made = {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.int64)}
         return made | ({"token_type_ids": torch.zeros(shape, dtype=torch.int64)} if "token_type_ids" in names else {})

@@ -1,4 +1,4 @@
-"""Modules of transformers: loaded, described and rebuilt, and the inputs that they take."""
+"""Modules from transformers: loading, description as an architecture, and rebuilding from it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,30 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from mlorq.errors import CheckpointError, ModelError
+from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
 from mlorq.models.sentence import read_embedding, rebuilt, with_dense
-from mlorq.models.transformers import NAME, TransformersSettings, locate, one_line, quiet
+from mlorq.models.transformers import CLASSES, NAME, PAIRS, TransformersSettings, locate, quiet
 from mlorq.models.transformers_detection import OUTPUTS, mark_samples
 
-# What a configuration says about its origin and not about its function.
+# Entries of a configuration that do not affect the function of the model.
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
-    """Load a model and its weights from a folder, a package's folder, or the hub.
+    """The model with its weights, from a folder, a folder inside a package, or the hub.
+
+    Args:
+        settings: settings of the model.
+        dtype: name of the dtype that the model runs in.
+        folder: folder that relative paths start from.
 
     Raises:
-        ModelError: there is no such model, or its weights do not fit.
+        ModelError: the model does not exist, or its weights do not fit.
     """
     location = encoder = locate(settings, folder)
     embedding = None
-    if settings.task == "sentence-similarity" and os.path.isdir(location):
+    if settings.task == PAIRS and os.path.isdir(location):
         embedding = read_embedding(location, settings.name or "")
         location = os.path.join(location, embedding.inside)
     as_dtype = getattr(torch, dtype)
@@ -40,16 +45,12 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         with quiet():
             options: dict[str, Any] = {"dtype": as_dtype, "output_loading_info": True}
             if settings.task in OUTPUTS:
-                # Convolutional backbones know of no fused attention, and refuse to be asked for it.
+                # Convolutional backbones have no fused attention and raise an error if it is requested.
                 options["attn_implementation"] = "eager"
             module, info = auto.from_pretrained(location, **options, **arguments)
             missing = info.get("missing_keys") or ()
-            if (
-                settings.task == "sentence-similarity"
-                and missing
-                and all(str(k).startswith("pooler.") for k in missing)
-            ):
-                # What is made of the tokens uses no pooler, and many sentence encoders are stored without one.
+            if settings.task == PAIRS and missing and all(str(k).startswith("pooler.") for k in missing):
+                # Embeddings do not use the pooler, and many sentence encoders are stored without one.
                 arguments["add_pooling_layer"] = False
                 module, info = auto.from_pretrained(location, **options, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
@@ -62,16 +63,16 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
     architecture: dict[str, Any] = {
         "family": NAME,
         "task": settings.task,
-        # Fused where the architecture can, which not all can (MPNet).
+        # Fused if the architecture supports it (MPNet does not).
         "attention": module.config._attn_implementation,
         "config": _described(module),
     }
-    # Arguments of the constructor, unlike those that change the configuration, are described nowhere else.
+    # Arguments that change the configuration are stored in it; those of the constructor are stored here.
     known = inspect.signature(type(module)).parameters
     if own := {name: value for name, value in arguments.items() if name in known}:
         architecture["arguments"] = _plain(own)
-    if settings.task == "sentence-similarity" and embedding is None:
-        # On the hub transformers are not in subfolders; asked for only now, as the hub is there.
+    if settings.task == PAIRS and embedding is None:
+        # On the hub the transformer is not in a subfolder; read after the load, which has shown that the hub answers.
         embedding = read_embedding(location, settings.name or "")
     if embedding is not None:
         architecture |= embedding.described()
@@ -89,10 +90,10 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
 
 
 def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module of an architecture, without its weights.
+    """The module of an architecture, with weights yet to be loaded.
 
     Raises:
-        CheckpointError: this version of transformers does not know it.
+        CheckpointError: the installed version of transformers does not have the model class.
     """
     import transformers
     from transformers import AutoConfig
@@ -111,8 +112,8 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """The architecture of an instance of one of transformers' own classes, where it rebuilds to its like; else None."""
-    transformers = sys.modules.get("transformers")  # without it there can be no such instance
+    """The architecture of an instance of a class from transformers; None if it does not rebuild to an identical one."""
+    transformers = sys.modules.get("transformers")  # if it is not imported, there is no such instance
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return None
     if getattr(transformers, type(module).__name__, None) is not type(module):
@@ -135,13 +136,13 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
 
 
 def classification_logits(module: nn.Module, batch: Batch) -> Tensor:
-    """Logits, ``(samples, classes)``."""
+    """f(x) of a classifier: logits, ``(samples, classes)``."""
     logits: Tensor = module(**batch).logits
     return logits
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """The encoder's layers in execution order; empty where they are not found by name."""
+    """Names of the encoder's layers in execution order; empty if there is no list of layers with a known name."""
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and name.endswith(("encoder.layer", "transformer.layer")):
             return [f"{name}.{index}" for index in range(len(child))]
@@ -149,18 +150,18 @@ def block_names(module: nn.Module) -> list[str]:
 
 
 def _described(module: Any) -> dict[str, Any]:
-    """A model's configuration as JSON values, without what tells only of its origin."""
+    """The configuration of a model as JSON values, without the entries in ``NOT_ARCHITECTURE``."""
     found = module.config.to_dict()
     plain: dict[str, Any] = _plain({name: value for name, value in found.items() if name not in NOT_ARCHITECTURE})
     return plain
 
 
 def auto_class(task: str | None) -> Any:
-    """The class of transformers that builds a task's models."""
+    """The class of transformers that builds the models of a task."""
     import transformers
 
     names = {
-        "text-classification": "AutoModelForSequenceClassification",
+        CLASSES: "AutoModelForSequenceClassification",
         "object-detection": "AutoModelForObjectDetection",
         "instance-segmentation": "AutoModelForUniversalSegmentation",
     }
@@ -168,7 +169,7 @@ def auto_class(task: str | None) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: string keys, lists for tuples."""
+    """A value as JSON: mappings with string keys, tuples as lists, other objects as strings."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

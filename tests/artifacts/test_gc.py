@@ -66,7 +66,7 @@ def test_gc_keeps_what_a_run_needs(store: Store) -> None:
     summary(store, "second", "b" * 32, [shared, others])
     curve = store.write("sweep", "c" * 32, {"x": b"1"}, details={"runs": ["first"]})
     both = store.write("sweep", "d" * 32, {"x": b"1"}, details={"runs": ["first", "second"]})
-    with pytest.raises(StoreError, match=r"no run 'third'.*there are: first, second"):
+    with pytest.raises(StoreError, match=r"no run 'third'.*known: first, second"):
         needed_by(store, ["third"])
     gone = removable(folders(store), needed_by(store, ["first"]))
     assert {folder.ref for folder in gone} == {others, ArtifactRef("summary", "b" * 32), both}

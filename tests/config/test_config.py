@@ -58,7 +58,7 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"model__family": "custom"}, ["factory"]),
         ({"preset": "fast"}, ["preset", "'fast'", "'best'"]),
         ({"search__sensitivity": "guess"}, ["search.sensitivity", "'guess'", "'measured'"]),
-        ({"search__forms": ["LR"]}, ["search", "forms must have Q"]),
+        ({"search__forms": ["LR"]}, ["search", "forms must include Q"]),
         ({"rounding__method": "adaround"}, ["rounding.method", "'adaround'", "'nearest'", "'block'"]),
         ({"activations": {"bits": 40}}, ["activations.bits"]),
         ({"activations": {"choices": [4, 8], "compute": "4by4"}}, ["activations", "'4by4'", '"20G"']),
@@ -67,7 +67,7 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"activations": {"method": "rep"}}, ["activations.method", "'repq'"]),
         ({"search__layers": {"blocks.*.fc1": {"bit": [8]}}}, ["'search.layers.blocks.*.fc1.bit'", "'bits'"]),
         ({"search__layers": {"head": {"bits": [9]}}}, ["search.layers.head.bits", "2 to 8"]),
-        ({"search__layers": {"head": {"forms": ["LR"]}}}, ["search.layers.head", "forms must have Q"]),
+        ({"search__layers": {"head": {"forms": ["LR"]}}}, ["search.layers.head", "forms must include Q"]),
         ({"search__layers": ["head"]}, ["search.layers"]),
     ],
 )

@@ -434,7 +434,7 @@ def test_a_steps_error_comes_back_as_what_it_was(tmp_path: Path, settings: dict[
     config = project(tmp_path, engine=settings)
     layers = pipeline.layers.spec(open_session(config))
     broken = project(tmp_path, engine=settings, search={"include": ["nothing"]})
-    with pytest.raises(ModelError, match="no compressible layers left by include"):
+    with pytest.raises(ModelError, match="no compressible layers with include"):
         ContainerRunner(broken, "cpu").run(pipeline.layers.spec(open_session(broken)), Watch())
     runner = ContainerRunner(config, "cpu")
     with pytest.raises(ConfigError, match="another version of mlorq"):

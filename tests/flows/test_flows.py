@@ -369,7 +369,7 @@ def test_mistakes_are_found_before_the_run(
     project = write_project(tmp_path)
     smallest = finished.result["smallest_bytes"]
     assert f"the smallest possible is {smallest} bytes" in fails(capsys, "compress", project, "--budget", "1bit")
-    assert "whole checkpoint cannot be that small" in fails(capsys, "compress", project, "--budget", "100B")
+    assert "budget 100B is too small" in fails(capsys, "compress", project, "--budget", "100B")
     assert not contents(tmp_path / "store")
     # Also where the layers are known already, and before anything is computed.
     config = RunConfig.from_yaml(project)

@@ -72,7 +72,7 @@ def test_a_childs_error_comes_back_as_what_it_was(tmp_path: Path) -> None:
     broken = project(tmp_path, search={"include": ["nothing"]})
     child = ChildRunner(broken, "cpu")
     try:
-        with pytest.raises(ModelError, match="no compressible layers left by include"):
+        with pytest.raises(ModelError, match="no compressible layers with include"):
             child.run(pipeline.layers.spec(open_session(broken)), Watch())
         with pytest.raises(StoreError, match="is not in the store"):
             child.run(capture, Watch())

@@ -156,7 +156,7 @@ def test_checkpoints_at_fault_are_named(layout, tmp_path):
     message = loading({**state, "rpn_head.rpn_cls.weight": torch.ones(2, 8, 1, 1)})
     assert "rpn.head.cls_logits.weight" in message
     message = loading({"model.layers.0.weight": torch.ones(2)})
-    assert "no known layout" in message
+    assert "unknown layout" in message
     assert "'model.layers.0.weight'" in message
 
 
@@ -167,7 +167,7 @@ def test_models_at_fault_are_named(folder):
     unknown = config().model_copy(update={"name": "mask_rcnn_resnet"})
     assert "mask_rcnn_swin_small" in refusal(ModelError, load_model, unknown, str(folder))
     assert "backbone" in refusal(ModelError, load_model, config(embed_dim=16), str(folder))
-    assert "cannot be built" in refusal(ModelError, load_model, config(depths=[1, 1], num_heads=[1]), str(folder))
+    assert "invalid arguments" in refusal(ModelError, load_model, config(depths=[1, 1], num_heads=[1]), str(folder))
     assert "gone.pth does not exist" in refusal(ModelError, load_model, config("gone.pth"), str(folder))
     data = {"calibration": {"source": "coco", "root": "x"}, "evaluation": {"source": "coco", "root": "x"}}
     values = {"model": {"family": "detection", "name": detectors.NAME}, "data": data}
@@ -547,7 +547,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     (tmp_path / "no.json").write_text('{"images": []}')
     assert "'annotations'" in refusal(DataError, dataset, folder, annotations=str(tmp_path / "no.json"))
     assert "absent.png does not exist" in changed(images=lambda rows: rows[2].update(file_name="absent.png"))
-    assert "4 categories, the model 3 classes" in changed(
+    assert "4 categories and the model has 3 classes" in changed(
         categories=lambda rows: rows.append({"id": 11, "name": "cow"})
     )
     assert "category 77" in changed(annotations=lambda rows: rows[0].update(category_id=77))

@@ -105,7 +105,7 @@ def test_a_family_from_outside_is_in_the_configuration() -> None:
             ({"layers": 0}, "model.layers"),
             ({"layers": 9}, "model: layers: a chain has at most 8"),
             ({"layerz": 2}, "did you mean 'layers'"),
-            ({"rotation": 1}, "model: rotation is for"),
+            ({"rotation": 1}, "does not support rotation"),
         ):
             with pytest.raises(ConfigError, match=words):
                 chain_config(**values)

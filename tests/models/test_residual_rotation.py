@@ -119,5 +119,5 @@ def test_a_configuration_rotates_and_its_checkpoint_loads_alone(tmp_path, seed):
 
 def test_rotation_of_other_families_is_a_configuration_error():
     values = {"model": {"family": "transformers", "name": "bert", "task": "text-classification", "rotation": 1}}
-    with pytest.raises(ConfigError, match="rotation is for pre-norm vision transformers"):
+    with pytest.raises(ConfigError, match="does not support rotation"):
         RunConfig.from_mapping(values | {"data": {"calibration": {}, "evaluation": {}}})

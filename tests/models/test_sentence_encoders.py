@@ -205,7 +205,7 @@ def test_dense_layers_are_compressed_and_come_back_from_the_checkpoint(plain, tm
         (DENSE | {"activation_function": "torch.nn.modules.activation.PReLU"}, "model.safetensors", {}, "PReLU"),
         (DENSE | {"module_input_name": "token_embeddings"}, "model.safetensors", {}, "token_embeddings"),
         (DENSE | {"out_features": "20"}, "model.safetensors", {}, "out_features"),
-        (DENSE | {"in_features": 31}, "model.safetensors", {}, "takes 31 numbers and is given 32"),
+        (DENSE | {"in_features": 31}, "model.safetensors", {}, "in_features 31, but its input has 32"),
         (DENSE, None, {}, "2_Dense/model.safetensors"),
         (DENSE, "model.safetensors", {"linear.bias": torch.zeros(3)}, "linear.bias"),
         (DENSE, "model.safetensors", {"other": torch.zeros(3)}, "other"),
