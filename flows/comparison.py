@@ -175,7 +175,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in rows:
         given, asked = one["budget_bytes"], one["asked_bytes"]
         if given > asked:
-            why = f"codes of that bit-width with scales and zero-points; the budget alone allows {asked:,} bytes"
+            why = f"codes of that bit-width with scales and zero-points; the codes alone take {asked:,} bytes"
         else:
             why = f"the largest uniform bit-width within {asked:,} bytes"
         if given != asked:

@@ -90,7 +90,7 @@ def test_another_method_computes_only_its_own(compared: Compared, capsys: pytest
     assert "ERQ (2407.06794)" in shown.out
     given = compared.result["rows"][0]
     assert f"4bit: all methods have {given['budget_bytes']:,} bytes" in shown.out
-    assert f"the codes alone are {given['asked_bytes']:,} bytes" in shown.out
+    assert f"the codes alone take {given['asked_bytes']:,} bytes" in shown.out
     assert main([*argv, "--methods", "gptq,best", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"]["computed"] == 0
     assert main([*argv, "--methods", "erq", "--json", "--set", "activations.percentiles=[0.99, 1.0]"]) == 0
@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = write_project(tmp_path)
     assert "did you mean 'gptq'" in fails(capsys, "compare", config, "--methods", "gpqt")
     assert "bit-width" in fails(capsys, "compare", config, "--activations", "16")
-    assert "2 bits for every layer" in fails(capsys, "compare", config, "--budget", "1bit")
+    assert "at least 2 bits per weight" in fails(capsys, "compare", config, "--budget", "1bit")
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("*/*/manifest.json"))
 
 
@@ -166,6 +166,6 @@ def test_notes_say_what_the_bytes_are() -> None:
     ]
     first, second = notes(rows)
     assert first.startswith("3bit: all methods have 16,726 bytes")
-    assert "the codes alone are 13,992 bytes" in first
+    assert "the codes alone take 13,992 bytes" in first
     assert second.startswith("20%: all methods have 900 bytes")
     assert "within 1,000 bytes" in second

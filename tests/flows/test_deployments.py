@@ -271,7 +271,7 @@ def test_configurations_of_a_flow(tmp_path: Path) -> None:
         ("none.yaml", "does not exist"),
         ("memory://none.yaml", "does not exist"),
         ("nothing://none.yaml", "cannot be read"),
-        (7, "is a mapping"),
+        (7, "must be a mapping"),
     ):
         given = yaml.safe_load(path.read_text()) | wrong if isinstance(wrong, dict) else wrong
         with pytest.raises(ConfigError, match=said):
