@@ -1,6 +1,6 @@
 """Compare two checkouts: the same runs must give the same allocations and byte-identical ``model.safetensors``.
 
-    python scripts/same_results.py --before ../old --after . --data ../shared/data --work /tmp/same
+    python scripts/same_results.py --before ../old --after . --data --work /tmp/same
 
 Every case is one ``mlorq compress`` with either checkout's code and a store of its own, on one thread. Results are kept
 in the work folder by commit, so that a second call runs what is missing. Cases on real weights need ``--data``.
