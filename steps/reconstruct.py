@@ -9,10 +9,9 @@ from typing import Any
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.config.compose import part
 from mlorq.fitting.settings import FitSettings
-from mlorq.forms import FORMS
 from mlorq.models.layers import Layer, LayerList
 from mlorq.rounding import METHODS
-from mlorq.rounding.base import TrainingSettings
+from mlorq.rounding.base import RoundingTask, TrainingSettings
 from mlorq.rounding.trainable import Trained
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec
@@ -98,8 +97,7 @@ def run(params: Params, inputs: TrainingInputs, context: Context, progress: Prog
         parts = {}
         for name, layer in own.items():
             fit = fits_of(context, inputs.model, inputs.capture, layer, params.fit).hessian
-            found = FORMS[rounded[name].candidate.form].fit(fit, rounded[name].candidate)
-            parts[name] = {key: (one.values, one.quantizer) for key, one in found.items()}
+            parts[name] = RoundingTask(name, rounded[name].candidate, fit, fit.output_metric).parts()
     result = blocks.reconstruct(
         paired,
         params.block,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,16 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+
+
+class FittedMatrix(Protocol):
+    """A matrix with its codes, as a fit returns it."""
+
+    def dequantize(self) -> Tensor:
+        """The values, ``(rows, columns)`` float32."""
+
+    def store(self) -> StoredMatrix:
+        """The stored form, on the CPU."""
 
 
 class StoredMatrix(ABC):

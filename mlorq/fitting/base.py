@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlorq.codecs.affine import Rounded
+    from mlorq.codecs.trellis import TrellisMatrix
 
 Sum = tuple[int, int, int, int]  # bits of the codes; rank, bits of A, bits of B
 
@@ -40,6 +41,9 @@ class LayerFit(Protocol):
 
     def codes(self, bits: int) -> Rounded:
         """W as codes."""
+
+    def trellis(self, bits: int) -> TrellisMatrix:
+        """W as trellis codes."""
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"a": A, "b": B}`` with ``W ≈ A B``."""

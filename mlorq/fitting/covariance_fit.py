@@ -9,6 +9,7 @@ With ``Σ = E[x xᵀ]`` and G the second moment of the output gradients, the out
   independent problems, all with Hessian Σ: one B̂ serves every rank. Then ``A* = W Σ B̂ᵀ (B̂ Σ B̂ᵀ)⁻¹``, rounded with
   Hessian ``B̂ Σ B̂ᵀ``. (G = I gives SVD-LLM, arXiv 2403.07378; the refits follow CALDERA, arXiv 2405.18886.)
 - Codes and a product: alternately codes of W minus the product, and the product for W minus the codes.
+- Trellis codes: ``mlorq.fitting.trellis``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from torch import Tensor
 from mlorq.calibration.covariance import Moments, pooled
 from mlorq.codecs.affine import Rounded, RowQuantizer
 from mlorq.codecs.base import ZeroPoint
+from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gptq import RowHessian, descend, gptq, refit_scale
 from mlorq.fitting.gram import leading_errors, principal_directions
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
+from mlorq.fitting.trellis import TrellisFit
 
 SWEEPS = 2  # of coordinate descent after GPTQ; scales are refitted before each
 TURNS = 2  # alternations of codes and product
@@ -118,6 +121,7 @@ class CovarianceFit:
         metric: Σ and G of the fit.
         percentiles: upper percentiles p of the ranges (1-p, p) tried.
         zero_point: range of zero-points (``codecs.base.Storage``).
+        rotation: seed of the rotation of trellis codes; None: no rotation.
         judge: Σ and G of held-out samples, for local costs; default: ``metric``.
         output: G of all samples, for ``output_metric``; default: that of ``metric``.
     """
@@ -130,6 +134,7 @@ class CovarianceFit:
         metric: Metric,
         percentiles: Sequence[float],
         zero_point: ZeroPoint = "codes",
+        rotation: int | None = 0,
         *,
         judge: Metric | None = None,
         output: Callable[[], Tensor] | None = None,
@@ -138,6 +143,7 @@ class CovarianceFit:
         self.metric = metric
         self.percentiles = percentiles
         self.zero_point: ZeroPoint = zero_point
+        self.rotation = rotation
         self.judge = judge or metric
         self._output = output
         self._right: dict[int, Rounded] = {}
@@ -154,7 +160,7 @@ class CovarianceFit:
 
     def of(self, weight: Tensor) -> CovarianceFit:
         return CovarianceFit(
-            weight, self.metric, self.percentiles, self.zero_point, judge=self.judge, output=self._output
+            weight, self.metric, self.percentiles, self.zero_point, self.rotation, judge=self.judge, output=self._output
         )
 
     # -- matrices -------------------------------------------------------------------------------------------
@@ -163,6 +169,16 @@ class CovarianceFit:
         if bits not in self._rounded:
             self._rounded[bits] = self.round_rows(self.weight, self.metric.rows, bits)
         return self._rounded[bits]
+
+    @cached_property
+    def _trellis(self) -> TrellisFit:
+        gradients = self.metric.gradients
+        if gradients is None:
+            gradients = torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
+        return TrellisFit(self.metric.inputs, gradients, self.rotation)
+
+    def trellis(self, bits: int) -> TrellisMatrix:
+        return self._trellis.codes(self.weight, bits)
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         codes, quantizer, values = self.right(bits_b)
@@ -271,6 +287,7 @@ def covariance_fit(weight: Tensor, folds: Sequence[Moments], settings: FitSettin
         Metric(*folds[0].shrunk()),
         settings.percentiles,
         settings.zero_point,
+        settings.rotation,
         # Σ is not shrunk: directions without variance cost nothing.
         judge=Metric(last.inputs, last.shrunk()[1]),
         output=lambda: pooled(folds).shrunk()[1],

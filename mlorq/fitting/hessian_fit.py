@@ -22,10 +22,12 @@ from torch import Tensor
 
 from mlorq.codecs.affine import Rounded, RowQuantizer
 from mlorq.codecs.base import ZeroPoint
+from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gram import leading_errors
 from mlorq.fitting.scale_search import row_ranges, search_left_factor, search_quantizer
 from mlorq.fitting.settings import FitSettings
+from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
 
 
@@ -125,6 +127,16 @@ class HessianFit:
 
     def codes(self, bits: int) -> Rounded:
         return Rounded.nearest(self.weight, self.weight_quantizer(bits))
+
+    @cached_property
+    def _trellis(self) -> TrellisFit:
+        columns = self.hessian.mean(0).to(torch.float64)
+        columns = columns + max(1e-3 * float(columns.mean()), torch.finfo(torch.float64).tiny)
+        return TrellisFit(torch.diag(columns), self.output_metric(), self.settings.rotation)
+
+    def trellis(self, bits: int) -> TrellisMatrix:
+        """Trellis codes, errors weighted by H's mean over rows and its mean over columns."""
+        return self._trellis.codes(self.weight, bits)
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """Leading columns of A and rows of B; scales of A are searched at this rank (METHOD 4)."""

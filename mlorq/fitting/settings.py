@@ -26,4 +26,7 @@ class FitSettings(Settings):
     zero_point: ZeroPoint = Field(
         "codes", description="codes: ranges contain 0 and zero-points are codes; int16: any zero-point (the paper)"
     )
+    rotation: int | None = Field(
+        0, ge=0, lt=2**31, description="trellis codes: seed of the rotation of a weight's columns; null: no rotation"
+    )
     percentiles: Percentiles = Field(PERCENTILES, description="upper percentiles p of the ranges (1-p, p) tried")

@@ -11,6 +11,19 @@ from mlorq.forms.base import FORMS, Candidate, Form, MatrixSpec, Shape, uniform_
 from mlorq.forms.q import Q
 from mlorq.forms.lr import LR
 from mlorq.forms.qlr import QLR
+from mlorq.forms.tcq import TCQ
 
 # isort: on
-__all__ = ["FORMS", "LR", "QLR", "Candidate", "Form", "MatrixSpec", "Q", "Shape", "uniform_candidate", "uniform_form"]
+__all__ = [
+    "FORMS",
+    "LR",
+    "QLR",
+    "TCQ",
+    "Candidate",
+    "Form",
+    "MatrixSpec",
+    "Q",
+    "Shape",
+    "uniform_candidate",
+    "uniform_form",
+]

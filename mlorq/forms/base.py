@@ -5,6 +5,7 @@ A form stores some matrices by name, and its weight is a sum of their products (
     Q    weight            codes of W
     LR   a b               codes of two factors, W ≈ A B
     QLR  weight + a b      both
+    TCQ  weight            trellis codes of W
 
 The terms determine the dense weight, its gradients, the modules that compute from codes, the bit operations, and the
 output of exporters. A form's file adds its configuration keys, its candidates, their fits and their local costs. All
@@ -27,7 +28,7 @@ from mlorq.registry import Registry, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mlorq.codecs.affine import Rounded
+    from mlorq.codecs.base import FittedMatrix
     from mlorq.fitting.base import LayerFit
 
 FIELDS = ("form", "bits", "bits_a", "bits_b", "rank")
@@ -99,6 +100,7 @@ class Form(ABC, Generic[Config]):
         terms: products of stored matrices, by name; their sum is the weight.
         uniform: whether each of its candidates is one bit-width that any layer can take. Uniform methods use this form;
             its candidates are always measured, and the largest bounds the size of other forms' candidates.
+        separate: whether each code can be rounded by itself; the codes of other forms are only found together.
         by_default: whether layers may take it if the configuration does not name the forms.
     """
 
@@ -108,6 +110,7 @@ class Form(ABC, Generic[Config]):
     settings: type[Config]
     terms: tuple[tuple[str, ...], ...]
     uniform: bool = False
+    separate: bool = True
     by_default: bool = True
 
     # -- candidates -------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class Form(ABC, Generic[Config]):
     # -- fits and costs ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def fit(self, fit: LayerFit, candidate: Candidate) -> dict[str, Rounded]:
+    def fit(self, fit: LayerFit, candidate: Candidate) -> Mapping[str, FittedMatrix]:
         """The rounded matrices of a candidate, by name, in the metric of the fit."""
 
     @abstractmethod

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mlorq.codecs.affine import Rounded
-from mlorq.codecs.base import StoredMatrix
+from mlorq.codecs.base import FittedMatrix, StoredMatrix
 from mlorq.forms.base import FORMS, Candidate
 
 
@@ -29,7 +28,7 @@ class CompressedLayer:
     bias: Tensor | None = None
 
     @classmethod
-    def of_rounded(cls, layer: str, candidate: Candidate, parts: Mapping[str, Rounded]) -> CompressedLayer:
+    def of_rounded(cls, layer: str, candidate: Candidate, parts: Mapping[str, FittedMatrix]) -> CompressedLayer:
         """The record of rounded matrices, on the CPU."""
         return cls(layer, candidate, {name: part.store() for name, part in parts.items()})
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from mlorq.forms.base import FORMS, Candidate
+from mlorq.forms.base import FORMS, Candidate, Form
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlorq.activations.plan import ActivationPlan
     from mlorq.calibration.token_importance import Importance
     from mlorq.codecs.affine import Rounded, RowQuantizer
+    from mlorq.codecs.base import FittedMatrix
     from mlorq.fitting.base import LayerFit
     from mlorq.fitting.hessian_fit import HessianFit
     from mlorq.forms.stored_layer import CompressedLayer
@@ -56,7 +57,23 @@ class RoundingTask:
     moments: InputMoments | None = None
     bias: Tensor | None = None
 
-    def rounded(self, fit: LayerFit | None = None) -> dict[str, Rounded]:
+    @property
+    def form(self) -> Form[Any]:
+        """The candidate's form."""
+        return FORMS[self.candidate.form]
+
+    def separate_parts(self, fit: LayerFit | None = None) -> dict[str, Rounded]:
+        """The rounded matrices whose codes can be rounded one by one; none if the form's codes are found together."""
+        from mlorq.codecs.affine import Rounded
+
+        found = self.rounded(fit) if self.form.separate else {}
+        return {name: part for name, part in found.items() if isinstance(part, Rounded)}
+
+    def parts(self, fit: LayerFit | None = None) -> Parts:
+        """Their float matrices and quantizers, by name."""
+        return {name: (part.values, part.quantizer) for name, part in self.separate_parts(fit).items()}
+
+    def rounded(self, fit: LayerFit | None = None) -> Mapping[str, FittedMatrix]:
         """The candidate's matrices as rounded by a fit; default: nearest rounding."""
         return FORMS[self.candidate.form].fit(self.fit if fit is None else fit, self.candidate)
 

@@ -45,8 +45,8 @@ class ClosedForm(RoundingMethod[ClosedFormSettings]):
             return None
         from mlorq.rounding.error_feedback import fit_under
 
-        rounded = task.rounded(fit_under(task, task.fit.weight, task.moments))
-        return {name: (part.latent(), part.quantizer) for name, part in rounded.items()}
+        parts = task.separate_parts(fit_under(task, task.fit.weight, task.moments))
+        return {name: (part.latent(), part.quantizer) for name, part in parts.items()}
 
     def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
         return WORK * params * in_features

@@ -29,8 +29,7 @@ class Erq(RoundingMethod[InputSettings]):
             return None
         from mlorq.rounding.ridge_rounding import corrected_fit
 
-        corrected = task.rounded(corrected_fit(task.fit, task.moments))
-        return {name: (part.values, part.quantizer) for name, part in corrected.items()}
+        return task.parts(corrected_fit(task.fit, task.moments))
 
     def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
         return WORK * params * in_features

@@ -116,12 +116,14 @@ def ridge_correction(weight: Tensor, moments: InputMoments, ridge: float) -> Ten
 def fit_under(task: RoundingTask, target: Tensor, moments: InputMoments) -> CovarianceFit:
     """Closed forms of a target weight, ``(out_features, in_features)``, under shrunk Σ̃ and the task's output metric."""
     metric = Metric(shrink(moments.compressed, moments.tokens), task.output_metric())
-    return CovarianceFit(target, metric, task.fit.percentiles, task.fit.zero_point)
+    return CovarianceFit(target, metric, task.fit.percentiles, task.fit.zero_point, task.fit.settings.rotation)
 
 
 def _result(task: RoundingTask, fit: CovarianceFit, moments: InputMoments) -> RoundingResult:
     layer = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded(fit))
     weight = task.fit.weight
-    nearest = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded())
-    before = output_error(weight, nearest.dense().to(weight.device), moments)
+    before = None
+    if task.form.separate:  # there is no nearest rounding of codes that are found together
+        nearest = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded())
+        before = output_error(weight, nearest.dense().to(weight.device), moments)
     return RoundingResult(layer, before, output_error(weight, layer.dense().to(weight.device), moments))

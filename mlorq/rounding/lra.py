@@ -15,6 +15,7 @@ from mlorq.rounding.base import (
     RoundingResult,
     RoundingTask,
 )
+from mlorq.rounding.closed_form import ClosedFormSettings, round_closed_form
 from mlorq.rounding.nearest import round_to_nearest
 
 ELEMENTS = 400.0  # cost of an iteration's element-wise operations per entry of W, in multiply-adds
@@ -47,6 +48,8 @@ class Lra(RoundingMethod[LraSettings]):
     def round(self, task: RoundingTask, settings: LraSettings, progress: Progress | None = None) -> RoundingResult:
         if task.moments is None:
             return round_to_nearest(task)
+        if not task.form.separate:
+            return round_closed_form(task, ClosedFormSettings(feedback=True))
         from mlorq.rounding.adaptive_rounding import round_adaptively
 
         parts = METHODS[settings.start].start(task)

@@ -20,7 +20,7 @@ class Nearest(RoundingMethod[Settings]):
         return round_to_nearest(task)
 
     def start(self, task: RoundingTask) -> Parts:
-        return {name: (part.values, part.quantizer) for name, part in task.rounded().items()}
+        return task.parts()
 
 
 def round_to_nearest(task: RoundingTask) -> RoundingResult:

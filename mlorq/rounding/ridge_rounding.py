@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mlorq.codecs.affine import Rounded, RowQuantizer
+from mlorq.codecs.base import FittedMatrix
 from mlorq.fitting.hessian_fit import HessianFit
-from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.rounding.base import RoundingResult, RoundingTask
 from mlorq.rounding.error_feedback import ridge_correction
@@ -43,9 +43,11 @@ def round_by_ridges(task: RoundingTask) -> RoundingResult:
     corrected = corrected_fit(task.fit, moments)
     before = output_error(weight, _stored(task, task.rounded()).dense().to(weight.device), moments)
     parts = task.rounded(corrected)
-    if not FORMS[task.candidate.form].has_product:
+    if not task.form.has_product:
         parts = {
             name: part._replace(codes=round_in_halves(part.values, moments.compressed, part.quantizer))
+            if isinstance(part, Rounded)
+            else part
             for name, part in parts.items()
         }
     layer = _stored(task, parts)
@@ -53,7 +55,7 @@ def round_by_ridges(task: RoundingTask) -> RoundingResult:
     return RoundingResult(layer, before, after)
 
 
-def _stored(task: RoundingTask, parts: Mapping[str, Rounded]) -> CompressedLayer:
+def _stored(task: RoundingTask, parts: Mapping[str, FittedMatrix]) -> CompressedLayer:
     return CompressedLayer.of_rounded(task.layer, task.candidate, parts)
 
 

@@ -1,0 +1,217 @@
+"""Trellis codes of a layer's weight under Σ and G (METHOD 10).
+
+The local cost ``tr(G ΔW Σ ΔWᵀ)`` has feedback in both directions. Along the columns it is that of GPTQ
+(arXiv 2210.17323): the error of a column is spread over the later columns through the Cholesky factor of Σ⁻¹. Along the
+rows, blocks of the trellis follow one another: with rows in the order of the stream, and ``G⁻¹ = UᵀU``, U upper
+triangular, the error E of block b is spread over the later blocks (in the spirit of YAQA, arXiv 2505.22988),
+
+    T_later ← T_later - U_b,laterᵀ U_bb⁻ᵀ E,
+
+and the errors of its rows are weighted by the diagonal of ``(U_bbᵀ U_bb)⁻¹``, what is left of G once the later blocks
+compensate. After a pass over a block's columns, scales are refitted by least squares and all columns coded again, each
+given all others.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlorq.codecs.rotation import rotate, rotate_both
+from mlorq.codecs.trellis import STEPS_PER_OCTAVE, ZERO_SCALE, TrellisMatrix, scale_values, stream, tables
+from mlorq.fitting.gptq import BLOCK, RowHessian
+from mlorq.fitting.viterbi import block_functions
+
+ROW_DAMPING = 0.1  # added to the diagonal of G, relative to its mean: G has far fewer samples than Σ
+HEADROOM = 2.0  # of the largest scale over the largest row: feedback lets rows grow
+LARGEST_BASE = 1e30  # bases stay finite in float32
+
+
+class TrellisFit:
+    """What all trellis codes of one layer share.
+
+    Args:
+        inputs: Σ, ``(in_features, in_features)``, positive semi-definite.
+        gradients: G, ``(out_features, out_features)``, positive semi-definite.
+        seed: of the rotation of the columns; None: no rotation.
+    """
+
+    def __init__(self, inputs: Tensor, gradients: Tensor, seed: int | None) -> None:
+        self.seed = seed
+        self._inputs = inputs.double()
+        self._gradients = gradients.double()
+
+    @cached_property
+    def hessian(self) -> RowHessian:
+        """Σ of the rotated inputs."""
+        return RowHessian(self._inputs if self.seed is None else rotate_both(self._inputs, self.seed))
+
+    @cached_property
+    def row_factor(self) -> Tensor:
+        """U, the upper Cholesky factor of the damped G⁻¹, with rows in the order of the stream, float64."""
+        order = torch.from_numpy(stream(len(self._gradients)).order).to(self._gradients.device)
+        g = self._gradients[order][:, order]
+        level = g.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        g = g / level + ROW_DAMPING * torch.eye(len(g), dtype=torch.float64, device=g.device)
+        inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(g))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return factor
+
+    def codes(self, weight: Tensor, bits: int, sweeps: int = 1) -> TrellisMatrix:
+        """Trellis codes of a weight.
+
+        Args:
+            weight: W, ``(out_features, in_features)``.
+            bits: k.
+            sweeps: times that all columns are coded again.
+        """
+        wide = weight.double()
+        target = wide if self.seed is None else rotate(wide, self.seed)
+        order, place, _, bounds = stream(len(target))
+        target = target[torch.from_numpy(order).to(target.device)]
+        base = _base(target)
+        parts = []
+        for start, stop in pairwise(bounds):
+            own = self.row_factor[start:stop, start:stop]
+            remaining = torch.cholesky_inverse(own, upper=True).diagonal()  # of (UᵀU)⁻¹
+            block = _Block(target[start:stop], self.hessian, remaining, bits, base)
+            block.round()
+            for _ in range(sweeps):
+                block.refit()
+                block.descend()
+            parts.append(block)
+            error = target[start:stop] - block.values()
+            spread = torch.linalg.solve_triangular(own.T, error, upper=False)
+            target[stop:] -= self.row_factor[start:stop, stop:].T @ spread
+        codes = np.concatenate([block.states & (2**bits - 1) for block in parts], axis=1).astype(np.uint8)
+        scale = np.concatenate([block.scale_codes for block in parts])[place]
+        return TrellisMatrix(
+            torch.from_numpy(codes),
+            torch.from_numpy(scale),
+            torch.tensor([base], dtype=torch.float32),
+            torch.tensor([-1 if self.seed is None else self.seed], dtype=torch.int32),
+            bits,
+        ).to(weight.device)
+
+
+class _Block:
+    """The rows of one cycle of the stream. Its arrays are on the CPU, transposed: a column is contiguous."""
+
+    def __init__(self, target: Tensor, hessian: RowHessian, weights: Tensor, bits: int, base: float) -> None:
+        self.target = target
+        self.hessian = hessian
+        self.order = hessian.order.cpu()
+        self.row_weights = weights.cpu()
+        self.bits = bits
+        self.base = base
+        self.table = np.ascontiguousarray(tables()[bits - 1])
+        self.scale_codes = self._nearest_codes(target.square().mean(1).sqrt().cpu().numpy())
+        rows, columns = target.shape
+        self._states = np.empty((columns, rows), np.uint16)  # columns in the order of the Hessian
+        self._coded = np.empty((columns, rows), np.float32)
+
+    @property
+    def states(self) -> np.ndarray:
+        """The states, ``(columns, rows)``."""
+        return self._states[np.argsort(self.order.numpy(), kind="stable")]
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales of the rows, ``(rows,)`` float64."""
+        return torch.from_numpy(scale_values()[self.scale_codes] * np.float32(self.base)).double()
+
+    def values(self) -> Tensor:
+        """The coded values with scales, ``(rows, columns)`` float64, on the target's device."""
+        return self._unit() * self.scales.to(self.target.device).unsqueeze(1)
+
+    def round(self) -> None:
+        """Code all columns, with feedback."""
+        round_block, _ = block_functions()
+        left, shares = self._scaled_target(), self.hessian.shares.cpu()
+        columns, errors = len(left), torch.empty((BLOCK, left.shape[1]))
+        for start in range(0, columns, BLOCK):
+            stop = min(start + BLOCK, columns)
+            own = shares[start:stop, start:stop].contiguous().numpy()
+            lost = errors[: stop - start]
+            part = slice(start, stop)
+            round_block(
+                left[part].numpy(),
+                own,
+                self._error_weights(),
+                self.table,
+                self.bits,
+                self._states[part],
+                self._coded[part],
+                lost.numpy(),
+            )
+            left[stop:].addmm_(shares[start:stop, stop:].T, lost, alpha=-1)
+
+    def descend(self) -> None:
+        """Code all columns again, each given all others."""
+        _, descend_block = block_functions()
+        h = self.hessian.single.cpu()[self.order][:, self.order].contiguous()
+        slope = h @ (torch.from_numpy(self._coded) - self._scaled_target())
+        columns, moves = len(slope), torch.empty((BLOCK, slope.shape[1]))
+        for start in range(0, columns, BLOCK):
+            stop = min(start + BLOCK, columns)
+            own = h[start:stop, start:stop].contiguous().numpy()
+            moved = moves[: stop - start]
+            part = slice(start, stop)
+            descend_block(
+                slope[part].numpy(),
+                own,
+                self._error_weights(),
+                self.table,
+                self.bits,
+                self._states[part],
+                self._coded[part],
+                moved.numpy(),
+            )
+            slope[stop:].addmm_(h[stop:, start:stop], moved)
+
+    def refit(self) -> None:
+        """Least-squares scales, ``(v H wᵀ) / (v H vᵀ)`` per row; rows without a positive one keep theirs."""
+        unit = self._unit()
+        weighted = unit @ self.hessian.matrix
+        power = (weighted * unit).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+        fitted = ((weighted * self.target).sum(1) / power).cpu().numpy()
+        usable = np.isfinite(fitted) & (fitted > 0) & (self.scale_codes != ZERO_SCALE)
+        self.scale_codes = np.where(usable, self._nearest_codes(np.where(usable, fitted, 1.0)), self.scale_codes)
+
+    def _unit(self) -> Tensor:
+        unit = torch.empty(self.target.T.shape, dtype=torch.float64)
+        unit[self.order] = torch.from_numpy(self._coded).double()
+        return unit.T.to(self.target.device)
+
+    def _scaled_target(self) -> Tensor:
+        """The target in units of the scales, ``(columns, rows)`` float32, columns in the order of the Hessian."""
+        scales = self.scales
+        inverse = torch.where(scales > 0, 1 / scales, 0.0)
+        return (self.target.cpu() * inverse.unsqueeze(1)).T[self.order].float().contiguous()
+
+    def _error_weights(self) -> np.ndarray:
+        """Weights of squared errors in units of the scales, mean 1, ``(rows,)`` float32."""
+        found = self.scales.square() * self.row_weights
+        mean = float(found.mean())
+        return (found / mean if mean > 0 else torch.ones_like(found)).float().numpy()
+
+    def _nearest_codes(self, scales: np.ndarray) -> np.ndarray:
+        """Codes of the nearest scales that can be stored; ``ZERO_SCALE`` for 0."""
+        with np.errstate(divide="ignore"):
+            exact = STEPS_PER_OCTAVE * (math.log2(self.base) - np.log2(scales))
+        lower = np.clip(np.floor(exact), 0, ZERO_SCALE - 1).astype(int)
+        upper = np.minimum(lower + 1, ZERO_SCALE - 1)
+        values = scale_values().astype(np.float64) * self.base
+        nearer = np.abs(values[upper] - scales) < np.abs(values[lower] - scales)
+        return np.where(scales > 0, np.where(nearer, upper, lower), ZERO_SCALE).astype(np.uint8)
+
+
+def _base(target: Tensor) -> float:
+    """The scale of code 0, a float32 value: ``HEADROOM`` times the largest root mean square of a row."""
+    largest = HEADROOM * float(target.square().mean(1).max().sqrt()) if target.numel() else 0.0
+    return float(np.float32(min(max(largest, 1e-30), LARGEST_BASE)))

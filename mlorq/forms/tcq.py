@@ -1,0 +1,82 @@
+"""Form ``TCQ(k)``: trellis codes of W (METHOD 10; docs/TRELLIS.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from mlorq.codecs.base import Codec, ZeroPoint
+from mlorq.codecs.trellis import FEWEST_ROWS, MOST_BITS, TrellisCodec
+from mlorq.forms.base import FORMS, Candidate, Form, Shape
+from mlorq.registry import Settings
+
+if TYPE_CHECKING:
+    from mlorq.codecs.trellis import TrellisMatrix
+    from mlorq.fitting.base import LayerFit
+
+VITERBI_WORK = 2 * 2**12 / 16  # multiply-adds of a matrix product in the time that coding a weight takes
+
+
+class TCQSettings(Settings):
+    """Candidates of form TCQ."""
+
+    trellis_bits: list[Annotated[int, Field(ge=1, le=MOST_BITS)]] = Field(
+        [1, 2, 3, 4, 5, 6], description="bits per weight of trellis codes"
+    )
+
+
+class TCQ(Form[TCQSettings]):
+    """Trellis codes of W."""
+
+    name = "TCQ"
+    label = "trellis codes"
+    colour = "#7a4fa3"
+    settings = TCQSettings
+    terms = (("weight",),)
+    separate = False
+    by_default = False
+
+    def serves(self, shape: Shape) -> bool:
+        """Whether a column has enough rows to fill a state."""
+        return shape.out_features >= FEWEST_ROWS
+
+    def enumerate(self, shape: Shape, settings: TCQSettings) -> list[Candidate]:
+        return [Candidate(self.name, bits=bits) for bits in sorted(set(settings.trellis_bits))]
+
+    def candidate_id(self, candidate: Candidate) -> str:
+        return f"TCQ{candidate.bits}"
+
+    def codecs(self, candidate: Candidate, zero_point: ZeroPoint) -> dict[str, Codec]:
+        if candidate.bits is None or (candidate.bits_a, candidate.bits_b, candidate.rank) != (None, None, None):
+            raise ValueError(f"form TCQ takes bits alone: {candidate}")
+        return {"weight": TrellisCodec(candidate.bits)}
+
+    def sizes(self, candidate: Candidate, shape: Shape) -> dict[str, tuple[int, int]]:
+        return {"weight": (shape.out_features, shape.in_features)}
+
+    def largest(self, shape: Shape) -> Candidate:
+        return Candidate(self.name, bits=MOST_BITS)
+
+    def fit(self, fit: LayerFit, candidate: Candidate) -> dict[str, TrellisMatrix]:
+        assert candidate.bits is not None, candidate
+        return {"weight": fit.trellis(candidate.bits)}
+
+    def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float]:
+        return [fit.cost(self.dense(fit, candidate)) for candidate in candidates]
+
+    def curve(self, candidate: Candidate) -> Hashable:
+        return self.name
+
+    def position(self, candidate: Candidate) -> int:
+        return candidate.bits or 0
+
+    def fitting_work(self, shape: Shape, settings: TCQSettings, percentiles: int) -> tuple[float, float]:
+        return VITERBI_WORK * shape.out_features * shape.in_features * len(settings.trellis_bits), 0.0
+
+    def measurements(self, settings: TCQSettings, points: int) -> int:
+        return min(points, len(settings.trellis_bits))
+
+
+FORMS.register(TCQ())
