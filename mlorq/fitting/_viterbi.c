@@ -11,7 +11,7 @@
 #define STATE_BITS 12
 #define STATES (1 << STATE_BITS)
 #define MOST_BITS 6
-#define WINDOW 64            /* of the pass that finds the edge, to either side of it */
+#define WINDOW 32            /* of the pass that finds the edge, to either side of it */
 #define RENORMALISE 32       /* steps between subtractions of the least path metric */
 #define UNREACHABLE 1e30f
 
@@ -26,27 +26,36 @@
 #define INLINE static inline
 #endif
 
+#define ALIGNMENT 64 /* of the arrays: loads that straddle cache lines take twice as long */
+
 typedef struct {
+    int states; /* read at run time: with a constant, compilers unroll the loops over states badly */
+    void *memory;
     float *metric;    /* of every state */
     float *survivor;  /* least metric of the states that share all but their oldest bits */
     float *rotated;   /* the sequence and its weights around the edge */
     uint8_t *back;    /* the oldest bits of the survivor, by step */
 } Workspace;
 
+#define LANES 16
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+
 /* Path metrics are non-negative floats, which are ordered like their bit patterns. The low k bits of a survivor hold the
    oldest bits j of its state. */
-INLINE void survive(const int32_t *restrict metric, int32_t *restrict survivor, uint8_t *restrict back, const int k)
+INLINE void survive(const int32_t *restrict metric, int32_t *restrict survivor, uint8_t *restrict back, const int k,
+                    const int states)
 {
-    const int many = 1 << k, count = STATES >> k;
+    const int many = 1 << k, count = states >> k;
     const int32_t clear = -many;
-    for (int q = 0; q < count; q++)
-        survivor[q] = metric[q] & clear;
-    for (int j = 1; j < many; j++) {
-        const int32_t *restrict own = metric + (size_t)j * count;
-        for (int q = 0; q < count; q++) {
-            const int32_t value = (own[q] & clear) | j;
-            survivor[q] = value < survivor[q] ? value : survivor[q];
+    for (int q = 0; q < count; q += LANES) {
+        lanes least = *(const lanes *)(metric + q) & clear;
+        for (int j = 1; j < many; j++) {
+            const lanes value = (*(const lanes *)(metric + (size_t)j * count + q) & clear) | j;
+            const lanes less = value < least;
+            least = (value & less) | (least & ~less);
         }
+        *(lanes *)(survivor + q) = least;
     }
     for (int q = 0; q < count; q++)
         back[q] = (uint8_t)(survivor[q] & (many - 1));
@@ -62,15 +71,22 @@ INLINE void renormalise(float *restrict survivor, const int count)
 }
 
 INLINE void extend(const float *restrict survivor, float *restrict metric, const float *restrict table, float x, float w,
-                   const int k)
+                   const int k, const int states)
 {
-    const int many = 1 << k, count = STATES >> k;
-    if (k >= 4) {
-        for (int q = 0; q < count; q++)
-            for (int i = 0; i < many; i++) {
-                const float error = x - table[q * many + i];
-                metric[q * many + i] = survivor[q] + w * error * error;
-            }
+    const int many = 1 << k, count = states >> k;
+    if (k >= 4) { /* sixteen states share a survivor */
+        for (int s = 0; s < states; s += LANES) {
+            const floats error = x - *(const floats *)(table + s);
+            *(floats *)(metric + s) = survivor[s >> k] + w * error * error;
+        }
+        return;
+    }
+    if (k == 1) {
+        for (int q = 0; q < count; q++) {
+            const float even = x - table[2 * q], odd = x - table[2 * q + 1];
+            metric[2 * q] = survivor[q] + w * even * even;
+            metric[2 * q + 1] = survivor[q] + w * odd * odd;
+        }
         return;
     }
     for (int q = 0; q < count; q += 16 >> k) { /* sixteen states at a time */
@@ -88,20 +104,20 @@ INLINE void extend(const float *restrict survivor, float *restrict metric, const
 INLINE void best_path(const float *x, const float *w, int steps, int edge, const float *table, const int k,
                       uint16_t *states, Workspace *space)
 {
-    const int count = STATES >> k;
+    const int count = space->states >> k;
     float *metric = space->metric, *survivor = space->survivor;
     for (int q = 0; q < count; q++)
         survivor[q] = edge < 0 || q == edge ? 0.f : UNREACHABLE;
     for (int t = 0; t < steps; t++) {
         if (t)
-            survive((const int32_t *)metric, (int32_t *)survivor, space->back + (size_t)t * count, k);
+            survive((const int32_t *)metric, (int32_t *)survivor, space->back + (size_t)t * count, k, space->states);
         if (t % RENORMALISE == RENORMALISE - 1)
             renormalise(survivor, count);
-        extend(survivor, metric, table, x[t], w[t], k);
+        extend(survivor, metric, table, x[t], w[t], k, space->states);
     }
     int best = edge < 0 ? 0 : edge;
     const int stride = edge < 0 ? 1 : count;
-    for (int s = best + stride; s < STATES; s += stride)
+    for (int s = best + stride; s < space->states; s += stride)
         if (metric[s] < metric[best])
             best = s;
     for (int t = steps - 1; t >= 0; t--) {
@@ -156,10 +172,11 @@ static int allocate(Workspace *space, int rows, int k)
     const size_t window = 4 * WINDOW;
     const size_t floats = STATES + STATES / 2 + window;
     const size_t steps = rows > 2 * WINDOW ? rows : 2 * WINDOW;
-    char *memory = malloc(floats * sizeof(float) + steps * (STATES >> k));
-    space->metric = (float *)memory;
-    if (memory == NULL)
+    space->memory = malloc(floats * sizeof(float) + steps * (STATES >> k) + ALIGNMENT);
+    if (space->memory == NULL)
         return 0;
+    space->metric = (float *)(((uintptr_t)space->memory + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    space->states = STATES;
     space->survivor = space->metric + STATES;
     space->rotated = space->survivor + STATES / 2;
     space->back = (uint8_t *)(space->rotated + window);
@@ -227,7 +244,7 @@ static PyObject *round_block(PyObject *module, PyObject *arguments)
             }
             spread(block.values.buf, shares, error, c, columns, rows, -1.f);
         }
-        free(space.metric);
+        free(space.memory);
         done = 1;
     }
     Py_END_ALLOW_THREADS
@@ -266,7 +283,7 @@ static PyObject *descend_block(PyObject *module, PyObject *arguments)
             }
             spread(block.values.buf, hessian, move, c, columns, rows, 1.f);
         }
-        free(space.metric);
+        free(space.memory);
         done = 1;
     }
     free(target);
