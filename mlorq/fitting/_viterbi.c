@@ -11,7 +11,7 @@
 #define STATE_BITS 12
 #define STATES (1 << STATE_BITS)
 #define MOST_BITS 6
-#define WINDOW 32            /* of the pass that finds the edge, to either side of it */
+#define WINDOW 64            /* of the pass that finds the edge, to either side of it */
 #define RENORMALISE 32       /* steps between subtractions of the least path metric */
 #define UNREACHABLE 1e30f
 

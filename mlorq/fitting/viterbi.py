@@ -23,7 +23,7 @@ States = NDArray[np.uint16]
 Block = Callable[[Floats, Floats, Floats, Floats, int, States, Floats, Floats], None]
 
 STATES = 1 << STATE_BITS
-WINDOW = 32  # steps to either side of the edge in the pass that finds it
+WINDOW = 64  # steps to either side of the edge in the pass that finds it
 RENORMALISE = 32  # steps between subtractions of the least path metric, which keep it precise
 UNREACHABLE = np.float32(1e30)
 
