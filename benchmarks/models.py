@@ -43,6 +43,7 @@ from mlorq.config.run import RunConfig
 from mlorq.evaluation.outputs import model_outputs
 from mlorq.forms.modules import replace_layers
 from mlorq.models import rebuild
+from mlorq.models.norms import set_parameters
 from steps.baseline import nmse_data
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
@@ -293,7 +294,8 @@ def _equal_outputs(session: Session, artifacts: dict[str, ArtifactRef], checkpoi
     listed = session.artifacts.layers(artifacts["layers"])
     in_memory = deepcopy(session.model.module)
     rounded = session.artifacts.all_rounded(artifacts[f"round/{listed.layers[-1].name}"])
-    replace_layers(in_memory, rounded, {layer.name: list(layer.aliases) for layer in listed.layers})
+    set_parameters(in_memory, rounded.rest)
+    replace_layers(in_memory, rounded.layers, {layer.name: list(layer.aliases) for layer in listed.layers})
     batches = nmse_data(session).batches
     loaded = mlorq.load(checkpoint).to(session.device)
     in_memory.to(session.device)

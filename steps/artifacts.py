@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from torch import Tensor
@@ -22,11 +23,46 @@ from mlorq.models.layers import LayerList, layers_from_table
 
 IMPORTANCE = "importance.safetensors"
 PLAN, PLAN_TENSORS = "activations.json", "activations.safetensors"
+REST = "rest/parameters.safetensors"  # in a folder, because the layers' files are named after layers
 
 
 def moments_file(layer: str) -> str:
     """File of a layer's moments in a ``capture`` artifact."""
     return f"moments/{layer}.safetensors"
+
+
+class RoundedFiles(NamedTuple):
+    """What one step of rounding wrote.
+
+    Attributes:
+        layers: the compressed layers.
+        rest: trained float parameters of the rest of the model, by name.
+        previous: the artifact before it in the chain; None for the first.
+    """
+
+    layers: list[CompressedLayer]
+    rest: dict[str, Tensor]
+    previous: ArtifactRef | None
+
+
+@dataclass
+class RoundedModel:
+    """What a chain of rounding steps wrote: each layer and parameter from the last artifact that has it.
+
+    Attributes:
+        layers: compressed layers by name.
+        rest: trained float parameters of the rest of the model, by name.
+    """
+
+    layers: dict[str, CompressedLayer] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_earlier(self, files: RoundedFiles) -> None:
+        """Add what an earlier artifact wrote and no later one replaced."""
+        for layer in files.layers:
+            self.layers.setdefault(layer.layer, layer)
+        for name, value in files.rest.items():
+            self.rest.setdefault(name, value)
 
 
 class ArtifactReader:
@@ -136,8 +172,8 @@ class ArtifactReader:
 
     # -- chains of rounded layers -----------------------------------------------------------------------------
 
-    def rounded(self, ref: ArtifactRef) -> tuple[list[CompressedLayer], ArtifactRef | None]:
-        """The layers that a rounding step wrote, and the artifact before it in the chain (None for the first)."""
+    def rounded(self, ref: ArtifactRef) -> RoundedFiles:
+        """What a rounding step wrote, and the artifact before it in the chain."""
         blockwise = ref.step in ("reconstruct", "tune")
         info = self._store.read_json(ref, "block.json" if blockwise else "layer.json")
         layers = []
@@ -145,31 +181,30 @@ class ArtifactReader:
             name = f"{row['layer']}.safetensors" if blockwise else "codes.safetensors"
             tensors = self._store.read_tensors(ref, name)
             layers.append(CompressedLayer.from_tensors(row["layer"], Candidate(**row["candidate"]), tensors))
-        return layers, ArtifactRef.from_json(info["previous"]) if info["previous"] else None
+        rest = self._store.read_tensors(ref, REST) if blockwise and info["rest"] else {}
+        return RoundedFiles(layers, rest, ArtifactRef.from_json(info["previous"]) if info["previous"] else None)
 
-    def all_rounded(
-        self, last: ArtifactRef | None, wanted: Collection[str] | None = None
-    ) -> dict[str, CompressedLayer]:
-        """The layers of a chain of artifacts by name, each from the last artifact that has it.
+    def all_rounded(self, last: ArtifactRef | None, wanted: Collection[str] | None = None) -> RoundedModel:
+        """The layers and trained parameters of a chain of artifacts.
 
         Args:
             last: the end of the chain.
-            wanted: names after which the search stops; None: all layers.
+            wanted: names of layers after which the search stops; None: the whole chain.
         """
-        found: dict[str, CompressedLayer] = {}
-        while last is not None and not (wanted is not None and found.keys() >= set(wanted)):
-            layers, last = self.rounded(last)
-            for layer in layers:
-                found.setdefault(layer.layer, layer)
+        found = RoundedModel()
+        while last is not None and not (wanted is not None and found.layers.keys() >= set(wanted)):
+            files = self.rounded(last)
+            found.add_earlier(files)
+            last = files.previous
         return found
 
-    def rounded_since(self, key: str | None, last: ArtifactRef | None) -> dict[str, CompressedLayer] | None:
-        """The layers that a chain's artifacts after ``key`` wrote, by name; None if ``key`` is not in the chain."""
-        found: dict[str, CompressedLayer] = {}
+    def rounded_since(self, key: str | None, last: ArtifactRef | None) -> RoundedModel | None:
+        """What a chain's artifacts after ``key`` wrote; None if ``key`` is not in the chain."""
+        found = RoundedModel()
         while last is not None and last.key != key:
-            layers, last = self.rounded(last)
-            for layer in layers:
-                found.setdefault(layer.layer, layer)
+            files = self.rounded(last)
+            found.add_earlier(files)
+            last = files.previous
         return found if (None if last is None else last.key) == key else None
 
     # -- checkpoints ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.hashing import digest_json
@@ -18,8 +18,10 @@ from mlorq.codecs.base import Accounting
 from mlorq.config.layer_overrides import search_json
 from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
 from mlorq.models.layers import Layer
+from mlorq.models.norms import set_parameters
 from steps import embeddings
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
@@ -121,12 +123,19 @@ def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     artifacts, model, plan = context.artifacts, context.model(inputs.model), context.plan(inputs.model)
     layers = artifacts.layers(inputs.layers)
-    compressed = {}
-    for index, (layer, ref) in enumerate(zip(layers.layers, inputs.rounded, strict=True)):
-        found, _ = artifacts.rounded(ref)
-        compressed[layer.name] = next(item for item in found if item.layer == layer.name)
-        progress(index + 1, len(layers.layers))
+    by_artifact: dict[str, tuple[ArtifactRef, set[str]]] = {}
+    for layer, ref in zip(layers.layers, inputs.rounded, strict=True):
+        by_artifact.setdefault(ref.key, (ref, set()))[1].add(layer.name)
+    read: dict[str, CompressedLayer] = {}
+    rest: dict[str, Tensor] = {}
+    for ref, names in by_artifact.values():
+        found = artifacts.rounded(ref)
+        read |= {item.layer: item for item in found.layers if item.layer in names}
+        rest |= found.rest
+        progress(len(read), len(layers.layers))
+    compressed = {layer.name: read[layer.name] for layer in layers.layers}
     module = deepcopy(model.module).to("cpu")
+    set_parameters(module, rest)
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
     replace_tables(module, artifacts.tables(inputs.embeddings))
     if plan is not None:

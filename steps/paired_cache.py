@@ -11,8 +11,10 @@ from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.costs.measured import spread_batches
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.models.base import split_batches
+from mlorq.models.layers import LayerList
 from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.paired_forward import PairedForward
+from steps.artifacts import RoundedModel
 from steps.handles import DataRef, ModelRef
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class TrainingInputs:
 
 
 class PairedCache:
-    """The last pair of a worker, and the last artifact whose layers are rounded in it.
+    """The last pair of a worker, and the last artifact whose layers and norms are set in it.
 
     Args:
         context: of the worker.
@@ -93,13 +95,11 @@ class PairedCache:
             _, last, paired = self._kept
             later = artifacts.rounded_since(last, previous)
             if later is not None:
-                for name, compressed in later.items():
-                    paired.set(layers[name], compressed)
+                _set_all(paired, layers, later)
                 return paired
         self._kept = None  # released before the next pair is built
         paired = self._build(state)
-        for compressed in artifacts.all_rounded(previous).values():
-            paired.set(layers[compressed.layer], compressed)
+        _set_all(paired, layers, artifacts.all_rounded(previous))
         return paired
 
     def keep(self, paired: PairedForward, state: PairedState, last: ArtifactRef) -> None:
@@ -121,6 +121,12 @@ class PairedCache:
         )
         set_tables(paired.compressed, context.artifacts.tables(state.embeddings))
         return paired
+
+
+def _set_all(paired: PairedForward, layers: LayerList, rounded: RoundedModel) -> None:
+    for name, compressed in rounded.layers.items():
+        paired.set(layers[name], compressed)
+    paired.set_rest(rounded.rest)
 
 
 def rounding_batches(context: Context, state: PairedState) -> tuple[list[Any], Sequence[Importance] | None]:

@@ -1,4 +1,4 @@
-"""Step ``reconstruct``: joint training of one block's codes, scales and biases (docs/METHOD.md, sections 7 and 9)."""
+"""Step ``reconstruct``: joint training of one block's codes, scales, biases and norms (docs/METHOD.md, 7 and 9)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mlorq.rounding import METHODS
 from mlorq.rounding.base import RoundingTask, TrainingSettings
 from mlorq.rounding.trainable import Trained
 from steps import embeddings
+from steps.artifacts import REST
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import fits_of
 from steps.context import Context
@@ -89,7 +90,7 @@ def run(params: Params, inputs: TrainingInputs, context: Context, progress: Prog
     own = {layer.name: layer for layer in members(layers, params.block)}
     state = inputs.state(params.training)
     paired = context.paired.get(state, inputs.previous)
-    rounded = context.artifacts.all_rounded(inputs.previous, own)
+    rounded = context.artifacts.all_rounded(inputs.previous, own).layers
     blocks = METHODS[params.method].blocks
     assert blocks is not None
     parts = None
@@ -109,18 +110,22 @@ def run(params: Params, inputs: TrainingInputs, context: Context, progress: Prog
     )
     for compressed in result.layers:
         paired.set(own[compressed.layer], compressed)
+    paired.set_rest(result.rest)
     context.paired.keep(paired, state, STEP.ref(params, inputs))
     return trained_files(result, inputs.previous)
 
 
 def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
-    """Files of trained layers for ``ArtifactReader.rounded``; ``previous`` has the layers before training."""
+    """Files of trained layers and norms for ``ArtifactReader.rounded``; ``previous``: the artifact before training."""
     files = {f"{layer.layer}.safetensors": tensors_bytes(layer.tensors()) for layer in result.layers}
+    if result.rest:
+        files[REST] = tensors_bytes(result.rest)
     files["block.json"] = json_bytes(
         {
             "layers": [
                 {"layer": compressed.layer, "candidate": asdict(compressed.candidate)} for compressed in result.layers
             ],
+            "rest": sorted(result.rest),
             "previous": previous.to_json(),
             "loss_before": result.loss_before,
             "loss_after": result.loss_after,
@@ -130,4 +135,4 @@ def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
     return files
 
 
-STEP = Step("reconstruct", 4, Params, TrainingInputs, run)
+STEP = Step("reconstruct", 5, Params, TrainingInputs, run)

@@ -1,4 +1,4 @@
-"""Step ``tune``: joint training of all codes, scales and biases after the last block (docs/METHOD.md, section 7)."""
+"""Step ``tune``: joint training of all codes, scales, biases and norms after the last block (docs/METHOD.md, 7)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(params: Params, inputs: TrainingInputs, context: Context, progress: Prog
     result = tuning.tune(
         context.model(inputs.model),
         listed.blocks,
-        [(layer, rounded[layer.name]) for layer in listed.layers],
+        [(layer, rounded.layers[layer.name]) for layer in listed.layers],
         batches,
         tuning.settings.model_validate(params.settings),
         seed=params.seed,
@@ -76,8 +76,9 @@ def run(params: Params, inputs: TrainingInputs, context: Context, progress: Prog
         importance=importance,
         activations=context.plan(inputs.model),
         tables=context.artifacts.tables(inputs.embeddings),
+        rest=rounded.rest,
     )
     return trained_files(result, inputs.previous)
 
 
-STEP = Step("tune", 2, Params, TrainingInputs, run)
+STEP = Step("tune", 3, Params, TrainingInputs, run)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, ZeroPoint
+from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, Trainable, ZeroPoint
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +141,11 @@ class QuantizedMatrix(StoredMatrix):
 
     def to(self, device: torch.device | str) -> QuantizedMatrix:
         return QuantizedMatrix(self.codes.to(device), self.scale.to(device), self.zero_point.to(device), self.bits)
+
+    def trainable(self, device: torch.device | str) -> Trainable:
+        from mlorq.codecs.affine_training import TrainableAffine
+
+        return TrainableAffine(self, device)
 
 
 @dataclass(frozen=True)

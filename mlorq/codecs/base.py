@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 ZeroPoint = Literal["codes", "int16"]
 Accounting = Literal["exact", "paper"]
@@ -56,6 +56,24 @@ class FittedMatrix(Protocol):
         """The stored form, on the CPU."""
 
 
+class Trainable(Protocol):
+    """The trainable parameters of a stored matrix (METHOD 7)."""
+
+    @property
+    def latent(self) -> nn.Parameter | None:
+        """Parameter from which the codes are computed, in units of codes; None if codes are fixed."""
+
+    @property
+    def growth(self) -> nn.Parameter | None:
+        """Logarithm of the growth of the scales; None if scales are fixed."""
+
+    def values(self) -> Tensor:
+        """Dequantized values, ``(rows, columns)`` float32, differentiable."""
+
+    def result(self) -> StoredMatrix:
+        """The matrix with its current codes and scales, on the CPU."""
+
+
 class StoredMatrix(ABC):
     """A matrix as it is stored, with its codes unpacked."""
 
@@ -80,6 +98,10 @@ class StoredMatrix(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """The same matrix on another device."""
+
+    def trainable(self, device: torch.device | str) -> Trainable | None:
+        """Trainable parameters on ``device``, initialised from this matrix; None: the matrix stays fixed."""
+        return None
 
 
 class Codec(ABC):

@@ -11,15 +11,16 @@ rows is cyclic (tail-biting). Rows have scales, and the columns may be rotated (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec
+from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, Trainable
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,23 @@ def scale_values() -> np.ndarray:
     return found
 
 
+def nearest_scale_codes(scales: np.ndarray, base: float) -> np.ndarray:
+    """Codes of the nearest scales that can be stored, uint8; ``ZERO_SCALE`` for 0.
+
+    Args:
+        scales: float64, not negative.
+        base: the scale of code 0.
+    """
+    with np.errstate(divide="ignore"):
+        exact = STEPS_PER_OCTAVE * (math.log2(base) - np.log2(scales))
+    lower = np.clip(np.floor(exact), 0, ZERO_SCALE - 1).astype(int)
+    upper = np.minimum(lower + 1, ZERO_SCALE - 1)
+    values = scale_values().astype(np.float64) * base
+    nearer = np.abs(values[upper] - scales) < np.abs(values[lower] - scales)
+    found: np.ndarray = np.where(scales > 0, np.where(nearer, upper, lower), ZERO_SCALE).astype(np.uint8)
+    return found
+
+
 @dataclass(frozen=True)
 class TrellisMatrix(StoredMatrix):
     """A matrix as trellis codes.
@@ -121,7 +139,8 @@ class TrellisMatrix(StoredMatrix):
         import torch
 
         before = torch.from_numpy(stream(self.shape[0]).before).to(self.codes.device)
-        found = last = self.codes.int()
+        found: Tensor = self.codes.int()
+        last = found
         for shift in range(self.bits, STATE_BITS, self.bits):
             last = last[:, before]
             found = found | (last << shift)
@@ -137,7 +156,7 @@ class TrellisMatrix(StoredMatrix):
         place = torch.from_numpy(stream(self.shape[0]).place).to(self.codes.device)
         values: Tensor = table[self.states().long()][:, place].T.contiguous()
         seed = int(self.rotation)
-        return values if seed < 0 else rotate_back(values, seed)
+        return rotate_back(values, seed) if seed >= 0 else values
 
     def scales(self) -> Tensor:
         """The scales of the rows, ``(rows,)`` float32."""
@@ -149,6 +168,22 @@ class TrellisMatrix(StoredMatrix):
 
     def dequantize(self) -> Tensor:
         return self.unit() * self.scales().unsqueeze(1)
+
+    def trainable(self, device: torch.device | str) -> Trainable:
+        from mlorq.codecs.trellis_training import TrainableTrellis
+
+        return TrainableTrellis(self, device)
+
+    def with_scales(self, scales: Tensor) -> TrellisMatrix:
+        """The same codes with the nearest scales that can be stored, under the same base.
+
+        Args:
+            scales: ``(rows,)``, not negative.
+        """
+        import torch
+
+        codes = nearest_scale_codes(scales.detach().double().cpu().numpy(), float(self.base))
+        return replace(self, scale=torch.from_numpy(codes).to(self.scale.device))
 
     def store(self) -> TrellisMatrix:
         """The matrix itself, on the CPU."""

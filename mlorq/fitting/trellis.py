@@ -14,7 +14,6 @@ given all others.
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from itertools import pairwise
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mlorq.codecs.rotation import rotate, rotate_both
-from mlorq.codecs.trellis import STEPS_PER_OCTAVE, ZERO_SCALE, TrellisMatrix, scale_values, stream, tables
+from mlorq.codecs.trellis import ZERO_SCALE, TrellisMatrix, nearest_scale_codes, scale_values, stream, tables
 from mlorq.fitting.gptq import BLOCK, RowHessian
 from mlorq.fitting.viterbi import block_functions
 
@@ -110,7 +109,7 @@ class _Block:
         self.bits = bits
         self.base = base
         self.table = np.ascontiguousarray(tables()[bits - 1])
-        self.scale_codes = self._nearest_codes(target.square().mean(1).sqrt().cpu().numpy())
+        self.scale_codes = nearest_scale_codes(target.square().mean(1).sqrt().cpu().numpy(), base)
         rows, columns = target.shape
         self._states = np.empty((columns, rows), np.uint16)  # columns in the order of the Hessian
         self._coded = np.empty((columns, rows), np.float32)
@@ -181,7 +180,8 @@ class _Block:
         power = (weighted * unit).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         fitted = ((weighted * self.target).sum(1) / power).cpu().numpy()
         usable = np.isfinite(fitted) & (fitted > 0) & (self.scale_codes != ZERO_SCALE)
-        self.scale_codes = np.where(usable, self._nearest_codes(np.where(usable, fitted, 1.0)), self.scale_codes)
+        found = nearest_scale_codes(np.where(usable, fitted, 0.0), self.base)
+        self.scale_codes = np.where(usable, found, self.scale_codes)
 
     def _unit(self) -> Tensor:
         unit = torch.empty(self.target.T.shape, dtype=torch.float64)
@@ -199,16 +199,6 @@ class _Block:
         found = self.scales.square() * self.row_weights
         mean = float(found.mean())
         return (found / mean if mean > 0 else torch.ones_like(found)).float().numpy()
-
-    def _nearest_codes(self, scales: np.ndarray) -> np.ndarray:
-        """Codes of the nearest scales that can be stored; ``ZERO_SCALE`` for 0."""
-        with np.errstate(divide="ignore"):
-            exact = STEPS_PER_OCTAVE * (math.log2(self.base) - np.log2(scales))
-        lower = np.clip(np.floor(exact), 0, ZERO_SCALE - 1).astype(int)
-        upper = np.minimum(lower + 1, ZERO_SCALE - 1)
-        values = scale_values().astype(np.float64) * self.base
-        nearer = np.abs(values[upper] - scales) < np.abs(values[lower] - scales)
-        return np.where(scales > 0, np.where(nearer, upper, lower), ZERO_SCALE).astype(np.uint8)
 
 
 def _base(target: Tensor) -> float:

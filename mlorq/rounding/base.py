@@ -210,7 +210,8 @@ class BlockReconstruction(ABC, Generic[Config]):
             progress: called with (steps done, steps).
 
         Returns:
-            The optimised layers; the copy in ``paired`` is unchanged: call ``paired.set`` for each of them.
+            The optimised layers and norms; the copy in ``paired`` is unchanged: call ``paired.set`` for each layer and
+            ``paired.set_rest``.
         """
 
     def passes(self, settings: Settings, blocks: int) -> float:
@@ -251,6 +252,7 @@ class Tuning(ABC, Generic[Config]):
         importance: Sequence[Importance] | None = None,
         activations: ActivationPlan | None = None,
         tables: Mapping[str, CompressedLayer] | None = None,
+        rest: Mapping[str, Tensor] | None = None,
     ) -> Trained:
         """Train all compressed layers together; arguments as for ``rounding.finetune.tune``."""
 

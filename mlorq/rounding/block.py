@@ -32,10 +32,16 @@ if TYPE_CHECKING:
 
 
 class RateSettings(Settings):
-    """Step sizes of scales and biases."""
+    """Step sizes of scales, biases and norms."""
 
     scale_rate: float = Field(1e-3, ge=0, description="step size of scales, relative to their size")
     bias_rate: float = Field(1e-4, ge=0, description="step size of biases")
+    norm_rate: float = Field(
+        5e-4,
+        ge=0,
+        description="step size of the scales and shifts of normalisation layers, relative to the layer's scales; "
+        "0: fixed",
+    )
 
 
 class ReconstructionSettings(IterationSettings, RateSettings):

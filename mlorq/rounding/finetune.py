@@ -1,9 +1,9 @@
 """Tuning of the whole compressed model against the float model, after its layers and blocks (METHOD 7).
 
 Rounding and block reconstruction proceed front to back and do not account for the effect of an error on later layers.
-Tuning trains the codes, scales, factors and biases of all layers together, with the straight-through estimator, to
-reproduce the float model's output and the outputs of its blocks. The blocks' outputs are included because the outputs
-of few samples alone generalise poorly. Labels are not used.
+Tuning trains the codes, scales, factors and biases of all layers and the scales and shifts of all normalisation layers
+together, with the straight-through estimator, to reproduce the float model's output and the outputs of its blocks. The
+blocks' outputs are included because the outputs of few samples alone generalise poorly. Labels are not used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, move_batch
 from mlorq.models.layers import Layer
+from mlorq.models.norms import norm_parameters, set_parameters
 from mlorq.rounding.base import Progress
 from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.paired_forward import token_weights
 from mlorq.rounding.reconstruction import first_tensor, weighted_square
-from mlorq.rounding.trainable import Rates, TrainableLayer, Trained, train
+from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, train
 
 
 def tune(
@@ -43,8 +45,9 @@ def tune(
     importance: Sequence[Importance] | None = None,
     activations: ActivationPlan | None = None,
     tables: Mapping[str, CompressedLayer] | None = None,
+    rest: Mapping[str, Tensor] | None = None,
 ) -> Trained:
-    """Train all compressed layers of a model together.
+    """Train all compressed layers and the normalisation layers of a model together.
 
     Args:
         model: the float model, which is not modified.
@@ -58,14 +61,18 @@ def tune(
         importance: token weights of the blocks' outputs, one mapping per batch; None: equal weights.
         activations: activation quantizers of the compressed model; None: float activations.
         tables: quantized embedding tables of the compressed model, which are not trained.
+        rest: float parameters that were trained before, by name; None: those of the float model.
 
     Returns:
-        The trained layers, or the given ones if the loss on held-out batches did not fall.
+        The trained layers and norms, or the given ones if the loss on held-out batches did not fall. ``Trained.rest``
+        includes the given ``rest``.
     """
     module = deepcopy(model.module)
     if activations is not None:
         activations.install(module)
     set_tables(module, tables or {})
+    given = dict(rest or {})
+    set_parameters(module, given)
     trainable = []
     for layer, compressed in layers:
         bias = module.get_submodule(layer.name).bias
@@ -75,8 +82,10 @@ def tune(
     weights: Sequence[Importance] = importance or [{}] * len(batches)
     moved = [(move_batch(batch, device, model.dtype), own) for batch, own in zip(batches, weights, strict=True)]
     objective = _Objective(model, module, blocks)
-    rates = Rates(settings.tuning_rate, settings.scale_rate, settings.bias_rate)
-    return train(trainable, moved, objective, objective.of_all, rates, settings.tuning, seed, progress)
+    rates = Rates(settings.tuning_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate)
+    norms = [TrainableNorm(parameter) for parameter in norm_parameters(module)] if settings.norm_rate else []
+    result = train(trainable, moved, objective, objective.of_all, rates, settings.tuning, seed, progress, norms)
+    return replace(result, rest={**given, **result.rest})
 
 
 class _Objective:

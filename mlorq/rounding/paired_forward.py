@@ -24,6 +24,7 @@ from mlorq.errors import ModelError
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.layers import Layer, input_tokens
+from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import Segments, enters_cleanly
 
 
@@ -146,7 +147,8 @@ def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -
 class PairedForward:
     """Carries calibration data through the float model and through its compressed copy, block by block.
 
-    Call ``moments`` for layers in execution order, and ``set`` as soon as a layer is rounded.
+    Call ``moments`` for layers in execution order, ``set`` as soon as a layer is rounded, and ``set_rest`` for the
+    norms that were trained with a block.
 
     Args:
         model: the float model.
@@ -194,6 +196,12 @@ class PairedForward:
                 bias = self.compressed.get_submodule(layer.name).bias
                 assert isinstance(bias, Tensor)
                 bias.copy_(compressed.bias)
+
+    def set_rest(self, values: Mapping[str, Tensor]) -> None:
+        """Set trained float parameters of the compressed copy, by name; the float model keeps its own."""
+        set_parameters(self.compressed, values)
+        if values:
+            self._last = None  # the inputs of later layers have changed
 
     def moments(self, layer: Layer) -> InputMoments:
         """Second moments of a layer's inputs; the earlier blocks run once for all layers of its block.
@@ -287,6 +295,10 @@ class PairedForward:
     def run_block(self, block: int, call: BlockCall) -> Any:
         """Output of a block of the compressed copy, differentiable."""
         return self._changed.blocks[block](*call.args, **call.kwargs)
+
+    def block_name(self, block: int) -> str:
+        """Name of a block in the model."""
+        return self._block_names[block]
 
     def block(self, block: int) -> torch.nn.Module:
         """A block of the compressed copy."""

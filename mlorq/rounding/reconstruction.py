@@ -1,16 +1,16 @@
 """Block reconstruction: joint optimisation of the codes, scales, factors and biases of a block's layers (METHOD 7).
 
 ``reconstruct`` starts from the closed forms of the layers and trains their codes with the straight-through estimator,
-and scales and biases at far smaller step sizes (``trainable``). The block's input is that of the model whose earlier
-blocks are compressed. With ``loss: block`` the loss is the error of the block's output against the float block's output
-in the float model (BRECQ, arXiv 2102.05426, without the sigmoid); with ``loss: output`` it is the error of the model's
-output when the float blocks follow.
+and scales, biases and the block's norms at far smaller step sizes (``trainable``). The block's input is that of the
+model whose earlier blocks are compressed. With ``loss: block`` the loss is the error of the block's output against the
+float block's output in the float model (BRECQ, arXiv 2102.05426, without the sigmoid); with ``loss: output`` it is the
+error of the model's output when the float blocks follow.
 
 ``reconstruct_softly`` implements the published methods (METHOD 9): soft rounding that starts from nearest rounding
-(``soft_rounding``), with fixed scales and biases. BRECQ weights the entries of the block's output by squared gradients;
-QDrop keeps activations float at random.
+(``soft_rounding``), with fixed scales, biases and norms. BRECQ weights the entries of the block's output by squared
+gradients; QDrop keeps activations float at random.
 
-Both keep the trained layers only if they reduce the loss on held-out samples.
+Both keep the trained layers and norms only if they reduce the loss on held-out samples.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torch import Tensor
 from mlorq.activations.plan import quantizers_of
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import Layer
+from mlorq.models.norms import norm_parameters
 from mlorq.rounding.base import Parts, Progress
 from mlorq.rounding.block import ReconstructionSettings
 from mlorq.rounding.brecq import SoftSettings
 from mlorq.rounding.paired_forward import BlockCall, PairedForward
 from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, set_hard
-from mlorq.rounding.trainable import Rates, TrainableLayer, Trained, refresh_all, train
+from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, refresh_all, train
 
 
 def reconstruct(
@@ -42,7 +43,7 @@ def reconstruct(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Trained:
-    """Optimise codes, scales, factors and biases of the layers of one block with the straight-through estimator.
+    """Optimise codes, scales, factors, biases and norms of one block with the straight-through estimator.
 
     Args:
         paired: the float model and its copy in which all layers up to this block's are compressed.
@@ -53,7 +54,8 @@ def reconstruct(
         progress: called with (steps done, steps).
 
     Returns:
-        The optimised layers; the copy in ``paired`` is unchanged: call ``paired.set`` for each of them.
+        The optimised layers and norms; the copy in ``paired`` is unchanged: call ``paired.set`` for each layer and
+        ``paired.set_rest``. Norms that modules outside the block share are fixed.
 
     Raises:
         ModelError: the loss is that of the model's output, and the model's blocks are not a chain.
@@ -61,9 +63,12 @@ def reconstruct(
     calls = paired.block_calls(block, outputs=settings.loss == "output", float_inputs=settings.drop > 0, seed=seed)
     objective = _Objective(paired, block)
     trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
-    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate)
+    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate)
+    inside = norm_parameters(paired.compressed, paired.block_name(block)) if settings.norm_rate else []
+    norms = [TrainableNorm(parameter) for parameter in inside]
     step = _dropping(paired, block, objective, settings.drop, seed)
-    return train(trainable, calls, step, _held_out(trainable, objective), rates, settings.iterations, seed, progress)
+    held_out = _held_out(trainable, objective)
+    return train(trainable, calls, step, held_out, rates, settings.iterations, seed, progress, norms)
 
 
 def reconstruct_softly(

@@ -24,7 +24,9 @@ MARGIN = 1e-3  # smallest distance of initial fractions from 0 and 1, for a fini
 
 
 class SoftMatrix:
-    """A matrix with learnable rounding; implements ``mlorq.rounding.trainable.Matrix``."""
+    """A matrix with learnable rounding; implements ``mlorq.codecs.base.Trainable``; scales are fixed."""
+
+    growth = None
 
     def __init__(self, values: Tensor, quantizer: RowQuantizer) -> None:
         scale = quantizer.scale.unsqueeze(1)
@@ -34,7 +36,6 @@ class SoftMatrix:
         self.base = floor + quantizer.zero_point.unsqueeze(1)
         self.top = 2**quantizer.bits - 1
         self.latent = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
-        self.growth = nn.Parameter(torch.zeros(()))  # unused, since scales are fixed
         self.hard = False
 
     def rounding(self) -> Tensor:
@@ -69,7 +70,7 @@ class SoftLayer(TrainableLayer):
     ) -> None:
         super().__init__(root, layer, compressed)
         self.soft = {name: SoftMatrix(values, quantizer) for name, (values, quantizer) in parts.items()}
-        self.matrices = dict(self.soft)
+        self.matrices |= self.soft  # codes that are found together stay fixed
         self.bias = None
 
 

@@ -1,84 +1,39 @@
-"""Training of the codes, scales, factors and biases of quantized layers (METHOD 7).
+"""Training of the codes, scales, factors and biases of quantized layers, and of normalisation layers (METHOD 7).
 
 Codes are latent real numbers in units of codes, rounded in every forward pass and trained with the straight-through
-estimator; scales are trained as logarithms of their growth. The dequantized weight replaces the module's parameter
-during training.
+estimator; scales are trained as logarithms of their growth (``StoredMatrix.trainable``). Parameters of normalisation
+layers stay float. The dequantized weight and the changed parameters replace the modules' own during training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mlorq.codecs.affine import SMALLEST_SCALE, QuantizedMatrix
-from mlorq.codecs.base import StoredMatrix
+from mlorq.codecs.base import StoredMatrix, Trainable
 from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import Layer
+from mlorq.models.norms import NormParameter
 
 HELD_OUT = 5  # every fifth batch is held out
 CHECKS = 4  # number of evaluations of the held-out loss during training
 
 
-class Matrix(Protocol):
-    """The trainable parameters of a stored matrix.
+class _Fixed:
+    """A matrix whose codec has no trainable parameters."""
 
-    Attributes:
-        latent: parameter from which the codes are computed.
-        growth: logarithm of the growth of the scales; unused if scales are fixed.
-    """
-
-    latent: nn.Parameter
-    growth: nn.Parameter
-
-    def values(self) -> Tensor:
-        """Dequantized values, differentiable."""
-
-    def result(self) -> StoredMatrix:
-        """The matrix with its current codes and scales."""
-
-
-class _Affine:
-    """Codes, trained with the straight-through estimator, and scales."""
-
-    def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
-        self.stored = matrix
-        self.zero = matrix.zero_point.float().to(device).unsqueeze(1)
-        self.base = matrix.scale.float().to(device).unsqueeze(1)
-        self.top = 2**matrix.bits - 1
-        self.latent = nn.Parameter(matrix.codes.float().to(device))
-        self.growth = nn.Parameter(torch.zeros_like(self.base))  # logarithm of scale / base
-
-    def scale(self) -> Tensor:
-        return self.base * self.growth.exp()
-
-    def values(self) -> Tensor:
-        """Dequantized values; gradients pass through rounding, and are 0 for clamped codes."""
-        inside = self.latent.clamp(0, self.top)
-        codes = inside + (inside.round() - inside).detach()
-        scale = self.scale()
-        stored = scale.detach().to(torch.float16).float().clamp(min=SMALLEST_SCALE)
-        return (codes - self.zero) * (scale + (stored - scale).detach())
-
-    def result(self) -> QuantizedMatrix:
-        codes = self.latent.detach().clamp(0, self.top).round().to(torch.uint8).cpu()
-        scale = self.scale().detach().squeeze(1).to(torch.float16).clamp(min=SMALLEST_SCALE).cpu()
-        return replace(self.stored, codes=codes, scale=scale)
-
-
-class _Frozen:
-    """A fixed matrix, of a codec that has no trainable parameters here."""
+    latent = None
+    growth = None
 
     def __init__(self, matrix: StoredMatrix, device: torch.device) -> None:
         self.stored = matrix
         self.dense = matrix.dequantize().to(device)
-        self.latent = nn.Parameter(torch.zeros((), device=device))  # unused; optimisers need a parameter
-        self.growth = nn.Parameter(torch.zeros((), device=device))
 
     def values(self) -> Tensor:
         return self.dense
@@ -87,9 +42,21 @@ class _Frozen:
         return self.stored
 
 
-def trainable_matrix(matrix: StoredMatrix, device: torch.device) -> Matrix:
-    """The trainable parameters of a stored matrix, initialised from it."""
-    return _Affine(matrix, device) if isinstance(matrix, QuantizedMatrix) else _Frozen(matrix, device)
+def trainable_matrix(matrix: StoredMatrix, device: torch.device) -> Trainable:
+    """The trainable parameters of a stored matrix, initialised from it; it stays fixed if its codec has none."""
+    return matrix.trainable(device) or _Fixed(matrix, device)
+
+
+@contextmanager
+def _without_parameters(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Remove parameters of modules, so that tensors can be set instead, and restore them at the end."""
+    kept = [(module, name, module._parameters.pop(name)) for module, name in places]
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module.__dict__.pop(name, None)
+            module._parameters[name] = parameter
 
 
 class TrainableLayer:
@@ -109,7 +76,7 @@ class TrainableLayer:
         weight = self.module._parameters["weight"]
         assert weight is not None
         self.shape, self.dtype = weight.shape, weight.dtype
-        self.matrices: dict[str, Matrix] = {
+        self.matrices: dict[str, Trainable] = {
             name: trainable_matrix(matrix, weight.device) for name, matrix in compressed.matrices.items()
         }
         bias = self.module._parameters.get("bias")
@@ -128,15 +95,10 @@ class TrainableLayer:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Remove the modules' parameters, for which ``refresh`` sets tensors, and restore them at the end."""
-        names = [(module, "weight") for module in self.modules]
-        names += [(self.module, "bias")] if self.bias is not None else []
-        kept = [(module, name, module._parameters.pop(name)) for module, name in names]
-        try:
+        places = [(module, "weight") for module in self.modules]
+        places += [(self.module, "bias")] if self.bias is not None else []
+        with _without_parameters(places):
             yield
-        finally:
-            for module, name, parameter in kept:
-                module.__dict__.pop(name, None)
-                module._parameters[name] = parameter
 
     def result(self) -> CompressedLayer:
         matrices = {name: matrix.result() for name, matrix in self.matrices.items()}
@@ -144,30 +106,72 @@ class TrainableLayer:
         return replace(self.layer, matrices=matrices, bias=bias)
 
 
-def refresh_all(layers: Sequence[TrainableLayer]) -> None:
-    """Recompute the weights of all layers, with gradients enabled."""
+class TrainableNorm:
+    """A parameter of a normalisation layer, trained in at least float32 and used in its own dtype.
+
+    Args:
+        parameter: the parameter in the model. All modules that hold it use the trained value while ``attached``.
+    """
+
+    def __init__(self, parameter: NormParameter) -> None:
+        self.name, self.owners, self.unit = parameter.name, parameter.owners, parameter.unit
+        self.given = parameter.tensor.detach().clone()
+        self.base = self.given.to(torch.promote_types(self.given.dtype, torch.float32))
+        self.change = nn.Parameter(torch.zeros_like(self.base))  # in units of the layer's scales
+
+    def value(self) -> Tensor:
+        """The current value in the parameter's dtype, differentiable."""
+        return (self.base + self.unit * self.change).to(self.given.dtype)
+
+    def refresh(self) -> None:
+        """Set the current value in all modules that hold the parameter."""
+        value = self.value()
+        for module, key in self.owners:
+            setattr(module, key, value)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """As for ``TrainableLayer``."""
+        return _without_parameters(self.owners)
+
+    def result(self) -> Tensor:
+        """The current value, on the CPU."""
+        return self.value().detach().cpu()
+
+
+def refresh_all(parts: Sequence[TrainableLayer | TrainableNorm]) -> None:
+    """Recompute all weights and parameters, with gradients enabled."""
     with torch.enable_grad():
-        for layer in layers:
-            layer.refresh()
+        for part in parts:
+            part.refresh()
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Step sizes of codes (in units of codes), of scales (relative to their size) and of biases."""
+    """Initial step sizes.
+
+    Attributes:
+        codes: of codes, in units of codes.
+        scales: of scales, relative to their size.
+        biases: of biases.
+        norms: of parameters of normalisation layers, relative to the size of the layer's scales.
+    """
 
     codes: float
     scales: float
     biases: float
+    norms: float = 0.0
 
-    def groups(self, layers: Sequence[TrainableLayer]) -> list[dict[str, Any]]:
-        """Parameter groups of an optimiser, each kind with its step size."""
+    def groups(self, layers: Sequence[TrainableLayer], norms: Sequence[TrainableNorm] = ()) -> list[dict[str, Any]]:
+        """Parameter groups of an optimiser, one per kind that has parameters, with its step size."""
         matrices = [matrix for layer in layers for matrix in layer.matrices.values()]
-        groups: list[dict[str, Any]] = [
-            {"params": [matrix.latent for matrix in matrices], "lr": self.codes},
-            {"params": [matrix.growth for matrix in matrices], "lr": self.scales},
+        kinds: list[tuple[list[nn.Parameter | None], float]] = [
+            ([matrix.latent for matrix in matrices], self.codes),
+            ([matrix.growth for matrix in matrices], self.scales),
+            ([layer.bias for layer in layers], self.biases),
+            ([norm.change for norm in norms], self.norms),
         ]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return groups + ([{"params": biases, "lr": self.biases}] if biases else [])
+        found = [([one for one in parameters if one is not None], rate) for parameters, rate in kinds]
+        return [{"params": parameters, "lr": rate} for parameters, rate in found if parameters]
 
 
 @dataclass(frozen=True)
@@ -176,15 +180,18 @@ class Trained:
 
     Attributes:
         layers: the best layers found; the given ones if training did not reduce the loss.
-        loss_before: loss of the given layers on held-out samples.
-        loss_after: loss of ``layers`` on held-out samples, at most ``loss_before``.
+        loss_before: loss of the given layers and norms on held-out samples.
+        loss_after: loss of ``layers`` and ``rest`` on held-out samples, at most ``loss_before``.
         iterations: number of steps.
+        rest: by name in the model: trained parameters that a checkpoint stores as float tensors, in their own dtype on
+            the CPU. They belong to ``layers``: the given values if training did not reduce the loss.
     """
 
     layers: list[CompressedLayer]
     loss_before: float
     loss_after: float
     iterations: int
+    rest: dict[str, Tensor] = field(default_factory=dict)
 
 
 Samples = TypeVar("Samples")
@@ -199,8 +206,9 @@ def train(
     iterations: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    norms: Sequence[TrainableNorm] = (),
 ) -> Trained:
-    """Train layers with Adam and cosine-annealed step sizes, one batch per step.
+    """Train layers and norms with Adam and cosine-annealed step sizes, one batch per step.
 
     Args:
         layers: layers to train.
@@ -211,27 +219,34 @@ def train(
         iterations: number of steps.
         seed: of the order of batches.
         progress: called with (steps done, steps).
+        norms: parameters of normalisation layers to train with the layers.
 
     Returns:
-        The layers with the smallest held-out loss among the given ones and those at ``CHECKS`` evaluations.
+        The layers and norms with the smallest held-out loss among the given ones and those at ``CHECKS`` evaluations.
+        Without any trainable parameter no step is made.
     """
     held, trained = batches[::HELD_OUT], [batch for index, batch in enumerate(batches) if index % HELD_OUT]
     trained = trained or list(batches)
-    optimiser = torch.optim.Adam(rates.groups(layers))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
+    parts: list[TrainableLayer | TrainableNorm] = [*layers, *norms]
+    groups = rates.groups(layers, norms)
 
     @torch.no_grad()
     def loss_held_out() -> float:
-        refresh_all(layers)
+        refresh_all(parts)
         return held_out_loss(held)
 
     best = [layer.layer for layer in layers]
+    best_norms = {norm.name: norm.given.cpu() for norm in norms}
     with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.attached())
+        for part in parts:
+            stack.enter_context(part.attached())
         before = least = loss_held_out()
+        if not groups:
+            return Trained(best, before, before, 0, best_norms)
+        optimiser = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
         for step, index in enumerate(_batch_order(len(trained), iterations, seed)):
-            refresh_all(layers)
+            refresh_all(parts)
             optimiser.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 objective(trained[index]).backward()
@@ -244,7 +259,8 @@ def train(
                 loss = loss_held_out()
                 if loss < least:
                     best, least = [layer.result() for layer in layers], loss
-    return Trained(best, before, least, iterations)
+                    best_norms = {norm.name: norm.result() for norm in norms}
+    return Trained(best, before, least, iterations, best_norms)
 
 
 def _batch_order(count: int, steps: int, seed: int) -> list[int]:

@@ -177,7 +177,7 @@ def test_a_run_with_quantized_embeddings(folder):
             key=lambda role: session.artifacts.layers(_ref(refs["layers"]))[role.removeprefix("round/")].order,
         )
         in_memory = deepcopy(session.model.module)
-        replace_layers(in_memory, session.artifacts.all_rounded(_ref(refs[last])))
+        replace_layers(in_memory, session.artifacts.all_rounded(_ref(refs[last])).layers)
         set_tables(in_memory, session.artifacts.tables(_ref(refs["embeddings"])))
         batch = session.evaluation.batches[0]
         loaded = mlorq.load(result["checkpoint"])
