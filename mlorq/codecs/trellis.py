@@ -144,7 +144,7 @@ class TrellisMatrix(StoredMatrix):
         for shift in range(self.bits, STATE_BITS, self.bits):
             last = last[:, before]
             found = found | (last << shift)
-        return found & (2**STATE_BITS - 1)
+        return torch.bitwise_and(found, 2**STATE_BITS - 1)
 
     def unit(self) -> Tensor:
         """``V Qᵀ``: the values without scales, ``(rows, columns)`` float32."""

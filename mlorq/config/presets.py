@@ -6,11 +6,28 @@ from typing import Any, Literal
 
 from mlorq.fitting.settings import PERCENTILES
 
-Preset = Literal["best", "quick", "paper"]
+Preset = Literal["best", "fast", "quick", "paper"]
 
 DEFAULT_PRESET: Preset = "best"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {
+        "search": {
+            "samples": 32,
+            "hessian_samples": 256,
+            "hessian_probes": 2,
+            "hessian_min_probes": 2,
+            "hessian_mode": "probes",
+            "metric": "moments",
+            "token_weights": 0.5,
+            "forms": ["Q", "TCQ"],
+            "bits": [8],
+            "sensitivity": "closed_form",
+            "zero_point": "codes",
+            "percentiles": PERCENTILES,
+        },
+        "rounding": {"method": "closed_form"},
+    },
     # Second moments, three forms, closed-form solutions, measurements of the decisive costs only, and block
     # reconstruction (METHOD 7).
     "best": {
