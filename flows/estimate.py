@@ -176,10 +176,8 @@ class Estimate:
     def _sensitivity(self, layer: Layer) -> float:
         _, _, forms = self._forms(layer)
         points = MEASURED * sum(form.measurements(settings, self.search.points) for form, settings in forms)
-        if self.search.sensitivity == "auto":
-            points = MEASURED * self.search.points * len(forms)
-        elif self.search.sensitivity == "closed_form":
-            points = len(forms)
+        if self.search.sensitivity == "closed_form":
+            points = 1
         elif self.search.sensitivity == "local":
             return 0.0
         samples = min(self.search.samples, self.session.calibration.samples)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mlorq.artifacts.store import ArtifactRef, table_bytes
 from mlorq.config.run import Sensitivity
-from mlorq.costs.calibrated import scaled_sensitivity
+from mlorq.costs.calibrated import calibrated_sensitivity
 from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
 from mlorq.models.layers import Layer
 from steps import candidates as enumeration
@@ -26,15 +26,13 @@ class Params:
         candidates: parameters of the layer's ``candidates`` step.
         how: as ``search.sensitivity``.
         measuring: of the cost; None if ``how`` is ``local``, which measures nothing.
-        points: number of candidates to measure.
-        tolerance: for ``auto``: prediction error below which an interval is not measured further.
+        points: for ``measured``: number of candidates to measure per curve.
     """
 
     candidates: enumeration.Params
     how: Sensitivity
     measuring: Measuring | None = None
     points: int | None = None
-    tolerance: float | None = None
 
     @property
     def layer(self) -> str:
@@ -66,9 +64,8 @@ def spec(
     made_from = enumeration.params_of(session, layer)
     params = Params(made_from, search.sensitivity)
     if search.sensitivity != "local":
-        tolerance = search.tolerance if search.sensitivity == "auto" else None
-        measured = measuring(session, [layer])
-        params = Params(made_from, search.sensitivity, measured, search.points, tolerance)
+        points = search.points if search.sensitivity == "measured" else None
+        params = Params(made_from, search.sensitivity, measuring(session, [layer]), points)
     return STEP.spec(params, Inputs(model, session.calibration_ref, layers, capture, candidates), layer)
 
 
@@ -76,22 +73,19 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     layers = context.artifacts.layers(inputs.layers)
     layer = layers[params.layer]
     table = context.artifacts.table(inputs.candidates, "candidates.parquet")
-    if params.measuring is None or params.points is None:
+    if params.measuring is None:
         return {"sensitivity.parquet": table_bytes(local_sensitivity(table))}
     fit = fits_of(context, inputs.model, inputs.capture, layer, params.candidates.fit).search
     batches, labels = params.measuring.of(context.calibration(inputs.calibration))
-    model, points = context.model(inputs.model), params.points
+    model = context.model(inputs.model)
     with LayerProbe(
         model, layer, layers.blocks, batches, context.device, cost=params.measuring.cost, labels=labels
     ) as probe:
-        if params.how == "measured":
-            costs = measured_sensitivity(probe, fit, table, points=points, progress=progress)
-        elif params.how == "closed_form":
-            costs = scaled_sensitivity(probe, fit, table, points=1, progress=progress)
+        if params.points is not None:
+            costs = measured_sensitivity(probe, fit, table, points=params.points, progress=progress)
         else:
-            assert params.tolerance is not None
-            costs = scaled_sensitivity(probe, fit, table, points=points, tolerance=params.tolerance, progress=progress)
+            costs = calibrated_sensitivity(probe, fit, table)
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-STEP = Step("sensitivity", 5, Params, Inputs, run)
+STEP = Step("sensitivity", 6, Params, Inputs, run)

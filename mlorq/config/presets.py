@@ -40,9 +40,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "metric": "moments",
             "token_weights": 0.5,  # square root: at power 1 a few tokens dominate and their noise is fitted
             "forms": ["Q", "LR", "QLR"],
-            "sensitivity": "auto",
-            "points": 6,
-            "rounds": 3,
+            "sensitivity": "closed_form",
             "zero_point": "codes",
             "percentiles": PERCENTILES,
         },

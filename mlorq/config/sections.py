@@ -19,7 +19,7 @@ from mlorq.models.family import FAMILIES
 from mlorq.registry import Registry, Settings
 from mlorq.rounding import METHODS
 
-Sensitivity = Literal["measured", "auto", "closed_form", "local"]
+Sensitivity = Literal["measured", "closed_form", "local"]
 Cost = Literal["nmse", "kl", "task"]
 
 
@@ -135,21 +135,12 @@ class SearchConfig(FitSettings):
     )
     sensitivity: Sensitivity = Field(
         "measured",
-        description="global costs of candidates: measured (as in the paper); auto (local costs scaled by measurements "
-        "of the decisive candidates); closed_form (local costs scaled by one measurement per layer and form); local "
-        "(local costs, not scaled)",
+        description="global costs of candidates: measured (as in the paper); closed_form (local costs times one "
+        "measured factor per layer); local (local costs as they are)",
     )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
     points: int = Field(
-        5,
-        ge=2,
-        description="candidates measured per layer and pair of factor bit-widths; with sensitivity auto: maximum per "
-        "layer and form",
-    )
-    tolerance: float = Field(
-        0.2,
-        ge=0,
-        description="with sensitivity auto: error of the predicted log cost below which measuring stops",
+        5, ge=2, description="with sensitivity measured: candidates measured per layer and pair of factor bit-widths"
     )
     cost: Cost = Field(
         "nmse",

@@ -7,7 +7,7 @@ _HOMES = {
     **dict.fromkeys(["pareto_front"], "mlorq.costs.pareto"),
     **dict.fromkeys(["OutputCost"], "mlorq.costs.output_cost"),
     **dict.fromkeys(["LayerProbe", "local_sensitivity", "measured_sensitivity"], "mlorq.costs.measured"),
-    **dict.fromkeys(["scaled_sensitivity"], "mlorq.costs.calibrated"),
+    **dict.fromkeys(["calibrated_sensitivity"], "mlorq.costs.calibrated"),
 }
 __all__ = sorted(_HOMES)
 __getattr__ = lazy_exports(__name__, _HOMES)

@@ -134,9 +134,9 @@ class HessianFit:
         columns = columns + max(1e-3 * float(columns.mean()), torch.finfo(torch.float64).tiny)
         return TrellisFit(torch.diag(columns), self.output_metric(), self.settings.rotation)
 
-    def trellis(self, bits: int) -> TrellisMatrix:
+    def trellis(self, bits: int, sweeps: int = 1) -> TrellisMatrix:
         """Trellis codes, errors weighted by H's mean over rows and its mean over columns."""
-        return self._trellis.codes(self.weight, bits)
+        return self._trellis.codes(self.weight, bits, sweeps)
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """Leading columns of A and rows of B; scales of A are searched at this rank (METHOD 4)."""

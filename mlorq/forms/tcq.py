@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mlorq.codecs.base import Codec, ZeroPoint
-from mlorq.codecs.trellis import FEWEST_ROWS, MOST_BITS, TrellisCodec
+from mlorq.codecs.trellis import FEWEST_ROWS, GAUSSIAN_ERRORS, MOST_BITS, TrellisCodec
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.registry import Settings
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlorq.codecs.trellis import TrellisMatrix
     from mlorq.fitting.base import LayerFit
 
+CODED = 3  # most bits whose local costs are computed
 VITERBI_WORK = 2 * 2**12 / 16  # multiply-adds of a matrix product in the time that coding a weight takes
 
 
@@ -64,7 +65,18 @@ class TCQ(Form[TCQSettings]):
         return {"weight": fit.trellis(candidate.bits)}
 
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float]:
-        return [fit.cost(self.dense(fit, candidate)) for candidate in candidates]
+        """Costs of up to ``CODED`` bits, and ``cost_k = cost_m · D_k / D_m`` beyond, m the most bits that were coded.
+
+        D is the mean squared error of the codes on Gaussian weights. Rotated weights are nearly Gaussian: the ratio
+        holds within 3 % from 2 bits on (METHOD 10).
+        """
+        wanted = sorted({candidate.bits or 0 for candidate in candidates})
+        coded = [bits for bits in wanted if bits <= CODED] or wanted[:1]
+        found = {bits: fit.cost(self.combine({"weight": fit.trellis(bits, sweeps=0).dequantize()})) for bits in coded}
+        most = coded[-1]
+        for bits in wanted:
+            found.setdefault(bits, found[most] * GAUSSIAN_ERRORS[bits - 1] / GAUSSIAN_ERRORS[most - 1])
+        return [found[candidate.bits or 0] for candidate in candidates]
 
     def curve(self, candidate: Candidate) -> Hashable:
         return self.name
@@ -73,7 +85,8 @@ class TCQ(Form[TCQSettings]):
         return candidate.bits or 0
 
     def fitting_work(self, shape: Shape, settings: TCQSettings, percentiles: int) -> tuple[float, float]:
-        return VITERBI_WORK * shape.out_features * shape.in_features * len(settings.trellis_bits), 0.0
+        coded = max(1, sum(bits <= CODED for bits in settings.trellis_bits))
+        return VITERBI_WORK * shape.out_features * shape.in_features * coded, 0.0
 
     def measurements(self, settings: TCQSettings, points: int) -> int:
         return min(points, len(settings.trellis_bits))

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mlorq.codecs.trellis import MOST_BITS, STATE_BITS, tables
+from mlorq.codecs.trellis import GAUSSIAN_ERRORS, MOST_BITS, STATE_BITS, tables
 from mlorq.fitting import viterbi
 from mlorq.fitting.viterbi import STATES, best_states
 
@@ -109,6 +109,7 @@ def test_error_on_gaussian_weights(bits: int) -> None:
     error = float(((values - coded) ** 2).mean() / (values**2).mean())
     assert error > LIMIT[bits]
     assert error < 1.45 * LIMIT[bits]
+    assert error == pytest.approx(GAUSSIAN_ERRORS[bits - 1], rel=0.05)
     if bits in PROTOTYPE:
         assert error < PROTOTYPE[bits]
         assert error < 0.7 * UNIFORM[bits]
