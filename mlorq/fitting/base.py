@@ -42,8 +42,8 @@ class LayerFit(Protocol):
     def codes(self, bits: int) -> Rounded:
         """W as codes."""
 
-    def trellis(self, bits: int, sweeps: int = 1) -> TrellisMatrix:
-        """W as trellis codes, all columns coded again ``sweeps`` times."""
+    def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
+        """W as trellis codes of several numbers of bits, all columns coded again ``sweeps`` times."""
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"a": A, "b": B}`` with ``W ≈ A B``."""

@@ -177,8 +177,8 @@ class CovarianceFit:
             gradients = torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
         return TrellisFit(self.metric.inputs, gradients, self.rotation)
 
-    def trellis(self, bits: int, sweeps: int = 1) -> TrellisMatrix:
-        return self._trellis.codes(self.weight, bits, sweeps)
+    def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
+        return self._trellis.codes_of_widths(self.weight, widths, sweeps)
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         codes, quantizer, values = self.right(bits_b)

@@ -134,9 +134,9 @@ class HessianFit:
         columns = columns + max(1e-3 * float(columns.mean()), torch.finfo(torch.float64).tiny)
         return TrellisFit(torch.diag(columns), self.output_metric(), self.settings.rotation)
 
-    def trellis(self, bits: int, sweeps: int = 1) -> TrellisMatrix:
+    def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
         """Trellis codes, errors weighted by H's mean over rows and its mean over columns."""
-        return self._trellis.codes(self.weight, bits, sweeps)
+        return self._trellis.codes_of_widths(self.weight, widths, sweeps)
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """Leading columns of A and rows of B; scales of A are searched at this rank (METHOD 4)."""

@@ -14,6 +14,8 @@ given all others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 
@@ -60,6 +62,14 @@ class TrellisFit:
         inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(g))
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
         return factor
+
+    def codes_of_widths(self, weight: Tensor, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
+        """``codes`` for several numbers of bits, on as many threads as torch uses."""
+        # Computed once, before the threads start; the loops over states release the GIL.
+        self.hessian.shares  # noqa: B018
+        self.row_factor  # noqa: B018
+        with ThreadPoolExecutor(min(len(widths), torch.get_num_threads())) as pool:
+            return list(pool.map(lambda bits: self.codes(weight, bits, sweeps), widths))
 
     def codes(self, weight: Tensor, bits: int, sweeps: int = 1) -> TrellisMatrix:
         """Trellis codes of a weight.

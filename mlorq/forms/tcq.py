@@ -62,7 +62,7 @@ class TCQ(Form[TCQSettings]):
 
     def fit(self, fit: LayerFit, candidate: Candidate) -> dict[str, TrellisMatrix]:
         assert candidate.bits is not None, candidate
-        return {"weight": fit.trellis(candidate.bits)}
+        return {"weight": fit.trellis([candidate.bits])[0]}
 
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float]:
         """Costs of up to ``CODED`` bits, and ``cost_k = cost_m · D_k / D_m`` beyond, m the most bits that were coded.
@@ -72,7 +72,8 @@ class TCQ(Form[TCQSettings]):
         """
         wanted = sorted({candidate.bits or 0 for candidate in candidates})
         coded = [bits for bits in wanted if bits <= CODED] or wanted[:1]
-        found = {bits: fit.cost(self.combine({"weight": fit.trellis(bits, sweeps=0).dequantize()})) for bits in coded}
+        matrices = fit.trellis(coded, sweeps=0)
+        found = {bits: fit.cost(matrix.dequantize()) for bits, matrix in zip(coded, matrices, strict=True)}
         most = coded[-1]
         for bits in wanted:
             found.setdefault(bits, found[most] * GAUSSIAN_ERRORS[bits - 1] / GAUSSIAN_ERRORS[most - 1])

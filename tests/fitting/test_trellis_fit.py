@@ -112,11 +112,11 @@ def test_unusual_weights(case: str) -> None:
 def test_same_codes_every_time_and_for_both_fits() -> None:
     weight, inputs, gradients = weight_of(64, 20, 13), covariance(20, 14), covariance(64, 15)
     fit = CovarianceFit(weight, Metric(inputs, gradients), [1.0], rotation=4)
-    first, second = fit.trellis(3), fit.of(weight).trellis(3)
+    first, (_, second) = fit.trellis([3])[0], fit.of(weight).trellis([2, 3])
     assert all(torch.equal(first.tensors()[part], second.tensors()[part]) for part in first.tensors())
     assert int(first.rotation) == 4
     hessian = HessianFit(weight, torch.rand(64, 20) + 0.1, FitSettings(rotation=None))
-    codes = hessian.trellis(3)
+    (codes,) = hessian.trellis([3])
     assert int(codes.rotation) == -1
     relative = float((codes.dequantize() - weight).square().sum() / weight.square().sum())
     assert relative < 0.03
