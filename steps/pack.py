@@ -19,7 +19,7 @@ from mlorq.config.layer_overrides import search_json
 from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
 from mlorq.models.base import FloatModel
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from steps import embeddings
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context

@@ -22,7 +22,7 @@ from mlorq.calibration.token_importance import Importance
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, move_batch
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.rounding.base import Progress
 from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.paired_forward import token_weights

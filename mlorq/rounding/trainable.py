@@ -19,7 +19,7 @@ from mlorq.codecs.affine import SMALLEST_SCALE, QuantizedMatrix
 from mlorq.codecs.base import StoredMatrix
 from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 
 HELD_OUT = 5  # every fifth batch is held out
 CHECKS = 4  # number of evaluations of the held-out loss during training
