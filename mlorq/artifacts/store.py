@@ -339,7 +339,8 @@ class Store:
             StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
         """
         try:
-            return pq.read_table(io.BytesIO(self.read_bytes(ref, name)))
+            # Not pq.read_table, which imports pandas.
+            return pq.ParquetFile(io.BytesIO(self.read_bytes(ref, name))).read()
         except pa.ArrowInvalid as error:
             raise self._damaged(ref, name, str(error)) from error
 
