@@ -9,7 +9,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlorq.artifacts.fingerprints import opened_files
 from mlorq.artifacts.store import Store
@@ -19,6 +19,7 @@ from mlorq.data.source import Role
 from steps.artifacts import ArtifactReader
 from steps.context import Context, Sources, Worker
 from steps.handles import DataRef, ModelRef
+from steps.made_from import made_from
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -52,10 +53,10 @@ class Session:
 
     Attributes:
         config, store, device, known: the arguments.
-        in_memory: whether the model or the calibration data is an in-memory object.
         artifacts: reads the store.
         worker: the first worker. Model and data are loaded on first use.
-        opened: the files that were opened while model and calibration data were loaded.
+        made_from: fingerprints of what model and calibration data were made from (``steps.made_from``); None before
+            both are loaded, and if they cannot have any.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class Session:
         self.device = device
         self.artifacts = ArtifactReader(store)
         self.known = known
-        self.in_memory = model is not None or calibration is not None
-        self.opened: set[str] = set()
+        self.made_from: dict[str, Any] | None = None
+        self._in_memory = model is not None or calibration is not None
+        self._opened: set[str] = set()
         self._model = model
         self._sources = Sources(
             lambda: model or self._load_model(),
@@ -101,7 +103,7 @@ class Session:
 
         with opened_files() as found:
             model = load_model(self.config.model, self.config.folder)
-        self.opened |= found
+        self._opened |= found
         return model
 
     def _load(self, source: SourceConfig, role: Role, model: FloatModel) -> Dataset:
@@ -109,7 +111,9 @@ class Session:
         if role == "calibration":
             with opened_files() as found:
                 data = load_dataset(source, role, model, config.model, config.folder, config.seed)
-            self.opened |= found
+            if not self._in_memory:
+                # Now, not when the search is finished: a file that changes in the meantime is another model's.
+                self.made_from = made_from(config, self.store, self._opened | found)
             return data
         return load_dataset(source, role, model, config.model, config.folder, config.seed)
 

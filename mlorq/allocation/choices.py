@@ -138,7 +138,7 @@ def choices_from_tables(
     """Join a layer's candidates with their global costs: the choices and their rows, in the same order."""
     by_id = {row["candidate_id"]: row for row in candidates.to_pylist()}
     rows = [by_id[name] for name in sensitivity["candidate_id"].to_pylist()]
-    cost = np.array(sensitivity["global_cost"].to_pylist(), dtype=np.float64)  # Arrow's to_numpy imports pandas
+    cost = sensitivity["global_cost"].to_numpy()
     size = np.array([row["bytes"] for row in rows], dtype=np.int64)
     return Choices(layer, cost, size), rows
 

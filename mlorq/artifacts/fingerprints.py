@@ -59,11 +59,14 @@ def _file(path: str, small: int) -> str:
 def _folder(path: str, skip: str | None) -> str | None:
     """Names, sizes and times of all files; nothing is read, since a folder of data can have many."""
     found = []
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__" and os.path.join(folder, name) != skip)
         for name in sorted(names):
             file = os.path.join(folder, name)
-            found.append([os.path.relpath(file, path), _file(file, -1)])
+            try:
+                found.append([os.path.relpath(file, path), _file(file, -1)])
+            except FileNotFoundError:  # a link to nothing
+                found.append([os.path.relpath(file, path), "missing"])
             if len(found) > MOST_FILES:
                 return None
     return digest_json(found)

@@ -339,8 +339,7 @@ class Store:
             StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
         """
         try:
-            # Not pq.read_table, which imports pandas.
-            return pq.ParquetFile(io.BytesIO(self.read_bytes(ref, name))).read()
+            return pq.read_table(io.BytesIO(self.read_bytes(ref, name)))
         except pa.ArrowInvalid as error:
             raise self._damaged(ref, name, str(error)) from error
 
