@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from mlorq.data.source import SOURCES
 from mlorq.models.family import FAMILIES
 
 PACKAGES = ("mlorq", "steps")
+CODE = (*PACKAGES, "flows")
 
 
 def made_from(config: RunConfig, store: Store, opened: Iterable[str]) -> dict[str, Any] | None:
@@ -24,7 +27,8 @@ def made_from(config: RunConfig, store: Store, opened: Iterable[str]) -> dict[st
         opened: files that were opened while they were loaded.
 
     Returns:
-        JSON values for ``is_unchanged``; None if a location is remote, or a folder has too many files.
+        JSON values for ``is_unchanged``; None if a location is remote, a folder has too many files, or a module was
+        changed after it was imported.
     """
     source = config.data.calibration
     places = [place for place in SOURCES[source.source].locations(source.own) if place is not None]
@@ -35,7 +39,10 @@ def made_from(config: RunConfig, store: Store, opened: Iterable[str]) -> dict[st
     if is_remote(config.folder) or any(is_remote(place) for place in named):
         return None
     paths = {place.partition("://")[2] or place for place in named}
-    files = fingerprints(paths | _arguments(config) | {*opened, *user_code({*PACKAGES, "flows"})}, _folder(store))
+    own = tuple(folder + os.sep for name in CODE if name in sys.modules for folder in sys.modules[name].__path__)
+    paths |= {path for path in opened if not path.startswith(own)}  # ``code_of`` covers these
+    code = user_code(CODE)
+    files = None if code is None else fingerprints({*paths, *_arguments(config), *code}, _folder(store))
     return None if files is None else {"software": software(), "code": code_of(PACKAGES), "files": files}
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from typing import Any
 
 from mlorq.artifacts.hashing import digest_json
-from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
+from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.layer_overrides import search_json
 from mlorq.config.run import RunConfig
 from mlorq.errors import StoreError
@@ -52,7 +53,7 @@ def ref_of(config: RunConfig) -> ArtifactRef:
 
 
 def keep(session: Session, search: Search) -> None:
-    """Write the index of a finished search, unless it is in the store as it is.
+    """Write the index of a finished search, unless the store has one that counts.
 
     None is written for in-memory models or data, for files at a remote location, or in a store that cannot be written.
     """
@@ -67,7 +68,9 @@ def keep(session: Session, search: Search) -> None:
         "steps": [spec.to_json() for spec in search.specs],
     }
     ref, data = ref_of(session.config), json_bytes(index)
-    if _stored(session.store, ref) == data:
+    stored = _stored(session, ref)
+    # What the two were made from may list different files: a process opens some of them once.
+    if stored is not None and stored | {"made_from": None} == json.loads(data) | {"made_from": None}:
         return
     artifacts = [spec.ref.to_json() for spec in search.specs]
     # The search itself has succeeded: in a store that can only be read, later runs load the model again.
@@ -75,11 +78,13 @@ def keep(session: Session, search: Search) -> None:
         session.store.write(ref.step, ref.key, {FILE: data}, details={"artifacts": artifacts})
 
 
-def _stored(store: Store, ref: ArtifactRef) -> bytes | None:
-    """The index as it is in the store; None if there is none, or it is damaged."""
+def _stored(session: Session, ref: ArtifactRef) -> dict[str, Any] | None:
+    """The index in the store; None if there is none, it is damaged, or a fingerprint has changed."""
+    store = session.store
     try:
-        return store.read_bytes(ref, FILE) if store.exists(ref) else None
-    except StoreError:
+        index: dict[str, Any] = store.read_json(ref, FILE) if store.exists(ref) else {}
+        return index if index and is_unchanged(index["made_from"], session.config, store) else None
+    except (StoreError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -89,13 +94,10 @@ def load(session: Session) -> Search | None:
     If there is one, the session then knows the keys of model and data. The steps that it names may have been removed
     from the store since.
     """
-    data = _stored(session.store, ref_of(session.config))
-    if data is None:
+    index = _stored(session, ref_of(session.config))
+    if index is None:
         return None
     try:
-        index = json.loads(data)
-        if not is_unchanged(index["made_from"], session.config, session.store):
-            return None
         specs = [StepSpec.from_json(value) for value in index["steps"]]
         search = Search.of_specs(specs, index["model"], index["rest_bytes"], session.artifacts)
         session.known = Known(index["model"], index["calibration"], index["labels"])

@@ -15,6 +15,7 @@ import site
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -143,18 +144,23 @@ def code_of(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def user_code(known: Iterable[str]) -> list[str]:
+def user_code(known: Iterable[str]) -> list[str] | None:
     """Files of the imported modules that are outside installed packages, and files of weights or data beside them.
 
     Args:
         known: packages that ``code_of`` covers.
+
+    Returns:
+        None if a module's file was changed after it was imported: what was made by it is not made from the file.
     """
-    known, found = set(known), set()
+    known, found, watch = set(known), set(), _watch()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name.partition(".")[0] in known or not isinstance(file, str) or not os.path.isfile(file):
             continue
         if not _is_installed(file):
+            if os.stat(file).st_mtime_ns > watch.executed.get(file, watch.since):
+                return None
             found.add(os.path.abspath(file))
     for folder in {os.path.dirname(file) for file in found}:
         found |= {entry.path for entry in os.scandir(folder) if entry.name.endswith(NATIVE) and entry.is_file()}
@@ -170,17 +176,29 @@ def _is_installed(path: str) -> bool:
 
 
 class _Watch(threading.local):
-    """The set that the calling thread's opened files are added to; None: they are not recorded."""
+    """What the interpreter's hook records.
+
+    Attributes:
+        found: the set that the calling thread's opened files are added to; None: they are not recorded.
+        executed: last time in nanoseconds at which a module's file was executed, in any thread.
+        since: time at which recording began.
+    """
 
     found: set[str] | None = None
+
+    def __init__(self, executed: dict[str, int], since: int) -> None:
+        self.executed = executed
+        self.since = since
 
 
 @cache
 def _watch() -> _Watch:
-    """The interpreter's one hook on opened files, installed at the first use: hooks cannot be removed."""
-    watch = _Watch()
+    """The interpreter's one hook, installed at the first use: hooks cannot be removed."""
+    watch = _Watch({}, time.time_ns())
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "exec" and getattr(arguments[0], "co_name", "") == "<module>":
+            watch.executed[arguments[0].co_filename] = time.time_ns()
         if event != "open" or watch.found is None:
             return
         path, mode, flags = arguments

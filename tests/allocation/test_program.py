@@ -204,3 +204,34 @@ def test_some_of_a_layers_candidates():
     assert part.load is not None
     assert part.load.tolist() == [6.0, 4.0]
     assert Choices("l", layer.cost, layer.size).only([1]).load is None
+
+
+@pytest.mark.parametrize("objective", ["nsr", "sqnr"])
+def test_exact_is_at_least_as_good_as_branch_and_bound(objective: Objective, seed: int) -> None:
+    """On costs like those of layers: falling with the size, over several magnitudes."""
+    rng = np.random.default_rng(seed)
+    for layers in (1, 2, 12, 25):
+        choices = []
+        for index in range(layers):
+            bits = np.sort(rng.uniform(1.5, 9.0, 30))
+            cost = np.exp(rng.normal(0, 2)) * 4.0**-bits * np.exp(rng.normal(0, 0.4, 30)) * 1e-3
+            choices.append(Choices(f"l{index}", cost, (bits * rng.integers(500, 50_000) / 8).astype(np.int64)))
+        smallest, largest = smallest_bytes(choices), sum(int(layer.size.max()) for layer in choices)
+        for tightness in (0.0, 0.1, 0.5, 1.0):
+            program = Program(choices, int(smallest + tightness * (largest - smallest)), objective=objective)
+            exact, bounded = solve(program, solver="exact"), solve(program, solver="highs", gap=1e-4)
+            assert exact.report.name == "exact"
+            assert program.bytes_of(exact.picked) <= program.budget_bytes
+            best, other = worth(program, exact.picked), worth(program, bounded.picked)
+            assert best <= other + 1e-9 * abs(other)
+            assert other <= best + 1.1e-4 * abs(best)
+
+
+def test_exact_hands_over_what_has_too_many_partial_allocations(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    choices = random_choices(5, 6, seed)
+    program = Program(choices, int(1.5 * smallest_bytes(choices)))
+    wanted = worth(program, solve(program).picked)
+    monkeypatch.setattr("mlorq.allocation.knapsack.MOST_PARTIAL", 0)
+    found = solve(program, gap=0.0)
+    assert found.report.name == "highs"
+    assert worth(program, found.picked) == pytest.approx(wanted, rel=1e-6)
