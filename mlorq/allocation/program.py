@@ -25,6 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -185,7 +186,6 @@ class _Terms:
         size: ``(useful,)`` per layer, bytes.
         load: ``(useful,)`` per layer, bit operations per bit of its input; zeros if no widths are chosen.
         group_value: ``(choices,)`` per group, objective coefficients.
-        scale: factor of the objective in the solver.
     """
 
     def __init__(self, program: Program) -> None:
@@ -196,9 +196,16 @@ class _Terms:
             np.zeros(len(layer.useful)) if program.widths is None else _load(layer)[layer.useful] for layer in choices
         ]
         self.group_value = [_value(group.cost, program.objective) for group in groups]
-        # Solvers use absolute tolerances near 1e-6, and summed NMSEs can be smaller: scale so that the objective of a
-        # simple feasible solution is about a thousand.
-        self.scale = 1e3 / max(self._simple_value(program.budget_bytes), 1e-300)
+        self._budget = program.budget_bytes
+
+    @cached_property
+    def scale(self) -> float:
+        """Factor of the objective in the solver.
+
+        Solvers use absolute tolerances near 1e-6, and summed NMSEs can be smaller: with it, the objective of a simple
+        feasible solution is about a thousand.
+        """
+        return 1e3 / max(self._simple_value(self._budget), 1e-300)
 
     def _simple_value(self, budget: int) -> float:
         """Magnitude of the objective if every layer keeps its share of the budget; for groups, the median."""

@@ -20,7 +20,7 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -50,7 +50,7 @@ class ArtifactRef:
     key: str
 
     def to_json(self) -> dict[str, str]:
-        return asdict(self)
+        return {"step": self.step, "key": self.key}
 
     @classmethod
     def from_json(cls, value: Mapping[str, str]) -> ArtifactRef:
