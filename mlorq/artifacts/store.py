@@ -416,7 +416,8 @@ def arrays_bytes(arrays: Mapping[str, Any]) -> bytes:
     import numpy as np
     import safetensors.numpy
 
-    return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    # Not np.ascontiguousarray, which makes an axis for a scalar.
+    return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
 def json_bytes(value: Any) -> bytes:
