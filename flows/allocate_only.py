@@ -18,7 +18,7 @@ from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, StoreError
 from steps import search_index
-from steps.allocations import Allocated, allocate_budgets, allocation_json, not_refined_note
+from steps.allocations import Allocated, Executor, Search, allocate_budgets, allocation_json, not_refined_note
 from steps.base import Outcome, StepSpec, execute, find
 from steps.session import Session, open_store
 
@@ -49,36 +49,41 @@ def allocate_only(
 
     started = time.perf_counter()
     session = Session(config, open_store(config))
-    search = search_index.load(session)
-    if search is None:
+    if search_index.load(session) is None:
         from flows.run import prepare
 
         session = prepare(config, budgets, allocate_only=True)
     with closing(terminal_progress()) as observer:
         executor = AllocateOnly(session, observer, command)
-        if search is not None:
-            look_up(executor, search.specs)
-        else:
-            from steps.pipeline import run_search
-
-            search = run_search(session, executor)
-            search_index.keep(session, search)
+        search = finished_search(session, executor)
         allocated = allocate_budgets(session, executor, search, budgets)
     if allocated.not_refined:
         say(not_refined_note(session))
     return found_json(session, executor.ledger, allocated, started)
 
 
-def look_up(executor: AllocateOnly, specs: Sequence[StepSpec]) -> None:
-    """Look up the steps of an indexed search, by kind.
+def finished_search(session: Session, executor: Executor) -> Search:
+    """The search of a configuration, from its index or else from its steps, all of which are looked up in the store.
+
+    Args:
+        session: of the run; with model and data loaded, if there is no index.
+        executor: rejects steps that are missing.
 
     Raises:
         StoreError: a step is not in the store.
     """
-    for phase, chosen in groupby(specs, key=lambda spec: spec.step):
+    search = session.search
+    if search is None:
+        from steps.pipeline import run_search
+
+        search = run_search(session, executor)
+        search_index.keep(session, search)
+        return search
+    for phase, chosen in groupby(search.specs, key=lambda spec: spec.step):
         steps = list(chosen)
         executor.phase(phase, len(steps))
         executor.map(steps)
+    return search
 
 
 def found_json(session: Session, ledger: Ledger, allocated: Allocated, started: float) -> dict[str, Any]:

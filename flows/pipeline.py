@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.allocate_only import found_json
+from flows.allocate_only import finished_search, found_json
 from flows.events import SearchWatch
 from flows.executor import PrefectExecutor
 from flows.ledger import results_json
@@ -23,10 +23,9 @@ from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import size_accuracy_picture
-from steps import search_index
 from steps.allocations import Allocated, Compressed, allocate_budgets, not_refined_note
 from steps.devices import local_devices
-from steps.pipeline import result_json, run_pipeline, run_search
+from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
 
 
@@ -99,8 +98,7 @@ def run_on(
     try:
         with closing(observer), workers as executor:
             if allocate_only:
-                search = run_search(session, executor)
-                search_index.keep(session, search)
+                search = finished_search(session, executor)
                 allocated = allocate_budgets(session, executor, search, budgets)
                 results = allocated.results
             else:

@@ -14,7 +14,7 @@ from mlorq.config.layer_overrides import check_overrides
 from mlorq.config.run import RunConfig
 from mlorq.models.layer_list import LayerList
 from steps import layers as layers_step
-from steps import pack
+from steps import pack, search_index
 from steps.allocations import check_budget
 from steps.base import find
 from steps.devices import devices
@@ -87,12 +87,15 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
     Args:
         config: of the run.
         budgets: of the run; rejected if the model cannot be compressed that far.
-        allocate_only: whether only the integer programs will run; evaluation data is not loaded then.
+        allocate_only: whether only the integer programs will run. Evaluation data is not loaded then, and with the
+            index of a finished search, neither are model and calibration data.
 
     Raises:
         MlorqError: the configuration, the model, the data, the store or a budget is wrong.
     """
     session = open_session(config)
+    if allocate_only and search_index.load(session) is not None:
+        return session
     session.model  # noqa: B018  (loads it)
     session.calibration  # noqa: B018
     if not allocate_only:

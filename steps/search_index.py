@@ -91,8 +91,8 @@ def _stored(session: Session, ref: ArtifactRef) -> dict[str, Any] | None:
 def load(session: Session) -> Search | None:
     """The search of a configuration from its index; None if there is none or a fingerprint has changed.
 
-    If there is one, the session then knows the keys of model and data. The steps that it names may have been removed
-    from the store since.
+    If there is one, the session then has it, and the keys of model and data. The steps that it names may have been
+    removed from the store since.
     """
     index = _stored(session, ref_of(session.config))
     if index is None:
@@ -100,7 +100,7 @@ def load(session: Session) -> Search | None:
     try:
         specs = [StepSpec.from_json(value) for value in index["steps"]]
         search = Search.of_specs(specs, index["model"], index["rest_bytes"], session.artifacts)
-        session.known = Known(index["model"], index["calibration"], index["labels"])
+        session.search, session.known = search, Known(index["model"], index["calibration"], index["labels"])
         return search
     except (StoreError, KeyError, TypeError, ValueError):
         # Written by another version, or its list of layers was removed: the full way reports what is missing.

@@ -24,6 +24,7 @@ from steps.made_from import made_from
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
     from mlorq.models.base import FloatModel
+    from steps.allocations import Search
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Session:
         worker: the first worker. Model and data are loaded on first use.
         made_from: fingerprints of what model and calibration data were made from (``steps.made_from``); None before
             both are loaded, and if they cannot have any.
+        search: the finished search whose index was loaded (``steps.search_index``); None before, and if there is none.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Session:
         self.artifacts = ArtifactReader(store)
         self.known = known
         self.made_from: dict[str, Any] | None = None
+        self.search: Search | None = None
         self._in_memory = model is not None or calibration is not None
         self._opened: set[str] = set()
         self._model = model

@@ -356,6 +356,11 @@ def test_the_flow_names_the_impossible_budget_too(
     path = searched(tmp_path)
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
     asked = ("--budget", "3bit", "--budget", "0.1bit", "--allocate-only")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(Session, "_load_model", refuse)
     served = prints_json(capsys, "rebudget", path, *asked, status=2)
     monkeypatch.delenv("PREFECT_API_URL")
     alone = prints_json(capsys, "rebudget", path, *asked, status=2)
