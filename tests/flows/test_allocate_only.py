@@ -40,15 +40,6 @@ sys.exit(status)
 """
 
 
-@pytest.fixture(autouse=True)
-def _only_this_tests_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget modules of earlier tests: there is no index if the file of an imported module has changed."""
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if isinstance(file, str) and "/pytest-of-" in file:
-            monkeypatch.delitem(sys.modules, name)
-
-
 def session_of(path: Path, **overrides: Any) -> Session:
     config = RunConfig.from_yaml(path, {key.replace("__", "."): value for key, value in overrides.items()})
     return Session(config, Store(config.resolve(config.store)))
