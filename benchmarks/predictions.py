@@ -19,10 +19,11 @@ from mlorq.artifacts.store import Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.costs.measured import LayerProbe, dense_of
+from steps.allocations import run_allocations
 from steps.candidates import fits_of
 from steps.inprocess import InProcess
 from steps.measuring import measuring
-from steps.pipeline import run_allocations, run_search
+from steps.pipeline import run_search
 from steps.session import Session
 
 

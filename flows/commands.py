@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,16 +78,21 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
     # Starting the embedded server takes longer than solving the integer programs: without a configured server they
     # run directly, with the same steps and store.
     if arguments.allocate_only and not os.environ.get("PREFECT_API_URL"):
-        found = _allocate_only(arguments, config, budgets)
+        from flows.allocate_only import allocate_only
+
+        found = allocate_only(config, budgets, _command(arguments), say)
     else:
         found = _flow(arguments, config, budgets)
+    errors = [row["error"] for row in found.get("errors", ())]
 
     def finish() -> int:
         if arguments.json:
             print_json(found)
         else:
             _print_results(found["results"], found["wall_seconds"], config=config)
-        return 0
+        for error in errors:
+            say(f"error: {error}")
+        return 2 if errors else 0
 
     return finish
 
@@ -234,21 +238,6 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
             if sweeping:
                 return sweep_flow(values, config.folder, shown)
             return rebudget_flow(values, config.folder, shown, allocate_only)
-
-
-def _allocate_only(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget]) -> dict[str, Any]:
-    from contextlib import closing
-
-    from flows.progress import terminal_progress
-    from flows.run import AllocateOnly, prepare, results_json
-    from steps.pipeline import run_pipeline
-
-    started = time.perf_counter()
-    session = prepare(config, budgets, allocate_only=True)
-    with closing(terminal_progress()) as observer:
-        executor = AllocateOnly(session, observer, _command(arguments))
-        results = run_pipeline(session, executor, budgets, allocate_only=True)
-    return results_json(session, executor.ledger, results, started)
 
 
 def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, config: RunConfig) -> None:

@@ -21,7 +21,7 @@ from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import FORMS, Shape, uniform_candidate, uniform_form
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from steps.pipeline import compressible_budget
 from steps.session import Session
 

@@ -19,11 +19,12 @@ from mlorq.config.run import SearchConfig
 from mlorq.errors import BudgetError
 from mlorq.forms.base import Shape, smallest_size
 from mlorq.forms.embedding_tables import find_tables
-from mlorq.models.layers import Layer, LayerList
+from mlorq.models.layer_list import Layer, LayerList
 from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
+from steps.allocations import run_allocations
 from steps.base import Outcome, StepSpec, find
-from steps.pipeline import run_allocations, run_budget, run_search
+from steps.pipeline import run_budget, run_search
 from steps.reconstruct import members
 from steps.session import Session
 

@@ -25,9 +25,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.allocate_only import check_present
 from flows.ledger import Ledger
 from flows.progress import Observer
-from flows.run import check_present
 from flows.runners import Runner, make_runner
 from flows.runners.base import POLL_SECONDS
 from steps.base import Outcome, StepSpec, find

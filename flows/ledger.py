@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef
+from steps.allocations import Compressed
 from steps.base import Outcome, StepSpec
 
 
@@ -74,3 +77,21 @@ class Ledger:
             found.add(key)
             waiting += [ref.key for ref in self.specs[key].artifacts]
         return [key for key in self.specs if key in found]
+
+
+def results_json(
+    ledger: Ledger, results: Sequence[Compressed], started: float, as_json: Callable[[Compressed], dict[str, Any]]
+) -> dict[str, Any]:
+    """The return value of a flow: ``results``, one public object per budget, ``steps`` and ``wall_seconds`` of the run.
+
+    Args:
+        ledger: of the run.
+        results: one per budget.
+        started: time at which the run began, by ``time.perf_counter``.
+        as_json: gives the public object of a result.
+    """
+    accounts = ledger.accounts([result.summary or result.allocation for result in results])
+    objects = []
+    for result, account in zip(results, accounts, strict=True):
+        objects.append(as_json(result) | {"steps": account.steps, "seconds": account.seconds})
+    return {"results": objects, "steps": ledger.steps, "wall_seconds": round(time.perf_counter() - started, 3)}

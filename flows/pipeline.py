@@ -11,18 +11,21 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
+from flows.allocate_only import finished_search, found_json
 from flows.events import SearchWatch
 from flows.executor import PrefectExecutor
+from flows.ledger import results_json
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
-from flows.run import handed, prepare, results_json
+from flows.run import handed, prepare
 from flows.run_form import read_config
 from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import size_accuracy_picture
+from steps.allocations import Allocated, Compressed, allocate_budgets, not_refined_note
 from steps.devices import local_devices
-from steps.pipeline import Compressed, run_pipeline
+from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
 
 
@@ -55,7 +58,7 @@ def carry_out(
     allocate_only: bool = False,
     announce: bool = False,
 ) -> dict[str, Any]:
-    """Run the pipeline inside a flow run; returns ``flows.run.results_json``.
+    """Run the pipeline inside a flow run; returns ``flows.ledger.results_json``, with ``errors`` if ``allocate_only``.
 
     Args:
         config: of the run, as plain values, or the location of its file.
@@ -91,13 +94,26 @@ def run_on(
     only = (given.command if given else "the compress flow") if allocate_only else None
     interrupted = given.interrupted if given else None
     workers = PrefectExecutor(session, observer, local_devices(config), allocate_only=only, interrupted=interrupted)
+    allocated = Allocated()
     try:
         with closing(observer), workers as executor:
-            results = run_pipeline(session, executor, budgets, allocate_only=allocate_only)
+            if allocate_only:
+                search = finished_search(session, executor)
+                allocated = allocate_budgets(session, executor, search, budgets)
+                results = allocated.results
+            else:
+                results = run_pipeline(session, executor, budgets)
     finally:
         if given is not None:
             given.record(str(flow_run.id), workers.task_runs)
-    found = results_json(session, workers.ledger, results, started)
+    if allocate_only:
+        found = found_json(session, workers.ledger, allocated, started)
+        for row in found["errors"]:
+            log.error("%s", row["error"])
+        if allocated.not_refined:
+            log.warning("%s", not_refined_note(session))
+    else:
+        found = results_json(workers.ledger, results, started, lambda result: result_json(session, result))
     for compressed, result in zip(results, found["results"], strict=True):
         log.info("%s", result_line(result))
         _show_result(session, compressed, result)

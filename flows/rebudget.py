@@ -22,9 +22,11 @@ def rebudget_flow(
         config: configuration of the run that searched the model, or the path of its file.
         folder: base of relative paths in the configuration; empty: the working directory.
         budgets: override the configuration's: "3bit", "12.5%", "25MB".
-        allocate_only: stop after the integer programs; requires that the store has the search.
+        allocate_only: solve the integer programs of the possible budgets only, without ``search.rounds``; requires that
+            the store has the search.
 
     Returns:
-        As ``compress_flow``; with ``allocate_only``, ``nmse``, ``metric`` and ``checkpoint`` are null.
+        As ``compress_flow``. With ``allocate_only``, ``nmse``, ``metric`` and ``checkpoint`` are null, and ``errors``
+        has ``{"budget": …, "error": …}`` for each impossible budget; if no budget is possible, the flow fails.
     """
     return carry_out(config, folder, budgets, allocate_only=allocate_only)

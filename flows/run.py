@@ -1,30 +1,24 @@
-"""Common work of flows and commands before and after the pipeline: checks, and the collection of results."""
+"""Common work of flows and commands before the pipeline: its session, and all checks."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
-from flows.ledger import Ledger
 from flows.progress import Observer
-from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
 from mlorq.config.run import RunConfig
-from mlorq.errors import BudgetError, StoreError
-from mlorq.models.layers import LayerList
+from mlorq.models.layer_list import LayerList
 from steps import layers as layers_step
-from steps.base import Outcome, StepSpec, execute, find
+from steps import pack, search_index
+from steps.allocations import check_budget
+from steps.base import find
 from steps.devices import devices
-from steps.pipeline import Compressed, compressible_budget, result_json
 from steps.session import Session, open_store
-
-COMPUTED_BY_ALLOCATE_ONLY = ("allocate", "joint", "refine")
 
 
 @dataclass(frozen=True)
@@ -93,12 +87,15 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
     Args:
         config: of the run.
         budgets: of the run; rejected if the model cannot be compressed that far.
-        allocate_only: whether only the integer programs will run; evaluation data is not loaded then.
+        allocate_only: whether only the integer programs will run. Evaluation data is not loaded then, and with the
+            index of a finished search, neither are model and calibration data.
 
     Raises:
         MlorqError: the configuration, the model, the data, the store or a budget is wrong.
     """
     session = open_session(config)
+    if allocate_only and search_index.load(session) is not None:
+        return session
     session.model  # noqa: B018  (loads it)
     session.calibration  # noqa: B018
     if not allocate_only:
@@ -126,82 +123,9 @@ def check_budgets(session: Session, layers: LayerList, budgets: Sequence[Budget]
     """
     from flows.dry_run import smallest_layer_bytes
 
+    if not budgets:
+        return
     smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers.layers)
+    rest = pack.rest_bytes_bound(session, layers.layers)
     for budget in budgets:
-        allowed = compressible_budget(session, layers.layers, budget)
-        if allowed < smallest:
-            raise BudgetError(
-                f"budget {budget} leaves {allowed} bytes for the compressible layers: the smallest possible is "
-                f"{smallest} bytes ({8 * smallest / layers.params:.3g} bits per weight)"
-            )
-
-
-# -- an executor without Prefect ------------------------------------------------------------------------------
-
-
-def check_present(spec: StepSpec, session: Session, command: str) -> None:
-    """Reject a missing step that ``--allocate-only`` does not compute.
-
-    Raises:
-        StoreError: the step is not in the store; the message has the command that computes it.
-    """
-    if spec.step not in COMPUTED_BY_ALLOCATE_ONLY:
-        raise StoreError(
-            f"step {spec.label!r} of this configuration is not in the store {hide_password(session.store.url)}; "
-            f"run first: {command}"
-        )
-
-
-class AllocateOnly:
-    """Implements ``steps.pipeline.Executor`` without Prefect: computes allocations, and looks all other steps up.
-
-    Args:
-        session: model, data and store.
-        observer: receives the progress.
-        command: command line that computes missing steps.
-    """
-
-    def __init__(self, session: Session, observer: Observer, command: str) -> None:
-        self.session = session
-        self.observer = observer
-        self.command = command
-        self.ledger = Ledger()
-
-    def phase(self, name: str, total: int) -> None:
-        """Announce the next phase: ``total`` steps of one kind."""
-        self.observer.phase(name, total)
-
-    def run(self, spec: StepSpec) -> Outcome:
-        """Find a step's artifact, or compute it if it is an allocation."""
-        outcome = find(spec, self.session.store)
-        if outcome is None:
-            check_present(spec, self.session, self.command)
-            self.session.store.check_writable()
-            self.observer.step_started(spec)
-            outcome = execute(spec, self.session.worker)
-        self.ledger.add(spec, outcome)
-        self.observer.step_finished(spec, outcome)
-        return outcome
-
-    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
-        """``run`` for every step."""
-        return [self.run(spec) for spec in specs]
-
-
-# -- after ------------------------------------------------------------------------------------------------------
-
-
-def results_json(session: Session, ledger: Ledger, results: Sequence[Compressed], started: float) -> dict[str, Any]:
-    """The return value of a flow: ``results``, one public object per budget, ``steps`` and ``wall_seconds`` of the run.
-
-    Args:
-        session: of the run.
-        ledger: of the run.
-        results: one per budget.
-        started: time at which the run began, by ``time.perf_counter``.
-    """
-    accounts = ledger.accounts([result.summary or result.allocation for result in results])
-    objects = []
-    for result, account in zip(results, accounts, strict=True):
-        objects.append(result_json(session, result) | {"steps": account.steps, "seconds": account.seconds})
-    return {"results": objects, "steps": ledger.steps, "wall_seconds": round(time.perf_counter() - started, 3)}
+        check_budget(budget, layers.params, rest, smallest)

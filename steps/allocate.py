@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlorq.allocation.choices import Choices, allocation_table, smallest_bytes
 from mlorq.allocation.program import Objective, Program, SolverName, solve
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
-from steps.artifacts import ArtifactReader
 from steps.base import Needs, Progress, Step, StepSpec
-from steps.context import Context
-from steps.session import Session
+
+if TYPE_CHECKING:
+    from steps.artifacts import ArtifactReader
+    from steps.context import Context
+    from steps.session import Session
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,22 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
-from torch import Tensor
 
 from mlorq.activations.plan import ActivationPlan
 from mlorq.allocation.choices import SearchSpace
 from mlorq.artifacts.store import ArtifactRef, Store
-from mlorq.calibration.token_importance import Importance, importance_of_tensors
-from mlorq.checkpoint.format import CONFIG, TENSORS
 from mlorq.forms import Candidate, uniform_candidate
-from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layers import LayerList, layers_from_table
+from mlorq.models.layer_list import LayerList, layers_from_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from mlorq.calibration.token_importance import Importance
+    from mlorq.forms.stored_layer import CompressedLayer
 
 IMPORTANCE = "importance.safetensors"
 PLAN, PLAN_TENSORS = "activations.json", "activations.safetensors"
@@ -90,6 +93,10 @@ class ArtifactReader:
         """A JSON file of an artifact."""
         return self._store.read_json(ref, name)
 
+    def arrays(self, ref: ArtifactRef, name: str) -> dict[str, np.ndarray]:
+        """A safetensors file of an artifact, as NumPy arrays."""
+        return self._store.read_arrays(ref, name)
+
     def sizes(self, ref: ArtifactRef) -> dict[str, int]:
         """Bytes of an artifact's files by name."""
         manifest = self._store.manifest(ref) or {"files": {}}
@@ -118,6 +125,8 @@ class ArtifactReader:
             batches: number of batches of the calibration data.
         """
         if self._importance is None or self._importance[0] != capture.key:
+            from mlorq.calibration.token_importance import importance_of_tensors
+
             found = None
             if IMPORTANCE in self.sizes(capture):
                 found = importance_of_tensors(self._store.read_tensors(capture, IMPORTANCE), batches)
@@ -137,6 +146,8 @@ class ArtifactReader:
         if ref is None:
             return {}
         if self._tables is None or self._tables[0] != ref.key:
+            from mlorq.forms.stored_layer import CompressedLayer
+
             found = {}
             for row in self._store.read_json(ref, "embeddings.json")["tables"]:
                 tensors = self._store.read_tensors(ref, f"{row['table']}.safetensors")
@@ -174,6 +185,8 @@ class ArtifactReader:
 
     def rounded(self, ref: ArtifactRef) -> RoundedFiles:
         """What a rounding step wrote, and the artifact before it in the chain."""
+        from mlorq.forms.stored_layer import CompressedLayer
+
         blockwise = ref.step in ("reconstruct", "tune")
         info = self._store.read_json(ref, "block.json" if blockwise else "layer.json")
         layers = []
@@ -215,6 +228,8 @@ class ArtifactReader:
 
         An artifact of a remote store is copied to a temporary folder, through the store's cache and retries.
         """
+        from mlorq.checkpoint.format import CONFIG, TENSORS
+
         if not self._store.is_remote:
             yield self._store.uri(ref)
             return

@@ -22,7 +22,7 @@ from mlorq.errors import ConfigError
 from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
 
 if TYPE_CHECKING:
-    from mlorq.models.layers import Layer
+    from mlorq.models.layer_list import Layer
     from steps.context import Context, Worker
 
 Progress = Callable[[int, int], None]
@@ -75,7 +75,7 @@ class StepSpec:
     layer: str | None = None
     needs: Needs = Needs()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of the step's name, version, parameters and input keys."""
         return digest_json(

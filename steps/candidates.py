@@ -16,7 +16,8 @@ from mlorq.fitting.covariance_fit import covariance_fit
 from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms import FORMS, Shape
-from mlorq.models.layers import Layer, weight_matrix
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import weight_matrix
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import ModelRef

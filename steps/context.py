@@ -6,21 +6,23 @@ model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-
-from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.store import ArtifactRef, Store
-from mlorq.data.base import Dataset
 from mlorq.errors import ConfigError, DataError
-from mlorq.models.base import FloatModel, check_weights
 from steps.artifacts import ArtifactReader
 from steps.handles import DataRef, ModelRef
-from steps.paired_cache import PairedCache
+
+if TYPE_CHECKING:
+    from mlorq.activations.plan import ActivationPlan
+    from mlorq.data.base import Dataset
+    from mlorq.models.base import FloatModel
+    from steps.paired_cache import PairedCache
 
 
 class Sources:
@@ -51,6 +53,8 @@ class Sources:
         Raises:
             ModelError: it cannot be loaded, or weights are not finite.
         """
+        from mlorq.models.base import check_weights
+
         model = self._load_model()
         check_weights(model.module)
         model.module.to(self.device)
@@ -89,20 +93,29 @@ class Context:
     Attributes:
         device: the device to compute on.
         artifacts: reads artifacts by reference.
-        paired: cache of the float and the partly rounded model between steps.
     """
 
     def __init__(self, sources: Sources, artifacts: ArtifactReader, threads: int | None = None) -> None:
         self.device = sources.device
         self.artifacts = artifacts
-        self.paired = PairedCache(self)
         self._sources = sources
         self._threads = threads
         self._folded: tuple[ArtifactRef, FloatModel] | None = None
 
+    @cached_property
+    def paired(self) -> PairedCache:
+        """Cache of the float and the partly rounded model between steps."""
+        from steps.paired_cache import PairedCache
+
+        return PairedCache(self)
+
     def use_threads(self) -> None:
-        """Give the calling thread the run's fixed number of CPU threads, if one is configured."""
-        if self._threads is not None and torch.get_num_threads() != self._threads:
+        """Give the calling thread the run's fixed number of CPU threads, if one is configured.
+
+        Only torch computes on several threads, and the module of a step that uses torch has imported it by now.
+        """
+        torch = sys.modules.get("torch")
+        if torch is not None and self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
 
     def model(self, ref: ModelRef) -> FloatModel:

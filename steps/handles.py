@@ -9,9 +9,10 @@ empty has no role.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef
@@ -107,7 +108,7 @@ def inputs_of(record: type[Inputs], roles: Mapping[str, Handle]) -> Inputs:
         StoreError: a role is missing or unknown, or its handle has the wrong type.
     """
     values: dict[str, Any] = {}
-    for name, (many, kind, optional) in _shape(record).items():
+    for name, (many, kind, optional) in _shape(cast(Hashable, record)).items():
         prefix = f"{name}/"
         found = {role.removeprefix(prefix): handle for role, handle in roles.items() if role.startswith(prefix)}
         own = list(found.values()) if many else [roles[name]] if name in roles else []
@@ -130,7 +131,8 @@ def inputs_of(record: type[Inputs], roles: Mapping[str, Handle]) -> Inputs:
     return record(**values)
 
 
-def _shape(record: Any) -> dict[str, tuple[type | None, type, bool]]:
+@cache
+def _shape(record: Hashable) -> dict[str, tuple[type | None, type, bool]]:
     """``{field: (Mapping, tuple or None for a single handle, class of the handles, whether it may be None)}``."""
     found: dict[str, tuple[type | None, type, bool]] = {}
     for name, hint in get_type_hints(record).items():

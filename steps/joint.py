@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,16 +17,18 @@ from mlorq.activations.plan import ActivationPlan
 from mlorq.allocation.choices import Group, WidthChoices, allocation_table, smallest_bytes
 from mlorq.allocation.program import Program, solve
 from mlorq.allocation.weight_load import weight_load
-from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
+from mlorq.artifacts.store import ArtifactRef, arrays_bytes, json_bytes, table_bytes
 from mlorq.forms import Candidate
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from steps.allocate import Params as ProgramParams
 from steps.allocate import joined, program_values
 from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Needs, Progress, Step, StepSpec
-from steps.context import Context
-from steps.session import Session
 from steps.width_costs import COSTS, widths_of
+
+if TYPE_CHECKING:
+    from steps.context import Context
+    from steps.session import Session
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     choices, rows = joined(artifacts, params.layers, inputs.candidates, inputs.sensitivity)
     listed = artifacts.layers(inputs.layers)
     layers = [listed[name] for name in params.layers]
-    plan = artifacts.plan(inputs.plan)
-    assert plan is not None
+    # Its tensors are only selected and renamed: as NumPy arrays, they need no torch.
+    plan = ActivationPlan.from_json(artifacts.json(inputs.plan, PLAN), artifacts.arrays(inputs.plan, PLAN_TENSORS))
     costs = artifacts.json(inputs.costs, COSTS)
     groups, group_of = program_groups(plan, costs, layers)
     choices = [
@@ -102,7 +105,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "allocation.parquet": table_bytes(table),
         "allocation.json": json_bytes(info),
         PLAN: json_bytes(chosen.to_json()),
-        PLAN_TENSORS: tensors_bytes(dict(chosen.tensors)),
+        PLAN_TENSORS: arrays_bytes(chosen.tensors),
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlorq.artifacts.store import json_bytes, table_bytes
-from mlorq.models.layers import LayerList, find_layers, layers_table
+from mlorq.models.layer_list import LayerList, layers_table
+from mlorq.models.layers import find_layers
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef

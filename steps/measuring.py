@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mlorq.artifacts.hashing import digest_json
 from mlorq.config.run import Cost
-from mlorq.costs.measured import spread_batches
-from mlorq.data.base import Dataset
 from mlorq.errors import DataError
-from mlorq.models.base import fold_batches
-from mlorq.models.layers import Layer
-from steps.session import Session
+from mlorq.models.layer_list import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlorq.data.base import Dataset
+    from steps.session import Session
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Measuring:
             data: the calibration data.
             times: factor on the number of samples.
         """
+        from mlorq.costs.measured import spread_batches
+        from mlorq.models.base import fold_batches
 
         def chosen(parts: Sequence[Any]) -> list[Any]:
             held_out = fold_batches(parts, 1) if self.held_out else []
@@ -77,6 +79,8 @@ def labels_digest(session: Session) -> str | None:
     """
     if session.config.search.cost != "task":
         return None
+    if session.known is not None:
+        return session.known.labels
     labels = session.calibration.labels
     if labels is None:
         raise DataError("search.cost: task needs calibration data with labels; provide labels, or use nmse or kl")

@@ -20,7 +20,7 @@ from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.models.norms import set_parameters
 from steps import embeddings
 from steps.base import Needs, Progress, Step, StepSpec

@@ -11,7 +11,7 @@ from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.costs.measured import spread_batches
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.models.base import split_batches
-from mlorq.models.layers import LayerList
+from mlorq.models.layer_list import LayerList
 from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.paired_forward import PairedForward
 from steps.artifacts import RoundedModel

@@ -10,196 +10,92 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
 from mlorq.forms import Candidate
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.rounding import METHODS
 from steps import (
     activations,
-    allocate,
     baseline,
     candidates,
     capture,
     embeddings,
     evaluate,
-    joint,
     layers,
     pack,
     reconstruct,
-    refine,
     rounding,
+    search_index,
     sensitivity,
     summary,
     tune,
     width_costs,
 )
-from steps.base import Outcome, StepSpec
+from steps.allocations import Compressed, Executor, Search, allocation_json, run_allocations
+from steps.base import StepSpec
 from steps.handles import ModelRef
 from steps.measuring import labels_digest
 from steps.session import Session
 
 
-class Executor(Protocol):
-    """Runs steps."""
-
-    def run(self, spec: StepSpec) -> Outcome:
-        """Run one step, or find its artifact."""
-
-    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
-        """Run independent steps, in any order; results in the order given."""
-
-    def phase(self, name: str, total: int) -> None:
-        """Announce the next phase: ``total`` steps of one kind."""
-
-
-@dataclass
-class Search:
-    """Artifacts of the search, shared by all budgets.
-
-    Attributes:
-        layers_ref: the ``layers`` artifact.
-        layers: the compressible layers in execution order.
-        model: the float model that is compressed, with its LayerNorms folded if activations are quantized.
-        capture: the ``capture`` artifact.
-        candidates: ``{layer: artifact}``.
-        sensitivity: ``{layer: artifact}``.
-        activations: the ``activations`` artifact; None if activations stay float.
-        widths: the ``width_costs`` artifact; None if bit-widths of activations are not chosen.
-    """
-
-    layers_ref: ArtifactRef
-    layers: list[Layer]
-    model: ModelRef
-    capture: ArtifactRef
-    candidates: dict[str, ArtifactRef] = field(default_factory=dict)
-    sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
-    activations: ArtifactRef | None = None
-    widths: ArtifactRef | None = None
-
-
-@dataclass
-class Compressed:
-    """The artifacts of one budget; those after ``allocation`` are None if only the allocation is computed.
-
-    Attributes:
-        budget: the budget.
-        model: the float model that is compressed; if bit-widths of activations are chosen, with those of this budget.
-        allocation: the chosen candidate of every layer.
-        program: the solution of the integer program, if ``allocation`` was refined from it.
-    """
-
-    budget: Budget
-    model: ModelRef
-    allocation: ArtifactRef
-    program: ArtifactRef | None = None
-    checkpoint: ArtifactRef | None = None
-    evaluation: ArtifactRef | None = None
-    summary: ArtifactRef | None = None
-
-
 def run_search(session: Session, executor: Executor) -> Search:
     """Run every step that does not depend on the budget, except the float model's evaluation."""
     labels_digest(session)  # raises before anything is computed if the cost needs labels and there are none
-    executor.phase("layers", 1)
-    layers_ref = executor.run(layers.spec(session)).ref
+    specs: list[StepSpec] = []
+
+    def run(phase: str, spec: StepSpec) -> ArtifactRef:
+        executor.phase(phase, 1)
+        specs.append(spec)
+        return executor.run(spec).ref
+
+    def run_all(phase: str, chosen: Sequence[StepSpec]) -> list[ArtifactRef]:
+        executor.phase(phase, len(chosen))
+        specs.extend(chosen)
+        return [outcome.ref for outcome in executor.map(chosen)]
+
+    layers_ref = run("layers", layers.spec(session))
     listed = session.artifacts.layers(layers_ref)
     check_overrides(session.config.search, listed)
     found = listed.layers
     if session.config.embeddings is not None:
-        executor.phase("embeddings", 1)
-        executor.run(embeddings.spec(session))
+        run("embeddings", embeddings.spec(session))
     model, activations_ref = session.model_ref, None
     if session.config.activations is not None:
-        executor.phase("activations", 1)
-        activations_ref = executor.run(activations.spec(session, layers_ref)).ref
+        activations_ref = run("activations", activations.spec(session, layers_ref))
         model = ModelRef(model.key, activations_ref)
-    executor.phase("capture", 1)
-    capture_ref = executor.run(capture.spec(session, model, layers_ref)).ref
-    search = Search(layers_ref, found, model, capture_ref, activations=activations_ref)
+    capture_ref = run("capture", capture.spec(session, model, layers_ref))
     # Large layers first: the last steps to run are then short ones.
     ordered = sorted(found, key=lambda layer: (-layer.params, layer.order))
-    executor.phase("candidates", len(found))
-    outcomes = executor.map([candidates.spec(session, model, capture_ref, layers_ref, layer) for layer in ordered])
-    search.candidates = {layer.name: outcome.ref for layer, outcome in zip(ordered, outcomes, strict=True)}
+    refs = run_all("candidates", [candidates.spec(session, model, capture_ref, layers_ref, layer) for layer in ordered])
+    made = {layer.name: ref for layer, ref in zip(ordered, refs, strict=True)}
     # Early layers first: they take longest, since a measurement runs the model from its layer on.
     by_cost = sorted(found, key=lambda layer: layer.order)
-    executor.phase("sensitivity", len(found))
-    outcomes = executor.map(
-        [
-            sensitivity.spec(session, model, capture_ref, layers_ref, search.candidates[layer.name], layer)
-            for layer in by_cost
-        ]
+    run_all(
+        "sensitivity",
+        [sensitivity.spec(session, model, capture_ref, layers_ref, made[layer.name], layer) for layer in by_cost],
     )
-    search.sensitivity = {layer.name: outcome.ref for layer, outcome in zip(by_cost, outcomes, strict=True)}
     if session.config.activations is not None and session.config.activations.choices:
-        executor.phase("activations", 1)
-        search.widths = executor.run(width_costs.spec(session, model, layers_ref)).ref
-    return search
+        run("activations", width_costs.spec(session, model, layers_ref))
+    return Search.of_specs(specs, model.key, pack.rest_bytes_bound(session, found, model), session.artifacts)
 
 
-def compressible_budget(
-    session: Session, search_layers: Sequence[Layer], budget: Budget, model: ModelRef | None = None
-) -> int:
-    """Budget in bytes of the compressible layers.
+def compressible_budget(session: Session, search_layers: Sequence[Layer], budget: Budget) -> int:
+    """Budget in bytes of the compressible layers of the model as given.
 
     Args:
         session: of the run.
         search_layers: the compressible layers.
         budget: the budget.
-        model: the model with its activation plan, if that is known; default: the model as given.
 
     Raises:
         BudgetError: not even the float rest of the model fits.
     """
     params = sum(layer.params for layer in search_layers)
-    return budget.compressible_bytes(params, pack.rest_bytes_bound(session, search_layers, model))
-
-
-def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpec:
-    """The ``allocate`` step of one budget; ``joint`` if bit-widths of activations are chosen as well."""
-    limit = compressible_budget(session, search.layers, budget, search.model)
-    names = [layer.name for layer in search.layers]
-    if search.widths is not None:
-        assert search.activations is not None
-        return joint.spec(
-            session,
-            budget.text,
-            limit,
-            search.layers_ref,
-            names,
-            search.candidates,
-            search.sensitivity,
-            search.activations,
-            search.widths,
-        )
-    return allocate.spec(session, budget.text, limit, names, search.candidates, search.sensitivity)
-
-
-def run_allocations(
-    session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]
-) -> list[Compressed]:
-    """Solve the integer program of every budget; with ``search.rounds``, refine the allocations afterwards."""
-    specs = [allocation_spec(session, search, budget) for budget in budgets]
-    executor.phase("allocate", len(specs))
-    results = []
-    for budget, spec in zip(budgets, specs, strict=True):
-        allocation = executor.run(spec).ref
-        # If bit-widths are chosen, the allocation's artifact holds the plan with the chosen ones.
-        model = search.model if search.widths is None else ModelRef(search.model.key, allocation)
-        results.append(Compressed(budget, model, allocation))
-    # No refinement if bit-widths are chosen: its programs have no compute budget.
-    if session.config.search.rounds and search.widths is None:
-        executor.phase("refine", len(specs))
-        for result, spec in zip(results, specs, strict=True):
-            result.program = result.allocation
-            result.allocation = executor.run(
-                refine.spec(session, search.model, search.capture, search.layers_ref, spec)
-            ).ref
-    return results
+    return budget.compressible_bytes(params, pack.rest_bytes_bound(session, search_layers))
 
 
 @dataclass
@@ -298,24 +194,20 @@ def run_budget(
     return result
 
 
-def run_pipeline(
-    session: Session, executor: Executor, budgets: Sequence[Budget], *, allocate_only: bool = False
-) -> list[Compressed]:
+def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]) -> list[Compressed]:
     """A whole run: one search, then every budget.
 
     Args:
         session: of the run.
         executor: runs the steps.
         budgets: of the run.
-        allocate_only: stop after the integer programs.
 
     Raises:
         BudgetError: a budget is too small.
     """
     search = run_search(session, executor)
+    search_index.keep(session, search)
     results = run_allocations(session, executor, search, budgets)
-    if allocate_only:
-        return results
     executor.phase("baseline", 1)
     float_evaluation = executor.run(baseline.spec(session)).ref
     return [run_budget(session, executor, search, result, float_evaluation) for result in results]
@@ -323,11 +215,8 @@ def run_pipeline(
 
 def result_json(session: Session, result: Compressed) -> dict[str, Any]:
     """One budget's public result object, as ``--json`` prints it."""
-    if result.summary is not None:
-        found = summary.read(session.store, result.summary)
-        listed = session.artifacts.layers(ArtifactRef.from_json(found["artifacts"]["layers"]))
-        return found | {"rest": pack.rest_kinds(session, listed.layers, result.model)}
-    unknown = {"embedding_bytes": None, "embeddings": None, "rest": None}
-    found = summary.allocation_json(session, result.allocation) | unknown
-    found["solver"]["seconds"] = summary.seconds_of(session.store, result.program or result.allocation)
-    return found
+    if result.summary is None:
+        return allocation_json(session, result)
+    found = summary.read(session.store, result.summary)
+    listed = session.artifacts.layers(ArtifactRef.from_json(found["artifacts"]["layers"]))
+    return found | {"rest": pack.rest_kinds(session, listed.layers, result.model)}

@@ -9,7 +9,7 @@ from typing import Any
 from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.config.compose import part
 from mlorq.fitting.settings import FitSettings
-from mlorq.models.layers import Layer, LayerList
+from mlorq.models.layer_list import Layer, LayerList
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import RoundingTask, TrainingSettings
 from mlorq.rounding.trainable import Trained

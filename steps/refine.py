@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mlorq.allocation.choices import Choices, allocation_table, smallest_bytes
 from mlorq.allocation.program import Program
 from mlorq.allocation.program import solve as solve_program
-from mlorq.allocation.refinement import POWERS, WholeModel, refine
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes
-from mlorq.costs.measured import dense_of
 from mlorq.fitting.settings import FitSettings
 from steps import allocate as program
 from steps.allocate import joined
 from steps.base import Needs, Progress, Step, StepSpec
-from steps.candidates import fits_of
-from steps.context import Context
 from steps.handles import DataRef, ModelRef
 from steps.measuring import Measuring, measuring
-from steps.session import Session
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mlorq.allocation.refinement import WholeModel
+    from steps.context import Context
+    from steps.session import Session
 
 WHOLE_SAMPLES = 4  # factor on the number of samples for a layer's costs
 
@@ -88,6 +89,10 @@ def spec(
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    from mlorq.allocation.refinement import POWERS, WholeModel, refine
+    from mlorq.costs.measured import dense_of
+    from steps.candidates import fits_of
+
     artifacts, budget_bytes = context.artifacts, params.program.budget_bytes
     listed = artifacts.layers(inputs.layers)
     layers = [listed[name] for name in params.program.layers]

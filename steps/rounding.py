@@ -15,7 +15,7 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.config.compose import part
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms.base import Candidate
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.rounding import METHODS, RoundingTask
 from steps import embeddings
 from steps.base import Progress, Step, StepSpec

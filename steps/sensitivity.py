@@ -8,7 +8,7 @@ from mlorq.artifacts.store import ArtifactRef, table_bytes
 from mlorq.config.run import Sensitivity
 from mlorq.costs.calibrated import calibrated_sensitivity
 from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from steps import candidates as enumeration
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import fits_of

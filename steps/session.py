@@ -7,18 +7,39 @@ functions have no access to it.
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+from mlorq.artifacts.fingerprints import opened_files
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig, SourceConfig
 from mlorq.data import load_dataset
-from mlorq.data.base import Dataset
 from mlorq.data.source import Role
-from mlorq.models import load_model
-from mlorq.models.base import FloatModel
 from steps.artifacts import ArtifactReader
 from steps.context import Context, Sources, Worker
 from steps.handles import DataRef, ModelRef
+from steps.made_from import made_from
+
+if TYPE_CHECKING:
+    from mlorq.data.base import Dataset
+    from mlorq.models.base import FloatModel
+    from steps.allocations import Search
+
+
+@dataclass(frozen=True)
+class Known:
+    """What specifications need to know of a model and its data that are not loaded.
+
+    Attributes:
+        model: key of the float model.
+        calibration: key of the calibration data.
+        labels: digest of the labels that the cost reads (``steps.measuring``); None if it reads none.
+    """
+
+    model: str
+    calibration: str
+    labels: str | None = None
 
 
 class Session:
@@ -29,11 +50,15 @@ class Session:
         store: the artifact store.
         device: of the first worker: ``cpu``, ``cuda:0`` …
         model, calibration, evaluation: in-memory objects to use instead of those that the configuration names.
+        known: keys of model and calibration data, to make specifications without loading either.
 
     Attributes:
-        config, store, device: the arguments.
+        config, store, device, known: the arguments.
         artifacts: reads the store.
         worker: the first worker. Model and data are loaded on first use.
+        made_from: fingerprints of what model and calibration data were made from (``steps.made_from``); None before
+            both are loaded, and if they cannot have any.
+        search: the finished search whose index was loaded (``steps.search_index``); None before, and if there is none.
     """
 
     def __init__(
@@ -45,14 +70,20 @@ class Session:
         model: FloatModel | None = None,
         calibration: Dataset | None = None,
         evaluation: Dataset | None = None,
+        known: Known | None = None,
     ) -> None:
         self.config = config
         self.store = store
         self.device = device
         self.artifacts = ArtifactReader(store)
+        self.known = known
+        self.made_from: dict[str, Any] | None = None
+        self.search: Search | None = None
+        self._in_memory = model is not None or calibration is not None
+        self._opened: set[str] = set()
         self._model = model
         self._sources = Sources(
-            lambda: model or load_model(config.model, config.folder),
+            lambda: model or self._load_model(),
             lambda loaded: calibration or self._load(config.data.calibration, "calibration", loaded),
             lambda loaded: evaluation or self._load(config.data.evaluation, "evaluation", loaded),
             device,
@@ -63,15 +94,30 @@ class Session:
         """Another worker, with its own copy of the model and the same data."""
         config, model = self.config, deepcopy(self._model)
         sources = Sources(
-            lambda: model or load_model(config.model, config.folder),
+            lambda: model or self._load_model(),
             lambda _: self._sources.calibration,
             lambda _: self._sources.evaluation,
             device,
         )
         return Worker(self.store, Context(sources, ArtifactReader(self.store), config.engine.threads))
 
+    def _load_model(self) -> FloatModel:
+        from mlorq.models import load_model
+
+        with opened_files() as found:
+            model = load_model(self.config.model, self.config.folder)
+        self._opened |= found
+        return model
+
     def _load(self, source: SourceConfig, role: Role, model: FloatModel) -> Dataset:
         config = self.config
+        if role == "calibration":
+            with opened_files() as found:
+                data = load_dataset(source, role, model, config.model, config.folder, config.seed)
+            if not self._in_memory:
+                # Now, not when the search is finished: a file that changes in the meantime is another model's.
+                self.made_from = made_from(config, self.store, self._opened | found)
+            return data
         return load_dataset(source, role, model, config.model, config.folder, config.seed)
 
     # -- model and data ---------------------------------------------------------------------------------------
@@ -111,12 +157,12 @@ class Session:
     @property
     def model_ref(self) -> ModelRef:
         """The float model as given."""
-        return ModelRef(self.model.key)
+        return ModelRef(self.model.key if self.known is None else self.known.model)
 
     @property
     def calibration_ref(self) -> DataRef:
         """The calibration data."""
-        return DataRef(self.calibration.key)
+        return DataRef(self.calibration.key if self.known is None else self.known.calibration)
 
     @property
     def evaluation_ref(self) -> DataRef:

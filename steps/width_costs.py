@@ -6,11 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from mlorq.artifacts.store import ArtifactRef, json_bytes
-from mlorq.costs.output_cost import OutputCost
-from mlorq.models.base import move_batch
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef
@@ -48,6 +44,11 @@ def spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
+    import torch
+
+    from mlorq.costs.output_cost import OutputCost
+    from mlorq.models.base import move_batch
+
     model, plan = context.model(inputs.model), context.plan(inputs.model)
     assert plan is not None
     groups = plan.groups()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,21 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.fixture(autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _only_its_own_modules() -> Iterator[None]:
+    """Forget modules in folders of other tests: a search has no index if the file of an imported module has changed."""
+
+    def forget() -> None:
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if isinstance(file, str) and f"{os.sep}pytest-of-" in file:
+                del sys.modules[name]
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(params=DEVICES)

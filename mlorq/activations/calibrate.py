@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlorq.activations.folding import Fold, find_folds, fit_fold
+from mlorq.activations.folding import find_folds, fit_fold
 from mlorq.activations.method import ACTIVATION_METHODS, ActivationMethod
-from mlorq.activations.plan import ActivationPlan, Site
+from mlorq.activations.plan import ActivationPlan, Fold, Site
 from mlorq.activations.quantizers import ActivationQuantizer, fit_uniform
 from mlorq.activations.settings import ActivationSettings
 from mlorq.activations.survey import Observed, survey
 from mlorq.calibration.token_importance import PASSES, token_importance
 from mlorq.models.base import FloatModel, move_batch
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 
 WIDEST = 8  # largest bit-width under ``mixed``
 WEIGHING = 1 + PASSES  # progress steps of token importance per batch, about the cost in forward passes

@@ -15,27 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mlorq.activations.plan import Fold
 from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uniform
 from mlorq.models.base import FloatModel, take_samples
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 
 UNCHANGED = 1e-4  # largest change of a tensor, relative to its norm, in float32
 FEW = 4  # samples per batch on which folds are tested
 SHAPES = 4  # largest number of batches, of different shapes, on which folds are tested
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A LayerNorm and all linear layers that read its output."""
-
-    norm: str
-    layers: tuple[str, ...]
 
 
 class FittedFold(NamedTuple):

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from mlorq.activations.folding import Fold, fold_norm
-from mlorq.activations.products import ProductQuantizers, attach_input, attach_products
-from mlorq.activations.quantizers import ActivationQuantizer, build
 from mlorq.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mlorq.activations.quantizers import ActivationQuantizer
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A LayerNorm and all linear layers that read its output."""
+
+    norm: str
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class ActivationPlan:
         return {"sites": [asdict(site) for site in self.sites], "folds": [asdict(fold) for fold in self.folds]}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> ActivationPlan:
+    def from_json(cls, value: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> ActivationPlan:
         """The inverse of ``to_json``.
 
         Raises:
@@ -83,6 +90,8 @@ class ActivationPlan:
         Raises:
             KeyError, TypeError, ValueError: a description is malformed.
         """
+        from mlorq.activations.quantizers import build
+
         for site in self.sites:
             build(site.quantizer)
 
@@ -119,6 +128,8 @@ class ActivationPlan:
 
     def fold(self, module: nn.Module) -> None:
         """Fold the LayerNorms of a float model, in place; its function is unchanged."""
+        from mlorq.activations.folding import fold_norm
+
         for fold in self.folds:
             fold_norm(module, fold, self.tensors[f"fold.{fold.norm}.scale"], self.tensors[f"fold.{fold.norm}.shift"])
 
@@ -133,6 +144,11 @@ class ActivationPlan:
         Raises:
             ModelError: the model lacks a layer or module of the plan.
         """
+        import torch
+
+        from mlorq.activations.products import ProductQuantizers, attach_input, attach_products
+        from mlorq.activations.quantizers import build
+
         device = next((value.device for value in module.parameters()), torch.device("cpu"))
         operands: dict[str, dict[str, ActivationQuantizer]] = {}
         installed: dict[str, ActivationQuantizer] = {}
@@ -159,4 +175,6 @@ class ActivationPlan:
 
 def quantizers_of(module: nn.Module) -> list[ActivationQuantizer]:
     """All activation quantizers of a module, each once."""
+    from mlorq.activations.quantizers import ActivationQuantizer
+
     return [child for child in module.modules() if isinstance(child, ActivationQuantizer)]

@@ -22,7 +22,8 @@ from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
-from mlorq.models.layers import Layer, input_tokens
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import input_tokens
 
 KEPT = 1 << 20  # numbers kept per tensor, over all batches
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997

@@ -5,7 +5,8 @@ Exactly one candidate per layer, least summed cost, memory within the budget:
     min Σ_ℓc x_ℓc cost_ℓc   subject to   Σ_c x_ℓc = 1 for every layer ℓ,   Σ_ℓc x_ℓc bytes_ℓc ≤ budget,   x binary.
 
 With objective ``nsr`` the cost is the NMSE; with ``sqnr`` the summed signal-to-noise ratio 1/NMSE is maximised. The two
-are not equivalent.
+are not equivalent. This program is a multiple-choice knapsack problem, which ``mlorq.allocation.knapsack`` solves
+exactly, usually in about a millisecond.
 
 If bit-widths of activations are chosen too (METHOD 8), every group g of activations gets one width a, and the
 program has further rows: one width per group, linking variables z, and a compute budget,
@@ -24,17 +25,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pulp
 from numpy.typing import NDArray
 
 from mlorq.allocation.choices import Choices, WidthChoices, require_bytes
+from mlorq.allocation.knapsack import least_value
 from mlorq.errors import BudgetError
 
+if TYPE_CHECKING:
+    import pulp
+
 Objective = Literal["nsr", "sqnr"]
-SolverName = Literal["highs", "cbc"]
+SolverName = Literal["exact", "highs", "cbc"]
 Floats = NDArray[np.float64]
 
 SMALLEST_NMSE = 1e-12  # below float32 noise: keeps 1/NMSE finite
@@ -91,7 +96,7 @@ class SolverReport:
     """How the program was solved.
 
     Attributes:
-        name: ``highs`` or ``cbc``.
+        name: the one that solved it: ``exact``, ``highs`` or ``cbc``.
         status: ``optimal``, or ``feasible`` if the time limit ended the search.
         objective: summed cost of the solution (``sqnr``: summed 1/NMSE).
         bound: best proved bound on the objective; None if the solver gives none.
@@ -126,12 +131,13 @@ class Solution:
     report: SolverReport
 
 
-def solve(program: Program, *, solver: SolverName = "highs", time_limit: float = 120.0, gap: float = 1e-4) -> Solution:
+def solve(program: Program, *, solver: SolverName = "exact", time_limit: float = 120.0, gap: float = 1e-4) -> Solution:
     """Choose a candidate for every layer and, if ``program.widths`` is set, a width for every group of activations.
 
     Args:
         program: what to solve.
-        solver: ``highs`` or ``cbc``.
+        solver: ``exact``, ``highs`` or ``cbc``; ``exact`` is ``highs`` for programs with widths, and for those with
+            too many partial allocations (``mlorq.allocation.knapsack``).
         time_limit: time limit of the solver, in seconds.
         gap: relative gap at which the solver may stop.
 
@@ -148,10 +154,18 @@ def solve(program: Program, *, solver: SolverName = "highs", time_limit: float =
         )
     started = time.perf_counter()
     terms = _Terms(program)
+    if solver == "exact" and program.widths is None:
+        exact = least_value(terms.value, terms.size, program.budget_bytes)
+        if exact is not None:
+            total = float(sum(value[place] for value, place in zip(terms.value, exact, strict=True)))
+            total = total if program.objective == "nsr" else -total
+            report = SolverReport("exact", "optimal", total, total, 0.0, time.perf_counter() - started)
+            return Solution([int(own.useful[at]) for own, at in zip(program.choices, exact, strict=True)], [], report)
+    solver = "highs" if solver == "exact" else solver
     problem, x, y = _build(program, terms)
     status, bound = _run(problem, solver, time_limit, gap)
     if status is None:
-        raise BudgetError(_nothing_found(program, solver, time_limit, pulp.LpStatus[problem.status]))
+        raise BudgetError(_nothing_found(program, solver, time_limit, problem))
     places, widths = _repaired(program, terms, [_highest(own) for own in x], [_highest(own) for own in y])
     achieved = float(sum(value[place] for value, place in zip(terms.value, places, strict=True)))
     achieved += float(sum(value[place] for value, place in zip(terms.group_value, widths, strict=True)))
@@ -172,7 +186,6 @@ class _Terms:
         size: ``(useful,)`` per layer, bytes.
         load: ``(useful,)`` per layer, bit operations per bit of its input; zeros if no widths are chosen.
         group_value: ``(choices,)`` per group, objective coefficients.
-        scale: factor of the objective in the solver.
     """
 
     def __init__(self, program: Program) -> None:
@@ -183,9 +196,16 @@ class _Terms:
             np.zeros(len(layer.useful)) if program.widths is None else _load(layer)[layer.useful] for layer in choices
         ]
         self.group_value = [_value(group.cost, program.objective) for group in groups]
-        # Solvers use absolute tolerances near 1e-6, and summed NMSEs can be smaller: scale so that the objective of a
-        # simple feasible solution is about a thousand.
-        self.scale = 1e3 / max(self._simple_value(program.budget_bytes), 1e-300)
+        self._budget = program.budget_bytes
+
+    @cached_property
+    def scale(self) -> float:
+        """Factor of the objective in the solver.
+
+        Solvers use absolute tolerances near 1e-6, and summed NMSEs can be smaller: with it, the objective of a simple
+        feasible solution is about a thousand.
+        """
+        return 1e3 / max(self._simple_value(self._budget), 1e-300)
 
     def _simple_value(self, budget: int) -> float:
         """Magnitude of the objective if every layer keeps its share of the budget; for groups, the median."""
@@ -216,6 +236,8 @@ def _build(
     Solvers get variables in the order of their names and rows in the order in which they are added; this order decides
     between equally good solutions.
     """
+    import pulp
+
     widths = program.widths
     groups = () if widths is None else widths.groups
     problem = pulp.LpProblem("allocation", pulp.LpMinimize)
@@ -256,6 +278,8 @@ def _add_compute(
     y: list[list[pulp.LpVariable]],
 ) -> None:
     """The linking variables, ``z_ℓca = x_ℓc y_ga``, and the compute budget."""
+    import pulp
+
     operations = [
         (variable, float(value) / widths.compute)
         for group, own in zip(widths.groups, y, strict=True)
@@ -282,8 +306,14 @@ def _run(problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: fl
     Returns:
         ``optimal`` or ``feasible``, None if no solution was found; and the best bound, None if there is none.
     """
+    import pulp
+
     if solver == "highs":
+        import highspy
+
         problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
+        # Its threads would else be ended while the process exits, which sometimes aborts it ("terminate called").
+        highspy.Highs.resetGlobalScheduler(True)
     else:
         bundled = pulp.PULP_CBC_CMD.pulp_cbc_path  # the CBC that comes with PuLP, not an installed one
         problem.solve(pulp.COIN_CMD(path=bundled, msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
@@ -293,7 +323,10 @@ def _run(problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: fl
     return status, bound if bound is not None and np.isfinite(bound) else None
 
 
-def _nothing_found(program: Program, solver: SolverName, time_limit: float, status: str) -> str:
+def _nothing_found(program: Program, solver: SolverName, time_limit: float, problem: pulp.LpProblem) -> str:
+    import pulp
+
+    status = pulp.LpStatus[problem.status]
     if program.widths is None:
         return f"{solver} found no allocation within {time_limit} s (status {status}); raise search.time_limit"
     return (

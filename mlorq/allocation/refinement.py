@@ -32,7 +32,7 @@ from mlorq.allocation.choices import Choices
 from mlorq.costs.output_cost import CostName, OutputCost
 from mlorq.forms.base import FORMS, uniform_form
 from mlorq.models.base import FloatModel, move_batch
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
 
 LARGEST_CORRECTION = 2.0  # largest factor on a layer's costs, up or down: a marginal cost near zero is noise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlorq.forms.base import FORMS, Candidate, Shape
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 
 
 def weight_load(layer: Layer, candidate: Candidate) -> float:

@@ -119,7 +119,8 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
 
 
 def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
-    """The artifacts that runs depend on, with their summaries and the sweeps made of these runs only.
+    """The artifacts that runs depend on, with their summaries, the indices of their searches, and the sweeps of these
+    runs only.
 
     Args:
         store: the store of the runs.
@@ -141,6 +142,10 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
     kept |= {ArtifactRef.from_json(made) for name in runs for made in known[name][1].values()}
     for ref in store.refs("sweep"):
         if set((store.manifest(ref) or {}).get("details", {}).get("runs", ())) <= set(runs):
+            kept.add(ref)
+    for ref in store.refs("search"):
+        named = (store.manifest(ref) or {}).get("details", {}).get("artifacts", ())
+        if named and {ArtifactRef.from_json(value) for value in named} <= kept:
             kept.add(ref)
     return kept
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 DIGEST_BYTES = 16
 
@@ -35,6 +34,8 @@ def digest_json(value: Any) -> str:
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Hex digest of named tensors: names, dtypes, shapes and bytes, in the order given."""
+    import torch
+
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name, tensor in tensors:
         array = tensor.detach().cpu().contiguous()
@@ -52,7 +53,10 @@ def digest_model(module: nn.Module, architecture: Any) -> str:
 
 def digest_batch(batch: Any) -> str:
     """Hex digest of one model input: a tensor, or nested tuples, lists and mappings of tensors and plain values."""
-    if isinstance(batch, Tensor):
+    import numpy as np
+    import torch
+
+    if isinstance(batch, torch.Tensor):
         return digest_tensors([("", batch)])
     if isinstance(batch, np.ndarray):
         return digest_tensors([("", torch.from_numpy(batch))])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYERS = pa.schema(
     [

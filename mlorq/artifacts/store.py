@@ -20,22 +20,23 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
-import safetensors.torch
 from fsspec.core import url_to_fs
-from torch import Tensor
 
 from mlorq.artifacts.cache import Cache, cache_folder
 from mlorq.artifacts.hashing import digest_bytes
 from mlorq.artifacts.transfer import Files, Traffic, hide_password
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
 from mlorq.errors import StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -49,7 +50,7 @@ class ArtifactRef:
     key: str
 
     def to_json(self) -> dict[str, str]:
-        return asdict(self)
+        return {"step": self.step, "key": self.key}
 
     @classmethod
     def from_json(cls, value: Mapping[str, str]) -> ArtifactRef:
@@ -348,8 +349,23 @@ class Store:
         Raises:
             StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
         """
+        import safetensors.torch
+
         try:
             return safetensors.torch.load(self.read_bytes(ref, name))
+        except safetensors.SafetensorError as error:
+            raise self._damaged(ref, name, str(error)) from error
+
+    def read_arrays(self, ref: ArtifactRef, name: str) -> dict[str, np.ndarray]:
+        """``read_tensors`` as NumPy arrays, without torch; for tensors of dtypes that NumPy has.
+
+        Raises:
+            StoreError: see ``read_tensors``.
+        """
+        import safetensors.numpy
+
+        try:
+            return safetensors.numpy.load(self.read_bytes(ref, name))
         except safetensors.SafetensorError as error:
             raise self._damaged(ref, name, str(error)) from error
 
@@ -389,8 +405,19 @@ def table_bytes(table: pa.Table) -> bytes:
 
 def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Named tensors as safetensors bytes."""
+    import safetensors.torch
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(contiguous, metadata=dict(metadata) if metadata else None)
+
+
+def arrays_bytes(arrays: Mapping[str, Any]) -> bytes:
+    """Named arrays as safetensors bytes: those of ``tensors_bytes`` for tensors of equal values."""
+    import numpy as np
+    import safetensors.numpy
+
+    # Not np.ascontiguousarray, which makes an axis for a scalar.
+    return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
 def json_bytes(value: Any) -> bytes:

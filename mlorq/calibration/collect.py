@@ -17,7 +17,8 @@ from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples
-from mlorq.models.layers import Layer, input_tokens
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import input_tokens
 from mlorq.models.prefetch import feed
 
 FLOAT16_LARGEST = 65504.0

@@ -21,7 +21,8 @@ from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
-from mlorq.models.layers import Layer, input_tokens, output_tokens
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import input_tokens, output_tokens
 
 Mode = Literal["auto", "probes", "exact"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.models.base import FloatModel, batch_samples
-from mlorq.models.layers import Layer, output_tokens
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import output_tokens
 from mlorq.models.prefetch import feed
 
 PASSES = 2  # backward passes per batch; weights are sums over many channels, so few probes suffice

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlorq.config.run import SearchConfig
 from mlorq.errors import ConfigError
-from mlorq.models.layers import Layer, LayerList
+from mlorq.models.layer_list import Layer, LayerList
 
 _WILDCARD = re.compile(r"\[[^\]]+\]|[*?]")
 

@@ -156,7 +156,11 @@ class SearchConfig(FitSettings):
     objective: Literal["nsr", "sqnr"] = Field(
         "nsr", description="nsr: minimise the sum of NMSE; sqnr: maximise the sum of 1/NMSE"
     )
-    solver: Literal["highs", "cbc"] = Field("highs", description="ILP solver")
+    solver: Literal["exact", "highs", "cbc"] = Field(
+        "exact",
+        description="ILP solver: exact: dynamic programming with Lagrangian bounds, or highs for programs that choose "
+        "bit-widths of activations; highs, cbc: branch and bound",
+    )
     time_limit: float = Field(120.0, gt=0, description="time limit of the solver in seconds")
     gap: float = Field(1e-4, ge=0, description="relative optimality gap at which the solver may stop")
     include: list[str] = Field(["*"], description="name patterns of the layers to compress")

@@ -23,7 +23,7 @@ from mlorq.costs.output_cost import CostName, OutputCost
 from mlorq.fitting.base import LayerFit
 from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.base import FloatModel, batch_samples, move_batch
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from pydantic import Field
 
+from mlorq.artifacts.locations import resolve_location
 from mlorq.errors import CheckpointError
 from mlorq.registry import Registry, Settings
 
@@ -226,6 +227,18 @@ class ModelFamily(ABC, Generic[Own]):
     def locations(self, settings: Own) -> list[str]:
         """Files and folders that the settings name, as written there; they are mounted in containers."""
         return []
+
+    def local_paths(self, settings: Own, folder: str = "") -> list[str]:
+        """The absolute paths, or URLs, of ``locations``, also of folders inside installed packages.
+
+        Args:
+            settings: settings of this family.
+            folder: folder that relative paths start from.
+
+        Raises:
+            ModelError: a path does not exist.
+        """
+        return [resolve_location(location, folder) for location in self.locations(settings)]
 
     def uses_hub(self, settings: Own, folder: str = "") -> bool:
         """Whether the model or its weights are fetched from the hub.

@@ -135,6 +135,11 @@ class Transformers(ModelFamily[TransformersSettings]):
         """The name of the model, which can be a folder."""
         return [settings.name] if settings.name else []
 
+    def local_paths(self, settings: TransformersSettings, folder: str = "") -> list[str]:
+        """The folder of the model, which can be inside an installed package; empty for a hub name."""
+        location = locate(settings, folder)
+        return [location] if os.path.isabs(location) else []
+
     def uses_hub(self, settings: TransformersSettings, folder: str = "") -> bool:
         """Whether the name is a hub name."""
         return not os.path.isabs(locate(settings, folder))

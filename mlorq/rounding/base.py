@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlorq.fitting.hessian_fit import HessianFit
     from mlorq.forms.stored_layer import CompressedLayer
     from mlorq.models.base import FloatModel
-    from mlorq.models.layers import Layer
+    from mlorq.models.layer_list import Layer
     from mlorq.rounding.paired_forward import InputMoments, PairedForward
     from mlorq.rounding.trainable import Trained
 

@@ -26,7 +26,7 @@ from mlorq.rounding.gptq import WORK
 if TYPE_CHECKING:
     from mlorq.forms.stored_layer import CompressedLayer
     from mlorq.models.base import FloatModel
-    from mlorq.models.layers import Layer
+    from mlorq.models.layer_list import Layer
     from mlorq.rounding.paired_forward import PairedForward
     from mlorq.rounding.trainable import Trained
 

@@ -24,7 +24,7 @@ from mlorq.rounding.nearest import round_to_nearest
 
 if TYPE_CHECKING:
     from mlorq.forms.stored_layer import CompressedLayer
-    from mlorq.models.layers import Layer
+    from mlorq.models.layer_list import Layer
     from mlorq.rounding.paired_forward import PairedForward
     from mlorq.rounding.trainable import Trained
 

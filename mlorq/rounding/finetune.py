@@ -23,7 +23,7 @@ from mlorq.calibration.token_importance import Importance
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, move_batch
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters, set_parameters
 from mlorq.rounding.base import Progress
 from mlorq.rounding.block import TuningSettings

@@ -23,7 +23,8 @@ from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, batch_samples, move_batch
-from mlorq.models.layers import Layer, input_tokens
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import input_tokens
 from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import Segments, enters_cleanly
 

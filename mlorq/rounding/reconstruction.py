@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mlorq.activations.plan import quantizers_of
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters
 from mlorq.rounding.base import Parts, Progress
 from mlorq.rounding.block import ReconstructionSettings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlorq.codecs.affine import QuantizedMatrix, RowQuantizer
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.rounding.base import Parts
 from mlorq.rounding.rectified_sigmoid import GAMMA, ZETA
 from mlorq.rounding.trainable import TrainableLayer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mlorq.codecs.base import StoredMatrix, Trainable
 from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from mlorq.models.norms import NormParameter
 
 HELD_OUT = 5  # every fifth batch is held out

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import mlorq
 from mlorq.activations.calibrate import calibrate
-from mlorq.activations.folding import Fold, find_folds, fold_norm
+from mlorq.activations.folding import find_folds, fold_norm
 from mlorq.activations.method import ACTIVATION_METHODS
-from mlorq.activations.plan import ActivationPlan, quantizers_of
+from mlorq.activations.plan import ActivationPlan, Fold, quantizers_of
 from mlorq.activations.products import ProductMode, ProductQuantizers, attach_products
 from mlorq.activations.quantizers import (
     LogQuantizer,

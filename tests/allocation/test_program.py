@@ -46,7 +46,7 @@ def exhaustive(program: Program) -> float:
     )
 
 
-@pytest.mark.parametrize("solver", ["highs", "cbc"])
+@pytest.mark.parametrize("solver", ["exact", "highs", "cbc"])
 @pytest.mark.parametrize("objective", ["nsr", "sqnr"])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-7])
 @pytest.mark.parametrize("tightness", [0.05, 0.4, 1.0])
@@ -63,7 +63,7 @@ def test_optimum_of_exhaustive_search(solver, objective, magnitude, tightness, s
     assert report.objective == pytest.approx(abs(found), rel=1e-6)
     assert report.name == solver
     assert report.status == "optimal"
-    if solver == "highs":
+    if solver != "cbc":
         assert report.bound is not None
         assert report.bound == pytest.approx(report.objective, rel=1e-3)
     else:
@@ -120,7 +120,7 @@ def test_large_program_is_solved_close_to_its_bound(seed):
     assert report.gap <= 1.1e-4
 
 
-@pytest.mark.parametrize("solver", ["highs", "cbc"])
+@pytest.mark.parametrize("solver", ["exact", "highs", "cbc"])
 def test_nothing_that_the_solver_library_will_drop_is_used(solver, seed, recwarn):
     solve(Program(random_choices(3, 4, seed), 10**6), solver=solver)
     assert not [one for one in recwarn.list if issubclass(one.category, DeprecationWarning)]
@@ -204,3 +204,34 @@ def test_some_of_a_layers_candidates():
     assert part.load is not None
     assert part.load.tolist() == [6.0, 4.0]
     assert Choices("l", layer.cost, layer.size).only([1]).load is None
+
+
+@pytest.mark.parametrize("objective", ["nsr", "sqnr"])
+def test_exact_is_at_least_as_good_as_branch_and_bound(objective: Objective, seed: int) -> None:
+    """On costs like those of layers: falling with the size, over several magnitudes."""
+    rng = np.random.default_rng(seed)
+    for layers in (1, 2, 12, 25):
+        choices = []
+        for index in range(layers):
+            bits = np.sort(rng.uniform(1.5, 9.0, 30))
+            cost = np.exp(rng.normal(0, 2)) * 4.0**-bits * np.exp(rng.normal(0, 0.4, 30)) * 1e-3
+            choices.append(Choices(f"l{index}", cost, (bits * rng.integers(500, 50_000) / 8).astype(np.int64)))
+        smallest, largest = smallest_bytes(choices), sum(int(layer.size.max()) for layer in choices)
+        for tightness in (0.0, 0.1, 0.5, 1.0):
+            program = Program(choices, int(smallest + tightness * (largest - smallest)), objective=objective)
+            exact, bounded = solve(program, solver="exact"), solve(program, solver="highs", gap=1e-4)
+            assert exact.report.name == "exact"
+            assert program.bytes_of(exact.picked) <= program.budget_bytes
+            best, other = worth(program, exact.picked), worth(program, bounded.picked)
+            assert best <= other + 1e-9 * abs(other)
+            assert other <= best + 1.1e-4 * abs(best)
+
+
+def test_exact_hands_over_what_has_too_many_partial_allocations(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    choices = random_choices(5, 6, seed)
+    program = Program(choices, int(1.5 * smallest_bytes(choices)))
+    wanted = worth(program, solve(program).picked)
+    monkeypatch.setattr("mlorq.allocation.knapsack.MOST_PARTIAL", 0)
+    found = solve(program, gap=0.0)
+    assert found.report.name == "highs"
+    assert worth(program, found.picked) == pytest.approx(wanted, rel=1e-6)

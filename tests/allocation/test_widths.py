@@ -15,7 +15,7 @@ from mlorq.allocation.program import Program, _repaired, _Terms, solve
 from mlorq.allocation.weight_load import weight_load
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms.base import Candidate
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 
 PICKED = list(itertools.product(range(4), repeat=3))
 WIDTHS = list(itertools.product(range(3), repeat=3))

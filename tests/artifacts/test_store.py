@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mlorq.artifacts.store import ArtifactRef, Store, json_bytes, table_bytes, tensors_bytes
+from mlorq.artifacts.store import ArtifactRef, Store, arrays_bytes, json_bytes, table_bytes, tensors_bytes
 from mlorq.artifacts.transfer import hide_password
 from mlorq.errors import StoreError
 
@@ -38,6 +38,25 @@ def test_round_trip_of_every_format(store):
     assert store.read_json(ref, "i.json") == {"ü": [1, None, 0.1]}
     assert store.manifest(ref)["seconds"] == 1.5
     assert list(store.refs("step")) == [ref]
+
+
+def test_arrays_are_stored_as_tensors_are(store):
+    tensors = {
+        "matrix": torch.randn(3, 4),
+        "transposed": torch.randn(3, 4).T,
+        "scalar": torch.tensor(2.5),
+        "half": torch.randn(2).half(),
+        "codes": torch.arange(5, dtype=torch.uint8),
+        "whole": torch.arange(5),
+        "flags": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
+    }
+    data = tensors_bytes(tensors)
+    assert arrays_bytes({name: tensor.numpy() for name, tensor in tensors.items()}) == data
+    ref = store.write("step", KEY, {"x.safetensors": data, "y.safetensors": b"?"})
+    assert arrays_bytes(store.read_arrays(ref, "x.safetensors")) == data
+    with pytest.raises(StoreError, match="damaged: y"):
+        store.read_arrays(ref, "y.safetensors")
 
 
 def test_equal_content_gives_equal_bytes():

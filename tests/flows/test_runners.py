@@ -18,7 +18,7 @@ from flows.runners import ChildRunner, InProcessRunner, make_runner
 from flows.runners.child import child_environment
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, ModelError, StoreError, TransientError
-from mlorq.models.layers import Layer
+from mlorq.models.layer_list import Layer
 from steps.base import Needs, StepSpec
 from tests.flows.test_cli import fails, prints_json, write_project
 from tests.watch import Watch

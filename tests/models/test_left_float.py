@@ -16,7 +16,8 @@ from mlorq.checkpoint.io import inspect, load, save
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import replace_layers
 from mlorq.models import from_module
-from mlorq.models.layers import LayerList, find_layers, weight_matrix
+from mlorq.models.layer_list import LayerList
+from mlorq.models.layers import find_layers, weight_matrix
 from tests import zoo
 from tests.layers import hessian_fit, stored
 from tests.nets import SharedNet, TokenNet, images

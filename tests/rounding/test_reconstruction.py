@@ -13,7 +13,8 @@ from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.forms.base import Candidate
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel, fold_batches, split_batches, take_samples
-from mlorq.models.layers import Layer, find_layers, weight_matrix
+from mlorq.models.layer_list import Layer
+from mlorq.models.layers import find_layers, weight_matrix
 from mlorq.rounding.block import ReconstructionSettings
 from mlorq.rounding.error_feedback import corrected_weight
 from mlorq.rounding.output_error import output_error

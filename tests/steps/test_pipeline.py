@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_fac
         store: {
             name: digest
             for name, (_, digest) in fingerprint(store / ".mlorq").items()
-            if digest and not name.endswith("manifest.json")  # which holds times
+            # Manifests hold times, and the index of a search holds paths.
+            if digest and not name.endswith("manifest.json") and not name.startswith("search/")
         }
         for store in (folder, other)
     }
@@ -192,7 +194,8 @@ def test_a_changed_evaluation_recomputes_no_search(folder, monkeypatch):
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_a_step_of_a_new_version_recomputes_it_and_what_reads_it(folder, name, monkeypatch):
     run(folder)
-    module = next(m for m in vars(pipeline).values() if getattr(getattr(m, "STEP", None), "name", None) == name)
+    REGISTRY[name]
+    module = next(m for m in sys.modules.values() if getattr(getattr(m, "STEP", None), "name", None) == name)
     new = replace(module.STEP, version=module.STEP.version + 1)
     monkeypatch.setattr(module, "STEP", new)
     monkeypatch.setitem(REGISTRY, name, new)

@@ -15,12 +15,13 @@ from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, StoreError
 from steps import REGISTRY
+from steps.allocations import run_allocations
 from steps.base import Outcome, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef, inputs_of, roles_of
 from steps.inprocess import InProcess
 from steps.measuring import measuring
-from steps.pipeline import run_allocations, run_budget, run_pipeline, run_search
+from steps.pipeline import run_budget, run_pipeline, run_search
 from steps.protocol import Description
 from steps.session import Session
 from tests.steps.test_pipeline import BEST, folder  # noqa: F401  (a fixture)

@@ -1,0 +1,92 @@
+"""The records of a model's compressible layers, and their table; ``layers`` finds them in a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mlorq.artifacts.schemas import LAYERS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One compressible layer.
+
+    Attributes:
+        name: name of the module; if several share the weight, of the one that runs first.
+        kind: ``linear`` or ``conv2d``.
+        out_features: number of rows of W.
+        in_features: number of columns of W (``in_channels / groups · kh · kw`` for convolutions).
+        groups: convolution groups; low-rank forms require 1.
+        macs: multiply-accumulates per sample.
+        order: position in the forward pass.
+        block: number of the model's blocks that are complete before the layer's first call; a forward pass in which
+            only this layer is changed can start at that block.
+        input_group: layers with the same number read the same tensor.
+        aliases: names of the other modules with the same weight.
+    """
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    groups: int
+    macs: int
+    order: int
+    block: int
+    input_group: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> int:
+        """Number of entries of W."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """The compressible layers of a model.
+
+    Attributes:
+        layers: the layers in execution order.
+        blocks: names of the modules in the chain of blocks; empty if the model has none.
+        skipped: ``(name, reason)`` of linear layers and convolutions that are not compressed.
+    """
+
+    layers: list[Layer]
+    blocks: list[str]
+    skipped: list[tuple[str, str]]
+
+    @property
+    def params(self) -> int:
+        """Number of weights of all compressible layers."""
+        return sum(layer.params for layer in self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+def layers_table(layers: Iterable[Layer]) -> pa.Table:
+    """Layers as a table with the ``LAYERS`` schema."""
+    rows = []
+    for layer in layers:
+        row: dict[str, Any] = asdict(layer)
+        row["layer"] = row.pop("name")
+        row["params"] = layer.params
+        row["aliases"] = list(layer.aliases)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=LAYERS)
+
+
+def layers_from_table(table: pa.Table) -> list[Layer]:
+    """The inverse of ``layers_table``."""
+    layers = []
+    for row in table.to_pylist():
+        row["name"] = row.pop("layer")
+        row["aliases"] = tuple(row["aliases"])
+        del row["params"]
+        layers.append(Layer(**row))
+    return layers

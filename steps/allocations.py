@@ -1,0 +1,288 @@
+"""Allocations of a finished search: the integer program of every budget, and the refinement of its solution.
+
+``steps.pipeline`` runs the search first; ``steps.search_index`` finds a finished one in the store. Nothing here imports
+torch: with an index, allocations need neither the model nor the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlorq.allocation.choices import smallest_bytes
+from mlorq.artifacts.store import ArtifactRef
+from mlorq.config.budget import Budget
+from mlorq.errors import BudgetError
+from mlorq.models.layer_list import Layer
+from steps import allocate, joint, refine, summary
+from steps.base import Outcome, StepSpec, find
+from steps.handles import ModelRef
+
+if TYPE_CHECKING:
+    from steps.artifacts import ArtifactReader
+    from steps.session import Session
+
+
+class Executor(Protocol):
+    """Runs steps."""
+
+    def run(self, spec: StepSpec) -> Outcome:
+        """Run one step, or find its artifact."""
+
+    def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
+        """Run independent steps, in any order; results in the order given."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Announce the next phase: ``total`` steps of one kind."""
+
+
+@dataclass
+class Search:
+    """Artifacts of the search, shared by all budgets.
+
+    Attributes:
+        layers_ref: the ``layers`` artifact.
+        layers: the compressible layers in execution order.
+        model: the float model that is compressed, with its LayerNorms folded if activations are quantized.
+        capture: the ``capture`` artifact.
+        rest_bytes: upper bound of the bytes of a checkpoint without its compressible layers' weights.
+        specs: the steps of the search, in their order.
+        candidates: ``{layer: artifact}``.
+        sensitivity: ``{layer: artifact}``.
+        activations: the ``activations`` artifact; None if activations stay float.
+        widths: the ``width_costs`` artifact; None if bit-widths of activations are not chosen.
+    """
+
+    layers_ref: ArtifactRef
+    layers: list[Layer]
+    model: ModelRef
+    capture: ArtifactRef
+    rest_bytes: int
+    specs: list[StepSpec]
+    candidates: dict[str, ArtifactRef] = field(default_factory=dict)
+    sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
+    activations: ArtifactRef | None = None
+    widths: ArtifactRef | None = None
+
+    @classmethod
+    def of_specs(cls, specs: Sequence[StepSpec], model: str, rest_bytes: int, artifacts: ArtifactReader) -> Search:
+        """The search whose steps these are.
+
+        Args:
+            specs: the steps of the search.
+            model: key of the float model.
+            rest_bytes: see the attributes.
+            artifacts: reads the list of layers.
+
+        Raises:
+            KeyError: a step is missing.
+            StoreError: the list of layers is not in the store.
+        """
+        single = {spec.step: spec.ref for spec in specs if spec.layer is None}
+        by_layer: dict[str, dict[str, ArtifactRef]] = {"candidates": {}, "sensitivity": {}}
+        for spec in specs:
+            if spec.layer is not None:
+                by_layer[spec.step][spec.layer] = spec.ref
+        plan = single.get("activations")
+        listed = artifacts.layers(single["layers"]).layers
+        return cls(
+            single["layers"],
+            listed,
+            ModelRef(model, plan),
+            single["capture"],
+            rest_bytes,
+            list(specs),
+            **by_layer,
+            activations=plan,
+            widths=single.get("width_costs"),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def params(self) -> int:
+        """Number of weights of all layers."""
+        return sum(layer.params for layer in self.layers)
+
+    def limit(self, budget: Budget) -> int:
+        """Bytes that the weights of the layers may take.
+
+        Raises:
+            BudgetError: not even the float rest of the model fits.
+        """
+        return budget.compressible_bytes(self.params, self.rest_bytes)
+
+
+@dataclass
+class Compressed:
+    """The artifacts of one budget; those after ``allocation`` are None if only the allocation is computed.
+
+    Attributes:
+        budget: the budget.
+        model: the float model that is compressed; if bit-widths of activations are chosen, with those of this budget.
+        allocation: the chosen candidate of every layer.
+        program: the solution of the integer program, if ``allocation`` was refined from it.
+    """
+
+    budget: Budget
+    model: ModelRef
+    allocation: ArtifactRef
+    program: ArtifactRef | None = None
+    checkpoint: ArtifactRef | None = None
+    evaluation: ArtifactRef | None = None
+    summary: ArtifactRef | None = None
+
+
+@dataclass
+class Allocated:
+    """The result of ``allocate_budgets``.
+
+    Attributes:
+        results: one per possible budget, in their order.
+        impossible: the other budgets, each with the reason.
+        not_refined: number of results that are not refined although ``search.rounds`` asks for it.
+    """
+
+    results: list[Compressed] = field(default_factory=list)
+    impossible: list[tuple[Budget, BudgetError]] = field(default_factory=list)
+    not_refined: int = 0
+
+
+def check_budget(budget: Budget, params: int, rest_bytes: int, smallest: int) -> None:
+    """Refuse a budget below the smallest possible size.
+
+    Args:
+        budget: the budget.
+        params: number of weights of the compressible layers.
+        rest_bytes: upper bound of the bytes of everything else in a checkpoint.
+        smallest: bytes of the smallest allocation.
+
+    Raises:
+        BudgetError: the budget is too small; the message has the smallest possible size.
+    """
+    if budget.kind == "bytes":
+        if budget.value < rest_bytes + smallest:
+            raise BudgetError(
+                f"budget {budget} is too small: the smallest possible is {rest_bytes + smallest}B, of which the "
+                f"compressible layers take {smallest} bytes and the rest of the checkpoint takes {rest_bytes} bytes"
+            )
+        return
+    allowed = budget.compressible_bytes(params, rest_bytes)
+    if allowed < smallest:
+        raise BudgetError(
+            f"budget {budget} leaves {allowed} bytes for the compressible layers: the smallest possible is "
+            f"{smallest} bytes ({8 * smallest / params:.3g} bits per weight)"
+        )
+
+
+def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpec:
+    """The ``allocate`` step of one budget; ``joint`` if bit-widths of activations are chosen as well.
+
+    Raises:
+        BudgetError: not even the float rest of the model fits.
+    """
+    limit = search.limit(budget)
+    if search.widths is not None:
+        assert search.activations is not None
+        return joint.spec(
+            session,
+            budget.text,
+            limit,
+            search.layers_ref,
+            search.names,
+            search.candidates,
+            search.sensitivity,
+            search.activations,
+            search.widths,
+        )
+    return allocate.spec(session, budget.text, limit, search.names, search.candidates, search.sensitivity)
+
+
+def solved(search: Search, budget: Budget, allocation: ArtifactRef) -> Compressed:
+    """The result of an integer program."""
+    # If bit-widths are chosen, the allocation's artifact holds the plan with the chosen ones.
+    model = search.model if search.widths is None else ModelRef(search.model.key, allocation)
+    return Compressed(budget, model, allocation)
+
+
+def refinement_spec(session: Session, search: Search, program: StepSpec) -> StepSpec | None:
+    """The step that refines a program's solution; None if the configuration does not ask for it.
+
+    If bit-widths of activations are chosen, there is no refinement: its programs have no compute budget.
+    """
+    if not session.config.search.rounds or search.widths is not None:
+        return None
+    return refine.spec(session, search.model, search.capture, search.layers_ref, program)
+
+
+def run_allocations(
+    session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]
+) -> list[Compressed]:
+    """Solve the integer program of every budget; with ``search.rounds``, refine the allocations afterwards.
+
+    Raises:
+        BudgetError: a budget is too small.
+    """
+    specs = [allocation_spec(session, search, budget) for budget in budgets]
+    executor.phase("allocate", len(specs))
+    results = [solved(search, budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
+    refinements = [refinement_spec(session, search, spec) for spec in specs]
+    if any(refinements):
+        executor.phase("refine", len(specs))
+    for result, refinement in zip(results, refinements, strict=True):
+        if refinement is not None:
+            result.program, result.allocation = result.allocation, executor.run(refinement).ref
+    return results
+
+
+def allocate_budgets(session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]) -> Allocated:
+    """Solve the integer program of every possible budget, and nothing else.
+
+    All budgets are checked before the first program is solved. A refined allocation takes the place of the program's
+    solution if the store has it; refining takes the model and is left to other runs.
+    """
+    space = session.artifacts.search_space(search.names, search.candidates, search.sensitivity)
+    smallest, params = smallest_bytes(space.choices), search.params
+    found, possible = Allocated(), []
+    for budget in budgets:
+        try:
+            check_budget(budget, params, search.rest_bytes, smallest)
+        except BudgetError as error:
+            found.impossible.append((budget, error))
+        else:
+            possible.append(budget)
+    executor.phase("allocate", len(possible))
+    for budget in possible:
+        program = allocation_spec(session, search, budget)
+        try:
+            result = solved(search, budget, executor.run(program).ref)
+        except BudgetError as error:  # of the solver, or of the compute budget
+            found.impossible.append((budget, error))
+            continue
+        refinement = refinement_spec(session, search, program)
+        if refinement is not None and find(refinement, session.store) is not None:
+            result.program, result.allocation = result.allocation, executor.run(refinement).ref
+        elif refinement is not None:
+            found.not_refined += 1
+        found.results.append(result)
+    return found
+
+
+def not_refined_note(session: Session) -> str:
+    """A line for results that are not refined although ``search.rounds`` asks for it."""
+    return (
+        f"search.rounds: {session.config.search.rounds} measures allocations on the model; the figures are those of "
+        "the integer program; run without --allocate-only to refine"
+    )
+
+
+def allocation_json(session: Session, result: Compressed) -> dict[str, Any]:
+    """The public result object of a budget whose allocation alone is computed."""
+    found = summary.allocation_json(session, result.allocation)
+    found |= {"embedding_bytes": None, "embeddings": None, "rest": None}
+    found["solver"]["seconds"] = summary.seconds_of(session.store, result.program or result.allocation)
+    return found
