@@ -28,7 +28,7 @@ from mlorq.codecs.trellis import ZERO_SCALE, TrellisMatrix, nearest_scale_codes,
 from mlorq.fitting.gptq import BLOCK, RowHessian
 from mlorq.fitting.viterbi import block_functions
 
-ROW_DAMPING = 0.1  # added to the diagonal of G, relative to its mean: G has far fewer samples than Σ
+ROW_DAMPING = 1.0  # added to the diagonal of G, relative to its mean (chosen on MiniLM and ViT-Tiny: benchmarks/)
 HEADROOM = 2.0  # of the largest scale over the largest row: feedback lets rows grow
 LARGEST_BASE = 1e30  # bases stay finite in float32
 
