@@ -6,44 +6,41 @@ from typing import Any, Literal
 
 from mlorq.fitting.settings import PERCENTILES
 
-Preset = Literal["best", "fast", "quick", "paper"]
+Preset = Literal["best", "fast", "integer", "quick", "paper"]
 
 DEFAULT_PRESET: Preset = "best"
 
+# Second moments of inputs and output gradients, and one measured cost per layer (METHOD 7). G needs samples rather than
+# probes: its rows guide the errors of trellis codes.
+_MOMENTS: dict[str, Any] = {
+    "samples": 32,
+    "hessian_samples": 256,
+    "hessian_probes": 2,
+    "hessian_min_probes": 2,
+    "hessian_mode": "probes",
+    "metric": "moments",
+    "token_weights": 0.5,  # square root: at power 1 a few tokens dominate and their noise is fitted
+    "sensitivity": "closed_form",
+    "zero_point": "codes",
+    "percentiles": PERCENTILES,
+}
+# Codes of 8 bits serve layers with too few rows for a trellis, and budgets above 6 bits.
+_TRELLIS: dict[str, Any] = {**_MOMENTS, "forms": ["Q", "TCQ"], "bits": [8]}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Trellis codes, mixed over layers, then training of scales, biases and norms (METHOD 7, 10).
+    "best": {
+        "search": _TRELLIS,
+        "rounding": {"method": "block", "iterations": 200, "tuning": 150},
+    },
+    # The same without training.
     "fast": {
-        "search": {
-            "samples": 32,
-            "hessian_samples": 256,
-            "hessian_probes": 2,
-            "hessian_min_probes": 2,
-            "hessian_mode": "probes",
-            "metric": "moments",
-            "token_weights": 0.5,
-            "forms": ["Q", "TCQ"],
-            "bits": [8],
-            "sensitivity": "closed_form",
-            "zero_point": "codes",
-            "percentiles": PERCENTILES,
-        },
+        "search": _TRELLIS,
         "rounding": {"method": "closed_form"},
     },
-    # Second moments, three forms, closed-form solutions, measurements of the decisive costs only, and block
-    # reconstruction (METHOD 7).
-    "best": {
-        "search": {
-            "samples": 32,
-            "hessian_samples": 32,
-            "hessian_probes": 8,
-            "hessian_min_probes": 8,
-            "hessian_mode": "probes",
-            "metric": "moments",
-            "token_weights": 0.5,  # square root: at power 1 a few tokens dominate and their noise is fitted
-            "forms": ["Q", "LR", "QLR"],
-            "sensitivity": "closed_form",
-            "zero_point": "codes",
-            "percentiles": PERCENTILES,
-        },
+    # Only forms that integer kernels run: affine codes, factors of them, and their sum (METHOD 7).
+    "integer": {
+        "search": {**_MOMENTS, "forms": ["Q", "LR", "QLR"], "factor_bits": [4, 6]},
         "rounding": {"method": "block", "iterations": 200, "tuning": 150},
     },
     # The published method at a cost that suits a CPU: fewer probes and LRA iterations, zero-points within the range
