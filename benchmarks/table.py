@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/table.py examples/vit_tiny.yaml --budget 3bit --budget 2.5bit
 
-Rows of a budget of whole bits: nearest rounding and GPTQ with that many bits in every layer; the published method
-without and with learned rounding (``preset: quick``, whose search it is, with ``--lra`` iterations a layer); the best
-preset without and with reconstruction. Mixed rows get exactly the bytes of the uniform rows, at 2.5 bit the mean of
-those of 2 and 3 bit. The published search with all of its samples and probes is a row that has to be named:
-``--only "paper preset, nearest"``.
+Rows of a budget of whole bits: nearest rounding, GPTQ and trellis codes with that many bits in every layer; published
+search without and with learned rounding (``preset: quick``, whose search it is, with ``--lra`` iterations a layer); the
+presets ``integer``, ``fast`` and ``best``. Mixed rows get the bytes of the uniform codes, at 2.5 bit the mean of those
+of 2 and 3 bit; uniform trellis codes take fewer. The published search with all of its samples and probes is a row that
+has to be named: ``--only "paper preset, nearest"``.
 
 All rows are runs on one store, so that a second call computes nothing; ``--only`` names rows. Seconds are those that
 the steps of a row took when they were computed, added up. On a CPU a row is computed in a process of its own, for the
@@ -32,11 +32,13 @@ from flows.pool import Pool
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import PRESETS, RunConfig
-from steps.base import Outcome
+from mlorq.forms import Shape, uniform_candidate, uniform_form
+from steps import layers
+from steps.base import Outcome, execute
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
 
-SEARCH = ("capture", "candidates", "sensitivity", "allocate", "refine")
+SEARCH = ("capture", "candidates", "sensitivity", "allocate")
 ROUNDING = ("round", "reconstruct", "tune")
 PUBLISHED = "paper preset, nearest"
 COLUMNS = (
@@ -49,7 +51,7 @@ COLUMNS = (
     "search, s",
     "rounding, s",
     "peak, GB",
-    "Q / LR / QLR",
+    "forms",
 )
 
 
@@ -99,13 +101,12 @@ def row_of(path: str, budget: Budget, overrides: dict[str, Any], place: Place = 
 def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Overrides of the mixed rows, of those that take long too."""
     paper = common | {"preset": "quick"}
-    best = common | {"preset": "best"}
     rows = {"MLoRQ, nearest": paper | {"rounding.method": "nearest"}}
     for count in lra:
         rows[f"MLoRQ + LRA, {count}"] = paper | {"rounding.method": "lra", "rounding.iterations": count}
-    rows["best without reconstruction"] = best | {"rounding.method": "closed_form"}
-    rows["best without tuning"] = best | {"rounding.tuning": 0}
-    rows["best"] = best
+    for preset in ("integer", "fast", "best"):
+        rows[preset] = common | {"preset": preset}
+    rows["best without tuning"] = common | {"preset": "best", "rounding.tuning": 0}
     # All of the preset, whatever the configuration says of its search.
     rows[PUBLISHED] = (
         common
@@ -115,16 +116,26 @@ def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[Budget, dict[str, Any]]:
-    """Budget and overrides of a uniform row: one candidate a layer, whose cost decides nothing."""
-    return parse_budget(f"{bits + 1}bit"), common | {
-        "preset": "quick" if method == "nearest" else "best",
-        "search.bits": [bits],
-        "search.forms": ["Q"],
-        "search.sensitivity": "local",
-        "search.rounds": 0,
-        "rounding.method": method,
+def uniform(bits: int, common: dict[str, Any]) -> dict[str, tuple[Budget, dict[str, Any]]]:
+    """Budgets and overrides of the uniform rows: one candidate a layer, whose cost decides nothing."""
+    room = parse_budget(f"{bits + 1}bit")
+    one = common | {"search.sensitivity": "local"}
+    codes = one | {"search.bits": [bits], "search.forms": ["Q"]}
+    trellis = one | {"preset": "fast", "search.trellis_bits": [bits]}
+    return {
+        "nearest, uniform": (room, codes | {"preset": "quick", "rounding.method": "nearest"}),
+        "gptq, uniform": (room, codes | {"preset": "integer", "rounding.method": "gptq"}),
+        "TCQ, uniform": (room, trellis),
     }
+
+
+def uniform_bytes(config: RunConfig, bits: int) -> int:
+    """Bytes of all layers with codes of one bit-width."""
+    session = Session(config, Store(config.resolve(config.store)))
+    ref = execute(layers.spec(session), session.worker).ref
+    found = [Shape(one.out_features, one.in_features, one.groups) for one in session.artifacts.layers(ref).layers]
+    candidate = uniform_candidate(bits)
+    return sum(uniform_form().size(candidate, shape, config.search.storage) for shape in found)
 
 
 def keep(path: Path | None, name: str, result: dict[str, Any]) -> None:
@@ -138,9 +149,10 @@ def line(budget: str, name: str, result: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
     metric = result["metric"]
     seconds = [sum(result["seconds"].get(step, 0.0) for step in steps) for steps in (SEARCH, ROUNDING)]
-    forms = Counter(row["form"] for row in result["allocation"])
+    # Trellis codes with their bits: most layers differ in these alone.
+    forms = Counter(row["candidate_id"] if row["form"] == "TCQ" else row["form"] for row in result["allocation"])
     peak = "" if result["peak"] is None else f"{result['peak']:.1f}"
-    shares = " / ".join(str(forms[form]) for form in ("Q", "LR", "QLR"))
+    shares = ", ".join(f"{count} {name}" for name, count in sorted(forms.items()))
     return (
         f"| {budget} | {name} | {result['bytes']:,} | {metric['compressed']:.4f} | {metric['float']:.4f} "
         f"| {result['nmse']:.4f} | {seconds[0]:.0f} | {seconds[1]:.0f} | {peak} | {shares} |"
@@ -177,14 +189,13 @@ def main() -> None:
     for asked in parse_budgets(arguments.budget):
         budget, below = asked.text, int(asked.value)
         whole = [below] if asked.whole_bits is not None else [below, below + 1]
-        sizes = []
-        for bits in whole:
-            for method in ("nearest", "gptq") if len(whole) == 1 else ("nearest",):
-                result = row_of(arguments.config, *uniform(bits, method, common), place)
-                if len(whole) == 1:
-                    print(line(budget, f"{method}, uniform", result), flush=True)
-                    keep(arguments.json, f"{budget}: {method}, uniform", result)
-            sizes.append(result["bytes"])
+        if asked.whole_bits is not None:
+            for name, (room, overrides) in uniform(below, common).items():
+                if name in arguments.only or not arguments.only:
+                    result = row_of(arguments.config, room, overrides, place)
+                    print(line(budget, name, result), flush=True)
+                    keep(arguments.json, f"{budget}: {name}", result)
+        sizes = [uniform_bytes(RunConfig.from_yaml(arguments.config, common), bits) for bits in whole]
         exact = Budget.of_layers(sum(sizes) // len(sizes), budget)
         for name, overrides in methods(arguments.lra or [500], common).items():
             if name in arguments.only or (not arguments.only and name != PUBLISHED):
