@@ -17,6 +17,7 @@ shares layers out among six processes on that GPU. ``--json`` keeps all results,
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
@@ -88,11 +89,18 @@ def run(config: RunConfig, budget: Budget, place: Place = Place()) -> dict[str, 
     return found | {"peak": peak / 1e9 if computed else None}
 
 
-def row_of(path: str, budget: Budget, overrides: dict[str, Any], place: Place = Place()) -> dict[str, Any]:
-    """``run`` with some keys of a configuration set."""
-    if place.device != "cpu":
+def row_of(
+    path: str,
+    budget: Budget,
+    overrides: dict[str, Any],
+    place: Place = Place(),
+    constants: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """``run`` with some keys of a configuration set, and constants of modules by their whole names."""
+    if place.device != "cpu" and not constants:
         return run(RunConfig.from_yaml(path, overrides), budget, place)
-    command = [sys.executable, __file__, path, "--row", json.dumps([budget.to_json(), overrides, asdict(place)])]
+    row = json.dumps([budget.to_json(), overrides, asdict(place), constants or {}])
+    command = [sys.executable, __file__, path, "--row", row]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[1])
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -179,7 +187,10 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        budget, overrides, place = json.loads(arguments.row)
+        budget, overrides, place, constants = json.loads(arguments.row)
+        for name, value in constants.items():
+            module, _, constant = name.rpartition(".")
+            setattr(importlib.import_module(module), constant, value)
         config = RunConfig.from_yaml(arguments.config, overrides)
         print(json.dumps(run(config, Budget.from_json(budget), Place(**place))))
         return
