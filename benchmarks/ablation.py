@@ -1,7 +1,7 @@
 """What single parts of a preset are worth: one row with everything, and one row for each part that is left out.
 
     .venv/bin/python benchmarks/ablation.py examples/minilm.yaml --budget 3bit
-    .venv/bin/python benchmarks/ablation.py examples/minilm.yaml --budget 3bit --preset fast --only everything --samples 32
+    .venv/bin/python benchmarks/ablation.py examples/minilm.yaml --budget 3bit --preset fast --samples 32
 
 Every row has the bytes of the uniform codes of that budget; uniform trellis codes take fewer. ``--samples`` repeats the
 rows chosen with so many calibration samples. All rows are runs on one store (``table.py``): what two of them share is
