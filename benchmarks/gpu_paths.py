@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_paths.py
 
-One layer of 384 × 1536 with random weights: times do not depend on their values. Compiling is not timed.
+One layer of 384 × 1536 with random weights: times do not depend on their values. Compiling is not timed. Trellis codes
+are compared with those of the loops on the CPU.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from mlorq.fitting import gptq as rounding
+from mlorq.fitting import trellis, viterbi
 from mlorq.fitting.gptq import RowHessian
 from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
+from mlorq.fitting.trellis import TrellisFit
 from mlorq.forms.base import Candidate
 from mlorq.rounding import adaptive_rounding
 from mlorq.rounding.base import RoundingTask
@@ -73,6 +76,7 @@ def main() -> None:
     nearest = quantizer.quantize(weight)
     moments = InputMoments(second, torch.zeros_like(second), torch.zeros_like(second), len(tokens))
     fit = HessianFit(weight, torch.ones_like(weight), FitSettings())
+    codes = TrellisFit(second, torch.eye(ROWS, dtype=torch.float64, device=device), 0)
     settings = LraSettings(iterations=ITERATIONS)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}\n")
     print("| computation | fast, s | kernel by kernel, s | ratio |\n|---|---|---|---|")
@@ -82,6 +86,13 @@ def main() -> None:
         return lambda: Lra().round(task, settings)
 
     for name, owner, part, other, function in (
+        (
+            "trellis codes of 1, 2 and 3 bits",
+            trellis,
+            "tensor_functions",
+            lambda device, bits: viterbi.tensor_functions(torch.device("cpu"), bits),
+            lambda: codes.codes_of_widths(weight, [1, 2, 3]),
+        ),
         ("GPTQ", rounding, "_block_functions", by_column, lambda: rounding.gptq(weight, hessian, quantizer)),
         (
             "one sweep of coordinate descent",

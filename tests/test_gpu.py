@@ -11,13 +11,19 @@ from torch import nn
 
 import mlorq
 from mlorq.codecs.affine import RowQuantizer
+from mlorq.codecs.trellis import MOST_BITS
+from mlorq.fitting import viterbi
 from mlorq.fitting.covariance_fit import CovarianceFit, Metric
+from mlorq.fitting.cuda import has_kernels
 from mlorq.fitting.gptq import RowHessian, descend, gptq
 from mlorq.fitting.scale_search import search_quantizer
+from mlorq.fitting.trellis import TrellisFit
 from mlorq.forms.base import Candidate
 from mlorq.rounding import adaptive_rounding
 from tests import zoo
+from tests.codecs.test_trellis import random_matrix
 from tests.fitting.test_covariance_fit import PERCENTILES, covariance, row_errors, weights
+from tests.fitting.test_viterbi_kernels import after, arguments
 from tests.layers import dense, round_layer
 from tests.rounding.test_rounding import correlated_tokens, fitted, moments_of
 
@@ -63,6 +69,48 @@ def test_closed_forms_of_candidates(candidate: Candidate, seed: int) -> None:
         for at in (metric, there)
     ]
     assert costs[1] == pytest.approx(costs[0], rel=0.01)
+
+
+@pytest.mark.parametrize("bits", range(1, MOST_BITS + 1))
+@pytest.mark.parametrize(("rows", "columns"), [(12, 1), (96, 64), (143, 17)])
+def test_trellis_codes_of_a_block(rows: int, columns: int, bits: int) -> None:
+    if not has_kernels(torch.device("cuda:0")):
+        pytest.skip("no Triton, or no C compiler for it")
+    here, there = (viterbi.tensor_functions(torch.device(device), bits) for device in ("cpu", "cuda:0"))
+    assert there.device.type == "cuda"
+    given = arguments(bits, rows, columns)
+    copied = [part.cuda() if isinstance(part, torch.Tensor) else part for part in given]
+    for block, other in zip(here[:2], there[:2], strict=True):
+        for expected, found in zip(after(block, given), after(other, copied), strict=True):
+            assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("rotation", [None, 3])
+def test_trellis_codes_of_a_layer(rotation: int | None, seed: int) -> None:
+    weight, widths = weights(200, 96, seed).float(), [1, 2, 3, 4]
+    # Without feedback, no sum depends on the device.
+    inputs, gradients = torch.eye(96, dtype=torch.float64), torch.eye(200, dtype=torch.float64)
+    here = TrellisFit(inputs, gradients, rotation).codes_of_widths(weight, widths)
+    there = TrellisFit(inputs.cuda(), gradients.cuda(), rotation).codes_of_widths(weight.cuda(), widths)
+    for first, second in zip(here, there, strict=True):
+        assert second.codes.is_cuda
+        assert all(torch.equal(first.tensors()[part], second.tensors()[part].cpu()) for part in first.tensors())
+    # With feedback, a tie may fall the other way now and then, and moves what comes after.
+    metric = Metric(covariance(96, seed), covariance(200, seed + 1))
+    fits = [TrellisFit(metric.inputs.to(device), metric.gradients.to(device), rotation) for device in ("cpu", "cuda")]
+    costs = [
+        [metric.cost(codes.dequantize().cpu() - weight) for codes in fit.codes_of_widths(own, widths)]
+        for fit, own in zip(fits, (weight, weight.cuda()), strict=True)
+    ]
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)
+
+
+@pytest.mark.parametrize("bits", range(1, MOST_BITS + 1))
+@pytest.mark.parametrize("rotation", [-1, 5])
+@pytest.mark.parametrize(("rows", "columns"), [(37, 24), (200, 192)])
+def test_trellis_codes_decode_to_the_same_bits(rows: int, columns: int, rotation: int, bits: int) -> None:
+    matrix = random_matrix(rows, columns, bits, rotation)
+    assert torch.equal(matrix.to("cuda").dequantize().cpu(), matrix.dequantize())
 
 
 def test_recorded_iterations_are_iterations(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

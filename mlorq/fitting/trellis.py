@@ -10,12 +10,16 @@ triangular, the error E of block b is spread over the later blocks (in the spiri
 and the errors of its rows are weighted by the diagonal of ``(U_bbᵀ U_bb)⁻¹``, what is left of G once the later blocks
 compensate. After a pass over a block's columns, scales are refitted by least squares and all columns coded again, each
 given all others.
+
+Where ``mlorq.fitting.viterbi`` has kernels for the weight's device, everything stays there; else columns are coded on
+the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import pairwise
 
@@ -26,7 +30,7 @@ from torch import Tensor
 from mlorq.codecs.rotation import rotate, rotate_both
 from mlorq.codecs.trellis import ZERO_SCALE, TrellisMatrix, nearest_scale_codes, scale_values, stream, tables
 from mlorq.fitting.gptq import BLOCK, RowHessian
-from mlorq.fitting.viterbi import block_functions
+from mlorq.fitting.viterbi import TensorBlock, tensor_functions
 
 ROW_DAMPING = 1.0  # added to the diagonal of G, relative to its mean (chosen on MiniLM and ViT-Tiny: benchmarks/)
 HEADROOM = 2.0  # of the largest scale over the largest row: feedback lets rows grow
@@ -64,12 +68,20 @@ class TrellisFit:
         return factor
 
     def codes_of_widths(self, weight: Tensor, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
-        """``codes`` for several numbers of bits, on as many threads as torch uses."""
+        """``codes`` for several numbers of bits, on as many threads as torch uses; on a GPU, all at once."""
         # Computed once, before the threads start; the loops over states release the GIL.
-        self.hessian.shares  # noqa: B018
-        self.row_factor  # noqa: B018
-        with ThreadPoolExecutor(min(len(widths), torch.get_num_threads())) as pool:
-            return list(pool.map(lambda bits: self.codes(weight, bits, sweeps), widths))
+        self.hessian.shares, self.hessian.single, self.row_factor  # noqa: B018
+        threads = min(len(widths), torch.get_num_threads())
+        if weight.is_cuda:
+            threads = len(widths)
+            torch.cuda.current_stream(weight.device).synchronize()  # the threads' streams read what it has written
+
+        def coded(bits: int) -> TrellisMatrix:
+            with _own_stream(weight.device):
+                return self._codes(weight, bits, sweeps)
+
+        with ThreadPoolExecutor(threads) as pool:
+            return [found.to(weight.device) for found in pool.map(coded, widths)]
 
     def codes(self, weight: Tensor, bits: int, sweeps: int = 1) -> TrellisMatrix:
         """Trellis codes of a weight.
@@ -79,6 +91,10 @@ class TrellisFit:
             bits: k.
             sweeps: times that all columns are coded again.
         """
+        return self._codes(weight, bits, sweeps).to(weight.device)
+
+    def _codes(self, weight: Tensor, bits: int, sweeps: int) -> TrellisMatrix:
+        """``codes``, on the CPU."""
         wide = weight.double()
         target = wide if self.seed is None else rotate(wide, self.seed)
         order, place, _, bounds = stream(len(target))
@@ -97,42 +113,46 @@ class TrellisFit:
             error = target[start:stop] - block.values()
             spread = torch.linalg.solve_triangular(own.T, error, upper=False)
             target[stop:] -= self.row_factor[start:stop, stop:].T @ spread
-        codes = np.concatenate([block.states & (2**bits - 1) for block in parts], axis=1).astype(np.uint8)
         scale = np.concatenate([block.scale_codes for block in parts])[place]
         return TrellisMatrix(
-            torch.from_numpy(codes),
+            torch.cat([block.codes() for block in parts], dim=1).cpu(),
             torch.from_numpy(scale),
             torch.tensor([base], dtype=torch.float32),
             torch.tensor([-1 if self.seed is None else self.seed], dtype=torch.int32),
             bits,
-        ).to(weight.device)
+        )
 
 
 class _Block:
-    """The rows of one cycle of the stream. Its arrays are on the CPU, transposed: a column is contiguous."""
+    """The rows of one cycle of the stream. What the functions of ``mlorq.fitting.viterbi`` take is on their device, and
+    transposed: a column is contiguous.
+    """
 
     def __init__(self, target: Tensor, hessian: RowHessian, weights: Tensor, bits: int, base: float) -> None:
+        self.functions = tensor_functions(target.device, bits)
+        device = self.functions.device
         self.target = target
         self.hessian = hessian
-        self.order = hessian.order.cpu()
-        self.row_weights = weights.cpu()
+        self.order = hessian.order.to(device)
+        self.row_weights = weights.to(device)
         self.bits = bits
         self.base = base
-        self.table = np.ascontiguousarray(tables()[bits - 1])
+        self.table = torch.from_numpy(tables()[bits - 1].copy()).to(device)
         self.scale_codes = nearest_scale_codes(target.square().mean(1).sqrt().cpu().numpy(), base)
         rows, columns = target.shape
-        self._states = np.empty((columns, rows), np.uint16)  # columns in the order of the Hessian
-        self._coded = np.empty((columns, rows), np.float32)
+        self._states = torch.empty((columns, rows), dtype=torch.int16, device=device)  # columns in the Hessian's order
+        self._coded = torch.empty((columns, rows), device=device)
 
-    @property
-    def states(self) -> np.ndarray:
-        """The states, ``(columns, rows)``."""
-        return self._states[np.argsort(self.order.numpy(), kind="stable")]
+    def codes(self) -> Tensor:
+        """The k new bits of every state, ``(columns, rows)`` uint8."""
+        found: Tensor = (self._states & (2**self.bits - 1)).to(torch.uint8)[self.order.argsort()]
+        return found
 
     @property
     def scales(self) -> Tensor:
         """The scales of the rows, ``(rows,)`` float64."""
-        return torch.from_numpy(scale_values()[self.scale_codes] * np.float32(self.base)).double()
+        found = torch.from_numpy(scale_values()[self.scale_codes] * np.float32(self.base))
+        return found.double().to(self.functions.device)
 
     def values(self) -> Tensor:
         """The coded values with scales, ``(rows, columns)`` float64, on the target's device."""
@@ -140,48 +160,28 @@ class _Block:
 
     def round(self) -> None:
         """Code all columns, with feedback."""
-        round_block, _ = block_functions()
-        left, shares = self._scaled_target(), self.hessian.shares.cpu()
-        columns, errors = len(left), torch.empty((BLOCK, left.shape[1]))
+        left, shares = self._scaled_target(), self.hessian.shares.to(self.functions.device)
+        columns, errors = len(left), torch.empty_like(left[:BLOCK])
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            own = shares[start:stop, start:stop].contiguous().numpy()
-            lost = errors[: stop - start]
-            part = slice(start, stop)
-            round_block(
-                left[part].numpy(),
-                own,
-                self._error_weights(),
-                self.table,
-                self.bits,
-                self._states[part],
-                self._coded[part],
-                lost.numpy(),
-            )
+            own, lost = shares[start:stop, start:stop].contiguous(), errors[: stop - start]
+            self._code(self.functions.round_block, left[start:stop], own, slice(start, stop), lost)
             left[stop:].addmm_(shares[start:stop, stop:].T, lost, alpha=-1)
 
     def descend(self) -> None:
         """Code all columns again, each given all others."""
-        _, descend_block = block_functions()
-        h = self.hessian.single.cpu()[self.order][:, self.order].contiguous()
-        slope = h @ (torch.from_numpy(self._coded) - self._scaled_target())
-        columns, moves = len(slope), torch.empty((BLOCK, slope.shape[1]))
+        h = self.hessian.single.to(self.functions.device)[self.order][:, self.order].contiguous()
+        slope = h @ (self._coded - self._scaled_target())
+        columns, moves = len(slope), torch.empty_like(slope[:BLOCK])
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            own = h[start:stop, start:stop].contiguous().numpy()
-            moved = moves[: stop - start]
-            part = slice(start, stop)
-            descend_block(
-                slope[part].numpy(),
-                own,
-                self._error_weights(),
-                self.table,
-                self.bits,
-                self._states[part],
-                self._coded[part],
-                moved.numpy(),
-            )
+            own, moved = h[start:stop, start:stop].contiguous(), moves[: stop - start]
+            self._code(self.functions.descend_block, slope[start:stop], own, slice(start, stop), moved)
             slope[stop:].addmm_(h[stop:, start:stop], moved)
+
+    def _code(self, block: TensorBlock, values: Tensor, matrix: Tensor, part: slice, results: Tensor) -> None:
+        weights, states, coded = self._error_weights(), self._states[part], self._coded[part]
+        block(values, matrix, weights, self.table, self.bits, states, coded, results)
 
     def refit(self) -> None:
         """Least-squares scales, ``(v H wᵀ) / (v H vᵀ)`` per row; rows without a positive one keep theirs."""
@@ -194,21 +194,26 @@ class _Block:
         self.scale_codes = np.where(usable, found, self.scale_codes)
 
     def _unit(self) -> Tensor:
-        unit = torch.empty(self.target.T.shape, dtype=torch.float64)
-        unit[self.order] = torch.from_numpy(self._coded).double()
+        unit = torch.empty_like(self._coded, dtype=torch.float64)
+        unit[self.order] = self._coded.double()
         return unit.T.to(self.target.device)
 
     def _scaled_target(self) -> Tensor:
         """The target in units of the scales, ``(columns, rows)`` float32, columns in the order of the Hessian."""
         scales = self.scales
         inverse = torch.where(scales > 0, 1 / scales, 0.0)
-        return (self.target.cpu() * inverse.unsqueeze(1)).T[self.order].float().contiguous()
+        return (self.target.to(scales.device) * inverse.unsqueeze(1)).T[self.order].float().contiguous()
 
-    def _error_weights(self) -> np.ndarray:
+    def _error_weights(self) -> Tensor:
         """Weights of squared errors in units of the scales, mean 1, ``(rows,)`` float32."""
         found = self.scales.square() * self.row_weights
         mean = float(found.mean())
-        return (found / mean if mean > 0 else torch.ones_like(found)).float().numpy()
+        return (found / mean if mean > 0 else torch.ones_like(found)).float()
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """On a GPU: a stream for this thread's kernels, which run beside those of others."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def _base(target: Tensor) -> float:

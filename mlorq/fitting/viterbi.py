@@ -3,7 +3,8 @@
 A column's codes are the path through the trellis of least weighted squared error. Columns follow one another, since the
 error of each is spread over the later ones, as in ``mlorq.fitting.gptq``. ``_viterbi.c`` and this file do the same
 single-precision operations in the same order and give the same codes; the compiled loops are about a hundred times
-faster. They are missing where the package was installed from source without a C compiler.
+faster. They are missing where the package was installed from source without a C compiler. ``viterbi_kernels`` has the
+same operations for CUDA.
 """
 
 from __future__ import annotations
@@ -12,20 +13,108 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mlorq.codecs.trellis import STATE_BITS
+from mlorq.codecs.trellis import STATE_BITS, tables
+from mlorq.fitting.cuda import has_kernels
 
 Floats = NDArray[np.float32]
 States = NDArray[np.uint16]
 Block = Callable[[Floats, Floats, Floats, Floats, int, States, Floats, Floats], None]
+TensorBlock = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, Tensor], None]
 
 STATES = 1 << STATE_BITS
 WINDOW = 64  # steps to either side of the edge in the pass that finds it
 RENORMALISE = 32  # steps between subtractions of the least path metric, which keep it precise
 UNREACHABLE = np.float32(1e30)
+
+_comparing = Lock()
+
+
+class TensorFunctions(NamedTuple):
+    """``round_block`` and ``descend_block`` on contiguous tensors; states are int16.
+
+    Attributes:
+        device: where their tensors have to be.
+    """
+
+    round_block: TensorBlock
+    descend_block: TensorBlock
+    device: torch.device
+
+
+def tensor_functions(device: torch.device, bits: int) -> TensorFunctions:
+    """For weights on ``device`` and k bits: Triton kernels if available, else the loops on the CPU.
+
+    At the first call for a device and k, both code a small block. If the kernels fail or give other codes than the CPU,
+    a ``RuntimeWarning`` says so, and the CPU is used.
+    """
+    with _comparing:  # threads that come at the same time wait for one answer
+        return _tensor_functions(device, bits)
+
+
+@cache
+def _tensor_functions(device: torch.device, bits: int) -> TensorFunctions:
+    round_arrays, descend_arrays = block_functions()
+    on_cpu = TensorFunctions(_with_arrays(round_arrays), _with_arrays(descend_arrays), torch.device("cpu"))
+    if not has_kernels(device):
+        return on_cpu
+    try:
+        module = import_module("mlorq.fitting.viterbi_kernels")
+        kernels = TensorFunctions(module.round_block, module.descend_block, device)
+        reason = None if _coded_sample(kernels, bits) == _coded_sample(on_cpu, bits) else "they give other codes"
+    except Exception as error:  # of a compiler, a driver, or a version of Triton that nobody has tried
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return kernels
+    warnings.warn(
+        f"trellis codes of {bits} bits are computed on the CPU, not by the kernels for {device}: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return on_cpu
+
+
+def _with_arrays(block: Block) -> TensorBlock:
+    def on_tensors(
+        values: Tensor,
+        matrix: Tensor,
+        weights: Tensor,
+        table: Tensor,
+        bits: int,
+        states: Tensor,
+        coded: Tensor,
+        results: Tensor,
+    ) -> None:
+        given = (values.numpy(), matrix.numpy(), weights.numpy(), table.numpy())
+        block(*given, bits, states.numpy().view(np.uint16), coded.numpy(), results.numpy())
+
+    return on_tensors
+
+
+def _coded_sample(functions: TensorFunctions, bits: int) -> list[list[list[float]]]:
+    """States and values of a small random block after each of the functions."""
+    columns, rows = 3, 80  # paths of some steps more than between renormalisations
+    rng = np.random.default_rng(bits)
+    matrix = np.triu(rng.standard_normal((columns, columns)) / 4, 1) + np.eye(columns)
+    weights, numbers = rng.random(rows), rng.standard_normal((2, columns, rows))
+    found = []
+    values, shares, row_weights, table = (
+        torch.from_numpy(part.astype(np.float32)).to(functions.device)
+        for part in (numbers, matrix, weights, tables()[bits - 1])
+    )
+    states = torch.zeros((columns, rows), dtype=torch.int16, device=functions.device)
+    coded, results = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    for block, own in zip((functions.round_block, functions.descend_block), values, strict=True):
+        block(own, shares, row_weights, table, bits, states, coded, results)
+        found += [part.tolist() for part in (states, coded, results)]
+    return found
 
 
 @cache
