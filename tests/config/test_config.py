@@ -56,7 +56,7 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"data__calibration__root": None}, ["data.calibration", "needs root"]),
         ({"model__checkpoint": None}, ["model", "pretrained"]),
         ({"model__family": "custom"}, ["factory"]),
-        ({"preset": "fast"}, ["preset", "'fast'", "'best'"]),
+        ({"preset": "good"}, ["preset", "'good'", "'best'", "'fast'"]),
         ({"search__sensitivity": "guess"}, ["search.sensitivity", "'guess'", "'measured'"]),
         ({"search__forms": ["LR"]}, ["search", "forms must include Q"]),
         ({"rounding__method": "adaround"}, ["rounding.method", "'adaround'", "'nearest'", "'block'"]),
