@@ -54,6 +54,8 @@ def uniform_methods() -> dict[str, Method]:
     }
 
 
+ADALOG: Mapping[str, Any] = {"method": "adalog"}
+
 # Methods other than a rounding method at a uniform bit-width.
 COMBINATIONS = {
     method.name: method
@@ -63,14 +65,9 @@ COMBINATIONS = {
         Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}, shown=False),
         Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}, shown=False),
         Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}, shown=False),
-        Method(
-            "best",
-            "this software's best preset",
-            False,
-            "best",
-            {"method": "block"},
-            activations={"method": "adalog"},
-        ),
+        Method("integer", "preset integer", False, "integer", {"method": "block"}, activations=ADALOG, shown=False),
+        Method("fast", "preset fast", False, "fast", {"method": "closed_form"}, activations=ADALOG),
+        Method("best", "preset best", False, "best", {"method": "block"}, activations=ADALOG),
     )
 }
 

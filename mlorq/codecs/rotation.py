@@ -5,27 +5,28 @@ two that divides n, C the matrix ``cos + sin`` of the discrete Hartley transform
 ``T² = n I``. It makes the entries of a row nearly Gaussian (QuIP#, arXiv 2402.04396, with Hadamard matrices alone).
 
 The transform is a fixed sequence of element-wise operations, so that decoding does not depend on the order in which a
-library sums a matrix product.
+library sums a matrix product. It contains no branch on a seed's value, so that decoding can be traced.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # constants of splitmix64
+
 
 def rotate(values: Tensor, seed: int) -> Tensor:
     """``x Q`` for rows x, ``(rows, n)``, in the dtype of ``values``."""
-    return _transform(values * _signs(values.shape[1], seed, values))
+    return _transform(values * signs(values.shape[1], seed, values.device).to(values.dtype))
 
 
-def rotate_back(values: Tensor, seed: int) -> Tensor:
-    """``x Qᵀ``, the inverse of ``rotate``."""
-    return _transform(values) * _signs(values.shape[1], seed, values)
+def rotate_back(values: Tensor, seed: int | Tensor) -> Tensor:
+    """``x Qᵀ``, the inverse of ``rotate``; the seed can be an integer tensor of one element."""
+    return _transform(values) * signs(values.shape[1], seed, values.device).to(values.dtype)
 
 
 def rotate_both(matrix: Tensor, seed: int) -> Tensor:
@@ -33,31 +34,35 @@ def rotate_both(matrix: Tensor, seed: int) -> Tensor:
     return rotate(rotate(matrix, seed).T, seed).T.contiguous()
 
 
-def mixed_bits(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """64 pseudo-random bits for each number: splitmix64 of ``number + seed · 2³²`` (Steele et al., OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        z = numbers.astype(np.uint64) + np.uint64((seed << 32) % 2**64)
-        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(z ^ (z >> np.uint64(31)))
+def signs(size: int, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """σ, ``(size,)`` of −1 and 1: the top bits of ``mixed_bits`` of column and ``seed · 2³²``."""
+    numbers = torch.arange(size, device=device)
+    mixed = mixed_bits(numbers + (seed << 32 if isinstance(seed, int) else seed.long() << 32))
+    return 1 + 2 * (mixed >> 63)  # an arithmetic shift: −1 if the top bit is set
 
 
-@cache
-def _sign_array(size: int, seed: int) -> np.ndarray:
-    top = mixed_bits(np.arange(size), seed) >> np.uint64(63)
-    return 1.0 - 2.0 * top.astype(np.float64)
+def mixed_bits(numbers: Tensor) -> Tensor:
+    """64 pseudo-random bits for each int64 number: splitmix64 (Steele et al., OOPSLA 2014)."""
+    z = (numbers + 1) * _signed(GOLDEN)
+    z = (z ^ _shifted(z, 30)) * _signed(FIRST)
+    z = (z ^ _shifted(z, 27)) * _signed(SECOND)
+    return torch.bitwise_xor(z, _shifted(z, 31))
 
 
-def _signs(size: int, seed: int, like: Tensor) -> Tensor:
-    return torch.from_numpy(_sign_array(size, seed)).to(like.device, like.dtype)
+def _signed(pattern: int) -> int:
+    return pattern - 2**64 if pattern >= 2**63 else pattern
 
 
-@cache
-def _hartley(size: int) -> np.ndarray:
+def _shifted(z: Tensor, places: int) -> Tensor:
+    """A logical shift to the right."""
+    return (z >> places) & (2 ** (64 - places) - 1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _hartley(size: int) -> Tensor:
     """``cos(2π i j / size) + sin(2π i j / size)``, float64; angles are reduced exactly first."""
     angles = 2 * np.pi * (np.outer(np.arange(size), np.arange(size)) % size) / size
-    return np.cos(angles) + np.sin(angles)
+    return torch.from_numpy(np.cos(angles) + np.sin(angles))
 
 
 def _transform(values: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def _transform(values: Tensor) -> Tensor:
         found = torch.stack((first + second, first - second), dim=-2).reshape(rows, odd, power)
         step *= 2
     if odd > 1:
-        matrix = torch.from_numpy(_hartley(odd)).to(values.device, values.dtype)
+        matrix = _hartley(odd).to(values.device, values.dtype)
         total = found[:, :1] * matrix[0].reshape(1, odd, 1)
         for index in range(1, odd):
             total = total + found[:, index : index + 1] * matrix[index].reshape(1, odd, 1)

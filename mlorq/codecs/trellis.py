@@ -30,7 +30,6 @@ STATE_BITS = 12
 MOST_BITS = 6
 FEWEST_ROWS = STATE_BITS  # a shorter cycle of one bit per weight would not fill a state
 BLOCK_ROWS = 96  # approximate length of a cycle
-ORDER_SEED = 0  # of the order of the rows
 STEPS_PER_OCTAVE = 24  # of the scales
 # Mean squared errors of codes of 1 to 6 bits on Gaussian weights of variance 1, in cycles of BLOCK_ROWS.
 GAUSSIAN_ERRORS = (0.2779, 0.0719, 0.01857, 0.00481, 0.001253, 0.000338)
@@ -60,9 +59,11 @@ def stream(rows: int) -> Stream:
 
     Rows of different importance become neighbours, so that the encoder can trade their errors against each other.
     """
+    import torch
+
     from mlorq.codecs.rotation import mixed_bits
 
-    order = np.argsort(mixed_bits(np.arange(rows), ORDER_SEED), kind="stable")
+    order = np.argsort(mixed_bits(torch.arange(rows)).numpy().view(np.uint64), kind="stable")
     count = max(1, round(rows / BLOCK_ROWS))
     bounds = tuple(index * rows // count for index in range(count + 1))
     before = np.arange(rows) - 1
@@ -136,37 +137,17 @@ class TrellisMatrix(StoredMatrix):
     def tensors(self) -> dict[str, Tensor]:
         return {part: getattr(self, part) for part in PARTS}
 
-    def states(self) -> Tensor:
-        """The state of every weight, ``(columns, rows)`` int32, in the order of the stream."""
-        import torch
-
-        before = torch.from_numpy(stream(self.shape[0]).before).to(self.codes.device)
-        found: Tensor = self.codes.int()
-        last = found
-        for shift in range(self.bits, STATE_BITS, self.bits):
-            last = last[:, before]
-            found = found | (last << shift)
-        return torch.bitwise_and(found, 2**STATE_BITS - 1)
-
     def unit(self) -> Tensor:
         """``V Qᵀ``: the values without scales, ``(rows, columns)`` float32."""
-        import torch
+        from mlorq.codecs.trellis_decoding import unit
 
-        from mlorq.codecs.rotation import rotate_back
-
-        table = torch.from_numpy(tables()[self.bits - 1]).to(self.codes.device)
-        place = torch.from_numpy(stream(self.shape[0]).place).to(self.codes.device)
-        values: Tensor = table[self.states().long()][:, place].T.contiguous()
-        seed = int(self.rotation)
-        return rotate_back(values, seed) if seed >= 0 else values
+        return unit(self.codes, self.rotation, self.bits)
 
     def scales(self) -> Tensor:
         """The scales of the rows, ``(rows,)`` float32."""
-        import torch
+        from mlorq.codecs.trellis_decoding import scales
 
-        known = torch.from_numpy(scale_values()).to(self.scale.device)
-        found: Tensor = known[self.scale.long()] * self.base
-        return found
+        return scales(self.scale, self.base)
 
     def dequantize(self) -> Tensor:
         return self.unit() * self.scales().unsqueeze(1)

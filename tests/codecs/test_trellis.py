@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlorq.codecs.rotation import mixed_bits, rotate, rotate_back, rotate_both
+from mlorq.codecs.rotation import mixed_bits, rotate, rotate_back, rotate_both, signs
 from mlorq.codecs.trellis import (
     STATE_BITS,
     ZERO_SCALE,
@@ -107,13 +107,16 @@ def test_order_and_cycles(rows: int) -> None:
 
 def test_constants_of_the_format() -> None:
     """Published values: a change of any would make stored models decode to other weights."""
-    assert mixed_bits(np.arange(3), 0).tolist() == SPLITMIX64
+    assert mixed_bits(torch.arange(3)).numpy().view(np.uint64).tolist() == SPLITMIX64
+    assert signs(4, 0).tolist() == signs(4, torch.tensor([0], dtype=torch.int32)).tolist() == SIGNS_OF_4
+    assert signs(64, 7).tolist() != signs(64, 8).tolist()
     assert stream(12).order.tolist() == STREAM_OF_12
     assert tables().shape == (6, 4096)
     assert tables().astype(np.float16).astype(np.float32).tolist() == tables().tolist()
     assert scale_values()[[0, 24, 12, ZERO_SCALE]].tolist() == [1.0, 0.5, np.float32(2**-0.5), 0.0]
 
 
+SIGNS_OF_4 = [-1, 1, 1, -1]
 SPLITMIX64 = [16294208416658607535, 7960286522194355700, 487617019471545679]  # as published for state 0
 STREAM_OF_12 = [2, 4, 6, 8, 5, 10, 1, 11, 7, 0, 9, 3]
 
