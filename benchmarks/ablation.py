@@ -40,7 +40,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "no tuning": {"rounding.tuning": 0},
     "blocks by the model's output": {"rounding.loss": "output"},
     "rotated residual stream": {"model.rotation": 1},
-    "no refinement": {"search.rounds": 0},
     "cost: kl": {"search.cost": "kl"},
     "LRA from the closed form, 500": {
         "rounding.method": "lra",

@@ -36,7 +36,7 @@ from steps.base import Outcome
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
 
-SEARCH = ("capture", "candidates", "sensitivity", "allocate", "refine")
+SEARCH = ("capture", "candidates", "sensitivity", "allocate")
 ROUNDING = ("round", "reconstruct", "tune")
 PUBLISHED = "paper preset, nearest"
 COLUMNS = (
@@ -122,7 +122,6 @@ def uniform(bits: int, method: str, common: dict[str, Any]) -> tuple[Budget, dic
         "search.bits": [bits],
         "search.forms": ["Q"],
         "search.sensitivity": "local",
-        "search.rounds": 0,
         "rounding.method": method,
     }
 

@@ -56,7 +56,7 @@ def test_yaml_round_trip_is_lossless(tmp_path):
         ({"data__calibration__root": None}, ["data.calibration", "needs root"]),
         ({"model__checkpoint": None}, ["model", "pretrained"]),
         ({"model__family": "custom"}, ["factory"]),
-        ({"preset": "fast"}, ["preset", "'fast'", "'best'"]),
+        ({"preset": "rapid"}, ["preset", "'rapid'", "'best'"]),
         ({"search__sensitivity": "guess"}, ["search.sensitivity", "'guess'", "'measured'"]),
         ({"search__forms": ["LR"]}, ["search", "forms must include Q"]),
         ({"rounding__method": "adaround"}, ["rounding.method", "'adaround'", "'nearest'", "'block'"]),
@@ -78,6 +78,26 @@ def test_mistakes_are_one_line_that_names_the_key(changes, words):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"search__rounds": 3},
+            "search.rounds: removed; allocations are those of the integer program; delete the key",
+        ),
+        (
+            {"search__tolerance": 0.1},
+            "search.tolerance: removed; closed_form measures one candidate per layer; delete the key",
+        ),
+        ({"search__sensitivity": "auto"}, "search.sensitivity: auto was removed; use closed_form"),
+    ],
+)
+def test_what_was_removed_is_one_line_that_says_what_to_do(changes, line):
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    assert str(caught.value) == line
 
 
 def test_missing_key_is_named():

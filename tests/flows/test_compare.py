@@ -23,7 +23,7 @@ from tests.flows.test_flows import flow_runs
 
 NAMES = list(known_methods())
 SETTINGS = {
-    "search": {"points": 2, "hessian_probes": 4, "samples": 8, "rounds": 1, "factor_bits": [4], "sum_ranks": [2]},
+    "search": {"points": 2, "hessian_probes": 4, "samples": 8, "factor_bits": [4], "sum_ranks": [2]},
     "rounding": {"iterations": 6, "tuning": 2},
 }
 
