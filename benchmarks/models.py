@@ -251,7 +251,7 @@ def measure(
         "data": write_data(recipe, folder, samples, classes),
         "budget": "3bit",
         "preset": "best",
-        "search": {"sensitivity": "closed_form", "rounds": 0, "samples": 8, "hessian_samples": 8},
+        "search": {"sensitivity": "closed_form", "samples": 8, "hessian_samples": 8},
         "rounding": {"method": "closed_form"},
         "engine": {"devices": device},
     }

@@ -1,10 +1,10 @@
-"""How well costs are predicted that were not measured: single candidates, and whole allocations.
+"""How well costs of candidates are predicted that were not measured.
 
     .venv/bin/python benchmarks/predictions.py examples/minilm.yaml --candidates 60
 
 Of the candidates on the layers' fronts whose global cost came from a closed form, a seeded choice is measured as the
-search measures others: the same samples, one layer changed. Whole allocations are those that refinement measured. The
-search is taken from the configuration's store, and computed where it is not there.
+search measures others: the same samples, one layer changed. The search is taken from the configuration's store, and
+computed where it is not there.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from mlorq.artifacts.store import Store
-from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.costs.measured import LayerProbe, dense_of
-from steps.allocations import run_allocations
 from steps.candidates import fits_of
 from steps.inprocess import InProcess
 from steps.measuring import measuring
@@ -28,12 +26,11 @@ from steps.session import Session
 
 
 def main() -> None:
-    """Print two tables, as Markdown."""
+    """Print a table, as Markdown."""
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--candidates", type=int, default=60, help="how many to measure")
-    parser.add_argument("--budget", action="append", default=[], help="budgets whose allocations are shown")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -73,11 +70,6 @@ def main() -> None:
         rank = spearmanr(predicted, measured).statistic if len(pairs) > 2 else float("nan")
         shares = " | ".join(f"{(off <= np.log(1 + share)).mean():.2f}" for share in (0.2, 0.5))
         print(f"| {form} | {len(pairs)} | {rank:.3f} | {np.median(ratio):.2f} | {shares} |")
-    for result in run_allocations(session, executor, search, parse_budgets(arguments.budget or config.budget)):
-        info = session.store.read_json(result.allocation, "allocation.json")
-        print(f"\n| allocation at {result.budget} | sum of its layers' costs | measured |\n|---|---|---|")
-        for one in info.get("measured", []):
-            print(f"| {one['origin']} | {one['predicted']:.4f} | {one['measured']:.4f} |")
 
 
 if __name__ == "__main__":

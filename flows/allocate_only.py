@@ -7,7 +7,7 @@ not imported. Without one, both are loaded to compute the keys of the search's s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, StoreError
 from steps import search_index
-from steps.allocations import Allocated, Executor, Search, allocate_budgets, allocation_json, not_refined_note
+from steps.allocations import Allocated, Executor, Search, allocate_budgets, allocation_json
 from steps.base import Outcome, StepSpec, execute, find
 from steps.session import Session, open_store
 
@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 COMPUTED = ("allocate", "joint")
 
 
-def allocate_only(
-    config: RunConfig, budgets: Sequence[Budget], command: str, say: Callable[[str], None]
-) -> dict[str, Any]:
+def allocate_only(config: RunConfig, budgets: Sequence[Budget], command: str) -> dict[str, Any]:
     """Solve the integer programs in this process, without Prefect.
 
     Args:
         config: of the run that searched the model.
         budgets: the budgets.
         command: command line that computes missing steps.
-        say: receives notes.
 
     Returns:
         As ``found_json``.
@@ -57,8 +54,6 @@ def allocate_only(
         executor = AllocateOnly(session, observer, command)
         search = finished_search(session, executor)
         allocated = allocate_budgets(session, executor, search, budgets)
-    if allocated.not_refined:
-        say(not_refined_note(session))
     return found_json(session, executor.ledger, allocated, started)
 
 

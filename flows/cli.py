@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     rebudget.add_argument(
         "--allocate-only",
         action="store_true",
-        help="solve the integer programs only, without loading the model; search.rounds is left out, unless the store "
-        "has its result; without Prefect if PREFECT_API_URL is not set",
+        help="solve the integer programs only, without loading the model; without Prefect if PREFECT_API_URL is not "
+        "set",
     )
     _running(rebudget)
 

@@ -80,7 +80,7 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
     if arguments.allocate_only and not os.environ.get("PREFECT_API_URL"):
         from flows.allocate_only import allocate_only
 
-        found = allocate_only(config, budgets, _command(arguments), say)
+        found = allocate_only(config, budgets, _command(arguments))
     else:
         found = _flow(arguments, config, budgets)
     errors = [row["error"] for row in found.get("errors", ())]

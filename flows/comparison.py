@@ -71,7 +71,7 @@ def configured(method: Method, values: Mapping[str, Any], folder: str, bits: int
     """
     own: dict[str, Any] = dict(method.search)
     if method.uniform:
-        own |= {"bits": [bits], "forms": [uniform_form().name], "layers": {}, "sensitivity": "local", "rounds": 0}
+        own |= {"bits": [bits], "forms": [uniform_form().name], "layers": {}, "sensitivity": "local"}
     given = values.get("activations") or {}
     changed = {
         "preset": method.preset,

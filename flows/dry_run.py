@@ -29,7 +29,7 @@ from steps.reconstruct import members
 from steps.session import Session
 
 SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
-BY_BUDGET = ("allocate", "refine", "round", "tune", "pack", "evaluate", "summary")
+BY_BUDGET = ("allocate", "round", "tune", "pack", "evaluate", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
@@ -69,12 +69,8 @@ class Planner:
         self.found = found
         self.estimate = estimate
         rounding = session.config.rounding
-        chosen = session.config.activations is not None and bool(session.config.activations.choices)
         tuning = METHODS[rounding.method].tuning
-        optional = {
-            "refine": session.config.search.rounds and not chosen,
-            "tune": tuning is not None and tuning.steps(rounding),
-        }
+        optional: dict[str, Any] = {"tune": tuning is not None and tuning.steps(rounding)}
         optional |= {name: getattr(session.config, name) is not None for name in ("embeddings", "activations")}
         self.search = [name for name in SEARCH if optional.get(name, True)]
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
@@ -212,4 +208,4 @@ def _walk(planner: Planner, budgets: Sequence[Budget]) -> None:
         if session.store.exists(result.allocation):
             run_budget(session, planner, search, result, float_evaluation)
         else:
-            planner.count_all(*[name for name in planner.by_budget if name not in ("allocate", "refine")])
+            planner.count_all(*[name for name in planner.by_budget if name != "allocate"])

@@ -29,7 +29,6 @@ from mlorq.registry import Settings
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import TrainingSettings
 from steps.base import Needs
-from steps.refine import WHOLE_SAMPLES
 from steps.session import Session
 
 ELEMENT = 25.0  # cost of one element-wise pass per entry, in multiply-adds
@@ -115,8 +114,6 @@ class Estimate:
             tuning = METHODS[rounding.method].tuning
             steps = tuning.steps(rounding) if tuning is not None else 0
             return self.speed.forward * (BACKWARD + 1) * steps * part(rounding, TrainingSettings).batch_size
-        if step == "refine":
-            return self._refine()
         return SUMMARY_SECONDS if step == "summary" else fixed
 
     def _reconstruct(self) -> float:
@@ -127,14 +124,6 @@ class Estimate:
         training = part(rounding, TrainingSettings)
         samples = min(training.samples, self.session.calibration.samples)
         return self.speed.forward * (BACKWARD * passes * training.batch_size + 2 * samples)
-
-    def _refine(self) -> float:
-        """Seconds of measuring whole allocations: per round, the model from each layer on, and the whole model once."""
-        samples = min(self.search.samples, self.session.calibration.samples)
-        every = min(WHOLE_SAMPLES * self.search.samples, self.session.calibration.samples)
-        found = self.layers.layers
-        forwards = samples * self.search.rounds * (len(found) / 2 + 1) + 7 * every
-        return self.speed.forward * forwards + sum(self._factorisation(layer) for layer in found)
 
     def _evaluated(self) -> int:
         data = self.session.evaluation

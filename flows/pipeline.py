@@ -23,7 +23,7 @@ from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import size_accuracy_picture
-from steps.allocations import Allocated, Compressed, allocate_budgets, not_refined_note
+from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
@@ -110,8 +110,6 @@ def run_on(
         found = found_json(session, workers.ledger, allocated, started)
         for row in found["errors"]:
             log.error("%s", row["error"])
-        if allocated.not_refined:
-            log.warning("%s", not_refined_note(session))
     else:
         found = results_json(workers.ledger, results, started, lambda result: result_json(session, result))
     for compressed, result in zip(results, found["results"], strict=True):

@@ -22,8 +22,8 @@ def rebudget_flow(
         config: configuration of the run that searched the model, or the path of its file.
         folder: base of relative paths in the configuration; empty: the working directory.
         budgets: override the configuration's: "3bit", "12.5%", "25MB".
-        allocate_only: solve the integer programs of the possible budgets only, without ``search.rounds``; requires that
-            the store has the search.
+        allocate_only: solve the integer programs of the possible budgets only; requires that the store has the
+            search.
 
     Returns:
         As ``compress_flow``. With ``allocate_only``, ``nmse``, ``metric`` and ``checkpoint`` are null, and ``errors``

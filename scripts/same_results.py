@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = {"rounding.iterations": 20, "search.samples": 16, "search.hessian_samples": 8, "search.hessian_probes": 8}
-SMALL = {"rounding.iterations": 10, "rounding.tuning": 6, "search.rounds": 1, "search.hessian_samples": 16}
+SMALL = {"rounding.iterations": 10, "rounding.tuning": 6, "search.hessian_samples": 16}
 QUICK = {"rounding.iterations": 30, "search.samples": 16, "search.hessian_samples": 8, "search.hessian_probes": 8}
 A4 = {"activations": {"bits": 4, "samples": 16}}
 WIDTHS = {"activations": {"bits": 4, "choices": [4, 6, 8], "compute": "4x5", "samples": 16}}
@@ -66,8 +66,8 @@ def _cases() -> list[Case]:
         lra_from_closed_form=best | {"rounding.method": "lra", "rounding.start": "closed_form"},
         brecq=uniform | {"rounding.method": "brecq"},
         qdrop=uniform | {"rounding.method": "qdrop", **A4},
-        auto_hessian=quick | {"search.sensitivity": "auto", "search.forms": ["Q", "LR", "QLR"], "budget": "2bit"},
-        closed_form=best | {"search.sensitivity": "closed_form"},
+        closed_form_hessian=quick
+        | {"search.sensitivity": "closed_form", "search.forms": ["Q", "LR", "QLR"], "budget": "2bit"},
         output_loss=best | {"rounding.loss": "output", "rounding.drop": 0.5, **A4},
         a4=best | A4,
         a4_repq=best | {"activations": {"bits": 4, "method": "repq", "samples": 16}},
@@ -93,7 +93,7 @@ def _cases() -> list[Case]:
         quick=quick | calibration,
         paper=paper | calibration,
         a4_rotated=best | calibration | A4 | {"model.rotation": 1, "search.samples": 16},
-        widths=best | calibration | WIDTHS | {"search.samples": 16, "search.rounds": 0},
+        widths=best | calibration | WIDTHS | {"search.samples": 16},
     )
     return found
 

@@ -20,7 +20,6 @@ _MODULES = {
     "sensitivity": "sensitivity",
     "allocate": "allocate",
     "joint": "joint",
-    "refine": "refine",
     "round": "rounding",
     "reconstruct": "reconstruct",
     "tune": "tune",

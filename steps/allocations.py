@@ -1,4 +1,4 @@
-"""Allocations of a finished search: the integer program of every budget, and the refinement of its solution.
+"""Allocations of a finished search: the integer program of every budget.
 
 ``steps.pipeline`` runs the search first; ``steps.search_index`` finds a finished one in the store. Nothing here imports
 torch: with an index, allocations need neither the model nor the data.
@@ -15,8 +15,8 @@ from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.errors import BudgetError
 from mlorq.models.layer_list import Layer
-from steps import allocate, joint, refine, summary
-from steps.base import Outcome, StepSpec, find
+from steps import allocate, joint, summary
+from steps.base import Outcome, StepSpec
 from steps.handles import ModelRef
 
 if TYPE_CHECKING:
@@ -125,13 +125,11 @@ class Compressed:
         budget: the budget.
         model: the float model that is compressed; if bit-widths of activations are chosen, with those of this budget.
         allocation: the chosen candidate of every layer.
-        program: the solution of the integer program, if ``allocation`` was refined from it.
     """
 
     budget: Budget
     model: ModelRef
     allocation: ArtifactRef
-    program: ArtifactRef | None = None
     checkpoint: ArtifactRef | None = None
     evaluation: ArtifactRef | None = None
     summary: ArtifactRef | None = None
@@ -144,12 +142,10 @@ class Allocated:
     Attributes:
         results: one per possible budget, in their order.
         impossible: the other budgets, each with the reason.
-        not_refined: number of results that are not refined although ``search.rounds`` asks for it.
     """
 
     results: list[Compressed] = field(default_factory=list)
     impossible: list[tuple[Budget, BudgetError]] = field(default_factory=list)
-    not_refined: int = 0
 
 
 def check_budget(budget: Budget, params: int, rest_bytes: int, smallest: int) -> None:
@@ -209,42 +205,21 @@ def solved(search: Search, budget: Budget, allocation: ArtifactRef) -> Compresse
     return Compressed(budget, model, allocation)
 
 
-def refinement_spec(session: Session, search: Search, program: StepSpec) -> StepSpec | None:
-    """The step that refines a program's solution; None if the configuration does not ask for it.
-
-    If bit-widths of activations are chosen, there is no refinement: its programs have no compute budget.
-    """
-    if not session.config.search.rounds or search.widths is not None:
-        return None
-    return refine.spec(session, search.model, search.capture, search.layers_ref, program)
-
-
 def run_allocations(
     session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]
 ) -> list[Compressed]:
-    """Solve the integer program of every budget; with ``search.rounds``, refine the allocations afterwards.
+    """Solve the integer program of every budget.
 
     Raises:
         BudgetError: a budget is too small.
     """
     specs = [allocation_spec(session, search, budget) for budget in budgets]
     executor.phase("allocate", len(specs))
-    results = [solved(search, budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
-    refinements = [refinement_spec(session, search, spec) for spec in specs]
-    if any(refinements):
-        executor.phase("refine", len(specs))
-    for result, refinement in zip(results, refinements, strict=True):
-        if refinement is not None:
-            result.program, result.allocation = result.allocation, executor.run(refinement).ref
-    return results
+    return [solved(search, budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
 
 
 def allocate_budgets(session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]) -> Allocated:
-    """Solve the integer program of every possible budget, and nothing else.
-
-    All budgets are checked before the first program is solved. A refined allocation takes the place of the program's
-    solution if the store has it; refining takes the model and is left to other runs.
-    """
+    """Solve the integer program of every possible budget; all budgets are checked before the first is solved."""
     space = session.artifacts.search_space(search.names, search.candidates, search.sensitivity)
     smallest, params = smallest_bytes(space.choices), search.params
     found, possible = Allocated(), []
@@ -257,32 +232,15 @@ def allocate_budgets(session: Session, executor: Executor, search: Search, budge
             possible.append(budget)
     executor.phase("allocate", len(possible))
     for budget in possible:
-        program = allocation_spec(session, search, budget)
+        spec = allocation_spec(session, search, budget)
         try:
-            result = solved(search, budget, executor.run(program).ref)
+            found.results.append(solved(search, budget, executor.run(spec).ref))
         except BudgetError as error:  # of the solver, or of the compute budget
             found.impossible.append((budget, error))
-            continue
-        refinement = refinement_spec(session, search, program)
-        if refinement is not None and find(refinement, session.store) is not None:
-            result.program, result.allocation = result.allocation, executor.run(refinement).ref
-        elif refinement is not None:
-            found.not_refined += 1
-        found.results.append(result)
     return found
-
-
-def not_refined_note(session: Session) -> str:
-    """A line for results that are not refined although ``search.rounds`` asks for it."""
-    return (
-        f"search.rounds: {session.config.search.rounds} measures allocations on the model; the figures are those of "
-        "the integer program; run without --allocate-only to refine"
-    )
 
 
 def allocation_json(session: Session, result: Compressed) -> dict[str, Any]:
     """The public result object of a budget whose allocation alone is computed."""
     found = summary.allocation_json(session, result.allocation)
-    found |= {"embedding_bytes": None, "embeddings": None, "rest": None}
-    found["solver"]["seconds"] = summary.seconds_of(session.store, result.program or result.allocation)
-    return found
+    return found | {"embedding_bytes": None, "embeddings": None, "rest": None}

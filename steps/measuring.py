@@ -39,19 +39,18 @@ class Measuring:
     cost: Cost
     labels: str | None = None
 
-    def of(self, data: Dataset, times: int = 1) -> tuple[list[Any], list[Tensor] | None]:
+    def of(self, data: Dataset) -> tuple[list[Any], list[Tensor] | None]:
         """The batches to measure on, and their labels if there are any.
 
         Args:
             data: the calibration data.
-            times: factor on the number of samples.
         """
         from mlorq.costs.measured import spread_batches
         from mlorq.models.base import fold_batches
 
         def chosen(parts: Sequence[Any]) -> list[Any]:
             held_out = fold_batches(parts, 1) if self.held_out else []
-            return spread_batches(held_out or parts, times * self.samples)
+            return spread_batches(held_out or parts, self.samples)
 
         return chosen(data.batches), None if data.labels is None else chosen(data.labels)
 

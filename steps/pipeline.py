@@ -1,6 +1,6 @@
 """The order of a run's steps, independent of the executor that runs them.
 
-``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate (→ refine) → round (ℓ in order)
+``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate → round (ℓ in order)
 → pack → evaluate → summary``; steps that do not depend on the budget come first and are shared by all budgets. An
 executor runs single steps and fan-outs: that of the Python API calls them in this process, that of the flows runs them
 as Prefect tasks.
@@ -180,7 +180,6 @@ def run_budget(
         embeddings=embeddings.artifact(session),
         capture=search.capture,
         allocation=result.allocation,
-        program=result.program,
         checkpoint=result.checkpoint,
         baseline=float_evaluation,
         evaluation=result.evaluation,

@@ -29,8 +29,8 @@ from steps.session import Known, Session
 
 STEP, FILE = "search", "index.json"
 VERSION = 1
-# Of the ``search`` section: read by the integer program and by the refinement alone.
-BY_BUDGET = ("objective", "solver", "time_limit", "gap", "rounds")
+# Of the ``search`` section: read by the integer program alone.
+BY_BUDGET = ("objective", "solver", "time_limit", "gap")
 
 
 def ref_of(config: RunConfig) -> ArtifactRef:

@@ -47,7 +47,6 @@ class Inputs:
     embeddings: ArtifactRef | None = None
     capture: ArtifactRef
     allocation: ArtifactRef
-    program: ArtifactRef | None = None
     checkpoint: ArtifactRef
     baseline: ArtifactRef
     evaluation: ArtifactRef
@@ -132,7 +131,6 @@ def _allocation_json(
         "float_bytes": None,
         "smallest_bytes": info["smallest_bytes"],
         "predicted_cost": info["predicted_cost"],
-        "measured_cost": info.get("measured_cost"),
         **_activations(params.activations, info),
         "nmse": None,
         "metric": None,
@@ -184,8 +182,7 @@ def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
     for made in artifacts.values():
         seconds[made.step] += seconds_of(store, made)
     result["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
-    # Of the step that solved the program: for a refined allocation, the one before the refinement.
-    result["solver"]["seconds"] = seconds_of(store, artifacts.get("program", artifacts["allocation"]))
+    result["solver"]["seconds"] = seconds_of(store, artifacts["allocation"])
     result["checkpoint"] = store.uri(artifacts["checkpoint"])
     return {"embedding_bytes": 0, "embeddings": None} | result
 
@@ -196,4 +193,4 @@ def seconds_of(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 3, Params, Inputs, run)
+STEP = Step("summary", 4, Params, Inputs, run)

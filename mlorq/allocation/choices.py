@@ -47,12 +47,6 @@ class Choices:
         """
         return np.flatnonzero(pareto_front(self.cost, self.size, self.load))
 
-    def only(self, kept: Sequence[int] | NDArray[np.int64]) -> Choices:
-        """The same layer with some of its candidates."""
-        return Choices(
-            self.layer, self.cost[kept], self.size[kept], load=None if self.load is None else self.load[kept]
-        )
-
 
 @dataclass(frozen=True)
 class Group:

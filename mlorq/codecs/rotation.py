@@ -43,7 +43,7 @@ def signs(size: int, seed: int | Tensor, device: torch.device | str = "cpu") -> 
 
 def mixed_bits(numbers: Tensor) -> Tensor:
     """64 pseudo-random bits for each int64 number: splitmix64 (Steele et al., OOPSLA 2014)."""
-    z = (numbers + 1) * _signed(GOLDEN)
+    z: Tensor = (numbers + 1) * _signed(GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(FIRST)
     z = (z ^ _shifted(z, 27)) * _signed(SECOND)
     return torch.bitwise_xor(z, _shifted(z, 31))

@@ -1,7 +1,8 @@
 """The configuration of a run: one YAML file, one frozen ``RunConfig``.
 
-An unknown key is an error that names the nearest valid one. A preset sets the defaults of ``search`` and ``rounding``;
-explicit values win over it. The round-trip through ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` is lossless.
+An unknown key is an error that names the nearest valid one; for a key or value of earlier versions, the error says what
+to do instead. A preset sets the defaults of ``search`` and ``rounding``; explicit values win over it. The
+round-trip through ``RunConfig.to_yaml`` and ``RunConfig.from_yaml`` is lossless.
 
 ``run_config`` composes the sections whose choices and keys come from registries (``mlorq.config.compose``): the class
 of a loaded configuration is a subclass of ``RunConfig`` with the keys of all registered implementations.
@@ -68,6 +69,13 @@ __all__ = [
     "location_and_folder",
     "read_values",
 ]
+
+
+REMOVED_KEYS = {
+    "search.rounds": "removed; allocations are those of the integer program; delete the key",
+    "search.tolerance": "removed; closed_form measures one candidate per layer; delete the key",
+}
+REMOVED_VALUES = {("search.sensitivity", "auto"): "auto was removed; use closed_form"}
 
 
 class RunConfig(Settings):
@@ -243,7 +251,10 @@ def _explain(error: ValidationError, config: type[RunConfig]) -> str:
     """The first problem of a failed validation, as one line that names the key."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
+    given = problem["input"]
     if problem["type"] == "extra_forbidden":
+        if where in REMOVED_KEYS:
+            return f"{where}: {REMOVED_KEYS[where]}"
         unknown = str(problem["loc"][-1])
         section: Any = config
         for part in problem["loc"][:-1]:
@@ -253,6 +264,8 @@ def _explain(error: ValidationError, config: type[RunConfig]) -> str:
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
     if problem["type"] == "missing":
         return f"key {where!r} is missing"
+    if isinstance(given, str) and (where, given) in REMOVED_VALUES:
+        return f"{where}: {REMOVED_VALUES[where, given]}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], (dict, list)) else f" (given: {problem['input']!r})"
-    return f"{where}: {message}{given}" if where else message
+    shown = "" if isinstance(given, (dict, list)) else f" (given: {given!r})"
+    return f"{where}: {message}{shown}" if where else message

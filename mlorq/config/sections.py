@@ -147,9 +147,6 @@ class SearchConfig(FitSettings):
         description="global cost: nmse: NMSE of the output; kl: KL divergence of the predictions; task: increase of "
         "the task loss (needs labelled calibration data)",
     )
-    rounds: int = Field(
-        0, ge=0, description="rounds of measuring the chosen allocation, rescaling the costs and solving the ILP again"
-    )
     accounting: Accounting = Field(
         "exact", description="memory of a candidate: exact: bytes on disk; paper: bits of the weights alone"
     )

@@ -219,7 +219,7 @@ def test_tokens_are_weighed_where_a_method_asks_for_it(seed: int) -> None:
 
 def test_a_run_with_a_method_from_outside(root: Root, tmp_path, seed: int) -> None:
     module, batches, _, _ = vit(seed)
-    search = {"bits": [8], "forms": ["Q"], "samples": 8, "hessian_samples": 4, "hessian_probes": 2, "rounds": 0}
+    search = {"bits": [8], "forms": ["Q"], "samples": 8, "hessian_samples": 4, "hessian_probes": 2}
     search |= {"hessian_min_probes": 2}
     results = {
         spread: mlorq.compress(

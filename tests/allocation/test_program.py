@@ -197,15 +197,6 @@ def test_a_space_is_read_once_and_solved_at_many_budgets(seed):
     assert all(layer.useful is own for layer, own in zip(space.choices, kept, strict=True)), "dominance is found once"
 
 
-def test_some_of_a_layers_candidates():
-    layer = Choices("l", np.array([3.0, 2.0, 1.0]), np.array([1, 2, 3]), np.array([4.0, 5.0, 6.0]))
-    part = layer.only([2, 0])
-    assert (part.cost.tolist(), part.size.tolist()) == ([1.0, 3.0], [3, 1])
-    assert part.load is not None
-    assert part.load.tolist() == [6.0, 4.0]
-    assert Choices("l", layer.cost, layer.size).only([1]).load is None
-
-
 @pytest.mark.parametrize("objective", ["nsr", "sqnr"])
 def test_exact_is_at_least_as_good_as_branch_and_bound(objective: Objective, seed: int) -> None:
     """On costs like those of layers: falling with the size, over several magnitudes."""

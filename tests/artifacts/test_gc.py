@@ -179,3 +179,42 @@ def test_store_commands(two_runs: tuple[Path, list[dict[str, Any]]], capsys: pyt
     out, err = capsys.readouterr()
     assert str(damaged.parent) in err
     assert "artifacts" in out
+
+
+def test_artifacts_of_a_step_that_no_longer_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of an earlier version, whose allocation is of step ``refine``: listed, kept or removed, and run again."""
+    path = write_project(tmp_path, rounding={"method": "nearest"})
+    config = RunConfig.from_yaml(path)
+    store = Store(config.resolve(config.store))
+
+    def run_again() -> tuple[dict[str, Any], set[str]]:
+        session, outcomes = Session(config, Store(store.url)), []
+        (result,) = run_pipeline(session, InProcess(session, record=outcomes.append), parse_budgets("4bit"))
+        return result_json(session, result), {outcome.ref.step for outcome in outcomes if not outcome.reused}
+
+    result, _ = run_again()
+    program = ArtifactRef.from_json(result["artifacts"]["allocation"])
+    files = {name: store.read_bytes(program, name) for name in ("allocation.parquet", "allocation.json")}
+    refined = store.write("refine", KEY, files)
+    artifacts = result["artifacts"] | {"allocation": refined.to_json(), "program": program.to_json()}
+    (summary_ref,) = store.refs("summary")
+    earlier = result | {"run": "earlier", "artifacts": artifacts, "measured_cost": 0.5}
+    pages = {name: store.read_bytes(summary_ref, name) for name in ("report.png", "report.html")}
+    store.write("summary", KEY, {"run.json": json_bytes(earlier)} | pages)
+
+    listed = {row["step"]: row["artifacts"] for row in prints_json(capsys, "store", "ls", path)["steps"]}
+    assert (listed["refine"], listed["summary"]) == (1, 2)
+    assert len(prints_json(capsys, "store", "ls", path, "--step", "refine")["artifacts_of_step"]) == 1
+    assert prints_json(capsys, "store", "verify", path)["damaged"] == []
+    assert {row["run"] for row in prints_json(capsys, "runs", path)["runs"]} == {"earlier", result["run"]}
+    assert main(["report", "earlier", str(path)]) == 0
+    capsys.readouterr()
+
+    prints_json(capsys, "store", "gc", path, "--keep", "earlier")
+    assert store.exists(refined)
+    again, computed = run_again()
+    assert computed == {"summary"}
+    assert again["artifacts"] == result["artifacts"]
+    prints_json(capsys, "store", "gc", path, "--keep", result["run"])
+    assert list(store.refs("refine")) == []
+    assert run_again()[1] == set()

@@ -80,6 +80,26 @@ def test_mistakes_are_one_line_that_names_the_key(changes, words):
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"search__rounds": 3},
+            "search.rounds: removed; allocations are those of the integer program; delete the key",
+        ),
+        (
+            {"search__tolerance": 0.1},
+            "search.tolerance: removed; closed_form measures one candidate per layer; delete the key",
+        ),
+        ({"search__sensitivity": "auto"}, "search.sensitivity: auto was removed; use closed_form"),
+    ],
+)
+def test_what_was_removed_is_one_line_that_says_what_to_do(changes, line):
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    assert str(caught.value) == line
+
+
 def test_missing_key_is_named():
     with pytest.raises(ConfigError, match="'data' is missing"):
         RunConfig.from_mapping({"model": BASE["model"]})

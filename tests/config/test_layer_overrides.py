@@ -107,9 +107,9 @@ def test_a_pattern_without_a_layer_stops_a_run_before_its_search(folder):  # noq
     assert not (folder / ".mlorq" / "capture").exists()
 
 
-def test_layers_by_name_in_python_and_uniform_allocations_around_them():
+def test_layers_by_name_in_python():
     model = token_net(1).module
-    options = {"samples": 4, "points": 2, "hessian_samples": 4, "rounds": 1, "sensitivity": "closed_form"}
+    options = {"samples": 4, "points": 2, "hessian_samples": 4, "sensitivity": "closed_form"}
     result = mlorq.compress(
         model,
         [images(4, 1), images(4, 2)],

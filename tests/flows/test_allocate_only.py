@@ -220,7 +220,7 @@ def test_other_settings_of_the_search_have_another_index(tmp_path: Path) -> None
         {"embeddings": {"bits": 8}},
     ):
         assert search_index.load(session_of(path, **change)) is None
-    for change in ({"search__rounds": 2}, {"rounding__iterations": 1}, {"engine__devices": "auto"}):
+    for change in ({"search__gap": 1e-3}, {"rounding__iterations": 1}, {"engine__devices": "auto"}):
         assert search_index.load(session_of(path, **change)) is not None
 
 
@@ -277,30 +277,6 @@ def test_a_store_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(session.store, "_put", refuse)
     search_index.keep(session, found)
     assert not list(session.store.refs("search"))
-
-
-# -- refinement ---------------------------------------------------------------------------------------------------
-
-
-def test_rounds_are_left_out_and_a_refined_allocation_in_the_store_is_taken(tmp_path: Path) -> None:
-    path = searched(tmp_path, search={"points": 3, "rounds": 1})
-    session = session_of(path)
-    executor = InProcess(session)
-    (refined,) = run_allocations(session, executor, run_search(session, executor), parse_budgets("3bit"))
-    assert refined.allocation.step == "refine"
-    status, found, imported, said = command(path, budgets=("3bit", "4bit"))
-    assert status == 0
-    assert not imported & HEAVY
-    three, four = found["results"]
-    assert three["measured_cost"] is not None
-    assert three["run"].endswith(refined.allocation.key[:8])
-    assert four["measured_cost"] is None
-    assert four["predicted_cost"] > 0
-    note = "search.rounds: 1 measures allocations on the model; the figures are those of the integer program"
-    assert said.count(note) == 1
-    assert len(list(session.store.refs("refine"))) == 1
-    _, _, _, said = command(path, budgets=("3bit",))
-    assert note not in said
 
 
 # -- impossible budgets -------------------------------------------------------------------------------------------

@@ -152,7 +152,8 @@ def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("setting", "said"),
     [
         ("search.smaples=3", "did you mean 'samples'"),
-        ("preset=fast", "preset: "),
+        ("search.rounds=0", "search.rounds: removed; "),
+        ("preset=rapid", "preset: "),
         ("rounding.method=adaround", "rounding.method"),
         ("search.bits=[1]", "search.bits"),
         ("engine.devices=cuda:77", "engine.devices: 'cuda:77' does not exist"),

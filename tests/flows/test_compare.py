@@ -23,7 +23,7 @@ from tests.flows.test_flows import flow_runs
 
 NAMES = list(known_methods())
 SETTINGS = {
-    "search": {"points": 2, "hessian_probes": 4, "samples": 8, "rounds": 1, "factor_bits": [4], "sum_ranks": [2]},
+    "search": {"points": 2, "hessian_probes": 4, "samples": 8, "factor_bits": [4], "sum_ranks": [2]},
     "rounding": {"iterations": 6, "tuning": 2},
 }
 
@@ -65,7 +65,8 @@ def test_every_method_has_its_row_at_the_same_size(compared: Compared) -> None:
         assert row["metric_name"] == "mean"
         assert 0 < row["nmse"] < 0.5
         assert row["seconds"] > 0
-    assert {row["Q / LR / QLR"] for row in rows.values() if row["weights"] == "uniform"} == {"6 / 0 / 0"}
+    counts = {row["Q / LR / QLR / TCQ"] for row in rows.values() if row["weights"] == "uniform"}
+    assert counts == {"6 / 0 / 0 / 0"}
     assert len({row["nmse"] for row in rows.values()}) >= len(NAMES) - 2, "they are different methods"
     assert rows["best"]["nmse"] < rows["nearest"]["nmse"]
     assert len(flow_runs("compare tiny_project 4bit")) >= 1

@@ -124,7 +124,7 @@ def test_result_has_what_is_promised(finished: Finished) -> None:
     assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"]
     assert set(result["metric"]) == {"name", "float", "compressed"}
     assert {"name", "status", "objective", "bound", "gap", "seconds"} <= set(result["solver"])
-    optional = {"activations", "embeddings", "joint", "reconstruct", "refine", "tune", "width_costs"}
+    optional = {"activations", "embeddings", "joint", "reconstruct", "tune", "width_costs"}
     assert set(result["seconds"]) == set(steps.REGISTRY) - optional
     assert 0 < result["nmse"] < 0.2
     assert result["wall_seconds"] > 0
@@ -210,20 +210,17 @@ def test_the_default_preset_does_what_its_dry_run_says(
     path = write_project(tmp_path, preset="best", search=search, rounding=rounding)
     plan = prints_json(capsys, "compress", path, "--dry-run")
     result = prints_json(capsys, "compress", path)
-    assert {"refine", "tune"} <= set(plan["steps"])
+    assert "tune" in plan["steps"]
     assert sum(row["compute"] for row in plan["steps"].values()) == result["steps"]["computed"]
     assert set(result["seconds"]) == set(steps.REGISTRY) - {"activations", "embeddings", "joint", "width_costs"}
-    assert result["measured_cost"] > 0
     assert result["bytes"] <= result["budget_bytes"]
     again = prints_json(capsys, "compress", path)
     assert again["steps"] == {"computed": 0, "reused": result["steps"]["computed"]}
     (alone,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
-    assert alone["steps"]["computed"] == 1  # the program alone, and nothing measured around it
-    assert alone["measured_cost"] is None
+    assert alone["steps"]["computed"] == 1
     (found,) = prints_json(capsys, "rebudget", path, "--budget", "5bit")["results"]
-    assert found["measured_cost"] <= result["measured_cost"]
-    (again,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
-    assert again["allocation"] == found["allocation"]  # the refined one, now that there is one
+    assert found["allocation"] == alone["allocation"]
+    assert found["steps"]["reused"] >= SHARED_STEPS + 1  # the program's solution too
 
 
 def test_rebudget_and_allocate_only(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

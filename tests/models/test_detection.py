@@ -620,7 +620,6 @@ BEST = {
         **FAST,
         "sum_ranks": [4],
         "sum_bits": [3],
-        "rounds": 1,
         "include": ["backbone.body.layers_[12]*", "roi_heads.*", "rpn.*"],
     },
     "rounding": {"method": "block", "iterations": 3, "tuning": 2, "batch_size": 2},

@@ -181,7 +181,7 @@ def test_dense_layers_are_compressed_and_come_back_from_the_checkpoint(plain, tm
         "data": {"calibration": source, "evaluation": source | {"metric": "spearman"}},
         "budget": "4bit",
         "preset": "best",
-        "search": {"samples": 8, "hessian_samples": 8, "rounds": 0},
+        "search": {"samples": 8, "hessian_samples": 8},
         "rounding": {"iterations": 4, "tuning": 4},
     }
     result = zoo.run(tmp_path, values)

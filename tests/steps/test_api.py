@@ -200,7 +200,7 @@ def test_progress_is_reported(capsys):
 @pytest.mark.parametrize(
     ("error", "words", "options"),
     [
-        (ConfigError, "'fast'", {"preset": "fast"}),
+        (ConfigError, "'rapid'", {"preset": "rapid"}),
         (ConfigError, "'adaround'", {"rounding": "adaround"}),
         (ConfigError, "did you mean 'samples'", {"search": {"sampels": 3}}),
         (ConfigError, "activations.bits", {"activations": {"bits": 40}}),

@@ -27,7 +27,7 @@ from steps.session import Session
 from tests.steps.test_pipeline import BEST, folder  # noqa: F401  (a fixture)
 
 WIDTHS = {"activations": {"bits": 6, "choices": [4, 6, 8], "compute": "4x6", "samples": 8}}
-EVERYTHING = {**BEST, "search__rounds": 1, "embeddings": {"bits": 8}}
+EVERYTHING = {**BEST, "embeddings": {"bits": 8}}
 
 
 def session(folder: Path, **overrides: Any) -> Session:  # noqa: F811
@@ -137,11 +137,16 @@ def test_another_models_or_other_datas_handle_is_refused(folder):  # noqa: F811
 
 
 def test_inputs_of_another_shape_are_refused():
-    step = REGISTRY["refine"]
     ref = ArtifactRef("layers", "a")
-    inputs = step.inputs(ModelRef("m"), DataRef("d"), ref, ref, ref, {"x": ref, "y.0": ref}, {"x": ref})
+    programs = REGISTRY["allocate"].inputs
+    inputs = programs({"x": ref, "y.0": ref}, {"x": ref})
     roles = roles_of(inputs)
-    assert list(roles)[-3:] == ["candidates/x", "candidates/y.0", "sensitivity/x"]
+    assert list(roles) == ["candidates/x", "candidates/y.0", "sensitivity/x"]
+    assert inputs_of(programs, roles) == inputs
+    step = REGISTRY["compressed"]
+    inputs = step.inputs(ModelRef("m"), DataRef("d"), ref, ref, (ref, ref))
+    roles = roles_of(inputs)
+    assert list(roles)[-2:] == ["rounded/0", "rounded/1"]
     assert inputs_of(step.inputs, roles) == inputs
     with pytest.raises(StoreError, match="'model' is missing"):
         inputs_of(step.inputs, {role: handle for role, handle in roles.items() if role != "model"})
