@@ -46,7 +46,8 @@ def mixed_bits(numbers: Tensor) -> Tensor:
     z: Tensor = (numbers + 1) * _signed(GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(FIRST)
     z = (z ^ _shifted(z, 27)) * _signed(SECOND)
-    return torch.bitwise_xor(z, _shifted(z, 31))
+    z = z ^ _shifted(z, 31)
+    return z
 
 
 def _signed(pattern: int) -> int:
