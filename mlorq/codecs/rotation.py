@@ -56,7 +56,7 @@ def _signed(pattern: int) -> int:
 
 def _shifted(z: Tensor, places: int) -> Tensor:
     """A logical shift to the right."""
-    return (z >> places) & (2 ** (64 - places) - 1)
+    return torch.bitwise_and(z >> places, 2 ** (64 - places) - 1)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
