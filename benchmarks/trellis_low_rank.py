@@ -67,9 +67,8 @@ def main() -> None:
             whole = size[bits - 1] + codec.size(rows, rank) + codec.size(rank, columns)
             linear, logarithmic = np.interp(whole, size, alone), np.exp(np.interp(whole, size, np.log(alone)))
             found[bits, rank].append((cost / alone[bits - 1], cost / linear, cost / logarithmic))
-    print(
-        "| bits | rank | cost / of codes of the same bits | at the same bytes, linear | logarithmic |\n|---|---|---|---|---|"
-    )
+    print("| bits | rank | cost / codes of the same bits | / at the same bytes, linear | / logarithmic |")
+    print("|---|---|---|---|---|")
     for (bits, rank), ratios in found.items():
         means = np.exp(np.log(ratios).mean(0))
         print(f"| {bits} | {rank} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
