@@ -35,13 +35,8 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "costs measured": {"search.sensitivity": "measured"},
     "local costs as they are": {"search.sensitivity": "local"},
-    "affine codes alone": {"search.forms": ["Q"], "search.bits": [2, 3, 4, 6, 8]},
-    "affine codes and low rank": {
-        "search.forms": ["Q", "LR", "QLR"],
-        "search.bits": [2, 3, 4, 6, 8],
-        "search.factor_bits": [4, 6],
-    },
-    "affine and trellis codes": {"search.bits": [2, 3, 4, 6, 8]},
+    "affine codes alone": {"search.forms": ["Q"]},
+    "affine codes and low rank": {"search.forms": ["Q", "LR", "QLR"], "search.factor_bits": [4, 6]},
     "rotated residual stream": {"model.rotation": 1},
 }
 # Constants of modules, by what their value leaves out.

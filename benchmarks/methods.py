@@ -22,12 +22,13 @@ from table import Place, arguments_of_a_run, keep, run
 
 from flows.comparison import Planned, activation_width, plan, row
 from flows.comparison_methods import chosen, known_methods
+from flows.render import forms_column
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig, read_values
 from steps.session import Session
 
-COLUMNS = ("weights", "activations", "method", "metric", "float", "output NMSE", "bytes", "Q / LR / QLR", "seconds")
+COLUMNS = ("weights", "activations", "method", "metric", "float", "output NMSE", "bytes", forms_column(), "seconds")
 
 
 def line(found: dict[str, Any]) -> str:
@@ -35,7 +36,7 @@ def line(found: dict[str, Any]) -> str:
     width = "float" if found["activations"] is None else f"{found['activations']} bit"
     return (
         f"| {found['budget']} | {width} | {found['title']} | {found['metric']:.4f} | {found['metric_float']:.4f} "
-        f"| {found['nmse']:.4f} | {found['bytes']:,} | {found['Q / LR / QLR']} | {found['seconds']:.0f} |"
+        f"| {found['nmse']:.4f} | {found['bytes']:,} | {found[forms_column()]} | {found['seconds']:.0f} |"
     )
 
 

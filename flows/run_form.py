@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from mlorq.artifacts.locations import absolute_folder, resolve_location
 from mlorq.config.run import PRESETS, RunConfig, location_and_folder, read_values, run_config
+from mlorq.rounding import METHODS
 
 BY_PRESET = ("search", "rounding")
 LEFT_OUT = ("folder",)  # a separate parameter of the flows
@@ -56,12 +57,24 @@ def _preset_form(name: str, section: type[BaseModel]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for key, field in section.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        texts = {preset: _text(values.get(name, {}).get(key, default)) for preset, values in PRESETS.items()}
+        texts = {
+            preset: _text(values.get(name, {}).get(key, default))
+            for preset, values in PRESETS.items()
+            if key in values.get(name, {}) or _reads(name, values.get(name, {}), key)
+        }
         same = len(set(texts.values())) == 1
         said = _text(default) if same else "; ".join(f"{preset}: {text}" for preset, text in texts.items())
         about = f"{field.description} (None means {said})"
         fields[key] = (_limited(field) | None, Field(None, description=about))
     return _make(section, _title(section), fields)
+
+
+def _reads(name: str, values: Mapping[str, Any], key: str) -> bool:
+    """Whether a preset's rounding method reads a key; other sections read all of theirs."""
+    method = values.get("method")
+    if name != "rounding" or method not in METHODS or key == "method":
+        return True
+    return key in METHODS[method].settings.model_fields
 
 
 def _make(section: type[BaseModel], title: str, fields: dict[str, Any]) -> type[BaseModel]:

@@ -119,6 +119,10 @@ class Form(ABC, Generic[Config]):
         """Whether a layer can take the form; a grouped convolution cannot be factored."""
         return shape.groups == 1 or not self.has_product
 
+    def supersedes(self, settings: Config) -> int:
+        """Uniform candidates of up to this many bits are worse and no smaller: layers that take the form skip them."""
+        return 0
+
     @abstractmethod
     def enumerate(self, shape: Shape, settings: Config) -> list[Candidate]:
         """All candidates of a layer that can take the form, before those that are too large are dropped."""
@@ -260,7 +264,8 @@ def enumerate_candidates(
 ) -> list[tuple[Candidate, int]]:
     """All candidates of a layer with their bytes, uniform forms first, otherwise in the order of the registry.
 
-    Candidates of other forms are dropped unless they are smaller than the largest uniform one (METHOD 2).
+    Candidates of other forms are dropped unless they are smaller than the largest uniform one (METHOD 2), and uniform
+    ones that another form supersedes, except for the largest.
 
     Args:
         shape: shape of the layer's weight.
@@ -269,12 +274,13 @@ def enumerate_candidates(
     """
     found: list[tuple[Candidate, int]] = []
     limit: float = 0
-    for form in sorted((form for form in FORMS if form.name in settings), key=lambda form: not form.uniform):
-        if not form.serves(shape):
-            continue
+    serving = [form for form in FORMS if form.name in settings and form.serves(shape)]
+    least = max((form.supersedes(settings[form.name]) for form in serving), default=0)
+    for form in sorted(serving, key=lambda form: not form.uniform):
         own = [(one, form.size(one, shape, storage)) for one in form.enumerate(shape, settings[form.name])]
         if form.uniform:
             limit = max([limit, *(size for _, size in own)])
+            own = [(one, size) for one, size in own if (one.bits or 0) > least or size == limit]
         found += [pair for pair in own if form.uniform or pair[1] < limit]
     return found
 

@@ -43,6 +43,9 @@ class TCQ(Form[TCQSettings]):
         """Whether a column has enough rows to fill a state."""
         return shape.out_features >= FEWEST_ROWS
 
+    def supersedes(self, settings: TCQSettings) -> int:
+        return max(settings.trellis_bits, default=0)
+
     def enumerate(self, shape: Shape, settings: TCQSettings) -> list[Candidate]:
         return [Candidate(self.name, bits=bits) for bits in sorted(set(settings.trellis_bits))]
 

@@ -216,7 +216,7 @@ def test_form_has_every_key_with_what_it_means() -> None:
     for key, field in fields.items():
         assert field.get("description") or "$ref" in field, key
     assert fields["ModelForm.family"]["enum"] == ["timm", "transformers", "detection", "custom"]
-    meaning = "(None means fast: 500; best: 200; quick: 500; paper: 20000)"
+    meaning = "(None means best: 200; integer: 200; quick: 500; paper: 20000)"
     assert fields["RoundingForm.iterations"]["description"].endswith(meaning)
     form = schema["definitions"]["ConfigurationForm"]
     assert set(form["properties"]) == set(RunConfig.model_fields) - {"folder"}
