@@ -71,7 +71,7 @@ def _preset_form(name: str, section: type[BaseModel]) -> type[BaseModel]:
 
 def _reads(name: str, values: Mapping[str, Any], key: str) -> bool:
     """Whether a preset's rounding method reads a key; other sections read all of theirs."""
-    method = values.get("method")
+    method = str(values.get("method"))
     if name != "rounding" or method not in METHODS or key == "method":
         return True
     return key in METHODS[method].settings.model_fields
