@@ -2,7 +2,7 @@
 
 A column's codes are the path through the trellis of least weighted squared error. Columns follow one another, since the
 error of each is spread over the later ones, as in ``mlorq.fitting.gptq``. ``_viterbi.c`` and this file do the same
-single-precision operations in the same order and give the same codes; the compiled loops are about a hundred times
+single-precision operations in the same order and give the same codes; the compiled loops are some forty times
 faster. They are missing where the package was installed from source without a C compiler. ``viterbi_kernels`` has the
 same operations for CUDA.
 """
@@ -124,7 +124,7 @@ def block_functions() -> tuple[Block, Block]:
         compiled = import_module("mlorq.fitting._viterbi")
     except ImportError:
         warnings.warn(
-            "trellis codes are computed by NumPy, which takes about a hundred times longer than the compiled loops: "
+            "trellis codes are computed by NumPy, which takes some forty times longer than the compiled loops: "
             "install a C compiler, and then mlorq again",
             RuntimeWarning,
             stacklevel=2,
