@@ -13,6 +13,8 @@ from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlorq.codecs.trellis import TrellisMatrix
     from mlorq.fitting.base import LayerFit
 
@@ -66,6 +68,11 @@ class TCQ(Form[TCQSettings]):
     def fit(self, fit: LayerFit, candidate: Candidate) -> dict[str, TrellisMatrix]:
         assert candidate.bits is not None, candidate
         return {"weight": fit.trellis([candidate.bits])[0]}
+
+    def dense(self, fit: LayerFit, candidate: Candidate) -> Tensor:
+        """Ŵ of codes of one pass, like those of the local costs; rounding codes all columns again."""
+        assert candidate.bits is not None, candidate
+        return fit.trellis([candidate.bits], sweeps=0)[0].dequantize()
 
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float]:
         """Costs of up to ``CODED`` bits, and ``cost_k = cost_m · D_k / D_m`` with ``m = CODED`` beyond.
