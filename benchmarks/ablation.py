@@ -63,7 +63,7 @@ def main() -> None:
     if bits is None:
         parser.error("--budget: whole bits are needed, as in 3bit")
     config = RunConfig.from_yaml(arguments.config, common)
-    exact = Budget.of_layers(uniform_bytes(config, bits), arguments.budget)
+    exact = Budget.of_layers(uniform_bytes(arguments.config, common, bits), arguments.budget)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for samples in arguments.samples or [None]:
         sized = common if samples is None else common | {"data.calibration.samples": samples}
@@ -71,7 +71,7 @@ def main() -> None:
         for name in [name for name in arguments.only or rows if name not in arguments.skip]:
             budget, overrides, constants = exact, sized | PARTS.get(name, {}), CONSTANTS.get(name, {})
             if name == UNIFORM:
-                budget, overrides = uniform(bits, sized)["TCQ, uniform"]
+                budget, overrides = uniform(bits, sized, arguments.config)["TCQ, uniform"]
                 overrides |= {"preset": arguments.preset}
             if constants:
                 overrides |= {"store": f"{config.store.rstrip('/')}-{name.replace(' ', '-')}"}

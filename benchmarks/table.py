@@ -34,6 +34,7 @@ from mlorq.artifacts.store import Store
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import PRESETS, RunConfig
 from mlorq.forms import Shape, uniform_candidate, uniform_form
+from mlorq.forms.base import smallest_size
 from steps import layers
 from steps.base import Outcome, execute
 from steps.pipeline import result_json, run_pipeline
@@ -124,26 +125,33 @@ def methods(lra: list[int], common: dict[str, Any]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def uniform(bits: int, common: dict[str, Any]) -> dict[str, tuple[Budget, dict[str, Any]]]:
-    """Budgets and overrides of the uniform rows: one candidate a layer, whose cost decides nothing."""
+def uniform(bits: int, common: dict[str, Any], path: str) -> dict[str, tuple[Budget, dict[str, Any]]]:
+    """Budgets and overrides of the uniform rows: one candidate a layer that fits, whose cost decides nothing."""
     room = parse_budget(f"{bits + 1}bit")
     one = common | {"search.sensitivity": "local"}
     codes = one | {"search.bits": [bits], "search.forms": ["Q"]}
     trellis = one | {"preset": "fast", "search.trellis_bits": [bits]}
+    settings = RunConfig.from_yaml(path, trellis).search
+    smallest = sum(smallest_size(shape, settings.form_settings, settings.storage) for shape in shapes_of(path, common))
     return {
         "nearest, uniform": (room, codes | {"preset": "quick", "rounding.method": "nearest"}),
         "gptq, uniform": (room, codes | {"preset": "integer", "rounding.method": "gptq"}),
-        "TCQ, uniform": (room, trellis),
+        "TCQ, uniform": (Budget.of_layers(smallest, f"{bits}bit"), trellis),
     }
 
 
-def uniform_bytes(config: RunConfig, bits: int) -> int:
-    """Bytes of all layers with codes of one bit-width."""
+def shapes_of(path: str, common: dict[str, Any]) -> list[Shape]:
+    """Shapes of the layers to compress."""
+    config = RunConfig.from_yaml(path, common)
     session = Session(config, Store(config.resolve(config.store)))
     ref = execute(layers.spec(session), session.worker).ref
-    found = [Shape(one.out_features, one.in_features, one.groups) for one in session.artifacts.layers(ref).layers]
-    candidate = uniform_candidate(bits)
-    return sum(uniform_form().size(candidate, shape, config.search.storage) for shape in found)
+    return [Shape(one.out_features, one.in_features, one.groups) for one in session.artifacts.layers(ref).layers]
+
+
+def uniform_bytes(path: str, common: dict[str, Any], bits: int) -> int:
+    """Bytes of all layers with codes of one bit-width."""
+    storage = RunConfig.from_yaml(path, common).search.storage
+    return sum(uniform_form().size(uniform_candidate(bits), shape, storage) for shape in shapes_of(path, common))
 
 
 def keep(path: Path | None, name: str, result: dict[str, Any]) -> None:
@@ -201,12 +209,12 @@ def main() -> None:
         budget, below = asked.text, int(asked.value)
         whole = [below] if asked.whole_bits is not None else [below, below + 1]
         if asked.whole_bits is not None:
-            for name, (room, overrides) in uniform(below, common).items():
+            for name, (room, overrides) in uniform(below, common, arguments.config).items():
                 if name in arguments.only or not arguments.only:
                     result = row_of(arguments.config, room, overrides, place)
                     print(line(budget, name, result), flush=True)
                     keep(arguments.json, f"{budget}: {name}", result)
-        sizes = [uniform_bytes(RunConfig.from_yaml(arguments.config, common), bits) for bits in whole]
+        sizes = [uniform_bytes(arguments.config, common, bits) for bits in whole]
         exact = Budget.of_layers(sum(sizes) // len(sizes), budget)
         for name, overrides in methods(arguments.lra or [500], common).items():
             if name in arguments.only or (not arguments.only and name != PUBLISHED):
