@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlorq.fitting.base import LayerFit
 
 CODED = 3  # most bits whose local costs are computed
-VITERBI_WORK = 2 * 2**12 / 16  # multiply-adds of a matrix product in the time that coding a weight takes
+VITERBI_WORK = 10.0 * 2**12  # multiply-adds of a matrix product in the time that coding a weight takes, on CPUs
 
 
 class TCQSettings(Settings):
