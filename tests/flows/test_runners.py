@@ -36,9 +36,13 @@ def first_steps(config: RunConfig) -> tuple[StepSpec, StepSpec]:
 
 
 def files(store: Path) -> dict[str, bytes]:
-    """Every file of a store but the manifests, which hold times."""
+    """Every file of a store but the manifests, which hold times, and the indices of searches, which hold paths."""
     found = {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if not name.endswith("manifest.json")}
+    return {
+        name: data
+        for name, data in found.items()
+        if not name.endswith("manifest.json") and not name.startswith("search/")
+    }
 
 
 # -- child processes ----------------------------------------------------------------------------------------------
