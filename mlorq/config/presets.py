@@ -24,8 +24,8 @@ _MOMENTS: dict[str, Any] = {
     "zero_point": "codes",
     "percentiles": PERCENTILES,
 }
-# Affine codes serve layers with too few rows for a trellis, and budgets above 6 bits.
-_TRELLIS: dict[str, Any] = {**_MOMENTS, "forms": ["Q", "TCQ"]}
+# Affine codes serve layers with too few rows for a trellis, and budgets above 6 bits; factors serve models of low rank.
+_TRELLIS: dict[str, Any] = {**_MOMENTS, "forms": ["Q", "LR", "TCQ"], "factor_bits": [4, 6]}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Trellis codes, mixed over layers, then training of scales, biases and norms (METHOD 7, 10).
