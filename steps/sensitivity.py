@@ -88,4 +88,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-STEP = Step("sensitivity", 7, Params, Inputs, run)
+STEP = Step("sensitivity", 8, Params, Inputs, run)

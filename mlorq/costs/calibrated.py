@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mlorq.costs.measured import LayerProbe, dense_of, sensitivity_table
 from mlorq.fitting.base import LayerFit
+from mlorq.forms.base import FORMS
 
 
 def calibrated_sensitivity(probe: LayerProbe, fit: LayerFit, table: pa.Table) -> pa.Table:
@@ -24,7 +25,10 @@ def calibrated_sensitivity(probe: LayerProbe, fit: LayerFit, table: pa.Table) ->
     """
     local = table["local_cost"].to_numpy()
     front = np.flatnonzero(table["on_front"].to_numpy())
-    chosen = middle_row(front, local, table["bytes"].to_numpy())
+    # Fronts of factors reach down to rank 2, where the output's error is no longer in proportion to the local cost.
+    products = np.array([FORMS[name].has_product for name in table["form"].to_pylist()])
+    whole = front[~products[front]]
+    chosen = middle_row(whole if len(whole) else front, local, table["bytes"].to_numpy())
     measured = _measured(probe, fit, table, chosen)
     if measured <= 0:  # the task's loss fell: the largest error may raise it
         chosen = int(front[local[front].argmax()])
