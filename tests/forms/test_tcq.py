@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import mlorq
+from mlorq.codecs.base import Storage
+from mlorq.forms.base import FORMS, Candidate, Shape, enumerate_candidates
 from mlorq.forms.modules import CompressedConv2d, CompressedLinear, CompressedModule
+from mlorq.registry import Settings
 
 
 class Net(nn.Module):
@@ -83,3 +86,22 @@ def test_compiled_models_give_the_same_outputs(
         expected = loaded(batches[0])
         found = torch.compile(loaded, backend="eager", fullgraph=True)(batches[0])
     torch.testing.assert_close(found, expected)
+
+
+def test_affine_codes_are_candidates_only_where_trellis_codes_are_not() -> None:
+    settings = {"Q": FORMS["Q"].settings(bits=[2, 3, 4, 8]), "TCQ": FORMS["TCQ"].settings(trellis_bits=[1, 2, 3])}
+
+    def names(rows: int, forms: dict[str, Settings]) -> list[str]:
+        return [one.candidate_id for one, _ in enumerate_candidates(Shape(rows, 40), forms, Storage())]
+
+    assert names(64, settings) == ["Q4", "Q8", "TCQ1", "TCQ2", "TCQ3"]
+    assert names(11, settings) == ["Q2", "Q3", "Q4", "Q8"]  # too few rows for a trellis
+    assert names(64, {"Q": settings["Q"]}) == ["Q2", "Q3", "Q4", "Q8"]
+    narrow = {**settings, "Q": FORMS["Q"].settings(bits=[2, 3])}
+    assert names(64, narrow)[0] == "Q3"  # the largest stays: it bounds the other candidates
+
+
+def test_bytes_by_the_formula() -> None:
+    for rows, columns, bits in ((64, 40, 3), (13, 7, 1), (192, 768, 6)):
+        size = FORMS["TCQ"].size(Candidate("TCQ", bits=bits), Shape(rows, columns), Storage())
+        assert size == columns * -(-rows * bits // 8) + rows + 8
