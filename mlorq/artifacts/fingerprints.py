@@ -154,7 +154,7 @@ def user_code(known: Iterable[str]) -> list[str] | None:
         None if a module's file was changed after it was imported: what was made by it is not made from the file.
     """
     known, found, watch = set(known), set(), _watch()
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
         if name.partition(".")[0] in known or not isinstance(file, str) or not os.path.isfile(file):
             continue

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,25 @@ def test_a_changed_source_file_changes_the_code(tmp_path: Path, monkeypatch: pyt
     (package / "part" / "inner.py").write_text("x = 2\n")
     assert code_of(["some_package"]) != first
     sys.modules.pop("some_package")
+
+
+def test_modules_may_be_imported_meanwhile() -> None:
+    done = threading.Event()
+
+    def importing() -> None:
+        count = 0
+        while not done.is_set():
+            names = [f"imported_meanwhile_{count + index}" for index in range(50)]
+            sys.modules.update({name: types.ModuleType(name) for name in names})
+            for name in names:
+                del sys.modules[name]
+            count += 50
+
+    thread = threading.Thread(target=importing)
+    thread.start()
+    try:
+        for _ in range(50):
+            user_code(("mlorq", "steps", "flows"))
+    finally:
+        done.set()
+        thread.join()
