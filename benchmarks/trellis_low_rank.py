@@ -14,17 +14,12 @@ from collections import defaultdict
 from itertools import product
 
 import numpy as np
+from layer_fits import layer_fits
 from table import arguments_of_a_run
 
-from mlorq.artifacts.store import Store
 from mlorq.codecs.affine import AffineCodec
 from mlorq.codecs.trellis import TrellisCodec
-from mlorq.config.run import RunConfig
 from mlorq.fitting.covariance_fit import CovarianceFit
-from steps import capture, layers
-from steps.base import execute
-from steps.candidates import fits_of
-from steps.session import Session
 
 WIDTHS = (1, 2, 3, 4)
 RANKS = (4, 8, 16, 32)
@@ -49,15 +44,8 @@ def main() -> None:
     parser = arguments_of_a_run()
     parser.add_argument("--every", type=int, default=6, help="layers to leave out between two")
     arguments = parser.parse_args()
-    overrides = {"preset": "fast"} | dict(item.split("=", 1) for item in arguments.set)
-    config = RunConfig.from_yaml(arguments.config, overrides)
-    session = Session(config, Store(config.resolve(config.store)), arguments.device)
-    listed = execute(layers.spec(session), session.worker).ref
-    captured = execute(capture.spec(session, session.model_ref, listed), session.worker).ref
     found: dict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
-    for layer in session.artifacts.layers(listed).layers[1 :: arguments.every]:
-        fit = fits_of(session.worker.context, session.model_ref, captured, layer, config.search.fit).search
-        assert isinstance(fit, CovarianceFit)
+    for layer, fit in layer_fits(arguments):
         rows, columns = layer.out_features, layer.in_features
         size = [TrellisCodec(bits).size(rows, columns) for bits in WIDTHS]
         alone = [fit.cost(codes.dequantize()) for codes in fit.trellis(WIDTHS)]

@@ -125,4 +125,4 @@ def own_bias(module: nn.Module, layer: Layer) -> Tensor | None:
     return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
 
 
-STEP = Step("round", 6, Params, Inputs, run)
+STEP = Step("round", 7, Params, Inputs, run)

@@ -103,13 +103,13 @@ class OuterProducts:
             rows = chosen[mask[start::FOLDS].to(chosen.device)] if mask is not None else chosen.flatten(0, 1)
             rows = rows.float()
             if weights is None:
-                self.sums[fold] += (rows.T @ rows).double()
+                self.sums[fold] += rows.T @ rows  # float32 to float64
                 self.weights[fold] += rows.shape[0]
                 self.squares[fold] += rows.shape[0]
                 continue
             own = weights[start::FOLDS].to(rows.device)
             own = own[mask[start::FOLDS].to(own.device)] if mask is not None else own.flatten()
-            self.sums[fold] += ((own.unsqueeze(1) * rows).T @ rows).double()
+            self.sums[fold] += (own.unsqueeze(1) * rows).T @ rows
             self.weights[fold] += float(own.double().sum())
             self.squares[fold] += float(own.double().square().sum())
 

@@ -28,7 +28,7 @@ def candidate_table(fit: LayerFit, shape: Shape, settings: Mapping[str, Settings
     """
     found = enumerate_candidates(shape, settings, storage)
     candidates, sizes = [candidate for candidate, _ in found], [size for _, size in found]
-    costs = local_cost_array(fit, candidates)
+    costs = local_cost_array(fit, candidates, sizes)
     front = pareto_front(costs, np.array(sizes))
     front |= [FORMS[candidate.form].uniform for candidate in candidates]
     return pa.table(

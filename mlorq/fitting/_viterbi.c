@@ -127,9 +127,14 @@ INLINE void best_path(const float *x, const float *w, int steps, int edge, const
     }
 }
 
-INLINE void bite_tail(const float *x, const float *w, int rows, const float *table, const int k, uint16_t *states,
-                      Workspace *space)
+/* edge: the bits that the ends of the cycle share, or -1: found by a pass around it. */
+INLINE void bite_tail(const float *x, const float *w, int rows, int edge, const float *table, const int k,
+                      uint16_t *states, Workspace *space)
 {
+    if (edge >= 0) {
+        best_path(x, w, rows, edge, table, k, states, space);
+        return;
+    }
     const int half = rows / 2 < WINDOW ? rows / 2 : WINDOW;
     float *around = space->rotated, *weights = space->rotated + 2 * half;
     for (int t = 0; t < 2 * half; t++) {
@@ -138,20 +143,19 @@ INLINE void bite_tail(const float *x, const float *w, int rows, const float *tab
         weights[t] = w[from];
     }
     best_path(around, weights, 2 * half, -1, table, k, states, space);
-    const int edge = states[half - 1] & ((STATES >> k) - 1);
-    best_path(x, w, rows, edge, table, k, states, space);
+    best_path(x, w, rows, states[half - 1] & ((STATES >> k) - 1), table, k, states, space);
 }
 
-FOR_EACH_CPU static void encode(const float *x, const float *w, int rows, const float *table, int k, uint16_t *states,
-                                Workspace *space)
+FOR_EACH_CPU static void encode(const float *x, const float *w, int rows, int edge, const float *table, int k,
+                                uint16_t *states, Workspace *space)
 {
     switch (k) {
-    case 1: bite_tail(x, w, rows, table, 1, states, space); break;
-    case 2: bite_tail(x, w, rows, table, 2, states, space); break;
-    case 3: bite_tail(x, w, rows, table, 3, states, space); break;
-    case 4: bite_tail(x, w, rows, table, 4, states, space); break;
-    case 5: bite_tail(x, w, rows, table, 5, states, space); break;
-    default: bite_tail(x, w, rows, table, 6, states, space);
+    case 1: bite_tail(x, w, rows, edge, table, 1, states, space); break;
+    case 2: bite_tail(x, w, rows, edge, table, 2, states, space); break;
+    case 3: bite_tail(x, w, rows, edge, table, 3, states, space); break;
+    case 4: bite_tail(x, w, rows, edge, table, 4, states, space); break;
+    case 5: bite_tail(x, w, rows, edge, table, 5, states, space); break;
+    default: bite_tail(x, w, rows, edge, table, 6, states, space);
     }
 }
 
@@ -237,7 +241,7 @@ static PyObject *round_block(PyObject *module, PyObject *arguments)
             float *error = (float *)block.errors.buf + at;
             uint16_t *states = (uint16_t *)block.states.buf + at;
             const float pivot = shares[(size_t)c * columns + c];
-            encode(own, weights, rows, table, block.k, states, &space);
+            encode(own, weights, rows, -1, table, block.k, states, &space);
             for (int r = 0; r < rows; r++) {
                 coded[r] = table[states[r]];
                 error[r] = (own[r] - coded[r]) / pivot;
@@ -275,7 +279,8 @@ static PyObject *descend_block(PyObject *module, PyObject *arguments)
             const float diagonal = hessian[(size_t)c * columns + c];
             for (int r = 0; r < rows; r++)
                 target[r] = coded[r] - slope[r] / diagonal;
-            encode(target, weights, rows, table, block.k, states, &space);
+            const int edge = states[rows - 1] & ((STATES >> block.k) - 1);
+            encode(target, weights, rows, edge, table, block.k, states, &space);
             for (int r = 0; r < rows; r++) {
                 const float found = table[states[r]];
                 move[r] = found - coded[r];

@@ -45,6 +45,9 @@ class LayerFit(Protocol):
     def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
         """W as trellis codes of several numbers of bits, all columns coded again ``sweeps`` times."""
 
+    def trellis_costs(self, widths: Sequence[int]) -> list[float]:
+        """Local costs of ``trellis`` without sweeps."""
+
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"a": A, "b": B}`` with ``W ≈ A B``."""
 
@@ -54,11 +57,21 @@ class LayerFit(Protocol):
     def cost(self, dense: Tensor) -> float:
         """Local cost of Ŵ ``(out_features, in_features)`` float32."""
 
-    def product_costs(self, widths: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
+    def float_product_costs(self) -> np.ndarray | None:
+        """Local costs of the float factors at every rank, ``(full rank,)`` float64: rounding them adds to these.
+
+        None if the fit does not know them for less work than ``product_costs``.
+        """
+
+    def product_costs(self, widths: Sequence[int], rank: int | None = None) -> dict[tuple[int, int], np.ndarray]:
         """Local costs of ``product`` at every rank, by Gram matrices.
 
+        Args:
+            widths: bit-widths of either factor.
+            rank: the largest; None: full rank.
+
         Returns:
-            ``{(bits_a, bits_b): (full rank,) float64}``; entry ``r - 1`` belongs to rank r.
+            ``{(bits_a, bits_b): (rank,) float64}``; entry ``r - 1`` belongs to rank r.
         """
 
     def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:

@@ -32,6 +32,7 @@ from mlorq.fitting.gram import leading_errors, principal_directions
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
+from mlorq.fitting.trellis_costs import trellis_costs
 
 SWEEPS = 2  # of coordinate descent after GPTQ; scales are refitted before each
 TURNS = 2  # alternations of codes and product
@@ -146,7 +147,7 @@ class CovarianceFit:
         self.rotation = rotation
         self.judge = judge or metric
         self._output = output
-        self._right: dict[int, Rounded] = {}
+        self._right: dict[tuple[int, int], Rounded] = {}
         self._rounded: dict[int, Rounded] = {}
 
     @cached_property
@@ -155,8 +156,7 @@ class CovarianceFit:
         return self.metric.svd(self.weight)
 
     def output_metric(self) -> Tensor:
-        found = self._output() if self._output is not None else self.metric.gradients
-        return torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device) if found is None else found
+        return self._output() if self._output is not None else self._gradients(self.metric)
 
     def of(self, weight: Tensor) -> CovarianceFit:
         return CovarianceFit(
@@ -172,17 +172,19 @@ class CovarianceFit:
 
     @cached_property
     def _trellis(self) -> TrellisFit:
-        gradients = self.metric.gradients
-        if gradients is None:
-            gradients = torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
-        return TrellisFit(self.metric.inputs, gradients, self.rotation)
+        return TrellisFit(self.metric.inputs, self._gradients(self.metric), self.rotation)
+
+    def _gradients(self, metric: Metric) -> Tensor:
+        """G of a metric, the identity if it has none."""
+        if metric.gradients is not None:
+            return metric.gradients
+        return torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
 
     def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
         return self._trellis.codes_of_widths(self.weight, widths, sweeps)
 
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
-        codes, quantizer, values = self.right(bits_b)
-        return self._with_left(self.weight, bits_a, Rounded(codes[:rank], quantizer.leading(rank), values[:rank]))
+        return self._with_left(self.weight, bits_a, self.right(bits_b, rank))
 
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """Alternately codes of W minus the product and the product for W minus the codes; the best of ``TURNS``."""
@@ -202,16 +204,16 @@ class CovarianceFit:
                 best, least = parts, cost
         return best
 
-    def right(self, bits: int) -> Rounded:
-        """B̂ at full rank, which serves all ranks."""
-        if bits not in self._right:
-            self._right[bits] = self.round_rows(self.factors.b, self.metric.rows, bits)
-        return self._right[bits]
+    def right(self, bits: int, rank: int) -> Rounded:
+        """The leading rows of B̂, ``(rank, in_features)``; they do not depend on the rank."""
+        if (bits, rank) not in self._right:
+            self._right[bits, rank] = self.round_rows(self.factors.b[:rank], self.metric.rows, bits)
+        return self._right[bits, rank]
 
-    def left_at_all_ranks(self, bits: int) -> Tensor:
-        """A at full rank after nearest rounding; its leading columns approximate Â when many ranks are compared."""
-        quantizer = self._search(self.factors.a, None, bits)
-        return quantizer.round_trip(self.factors.a.float())
+    def left_at_all_ranks(self, bits: int, rank: int) -> Tensor:
+        """Leading columns of A after nearest rounding; they approximate those of Â when many ranks are compared."""
+        a = self.factors.a[:, :rank]
+        return self._search(a, None, bits).round_trip(a.float())
 
     def round_rows(self, values: Tensor, hessian: RowHessian, bits: int) -> Rounded:
         """Scales and codes of rows under one Hessian; never worse than nearest rounding with the searched scales."""
@@ -253,9 +255,22 @@ class CovarianceFit:
         """``tr(G ΔW Σ ΔWᵀ)`` in the held-out metric, per token and entry of W."""
         return max(0.0, self.judge.cost(dense - self.weight.float())) / self.weight.numel()
 
-    def product_costs(self, widths: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
-        left = {bits: self.left_at_all_ranks(bits) for bits in widths}
-        right = {bits: self.right(bits).dequantize() for bits in widths}
+    def trellis_costs(self, widths: Sequence[int]) -> list[float]:
+        """Estimated from one cycle of rows (``mlorq.fitting.trellis_costs``)."""
+        gradients = self._gradients(self.judge)
+        costs = trellis_costs(self._trellis, self.weight, widths, self.judge.inputs, gradients)
+        if costs is None:
+            return [self.cost(codes.dequantize()) for codes in self.trellis(widths, sweeps=0)]
+        return [max(0.0, cost) / self.weight.numel() for cost in costs]
+
+    def float_product_costs(self) -> np.ndarray:
+        found = product_costs(self.weight, self.judge, {0: self.factors.a}, {0: self.factors.b})[0, 0]
+        return found.cpu().numpy() / self.weight.numel()
+
+    def product_costs(self, widths: Sequence[int], rank: int | None = None) -> dict[tuple[int, int], np.ndarray]:
+        rank = len(self.factors.b) if rank is None else rank
+        left = {bits: self.left_at_all_ranks(bits, rank) for bits in widths}
+        right = {bits: self.right(bits, rank).dequantize() for bits in widths}
         costs = product_costs(self.weight, self.judge, left, right)
         return {pair: cost.cpu().numpy() / self.weight.numel() for pair, cost in costs.items()}
 

@@ -160,10 +160,16 @@ class HessianFit:
         error = (dense - self.weight).to(torch.float64)
         return float((error.square().sum(1) * self.row_weights).sum() / self.weight.numel())
 
-    def product_costs(self, widths: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
+    def trellis_costs(self, widths: Sequence[int]) -> list[float]:
+        return [self.cost(matrix.dequantize()) for matrix in self.trellis(widths, sweeps=0)]
+
+    def float_product_costs(self) -> None:
+        """Nearest rounding is little work: all ranks have their costs (METHOD 4)."""
+
+    def product_costs(self, widths: Sequence[int], rank: int | None = None) -> dict[tuple[int, int], np.ndarray]:
         a = {bits: self.left_quantizer(bits).round_trip(self.factors.a.to(torch.float32)) for bits in widths}
         b = {bits: self.right_quantizer(bits).round_trip(self.factors.b.to(torch.float32)) for bits in widths}
-        return gram_costs(self.weight, self.row_weights, a, b)
+        return {pair: costs[:rank] for pair, costs in gram_costs(self.weight, self.row_weights, a, b).items()}
 
     def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:
         costs = []

@@ -5,7 +5,7 @@ The local cost ``tr(G ΔW Σ ΔWᵀ)`` has feedback in both directions. Along th
 rows, blocks of the trellis follow one another: with rows in the order of the stream, and ``G⁻¹ = UᵀU``, U upper
 triangular, the error E of block b is spread over the later blocks (in the spirit of YAQA, arXiv 2505.22988),
 
-    T_later ← T_later - U_b,laterᵀ U_bb⁻ᵀ E,
+    T_later ← T_later - (U_bb⁻¹ U_b,later)ᵀ E,
 
 and the errors of its rows are weighted by the diagonal of ``(U_bbᵀ U_bb)⁻¹``, what is left of G once the later blocks
 compensate. After a pass over a block's columns, scales are refitted by least squares and all columns coded again, each
@@ -17,11 +17,12 @@ the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from mlorq.codecs.rotation import rotate, rotate_both
 from mlorq.codecs.trellis import ZERO_SCALE, TrellisMatrix, nearest_scale_codes, scale_values, stream, tables
 from mlorq.fitting.gptq import BLOCK, RowHessian
 from mlorq.fitting.viterbi import TensorBlock, tensor_functions
+
+T = TypeVar("T")
 
 ROW_DAMPING = 1.0  # added to the diagonal of G, relative to its mean (chosen on MiniLM and ViT-Tiny: benchmarks/)
 HEADROOM = 2.0  # of the largest scale over the largest row: feedback lets rows grow
@@ -69,19 +72,7 @@ class TrellisFit:
 
     def codes_of_widths(self, weight: Tensor, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
         """``codes`` for several numbers of bits, on as many threads as torch uses; on a GPU, all at once."""
-        # Computed once, before the threads start; the loops over states release the GIL.
-        self.hessian.shares, self.hessian.single, self.row_factor  # noqa: B018
-        threads = min(len(widths), torch.get_num_threads())
-        if weight.is_cuda:
-            threads = len(widths)
-            torch.cuda.current_stream(weight.device).synchronize()  # the threads' streams read what it has written
-
-        def coded(bits: int) -> TrellisMatrix:
-            with _own_stream(weight.device):
-                return self._codes(weight, bits, sweeps)
-
-        with ThreadPoolExecutor(threads) as pool:
-            return [found.to(weight.device) for found in pool.map(coded, widths)]
+        return self._for_widths(weight.device, widths, lambda bits: self.codes(weight, bits, sweeps))
 
     def codes(self, weight: Tensor, bits: int, sweeps: int = 1) -> TrellisMatrix:
         """Trellis codes of a weight.
@@ -91,36 +82,72 @@ class TrellisFit:
             bits: k.
             sweeps: times that all columns are coded again.
         """
-        return self._codes(weight, bits, sweeps).to(weight.device)
-
-    def _codes(self, weight: Tensor, bits: int, sweeps: int) -> TrellisMatrix:
-        """``codes``, on the CPU."""
-        wide = weight.double()
-        target = wide if self.seed is None else rotate(wide, self.seed)
-        order, place, _, bounds = stream(len(target))
-        target = target[torch.from_numpy(order).to(target.device)]
+        target = self.target(weight)
+        _, place, _, bounds = stream(len(target))
         base = _base(target)
         parts = []
         for start, stop in pairwise(bounds):
-            own = self.row_factor[start:stop, start:stop]
-            remaining = torch.cholesky_inverse(own, upper=True).diagonal()  # of (UᵀU)⁻¹
-            block = _Block(target[start:stop], self.hessian, remaining, bits, base)
+            block = self._block(target, start, stop, bits, base)
             block.round()
             for _ in range(sweeps):
                 block.refit()
                 block.descend()
             parts.append(block)
             error = target[start:stop] - block.values()
-            spread = torch.linalg.solve_triangular(own.T, error, upper=False)
-            target[stop:] -= self.row_factor[start:stop, stop:].T @ spread
+            target[stop:] -= self.feedback(start, stop).T @ error
         scale = np.concatenate([block.scale_codes for block in parts])[place]
-        return TrellisMatrix(
+        found = TrellisMatrix(
             torch.cat([block.codes() for block in parts], dim=1).cpu(),
             torch.from_numpy(scale),
             torch.tensor([base], dtype=torch.float32),
             torch.tensor([-1 if self.seed is None else self.seed], dtype=torch.int32),
             bits,
         )
+        return found.to(weight.device)
+
+    def first_cycle_errors(self, weight: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """What one pass of codes adds to the first cycle's rows of ``target``, ``(rows, in_features)`` float64."""
+        target = self.target(weight)
+        stop, base = stream(len(target)).bounds[1], _base(target)
+
+        def error(bits: int) -> Tensor:
+            block = self._block(target, 0, stop, bits, base)
+            block.round()
+            return block.values() - target[:stop]
+
+        return self._for_widths(weight.device, widths, error)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The rotated weight, its rows in the order of the stream, ``(out_features, in_features)`` float64."""
+        wide = weight.double()
+        wide = wide if self.seed is None else rotate(wide, self.seed)
+        return wide[torch.from_numpy(stream(len(wide)).order).to(wide.device)]
+
+    def feedback(self, start: int, stop: int) -> Tensor:
+        """``U_bb⁻¹ U_b,later`` of the cycle of these rows, ``(rows, later rows)`` float64."""
+        own = self.row_factor[start:stop, start:stop]
+        found: Tensor = torch.linalg.solve_triangular(own, self.row_factor[start:stop, stop:], upper=True)
+        return found
+
+    def _block(self, target: Tensor, start: int, stop: int, bits: int, base: float) -> _Block:
+        own = self.row_factor[start:stop, start:stop]
+        remaining = torch.cholesky_inverse(own, upper=True).diagonal()  # of (UᵀU)⁻¹
+        return _Block(target[start:stop], self.hessian, remaining, bits, base)
+
+    def _for_widths(self, device: torch.device, widths: Sequence[int], made: Callable[[int], T]) -> list[T]:
+        # Computed once, before the threads start; the loops over states release the GIL.
+        self.hessian.shares, self.hessian.single, self.row_factor  # noqa: B018
+        threads = min(len(widths), torch.get_num_threads())
+        if device.type == "cuda":
+            threads = len(widths)
+            torch.cuda.current_stream(device).synchronize()  # the threads' streams read what it has written
+
+        def one(bits: int) -> T:
+            with _own_stream(device):
+                return made(bits)
+
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(one, widths))
 
 
 class _Block:

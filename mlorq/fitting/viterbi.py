@@ -171,7 +171,7 @@ def descend_block(
     coded: Floats,
     moves: Floats,
 ) -> None:
-    """Code the columns of one block again, each to the best codes given all other columns.
+    """Code the columns of one block again, each to its best codes given all other columns and its cycle's edge.
 
     Args:
         slope: ``(columns, rows)``, half the gradient with respect to the values; overwritten.
@@ -182,7 +182,7 @@ def descend_block(
     """
     for column, own in enumerate(slope):
         target = coded[column] - own / hessian[column, column]
-        states[column] = best_states(target, weights, table, bits)
+        states[column] = _best_path(target, weights, table, bits, int(states[column, -1]) & ((STATES >> bits) - 1))
         found = table[states[column]]
         moves[column] = found - coded[column]
         coded[column] = found

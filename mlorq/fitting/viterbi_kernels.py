@@ -79,12 +79,17 @@ def _state_before(state, step, back, BITS: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _write_states(values, weights, table, back, states, rows, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``mlorq.fitting.viterbi.best_states`` of one column."""
-    half = tl.minimum(rows // 2, WINDOW)
-    state = _last_state(values, weights, table, back, rows - half, 2 * half, rows, -1, BITS)
-    for index in range(half):
-        state = _state_before(state, 2 * half - 1 - index, back, BITS)
+def _write_states(  # type: ignore[no-untyped-def]
+    values, weights, table, back, states, rows, BITS: tl.constexpr, AGAIN: tl.constexpr
+):
+    """``mlorq.fitting.viterbi.best_states`` of one column; AGAIN: with the edge of the states that it has."""
+    if AGAIN:
+        state = tl.load(states + rows - 1).to(tl.int32)
+    else:
+        half = tl.minimum(rows // 2, WINDOW)
+        state = _last_state(values, weights, table, back, rows - half, 2 * half, rows, -1, BITS)
+        for index in range(half):
+            state = _state_before(state, 2 * half - 1 - index, back, BITS)
     tl.debug_barrier()
     state = _last_state(values, weights, table, back, 0, rows, rows, state & ((STATES >> BITS) - 1), BITS)
     for index in range(rows - 1):
@@ -124,9 +129,9 @@ def _block(  # type: ignore[no-untyped-def]
             before = tl.load(coded + start + row, mask=inside, other=0.0)
             tl.store(results + start + row, before - tl.div_rn(own, pivot), mask=inside)
             tl.debug_barrier()
-            _write_states(results + start, weights, state_values, back, states + start, rows, BITS)
+            _write_states(results + start, weights, state_values, back, states + start, rows, BITS, True)
         else:
-            _write_states(values + start, weights, state_values, back, states + start, rows, BITS)
+            _write_states(values + start, weights, state_values, back, states + start, rows, BITS, False)
         found = tl.load(table + tl.load(states + start + row, mask=inside, other=0).to(tl.int32))
         if DESCEND:
             result = found - before

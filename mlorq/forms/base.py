@@ -186,6 +186,10 @@ class Form(ABC, Generic[Config]):
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> Sequence[float]:
         """Local costs of ``candidates``, all of this form, in their order (METHOD 4, 7)."""
 
+    def local_bounds(self, fit: LayerFit, candidates: Sequence[Candidate]) -> Sequence[float] | None:
+        """What the local costs of ``candidates`` are at least; None if those are as much work as the costs."""
+        return None
+
     @abstractmethod
     def curve(self, candidate: Candidate) -> Hashable:
         """Key of the candidate's curve. Costs vary smoothly with ``position`` along it: few points are measured."""
@@ -290,10 +294,39 @@ def smallest_size(shape: Shape, settings: Mapping[str, Settings], storage: Stora
     return min(size for _, size in enumerate_candidates(shape, settings, storage))
 
 
-def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate]) -> np.ndarray:
-    """Local costs of a layer's candidates of mixed forms, ``(candidates,)`` float64."""
-    found = np.empty(len(candidates))
+def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate], sizes: Sequence[int]) -> np.ndarray:
+    """Local costs of a layer's candidates of mixed forms, ``(candidates,)`` float64.
+
+    Where a form knows bounds, candidates that others beat already by their bound have the bound as their cost.
+
+    Args:
+        fit: of the layer.
+        candidates: the candidates.
+        sizes: their bytes.
+    """
+    found, size = np.full(len(candidates), np.inf), np.array(sizes)
+    bounded: list[tuple[Form[Any], np.ndarray, np.ndarray]] = []
     for name in dict.fromkeys(candidate.form for candidate in candidates):
-        rows = [index for index, candidate in enumerate(candidates) if candidate.form == name]
-        found[rows] = FORMS[name].local_costs(fit, [candidates[row] for row in rows])
+        form, rows = FORMS[name], np.array([i for i, candidate in enumerate(candidates) if candidate.form == name])
+        own = [candidates[row] for row in rows]
+        bounds = form.local_bounds(fit, own)
+        if bounds is None:
+            found[rows] = form.local_costs(fit, own)
+        else:
+            bounded.append((form, rows, np.array(bounds)))
+    for form, rows, least in bounded:
+        beaten = _are_beaten(least, size[rows], found, size)
+        found[rows[beaten]] = least[beaten]
+        left = rows[~beaten]
+        if len(left):
+            found[left] = form.local_costs(fit, [candidates[row] for row in left])
     return found
+
+
+def _are_beaten(cost: np.ndarray, size: np.ndarray, costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether some of ``(costs, sizes)`` has no more bytes and no higher cost, for each of ``(cost, size)``."""
+    order = np.argsort(sizes, kind="stable")
+    least = np.minimum.accumulate(costs[order])
+    before = np.searchsorted(sizes[order], size, side="right")
+    beaten: np.ndarray = (before > 0) & (least[before - 1] <= cost)
+    return beaten

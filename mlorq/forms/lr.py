@@ -67,8 +67,13 @@ class LR(Form[LRSettings]):
     def local_costs(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float]:
         """One Gram matrix gives the costs of all ranks of a pair of bit-widths (METHOD 4)."""
         widths = sorted({bits for one in candidates for bits in (one.bits_a, one.bits_b) if bits})
-        costs = fit.product_costs(widths)
+        costs = fit.product_costs(widths, max(one.rank or 0 for one in candidates))
         return [float(costs[one.bits_a or 0, one.bits_b or 0][(one.rank or 0) - 1]) for one in candidates]
+
+    def local_bounds(self, fit: LayerFit, candidates: Sequence[Candidate]) -> list[float] | None:
+        """Costs of the float factors."""
+        costs = fit.float_product_costs()
+        return None if costs is None else [float(costs[(one.rank or 0) - 1]) for one in candidates]
 
     def curve(self, candidate: Candidate) -> Hashable:
         return candidate.bits_a, candidate.bits_b

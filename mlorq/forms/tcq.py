@@ -82,8 +82,7 @@ class TCQ(Form[TCQSettings]):
         """
         wanted = {candidate.bits or 0 for candidate in candidates}
         coded = sorted({min(bits, CODED) for bits in wanted})
-        matrices = fit.trellis(coded, sweeps=0)
-        found = {bits: fit.cost(matrix.dequantize()) for bits, matrix in zip(coded, matrices, strict=True)}
+        found = dict(zip(coded, fit.trellis_costs(coded), strict=True))
         for bits in wanted - found.keys():
             found[bits] = found[CODED] * GAUSSIAN_ERRORS[bits - 1] / GAUSSIAN_ERRORS[CODED - 1]
         return [found[candidate.bits or 0] for candidate in candidates]

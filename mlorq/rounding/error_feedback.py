@@ -87,11 +87,12 @@ def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     level = float(moments.compressed.diagonal().mean())
     if len(moments.folds) < 2 or level <= 0:
         return w
-    first, second = moments.folds
-    best, least = 0.0, sum(output_error(w, w, fold) for fold in moments.folds)
+    crosses = [w @ fold.drift_cross for fold in moments.folds]  # W C
+    (first, second), (own, other) = moments.folds, crosses
+    best, least = 0.0, 0.0
     for ridge in RIDGES:
-        error = output_error(w, ridge_correction(w, first, ridge * level), second)
-        error += output_error(w, ridge_correction(w, second, ridge * level), first)
+        error = _error_change(_ridge_change(own, first, ridge * level), second, other)
+        error += _error_change(_ridge_change(other, second, ridge * level), first, own)
         if error < least:
             best, least = ridge, error
     return ridge_correction(w, moments, best * level) if best else w
@@ -108,9 +109,19 @@ def ridge_correction(weight: Tensor, moments: InputMoments, ridge: float) -> Ten
     Raises:
         torch.linalg.LinAlgError: ``Σ̃ + λI`` is not positive definite.
     """
-    identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+    return weight + _ridge_change(weight @ moments.drift_cross, moments, ridge)
+
+
+def _ridge_change(cross: Tensor, moments: InputMoments, ridge: float) -> Tensor:
+    """``W C (Σ̃ + λI)⁻¹`` from W C, ``(out_features, in_features)``."""
+    identity = torch.eye(cross.shape[1], dtype=torch.float64, device=cross.device)
     factor = torch.linalg.cholesky(moments.compressed + ridge * identity)
-    return weight + torch.cholesky_solve((weight @ moments.drift_cross).T, factor).T
+    return torch.cholesky_solve(cross.T, factor).T
+
+
+def _error_change(change: Tensor, moments: InputMoments, cross: Tensor) -> float:
+    """By how much a change Δ of W raises the output error (``output_error``): ``tr(Δ Σ̃ Δᵀ) - 2 tr(Δ (W C)ᵀ)``."""
+    return float((change @ moments.compressed * change).sum() - 2 * (change * cross).sum())
 
 
 def fit_under(task: RoundingTask, target: Tensor, moments: InputMoments) -> CovarianceFit:

@@ -101,7 +101,7 @@ class _FoldSums:
         own, lost = (y, drift) if weights is None else (weights * y, weights * drift)
         products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
         for field, product in zip(FIELDS, products, strict=True):
-            self.sums[field] += product.double()
+            self.sums[field] += product  # float32 to float64
         self.tokens += len(y) if weights is None else float(weights.double().sum())
 
 

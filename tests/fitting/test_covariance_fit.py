@@ -141,8 +141,8 @@ def test_cost_is_the_error_over_tokens_and_gradients(seed: int) -> None:
 def test_costs_of_all_ranks_are_those_of_every_product(seed: int) -> None:
     weight, metric = weights(9, 12, seed), Metric(covariance(12, seed), covariance(9, seed + 1))
     closed = CovarianceFit(weight, metric, PERCENTILES)
-    left = {bits: closed.left_at_all_ranks(bits) for bits in (4, 6)}
-    right = {bits: closed.right(bits).dequantize() for bits in (4, 8)}
+    left = {bits: closed.left_at_all_ranks(bits, 9) for bits in (4, 6)}
+    right = {bits: closed.right(bits, 9).dequantize() for bits in (4, 8)}
     for (bits_a, bits_b), costs in product_costs(closed.weight, metric, left, right).items():
         for rank in range(1, 10):
             product = left[bits_a][:, :rank].double() @ right[bits_b][:rank].double()

@@ -178,7 +178,7 @@ def test_what_is_judged_is_what_the_matrices_give(name: str, metric: str, seed: 
             assert 0 <= float(codes.min()) <= float(codes.max()) < 2**codec.bits
         values = {part: one.dequantize() for part, one in rounded.items()}
         dense = form.dense(fit, candidate)
-        expected = sum_of_products(form, values) if name != "TCQ" else promised(form, fit, candidate).double()
+        expected = sum_of_products(form, values) if name != "TCQ" else promised(form, fit, candidate, 0).double()
         torch.testing.assert_close(dense.double(), expected, rtol=1e-4, atol=1e-5)
         layer = CompressedLayer.of_rounded("layer", candidate, rounded)
         if name != "TCQ":  # rounding codes all columns again
@@ -197,35 +197,35 @@ def naive_cost(fit: Any, dense: Tensor) -> float:
     return float((fit.hessian.double().amax(1, keepdim=True) * error.square()).mean())
 
 
-def at_full_rank(fit: Any, candidate: Candidate) -> Tensor:
-    """Leading columns and rows of factors that are quantized at full rank (METHOD 4, 7)."""
+def at_full_rank(fit: Any, candidate: Candidate, largest: int) -> Tensor:
+    """Leading columns and rows of factors that are quantized at full rank, or at the largest of many (METHOD 4, 7)."""
     rank, bits_a, bits_b = candidate.rank, candidate.bits_a, candidate.bits_b
     if isinstance(fit, CovarianceFit):
-        a, b = fit.left_at_all_ranks(bits_a), fit.right(bits_b).dequantize()
+        a, b = fit.left_at_all_ranks(bits_a, largest), fit.right(bits_b, largest).dequantize()
     else:
         a = fit.left_quantizer(bits_a).round_trip(fit.factors.a.float())
         b = fit.right_quantizer(bits_b).round_trip(fit.factors.b.float())
     return a[:, :rank] @ b[:rank]
 
 
-def promised(form: Form[Any], fit: Any, candidate: Candidate) -> Tensor:
+def promised(form: Form[Any], fit: Any, candidate: Candidate, largest: int) -> Tensor:
     """The Ŵ whose cost a form's local cost is: its own, or one that costs nothing beside those of other ranks."""
     if form.name == "LR":
-        return at_full_rank(fit, candidate)
+        return at_full_rank(fit, candidate, largest)
     if form.name == "TCQ":  # without sweeps
         return fit.trellis([candidate.bits], sweeps=0)[0].dequantize()
     if form.name == "QLR" and isinstance(fit, CovarianceFit):
         codes = fit.codes(candidate.bits).dequantize()
-        return codes + at_full_rank(fit.of(fit.weight.float() - codes), candidate)
+        return codes + at_full_rank(fit.of(fit.weight.float() - codes), candidate, min(fit.weight.shape))
     return form.dense(fit, candidate)
 
 
-def expected_cost(form: Form[Any], fit: Any, candidate: Candidate) -> float:
+def expected_cost(form: Form[Any], fit: Any, candidate: Candidate, largest: int) -> float:
     """The local cost of a candidate: the metric's, or that of 3 bits in proportion to errors on Gaussian weights."""
     if form.name != "TCQ" or candidate.bits <= 3:
-        return naive_cost(fit, promised(form, fit, candidate))
+        return naive_cost(fit, promised(form, fit, candidate, largest))
     errors = {3: 0.01857, 4: 0.00481, 5: 0.001253, 6: 0.000338}
-    return expected_cost(form, fit, Candidate("TCQ", bits=3)) * errors[candidate.bits] / errors[3]
+    return expected_cost(form, fit, Candidate("TCQ", bits=3), largest) * errors[candidate.bits] / errors[3]
 
 
 @pytest.mark.parametrize("metric", ["hessian", "moments"])
@@ -237,12 +237,15 @@ def test_local_costs_are_those_of_what_is_promised(name: str, metric: str, seed:
         weight, hessian = random_weight(shape, seed + attempt)
         fit: Any = hessian_fit(weight, hessian) if metric == "hessian" else moment_fit(weight, seed + attempt)
         chosen = candidates_of(form, shape, rng, 8)
-        expected = [expected_cost(form, fit, candidate) for candidate in chosen]
+        largest = max(candidate.rank or 0 for candidate in chosen)
+        expected = [expected_cost(form, fit, candidate, largest) for candidate in chosen]
         found = form.local_costs(fit, chosen)
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-9)
-        # The order in which candidates come, and which others come along, is no part of a cost.
+        # The order in which candidates come, and which others come along, is no part of a cost; the largest rank is,
+        # for A is rounded once for all ranks.
         np.testing.assert_allclose(list(form.local_costs(fit, chosen[::-1]))[::-1], found, rtol=1e-12)
-        np.testing.assert_allclose(form.local_costs(fit, chosen[:1]), found[:1], rtol=1e-12)
+        one = max(range(len(chosen)), key=lambda at: chosen[at].rank or 0)
+        np.testing.assert_allclose(form.local_costs(fit, [chosen[one]]), [found[one]], rtol=1e-9)
 
 
 def test_local_costs_of_all_forms_together_are_those_of_each(seed: int) -> None:
@@ -251,10 +254,42 @@ def test_local_costs_of_all_forms_together_are_those_of_each(seed: int) -> None:
     fit = hessian_fit(*random_weight(shape, seed))
     mixed = [candidate for form in FORMS for candidate in candidates_of(form, shape, rng)]
     rng.shuffle(mixed)
-    found = local_cost_array(fit, mixed)
+    found = local_cost_array(fit, mixed, [0] * len(mixed))
     for candidate, cost in zip(mixed, found, strict=True):
         (alone,) = FORMS[candidate.form].local_costs(fit, [candidate])
         assert cost == pytest.approx(alone, rel=1e-12)
+
+
+def test_factors_that_others_beat_before_rounding_are_not_rounded(seed: int) -> None:
+    """Their costs are those of the float factors; the front and its costs are those of a search without bounds."""
+    rng = random.Random(seed)
+    shape = Shape(rng.randint(24, 60), rng.randint(24, 60))
+    fit: Any = moment_fit(random_weight(shape, seed)[0], seed)
+    settings = {name: FORMS[name].settings() for name in ("Q", "LR", "TCQ")}
+    found = enumerate_candidates(shape, settings, Storage("exact", "codes"))
+    candidates, sizes = [one for one, _ in found], [size for _, size in found]
+    costs, bounds = local_cost_array(fit, candidates, sizes), fit.float_product_costs()
+    beaten, ranks = 0, []
+    for candidate, size, cost in zip(candidates, sizes, costs, strict=True):
+        if candidate.form != "LR":
+            continue
+        bound = bounds[candidate.rank - 1]
+        better = [
+            other
+            for one, bytes_, other in zip(candidates, sizes, costs, strict=True)
+            if one.form != "LR" and bytes_ <= size and other <= bound
+        ]
+        assert (cost == bound) == bool(better)
+        beaten += bool(better)
+        if not better:
+            ranks.append(candidate.rank)
+    assert beaten
+    left = {candidate: cost for candidate, cost in zip(candidates, costs, strict=True) if candidate.form == "LR"}
+    for (bits_a, bits_b), own in fit.product_costs([4, 6, 8], max(ranks, default=2)).items():
+        for rank in ranks:
+            candidate = Candidate("LR", bits_a=bits_a, bits_b=bits_b, rank=rank)
+            if candidate in left and left[candidate] != bounds[rank - 1]:
+                assert left[candidate] == pytest.approx(own[rank - 1], rel=1e-6)
 
 
 # -- candidates -------------------------------------------------------------------------------------------------------
