@@ -147,7 +147,7 @@ class CovarianceFit:
         self.rotation = rotation
         self.judge = judge or metric
         self._output = output
-        self._right: dict[tuple[int, int], Rounded] = {}
+        self._right: dict[tuple[int, int, int], Rounded] = {}
         self._rounded: dict[int, Rounded] = {}
 
     @cached_property
@@ -204,25 +204,26 @@ class CovarianceFit:
                 best, least = parts, cost
         return best
 
-    def right(self, bits: int, rank: int) -> Rounded:
+    def right(self, bits: int, rank: int, sweeps: int = SWEEPS) -> Rounded:
         """The leading rows of B̂, ``(rank, in_features)``; they do not depend on the rank."""
-        if (bits, rank) not in self._right:
-            self._right[bits, rank] = self.round_rows(self.factors.b[:rank], self.metric.rows, bits)
-        return self._right[bits, rank]
+        key = bits, rank, sweeps
+        if key not in self._right:
+            self._right[key] = self.round_rows(self.factors.b[:rank], self.metric.rows, bits, sweeps)
+        return self._right[key]
 
     def left_at_all_ranks(self, bits: int, rank: int) -> Tensor:
         """Leading columns of A after nearest rounding; they approximate those of Â when many ranks are compared."""
         a = self.factors.a[:, :rank]
         return self._search(a, None, bits).round_trip(a.float())
 
-    def round_rows(self, values: Tensor, hessian: RowHessian, bits: int) -> Rounded:
+    def round_rows(self, values: Tensor, hessian: RowHessian, bits: int, sweeps: int = SWEEPS) -> Rounded:
         """Scales and codes of rows under one Hessian; never worse than nearest rounding with the searched scales."""
         quantizer = self._search(values, hessian, bits)
         norms = hessian.norms(values)
         codes = quantizer.quantize(values.float())
         fitted, least = refit_scale(values, hessian, quantizer, codes, norms)
         best = Rounded(codes, fitted, values.float())
-        for sweep in range(SWEEPS + 1):
+        for sweep in range(sweeps + 1):
             if sweep:
                 codes = descend(values, hessian, quantizer, codes)
             else:
@@ -268,9 +269,10 @@ class CovarianceFit:
         return found.cpu().numpy() / self.weight.numel()
 
     def product_costs(self, widths: Sequence[int], rank: int | None = None) -> dict[tuple[int, int], np.ndarray]:
+        """Costs of factors that are rounded once, without coordinate descent."""
         rank = len(self.factors.b) if rank is None else rank
         left = {bits: self.left_at_all_ranks(bits, rank) for bits in widths}
-        right = {bits: self.right(bits, rank).dequantize() for bits in widths}
+        right = {bits: self.right(bits, rank, sweeps=0).dequantize() for bits in widths}
         costs = product_costs(self.weight, self.judge, left, right)
         return {pair: cost.cpu().numpy() / self.weight.numel() for pair, cost in costs.items()}
 

@@ -201,7 +201,7 @@ def at_full_rank(fit: Any, candidate: Candidate, largest: int) -> Tensor:
     """Leading columns and rows of factors that are quantized at full rank, or at the largest of many (METHOD 4, 7)."""
     rank, bits_a, bits_b = candidate.rank, candidate.bits_a, candidate.bits_b
     if isinstance(fit, CovarianceFit):
-        a, b = fit.left_at_all_ranks(bits_a, largest), fit.right(bits_b, largest).dequantize()
+        a, b = fit.left_at_all_ranks(bits_a, largest), fit.right(bits_b, largest, sweeps=0).dequantize()
     else:
         a = fit.left_quantizer(bits_a).round_trip(fit.factors.a.float())
         b = fit.right_quantizer(bits_b).round_trip(fit.factors.b.float())
