@@ -35,6 +35,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "costs measured": {"search.sensitivity": "measured"},
     "local costs as they are": {"search.sensitivity": "local"},
+    "no low rank": {"search.forms": ["Q", "TCQ"]},
     "affine codes alone": {"search.forms": ["Q"]},
     "affine codes and low rank": {"search.forms": ["Q", "LR", "QLR"], "search.factor_bits": [4, 6]},
     "rotated residual stream": {"model.rotation": 1},
