@@ -129,8 +129,30 @@ class CompressedModule(nn.Module):
     # -- contents -----------------------------------------------------------------------------------------
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The layer's stored tensors by buffer name: all that counts towards the budget."""
+        """The layer's stored tensors by buffer name: all that counts towards the budget.
+
+        Raises:
+            ModelError: the codes have been dropped.
+        """
+        if not self._parts:
+            raise ModelError(
+                f"layer {self.layer_name!r} has dropped its codes; load the checkpoint with weights='packed' to keep them"
+            )
         return {name: self.get_buffer(name) for name in self._parts}
+
+    def drop_codes(self, twin: CompressedModule | None = None) -> None:
+        """Keep only the dequantized matrices: memory and time of a float layer, which cannot be stored again.
+
+        Args:
+            twin: a layer with the same weight that has dropped its codes; its matrices are shared.
+        """
+        for name in self._matrices:
+            values = self.dense(name) if twin is None else twin.dense(name)
+            self.register_buffer(_values(name), values, persistent=False)
+        for part in self._parts:
+            del self._buffers[part]
+        self._parts = {}
+        self.drop_cache()
 
     @property
     def stored_bytes(self) -> int:
@@ -138,13 +160,18 @@ class CompressedModule(nn.Module):
         return sum(tensor.nbytes for tensor in self.stored_tensors().values())
 
     def matrix(self, name: str) -> StoredMatrix:
-        """One stored matrix with its codes unpacked."""
+        """One stored matrix with its codes unpacked.
+
+        Raises:
+            ModelError: the codes have been dropped.
+        """
         _, columns, codec = self._matrices[name]
         return codec.unpack(self._tensors(name), columns)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         prefix = f"{name}_"
-        return {key.removeprefix(prefix): self.get_buffer(key) for key in self._parts if key.startswith(prefix)}
+        stored = self.stored_tensors()
+        return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
 
     def compressed_layer(self) -> CompressedLayer:
         """The stored matrices as a record: the inverse of ``from_layer``."""
@@ -153,6 +180,9 @@ class CompressedModule(nn.Module):
 
     def dense(self, name: str) -> Tensor:
         """One stored matrix dequantized, ``(rows, columns)`` in the compute dtype."""
+        values = self._buffers.get(_values(name))
+        if values is not None:
+            return values
         if torch.compiler.is_compiling():  # the traced program holds the codes; no traced tensor is cached
             return self._dequantize(name)
         kept = self._kept.get(name)
@@ -193,7 +223,7 @@ class CompressedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_cache()
-        before = self.stored_tensors()
+        before = self.stored_tensors() if self._parts else {}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             after = self.get_buffer(name)
@@ -206,7 +236,7 @@ class CompressedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.drop_cache()
         error_messages = args[-1]
-        for name, tensor in self.stored_tensors().items():
+        for name, tensor in (self.stored_tensors() if self._parts else {}).items():
             given = state_dict.get(prefix + name)
             if given is not None and given.dtype != tensor.dtype:  # copying would wrap or round silently
                 error_messages.append(f"{prefix + name} is {given.dtype} instead of {tensor.dtype}")
@@ -426,6 +456,11 @@ def swap_module(module: nn.Module, path: str, old: nn.Module, new: nn.Module) ->
         for value in vars(other).values():
             if isinstance(value, list):
                 value[:] = [new if item is old else item for item in value]
+
+
+def _values(matrix: str) -> str:
+    """Name of the buffer with the values of a matrix whose codes have been dropped."""
+    return f"{matrix}_values"
 
 
 def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidate) -> str | None:

@@ -1,0 +1,33 @@
+"""What the compressed layers of a loaded model keep in memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from mlorq.forms.modules import CompressedEmbedding, CompressedModule
+
+Weights = Literal["packed", "dense", "both"]
+
+
+def keep_in_memory(module: nn.Module, weights: Weights) -> None:
+    """Choose what the compressed layers of a module keep, in place.
+
+    Outputs are the same bit for bit. Embedding tables stay packed in any case: a lookup decodes single rows.
+
+    Args:
+        module: the compressed model.
+        weights: ``packed``: codes, decoded in every forward pass (least memory, several times the time); ``dense``:
+            float matrices, without codes (memory and time of the float model; it cannot be saved again); ``both``:
+            codes, and float matrices after their first use (most memory, time of the float model).
+    """
+    dropped: dict[str, CompressedModule] = {}
+    for layer in module.modules():
+        if not isinstance(layer, CompressedModule):
+            continue
+        layer.cache = weights == "both"
+        layer.drop_cache()
+        if weights == "dense" and not isinstance(layer, CompressedEmbedding):
+            layer.drop_codes(dropped.get(layer.layer_name))
+            dropped.setdefault(layer.layer_name, layer)
