@@ -136,7 +136,7 @@ class CompressedModule(nn.Module):
         """
         if not self._parts:
             raise ModelError(
-                f"layer {self.layer_name!r} has dropped its codes; to keep them, load the checkpoint with weights='packed'"
+                f"layer {self.layer_name!r} has dropped its codes; load it with weights='packed' to keep them"
             )
         return {name: self.get_buffer(name) for name in self._parts}
 
