@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.store import json_bytes
 from mlorq.checkpoint import io as checkpoint
-from mlorq.checkpoint.format import CONFIG, TENSORS, checkpoint_files, rest_upper_bound
+from mlorq.checkpoint.format import checkpoint_files
+from mlorq.checkpoint.places import DESCRIPTION as CONFIG
+from mlorq.checkpoint.places import TENSORS
+from mlorq.checkpoint.size_bound import rest_upper_bound
 from mlorq.checkpoint.io import inspect, load, save
 from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.config.budget import parse_budget
