@@ -92,7 +92,7 @@ def read_description(location: Location) -> Description:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ConfigError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"{file} is damaged: {reason}") from error
-    raise CheckpointError(f"{file} has format version {version!r:.60}; this version of mlorq reads 1 and 2")
+    raise CheckpointError(f"{file} has format version {version!r:.60}; this version of mlorq reads {known} there")
 
 
 def is_old_description(text: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Putting a checkpoint's tensors into a module whose parameters have no memory (``mlorq.models.blank``).
+"""Putting a checkpoint's tensors into a module whose parameters have no values yet (``mlorq.models.blank``).
 
 ``prepare`` replaces the compressed layers of a float model, and ``sources`` finds the stored tensor of every name in
 its state. Both look at names, shapes and dtypes only, so that all of a checkpoint is checked before tensors are read.
@@ -19,22 +19,18 @@ from mlorq.checkpoint.places import TENSORS
 from mlorq.checkpoint.tensor_file import StoredTensor
 from mlorq.errors import CheckpointError, one_line
 from mlorq.forms.modules import CompressedModule, compressed_class, install
-from mlorq.models.blank import META, put
 
 
 def prepare(module: nn.Module, description: Description) -> nn.Module:
-    """A float model with its compressed layers and activation quantizers, empty and on the meta device.
-
-    The module is changed in place.
+    """A float model with its compressed layers and activation quantizers, all empty; the module is changed in place.
 
     Raises:
         CheckpointError, ModelError: a layer is not in the model, or has another kind or shape there.
     """
-    with META:
-        for entry in description.entries:
-            _install(module, entry)
-        if description.plan is not None:
-            description.plan.install(module)
+    for entry in description.entries:
+        _install(module, entry)
+    if description.plan is not None:
+        description.plan.install(module)
     return module
 
 
@@ -60,14 +56,22 @@ def sources(module: nn.Module, description: Description, stored: Mapping[str, St
     return found
 
 
-def fill(module: nn.Module, description: Description, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+def fill(
+    module: nn.Module,
+    description: Description,
+    names: Mapping[str, str],
+    read: Callable[[str], Tensor],
+    *,
+    complete: bool,
+) -> None:
     """Put the stored tensors into a prepared module; what it shares stays shared.
 
     Args:
         module: the module, which is changed in place.
         description: of the checkpoint.
         names: result of ``sources``.
-        read: returns a stored tensor.
+        read: returns a stored tensor, in memory of its own.
+        complete: whether all of the module's parameters must be filled.
 
     Raises:
         CheckpointError: a scale is not positive and finite, two tensors differ that the model shares, or a parameter
@@ -85,7 +89,7 @@ def fill(module: nn.Module, description: Description, names: Mapping[str, str], 
         for name, target in receiving:
             if id(target) not in filled:
                 # Names of one tensor in the file may be several tensors in the model, which can then change apart.
-                put(target, value.clone() if is_put else value)
+                target.data = value.clone() if is_put else value
                 filled[id(target)], is_put = value, True
             elif filled[id(target)] is not value and not torch.equal(filled[id(target)], value):
                 raise CheckpointError(f"tensor {name!r} is shared in the model but not in the checkpoint")
@@ -93,10 +97,9 @@ def fill(module: nn.Module, description: Description, names: Mapping[str, str], 
     for name, buffer in module.named_buffers(remove_duplicate=False):
         if name in buffers:  # not stored, but cast like those of the saved model
             buffer.data = buffer.data.to(dtype_of(buffers[name]))
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if value.is_meta:
-            raise CheckpointError(f"the model's tensor {name!r} is not part of its state: pass model=instance")
-    # Runs the model's own hooks of loading; every tensor is copied onto itself, which does nothing.
+    for name, parameter in module.named_parameters():
+        if complete and id(parameter) not in filled:
+            raise CheckpointError(f"the model's parameter {name!r} is not part of its state: pass model=instance")
     try:
         module.load_state_dict(tensor_state(module), strict=True)
     except RuntimeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mlorq.checkpoint.format import sizes_of, tensor_state
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
 from mlorq.checkpoint.tensor_file import Header, read_header, read_tensor
 from mlorq.errors import CheckpointError, ModelError
-from mlorq.models.blank import Limits, blank_copy, shapes_only, without_parameters
+from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
 
 
 def save(files: Mapping[str, bytes], location: Location) -> None:
@@ -66,13 +66,12 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
     with _naming(location):
         description = read_description(location)
         with _tensors(location, description, whole=True) as (header, read):
-            if model is None:
-                module = _rebuilt(description, header)
-            else:
-                stated = {id(value) for value in tensor_state(model).values()}
-                module = blank_copy(model, [value for value in model.parameters() if id(value) not in stated])
-            prepare(module, description)
-            fill(module, description, sources(module, description, header.tensors), read)
+            build = _builder(description, header, model)
+            # First by shapes alone, so that everything is compared with the file before memory is taken.
+            with META:
+                names = sources(prepare(build(values=False), description), description, header.tensors)
+            module = prepare(build(values=True), description)
+            fill(module, description, names, read, complete=model is None)
         return module.to(device).eval()
 
 
@@ -130,24 +129,29 @@ def inspect(location: Location) -> dict[str, Any]:
         return {**description.config, "files": files, "file_bytes": sum(files.values()), "rest": rest_by_kind(rest)}
 
 
-def _rebuilt(description: Description, header: Header) -> nn.Module:
-    """The float architecture with parameters on the meta device, after its sizes were compared with the file."""
+class _Builder(Protocol):
+    def __call__(self, *, values: bool) -> nn.Module:
+        """The float architecture: on the meta device, or with its buffers, but without values of parameters."""
+
+
+def _builder(description: Description, header: Header, model: nn.Module | None) -> _Builder:
+    """Builds the float architecture, from the description or from an instance."""
     from mlorq.models import rebuild
 
     paths = sum(1 + len(entry.aliases) for entry in description.entries)
     names = len(header.tensors) + len(description.config["aliases"]) + 2 * paths  # a weight and a bias
-    largest = max(
-        [tensor.bytes for tensor in header.tensors.values()] + [entry.float_bytes for entry in description.entries],
-        default=0,
-    )
-    limits = Limits.of_file(names, largest)
+    sizes = [one.bytes for one in header.tensors.values()] + [entry.float_bytes for entry in description.entries]
+    limits = Limits.of_file(names, max(sizes, default=0))
 
-    def build() -> nn.Module:
+    def from_description() -> nn.Module:
         return rebuild(description.config["architecture"])
 
-    empty = prepare(shapes_only(build, limits), description)
-    sources(empty, description, header.tensors)
-    return without_parameters(build, limits)
+    def build(*, values: bool) -> nn.Module:
+        if model is None:
+            return (without_values if values else shapes_only)(from_description, limits)
+        return blank_copy(model, tensor_state(model).values()) if values else shapes_copy(model)
+
+    return build
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Modules whose parameters take no memory, for a checkpoint's tensors to be put in their place.
+"""Modules whose parameters have no values yet and take no memory, for a checkpoint's tensors to be put in their place.
 
-A description in a checkpoint can ask for any size. ``shapes_only`` therefore builds a module of which no tensor takes
-memory: its sizes can be compared with the file first. ``without_parameters`` then builds it again with parameters on
-the meta device, but with real buffers, since constructors compute values of buffers that no file holds. Both act on the
-calling thread alone.
+A description in a checkpoint can ask for any size. ``shapes_only`` therefore builds a module on the meta device: its
+sizes can be compared with the file before memory is taken. ``without_values`` then builds it again, with buffers, since
+constructors compute values of buffers that no file holds, but without initialising parameters: the memory that
+``torch.empty`` reserves is never touched, so it is neither resident nor takes time. On the meta device constructors
+would compute buffers there, from the device of a parameter. Both act on the calling thread alone.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mlorq.errors import CheckpointError
 
 META = torch.device("meta")
 SLACK_BYTES = 1 << 28  # of a tensor that is not stored: masks and tables of positions
 SLACK_PARTS = 1000  # parameters that a constructor makes and replaces
-MODULES = 50  # most modules per parameter: activations, dropouts and containers have none
+MODULES = 20  # most modules per parameter: activations, dropouts and containers have none
 MOST_READ = 1_000_000  # numbers of a tensor that a constructor makes a list of
+_FILLS = {"uniform_", "normal_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "add_", "clamp_"}
 _READS = {"item": 0, "tolist": [], "__bool__": False, "__int__": 0, "__float__": 0.0, "__index__": 0}
 
 
@@ -59,79 +60,65 @@ def shapes_only(build: Callable[[], nn.Module], limits: Limits) -> nn.Module:
         return build()
 
 
-def without_parameters(build: Callable[[], nn.Module], limits: Limits) -> nn.Module:
-    """The module that ``build`` makes, with parameters on the meta device; shared parameters stay shared.
+def without_values(build: Callable[[], nn.Module], limits: Limits) -> nn.Module:
+    """The module that ``build`` makes, with arbitrary values of its parameters.
 
     Raises:
         CheckpointError: the module has too many parts; also what ``build`` raises.
     """
-    moved = WeakIdKeyDictionary()
-
-    def to_meta(parameter: nn.Parameter) -> nn.Parameter:
-        if parameter.is_meta:
-            return parameter
-        if parameter not in moved:
-            moved[parameter] = meta_parameter(parameter)
-        found: nn.Parameter = moved[parameter]
-        return found
-
-    with _counted(limits, to_meta):
+    with _counted(limits), _Unfilled():
         return build()
 
 
-def blank_copy(module: nn.Module, kept: Collection[Tensor] = ()) -> nn.Module:
-    """A deep copy of a module with its parameters on the meta device; buffers, and parameters in ``kept``, are copied.
+def shapes_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of a module with its parameters and buffers on the meta device; shared ones stay shared."""
+    values = [*module.parameters(), *module.buffers()]
+    return deepcopy(module, {id(value): _like(value, value.detach().to(META)) for value in values if _plain(value)})
+
+
+def blank_copy(module: nn.Module, stated: Collection[Tensor]) -> nn.Module:
+    """A deep copy of a module without the values of some parameters, on the CPU; shared ones stay shared.
 
     Args:
         module: the module; it is not changed.
-        kept: parameters to copy with their values.
+        stated: tensors that will be filled. Buffers among them are copied all the same, and so are other parameters.
     """
-    values = {id(value) for value in kept}
-    memo = {id(p): meta_parameter(p) for p in module.parameters() if id(p) not in values and type(p) is nn.Parameter}
-    return deepcopy(module, memo)
+    known = {id(value) for value in stated}
+    blank = [value for value in module.parameters() if id(value) in known and _plain(value)]
+    return deepcopy(module, {id(value): _like(value, torch.empty_like(value, device="cpu")) for value in blank})
 
 
-def meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter like another one without memory."""
-    found = nn.Parameter(parameter.detach().to(META), requires_grad=parameter.requires_grad)
-    found.__dict__.update(parameter.__dict__)
+def _plain(value: Tensor) -> bool:
+    return type(value) in (nn.Parameter, Tensor)
+
+
+def _like(value: Tensor, data: Tensor) -> Tensor:
+    found = nn.Parameter(data, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else data
+    found.__dict__.update(value.__dict__)
     return found
 
 
-def put(target: Tensor, value: Tensor) -> None:
-    """Give a tensor of a module the memory, dtype and device of ``value``, in place: all references to it see them."""
-    if not target.is_meta:
-        target.data = value
-        return
-    if isinstance(target, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=target.requires_grad and value.is_floating_point())
-    value.__dict__.update(target.__dict__)
-    torch.utils.swap_tensors(target, value)
-
-
 @contextmanager
-def _counted(limits: Limits, change: Callable[[nn.Parameter], nn.Parameter] | None = None) -> Iterator[None]:
-    """Count the parameters and modules that this thread's constructors register, and change the parameters."""
+def _counted(limits: Limits) -> Iterator[None]:
+    """Count the parameters and modules that this thread's constructors register."""
     thread, parameters, modules = threading.get_ident(), 0, 0
 
-    def on_parameter(_: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    def on_parameter(_: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal parameters
-        if threading.get_ident() != thread:
-            return None
-        parameters += 1
-        if parameters > limits.parameters:
-            raise CheckpointError(f"the architecture has more parameters than the file can hold ({limits.parameters})")
-        return change(parameter) if change else None
+        if threading.get_ident() == thread:
+            parameters += 1
+            if parameters > limits.parameters:
+                raise CheckpointError(f"the architecture has more parameters than the file ({limits.parameters})")
 
     def on_module(_: nn.Module, name: str, module: nn.Module | None) -> None:
         nonlocal modules
         if threading.get_ident() == thread:
             modules += 1
             if modules > MODULES * limits.parameters:
-                raise CheckpointError("the architecture has more modules than the file can hold")
+                raise CheckpointError("the architecture has more modules than the file")
 
     hooks = [
-        registration.register_module_parameter_registration_hook(cast(Any, on_parameter)),  # may return a parameter
+        registration.register_module_parameter_registration_hook(on_parameter),
         registration.register_module_module_registration_hook(on_module),
     ]
     try:
@@ -141,7 +128,19 @@ def _counted(limits: Limits, change: Callable[[nn.Parameter], nn.Parameter] | No
             hook.remove()
 
 
-class _Measured(TorchFunctionMode):
+class _Unfilled(TorchFunctionMode):
+    """Skips the initialisation of parameters, most of a constructor's time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        target = args[0] if args else (kwargs or {}).get("tensor")  # functions of nn.init name their argument
+        if isinstance(target, nn.Parameter) and (
+            getattr(func, "__name__", "") in _FILLS or getattr(func, "__module__", "") == nn.init.__name__
+        ):
+            return target
+        return func(*args, **(kwargs or {}))
+
+
+class _Measured(_Unfilled):
     """Refuses large tensors, and lets constructors read values that tensors on the meta device do not have."""
 
     def __init__(self, most_bytes: int) -> None:
@@ -155,7 +154,7 @@ class _Measured(TorchFunctionMode):
             if read == "tolist" and args[0].numel() > MOST_READ:
                 raise CheckpointError(f"the architecture asks for a list of {args[0].numel()} numbers")
             return [0.0] * args[0].numel() if read == "tolist" else _READS[read]
-        found = func(*args, **(kwargs or {}))
+        found = super().__torch_function__(func, types, args, kwargs)
         if isinstance(found, Tensor) and found.numel() * found.element_size() > self.most_bytes:
             size = found.numel() * found.element_size()
             raise CheckpointError(f"the architecture asks for a tensor of {size} bytes, far more than the file holds")
