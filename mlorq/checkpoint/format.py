@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.artifacts.store import json_bytes, tensors_bytes
+from mlorq.artifacts.store import tensors_bytes
 from mlorq.checkpoint.description import VERSION_KEY
 from mlorq.checkpoint.entry import LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
-from mlorq.checkpoint.tensor_file import FORMAT_VERSION, digest, header_text, metadata, parts
+from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
@@ -90,7 +90,7 @@ def description_bytes(
         for name, buffer in module.named_buffers(remove_duplicate=False)
         if name not in persistent and buffer.is_floating_point()
     }
-    return json_bytes(
+    return json_lines(
         {
             VERSION_KEY: FORMAT_VERSION,
             "mlorq_version": _mlorq_version(),
@@ -106,6 +106,17 @@ def description_bytes(
             **({"activations": given["activations"]} if given.get("activations") else {}),
         }
     )
+
+
+def json_lines(values: Mapping[str, Any]) -> bytes:
+    """A JSON object with a line for each key, and for each item of a list: short, and a difference shows the layer."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join(compact(item) for item in value) + "\n]"
+        return compact(value)
+
+    return ("{\n" + ",\n".join(f"{compact(key)}: {text(value)}" for key, value in values.items()) + "\n}\n").encode()
 
 
 def sizes_of(entries: Sequence[LayerEntry], rest_bytes: int, overhead_bytes: int) -> dict[str, int]:

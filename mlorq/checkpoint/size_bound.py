@@ -6,7 +6,6 @@ of the whole checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from mlorq.checkpoint.entry import LayerEntry, dtype_name
 from mlorq.checkpoint.float_sizes import TensorSize
 from mlorq.checkpoint.format import EMBEDDING, HASH_KEYS, description_bytes, sizes_of, stored_once, tensor_state
-from mlorq.checkpoint.tensor_file import ALIGNED, DTYPES, digest, header_text, metadata
+from mlorq.checkpoint.tensor_file import ALIGNED, DTYPES, compact, digest, header_text, metadata
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import compressed_class, get_layer, shared_names
@@ -122,7 +121,7 @@ def _longest(description: Mapping[str, Any]) -> dict[str, Any]:
 def _described_bytes(entry: LayerEntry) -> int:
     """Approximate bytes of a layer's description: its entry, and its tensors in the header."""
     rows = [entry.to_json(), {entry.layer: entry.summary()}]
-    return len(json.dumps(rows)) + sum(len(name) + 120 for name in entry.layout())
+    return len(compact(rows).encode()) + sum(len(name) + 120 for name in entry.layout())
 
 
 def _unpaid(entry: LayerEntry) -> int:

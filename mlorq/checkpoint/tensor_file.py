@@ -86,8 +86,8 @@ def digest(data: bytes | memoryview) -> str:
 
 def header_text(table: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
     """The bytes before the data: length, table of tensors and metadata, padded."""
-    whole = {"__metadata__": {ENTRY: _compact(own)}, **table}
-    text = _compact(whole).encode()
+    whole = {"__metadata__": {ENTRY: compact(own)}, **table}
+    text = compact(whole).encode()
     text += b" " * (-len(text) % ALIGNED)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
@@ -215,5 +215,6 @@ def _check(table: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return digest(json.dumps([own, table], sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def _compact(value: Any) -> str:
+def compact(value: Any) -> str:
+    """A value as JSON text without spaces."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mlorq.artifacts.store import json_bytes
+from mlorq.checkpoint.format import json_lines
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import ENTRY, digest, header_text, metadata, parts
 
@@ -19,7 +20,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the object in ``mlorq.json``."""
     config = json.loads((folder / DESCRIPTION).read_text())
     change(config)
-    (folder / DESCRIPTION).write_bytes(json_bytes(config))
+    (folder / DESCRIPTION).write_bytes(json_lines(config))
     sign(folder)
 
 
