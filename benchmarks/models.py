@@ -37,8 +37,8 @@ from torch import nn
 import mlorq
 from flows.pool import Pool
 from mlorq.artifacts.store import ArtifactRef, Store
-from mlorq.checkpoint.format import CONFIG, TENSORS
 from mlorq.checkpoint.io import save
+from mlorq.checkpoint.places import FILES
 from mlorq.config.run import RunConfig
 from mlorq.evaluation.outputs import model_outputs
 from mlorq.forms.modules import replace_layers
@@ -266,7 +266,7 @@ def measure(
     artifacts = {role: ArtifactRef.from_json(value) for role, value in result["artifacts"].items()}
     listed = session.artifacts.layers(artifacts["layers"])
     checkpoint = folder / "out"
-    save({name: session.store.read_bytes(artifacts["checkpoint"], name) for name in (TENSORS, CONFIG)}, checkpoint)
+    save({name: session.store.read_bytes(artifacts["checkpoint"], name) for name in FILES}, checkpoint)
     return {
         "parameters": parameters,
         "layers": len(listed.layers),

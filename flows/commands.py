@@ -259,8 +259,8 @@ def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, co
 def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[str, Any]]) -> None:
     """Copy one checkpoint to ``location``; several to subfolders named after the budgets."""
     from mlorq.artifacts.store import ArtifactRef
-    from mlorq.checkpoint.format import CONFIG, TENSORS
     from mlorq.checkpoint.io import save
+    from mlorq.checkpoint.places import FILES
     from steps.session import open_store
 
     store = open_store(config)
@@ -268,7 +268,7 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
     for result in results:
         target = location if len(results) == 1 else f"{location.rstrip('/')}/{result['budget'].replace(' ', '')}"
         ref = ArtifactRef.from_json(result["artifacts"]["checkpoint"])
-        files = {name: store.read_bytes(ref, name) for name in (TENSORS, CONFIG)}
+        files = {name: store.read_bytes(ref, name) for name in FILES}
         save(files, target)
         result["output"] = target
 

@@ -228,13 +228,13 @@ class ArtifactReader:
 
         An artifact of a remote store is copied to a temporary folder, through the store's cache and retries.
         """
-        from mlorq.checkpoint.format import CONFIG, TENSORS
+        from mlorq.checkpoint.places import FILES
 
         if not self._store.is_remote:
             yield self._store.uri(ref)
             return
         with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
-            for name in (TENSORS, CONFIG):
+            for name in FILES:
                 Path(folder, name).write_bytes(self._store.read_bytes(ref, name))
             yield folder
 

@@ -13,7 +13,8 @@ from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.checkpoint.float_sizes import rest_by_kind
-from mlorq.checkpoint.format import checkpoint_files, float_rest, rest_upper_bound
+from mlorq.checkpoint.format import checkpoint_files
+from mlorq.checkpoint.size_bound import float_rest, rest_upper_bound
 from mlorq.codecs.base import Accounting
 from mlorq.config.layer_overrides import search_json
 from mlorq.forms.embedding_tables import find_tables, replace_tables
@@ -157,4 +158,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     return checkpoint_files(module, description)
 
 
-STEP = Step("compressed", 3, Params, Inputs, run)
+STEP = Step("compressed", 4, Params, Inputs, run)

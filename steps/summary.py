@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
+from mlorq.checkpoint.places import DESCRIPTION
 from mlorq.evaluation.report import front_picture, render_report
 from steps.artifacts import ArtifactReader
 from steps.base import Needs, Progress, Step, StepSpec
@@ -73,7 +74,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     artifacts = context.artifacts
     info = artifacts.json(inputs.allocation, "allocation.json")
     rows = artifacts.table(inputs.allocation, "allocation.parquet").to_pylist()
-    sizes = artifacts.json(inputs.checkpoint, "config.json")["sizes"]
+    sizes = artifacts.json(inputs.checkpoint, DESCRIPTION)["sizes"]
     float_info = artifacts.json(inputs.baseline, "metrics.json")
     metrics = artifacts.json(inputs.evaluation, "metrics.json")
     result = _allocation_json(params, inputs.allocation, info, rows)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from mlorq.activations.quantizers import ActivationQuantizer
 
 
+MOST_BITS = 32
+
+
 @dataclass(frozen=True)
 class Fold:
     """A LayerNorm and all linear layers that read its output."""
@@ -85,15 +88,23 @@ class ActivationPlan:
         return cls(sites, folds, dict(tensors or {}))
 
     def check(self) -> None:
-        """Check that all quantizers can be built, before a module is changed.
+        """Check that all quantizers can be built, before a module is changed; takes no memory for their tensors.
 
         Raises:
-            KeyError, TypeError, ValueError: a description is malformed.
+            KeyError, TypeError, ValueError, RuntimeError: a description is malformed.
         """
+        import torch
+
         from mlorq.activations.quantizers import build
 
         for site in self.sites:
-            build(site.quantizer)
+            if not all(isinstance(name, str) for name in (site.name, *site.layers)):
+                raise ValueError(f"site {site.name!r:.60} has a name that is not a text")
+            bits = site.quantizer["bits"]
+            if type(bits) is not int or not 1 <= bits <= MOST_BITS:
+                raise ValueError(f"site {site.name!r} has {bits!r:.60} bits instead of 1 to {MOST_BITS}")
+            with torch.device("meta"):
+                build(site.quantizer)
 
     def groups(self) -> dict[str, list[Site]]:
         """Sites by group."""
@@ -154,7 +165,10 @@ class ActivationPlan:
         installed: dict[str, ActivationQuantizer] = {}
         try:
             for site in self.sites:
-                quantizer = installed[site.name] = build(site.quantizer, self._of(site.name)).to(device)
+                tensors = self._of(site.name)
+                quantizer = installed[site.name] = build(site.quantizer, tensors)
+                if tensors is not None:
+                    quantizer.to(device)
                 if site.layers:
                     for name in site.layers:
                         attach_input(module.get_submodule(name), quantizer)

@@ -1,7 +1,8 @@
-"""Entries of compressed layers in a checkpoint's ``config.json``, and the tensors that belong to them."""
+"""Entries of compressed layers in a checkpoint's ``mlorq.json``, and the tensors that belong to them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from mlorq.codecs.affine import ZERO_POINT_DTYPES
-from mlorq.codecs.base import ZeroPoint
+from mlorq.codecs.base import TensorSpec, ZeroPoint
 from mlorq.forms.base import FIELDS, FORMS, Candidate, MatrixSpec, Shape
+
+INTEGERS = ("bits", "bits_a", "bits_b", "rank", "bytes")
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One compressed layer in ``config.json``.
+    """One compressed layer in ``mlorq.json``.
 
     Attributes:
         layer: name in the model.
@@ -41,15 +44,28 @@ class LayerEntry:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """``(out_features, in_features)`` of the weight as a matrix."""
-        return self.shape[0], torch.Size(self.shape[1:]).numel()
+        return self.shape[0], math.prod(self.shape[1:])  # of integers of any size: no product overflows
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the float weight in the dtype in which the layer computes."""
+        return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
     def tensor_names(self, path: str) -> list[str]:
         """State-dict names of this layer's stored tensors, for one of the layer's names."""
-        return [
-            f"{path}.{name}_{part}"
+        return [f"{path}.{name.removeprefix(f'{self.layer}.')}" for name in self.layout()]
+
+    def layout(self) -> dict[str, TensorSpec]:
+        """Shapes and dtypes of this layer's stored tensors, by state-dict name."""
+        return {
+            f"{self.layer}.{name}_{part}": spec
             for name, (rows, columns, codec) in self._matrices().items()
-            for part in codec.layout(rows, columns)
-        ]
+            for part, spec in codec.layout(rows, columns).items()
+        }
+
+    def summary(self) -> list[Any]:
+        """The layer as the header of ``model.safetensors`` has it: its candidate, and the shape of the float weight."""
+        return [self.candidate.candidate_id, list(self.shape)]
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dequantized weight, in the float layer's shape and the dtype in which the layer computes.
@@ -72,6 +88,16 @@ class LayerEntry:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> LayerEntry:
         """The entry of a row of ``layers``; ValueError, KeyError or TypeError if a value is missing or invalid."""
+        for key in INTEGERS:  # a number such as 2.0 would pass for 2 in most places
+            if row[key] is not None and type(row[key]) is not int:
+                raise ValueError(f"{key} of layer {row['layer']!r:.60} must be an integer, not {row[key]!r:.60}")
+        for key in ("layer", "kind", "form", "zero_point", "dtype"):
+            if not isinstance(row[key], str):
+                raise ValueError(f"{key} of layer {row['layer']!r:.60} must be a text, not {row[key]!r:.60}")
+        if not all(type(length) is int for length in row["shape"]) or len(row["shape"]) < 2:
+            raise ValueError(f"shape of layer {row['layer']!r} must be a list of integers, not {row['shape']!r:.60}")
+        if not all(isinstance(path, str) for path in row["aliases"]):
+            raise ValueError(f"aliases of layer {row['layer']!r} must be names, not {row['aliases']!r:.60}")
         candidate = Candidate.of_row(row)
         if candidate.form not in FORMS:
             raise ValueError(f"unknown form {candidate.form!r}; {FORMS.hint(candidate.form)}")
@@ -80,6 +106,8 @@ class LayerEntry:
         for rows, columns, codec in entry._matrices().values():
             if min(rows, columns, codec.bits) < 1:
                 raise ValueError(f"layer {entry.layer!r} has an empty matrix")
+        if min(entry.shape) < 1:
+            raise ValueError(f"layer {entry.layer!r} has an empty weight")
         if entry.zero_point not in ZERO_POINT_DTYPES or not dtype_of(entry.dtype).is_floating_point:
             raise ValueError(f"layer {entry.layer!r}: invalid zero_point {entry.zero_point!r} or dtype {entry.dtype!r}")
         return entry

@@ -74,7 +74,7 @@ class Budget:
         Args:
             compressible_params: number of weights of the compressible layers (shared weights once, biases excluded).
             rest_bytes: bytes of everything else in the checkpoint, file headers included
-                (``mlorq.checkpoint.format.rest_upper_bound``); used only by kind ``bytes``.
+                (``mlorq.checkpoint.size_bound.rest_upper_bound``); used only by kind ``bytes``.
 
         Raises:
             BudgetError: the rest alone exceeds the budget.

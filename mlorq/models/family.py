@@ -150,8 +150,12 @@ class ModelFamily(ABC, Generic[Own]):
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The module of an architecture, with weights yet to be loaded; needs no network.
 
+        The architecture is data from a file: an implementation must not import, unpickle or fetch anything that it
+        names, and refuses what it does not know (``mlorq.models.plain``). It is also called with all tensors on the
+        meta device, to compare sizes before memory is taken (``mlorq.models.blank``).
+
         Raises:
-            CheckpointError: the family cannot rebuild modules from a description.
+            CheckpointError: the family cannot rebuild modules from a description, or not from this one.
         """
         raise CheckpointError(f"models of family {self.name} cannot be rebuilt from a checkpoint: pass model=instance")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mlorq.errors import CheckpointError, ModelError
+from mlorq.errors import CheckpointError, MlorqError, ModelError, one_line
 from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
 from mlorq.models.custom import own_architecture
 from mlorq.models.family import FAMILIES, ModelSection
@@ -36,12 +36,20 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
     """The module of an architecture, with weights yet to be loaded; needs no network.
 
     Raises:
-        CheckpointError: the family is not installed, or cannot rebuild modules from a description.
+        CheckpointError: the family is not installed or cannot rebuild modules from a description, or the description is
+            malformed or names what it must not (``ModelFamily.rebuild``).
+        ModelError: the installed version of a library does not have the model.
     """
     family = str(architecture.get("family"))
     if family not in FAMILIES:
         raise CheckpointError(f"model family {family!r} is not installed: install it, or pass model=instance")
-    return FAMILIES[family].rebuild(architecture)
+    try:
+        return FAMILIES[family].rebuild(architecture)
+    except MlorqError:
+        raise
+    except Exception as error:  # constructors of libraries raise anything for values that they did not expect
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"its {family} model cannot be rebuilt: {problem}") from error
 
 
 def from_module(module: nn.Module, forward: Forward | None = None) -> FloatModel:

@@ -32,6 +32,7 @@ from mlorq.models.base import Batch, FloatModel
 from mlorq.models.detection import NAME
 from mlorq.models.detection_keys import converted
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side, spread_points
+from mlorq.models.plain import check_keys
 from mlorq.models.state_dict import fill_weights, read_state_dict
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -95,13 +96,26 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
     returns boxes, labels, scores and masks in pixels of the images.
 
     Raises:
-        ModelError: the name or an argument is unknown.
+        CheckpointError: the description has other keys.
+        ModelError: the name or an argument is unknown, or an argument has another type.
     """
+    check_keys(architecture, {"family": str, "name": str, "arguments": dict})
     values = settings(architecture["name"], architecture["arguments"])
+    for key, value in values.items():
+        if not _is_like(value, ARGUMENTS[key]):
+            raise ModelError(f"detector {architecture['name']!r}: invalid argument {key}: {value!r:.60}")
     try:
         return _build(values)
     except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:
         raise ModelError(f"detector {architecture['name']!r}: invalid arguments: {one_line(error)}") from error
+
+
+def _is_like(value: Any, published: Any) -> bool:
+    """Whether a value of an argument has the type of the published one: a number, or a list of integers."""
+    if isinstance(published, list):
+        return isinstance(value, (list, tuple)) and all(_is_like(item, 0) for item in value)
+    numbers = (int, float) if isinstance(published, float) else (int,)
+    return isinstance(value, numbers) and not isinstance(value, bool)
 
 
 def settings(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

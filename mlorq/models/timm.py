@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.lazy import lazy_exports
 from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
 from mlorq.models.family import load as load
+from mlorq.models.plain import check_keys, faults, is_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from mlorq.models.base import FloatModel
 
 NAME = "timm"
+# Arguments of the factory that say where weights are, not what the model is: they are not part of an architecture.
+WEIGHTS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict")
+# Arguments of timm's builders beside those of the classes that they build.
+BUILDERS = frozenset(("features_only", "feature_cls", "out_indices", "bn_eps", "bn_momentum", "bn_tf", "use_naflex"))
 _IMAGES = {"source": "image_folder", "root": "images/", "labels": "labels.tsv"}
 
 __getattr__ = lazy_exports(__name__, {"load_weights": "mlorq.models.state_dict"})
@@ -75,15 +81,23 @@ class Timm(ModelFamily[TimmSettings]):
         if settings.checkpoint:
             load_weights(module, resolve_location(settings.checkpoint, folder))
         as_dtype = getattr(torch, dtype)
-        architecture = {"family": NAME, "name": name, "arguments": dict(settings.arguments)}
+        arguments = {key: value for key, value in settings.arguments.items() if key not in WEIGHTS}
+        try:
+            check_arguments(name, arguments)
+        except CheckpointError as error:
+            raise ModelError(f"model.arguments: {error}") from None
+        architecture = {"family": NAME, "name": name, "arguments": arguments}
         return FloatModel(module.to(as_dtype), NAME, architecture, blocks=block_names(module), dtype=as_dtype)
 
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The module of an architecture, with weights yet to be loaded.
 
         Raises:
+            CheckpointError: the description has other keys, or an argument that timm's classes do not have.
             ModelError: the installed version of timm does not have the model.
         """
+        check_keys(architecture, {"family": str, "name": str, "arguments": dict})
+        check_arguments(architecture["name"], architecture["arguments"])
         return create(architecture["name"], architecture["arguments"])
 
     def describe(self, module: nn.Module) -> dict[str, Any] | None:
@@ -148,11 +162,50 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     architecture = {"family": NAME, "name": name, "arguments": arguments}
     try:
         architecture = json.loads(json.dumps(architecture))
+        check_arguments(architecture["name"], architecture["arguments"])
         with torch.random.fork_rng(devices=[]):
             twin = create(architecture["name"], architecture["arguments"])
-    except (ModelError, TypeError, ValueError):
+    except (CheckpointError, ModelError, TypeError, ValueError):
         return None
     return architecture if same_construction(module, twin) else None
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Check that arguments say what a model is, and nothing else.
+
+    Allowed are the arguments of the classes that the model's file in timm defines or uses, and those in ``BUILDERS``;
+    texts among their values must be plain names. Without this, ``checkpoint_path`` would unpickle a file.
+
+    Raises:
+        CheckpointError: an argument or its value is not allowed.
+        ModelError: timm has no such model.
+    """
+    import timm
+    from torch import nn
+
+    check_name(name)
+    file = sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__]
+    classes = [found for found in vars(file).values() if isinstance(found, type) and issubclass(found, nn.Module)]
+    known = {key for found in classes for key in inspect.signature(found.__init__).parameters}
+    for key in arguments:
+        if key not in (known | BUILDERS) - {"self", "kwargs", "device", "dtype", *WEIGHTS}:
+            raise CheckpointError(f"timm model {name!r}: argument {key!r} is not one of its classes' arguments")
+    for reason in faults(arguments):
+        raise CheckpointError(f"timm model {name!r}: argument {reason}")
+
+
+def check_name(name: str) -> None:
+    """Check that timm has a model of this name.
+
+    Raises:
+        ModelError: it does not, or the name is an address; the message suggests similar names.
+    """
+    import timm
+
+    if not is_name(name) or not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f"timm has no model {name!r}{hint}")
 
 
 def preprocessing(settings: TimmSettings) -> dict[str, Any]:
@@ -203,10 +256,7 @@ def create(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False)
     import timm
     from torch import nn
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"timm has no model {name!r}{hint}")
+    check_name(name)
     try:
         # Keeps the hub's progress bars off standard output.
         with contextlib.redirect_stdout(sys.stderr):

@@ -67,9 +67,10 @@ class Transformers(ModelFamily[TransformersSettings]):
         """The module of an architecture, with weights yet to be loaded.
 
         Raises:
-            CheckpointError: the installed version of transformers does not have the model class.
+            CheckpointError: the installed version of transformers does not have the model class, or the description
+                says something that is not allowed.
         """
-        from mlorq.models.transformers_modules import rebuild
+        from mlorq.models.transformers_rebuild import rebuild
 
         return rebuild(architecture)
 

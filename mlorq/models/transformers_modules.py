@@ -1,4 +1,4 @@
-"""Modules from transformers: loading, description as an architecture, and rebuilding from it."""
+"""Modules from transformers: loading, and description as an architecture."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
-from mlorq.models.sentence import read_embedding, rebuilt, with_dense
+from mlorq.models.plain import ORIGIN, without_faults
+from mlorq.models.sentence import read_embedding, with_dense
 from mlorq.models.transformers import CLASSES, NAME, PAIRS, TransformersSettings, locate, quiet
 from mlorq.models.transformers_detection import OUTPUTS, mark_samples
+from mlorq.models.transformers_rebuild import ATTENTION, LABELS, rebuild
 
 # Entries of a configuration that do not affect the function of the model.
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -64,7 +66,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         "family": NAME,
         "task": settings.task,
         # Fused if the architecture supports it (MPNet does not).
-        "attention": module.config._attn_implementation,
+        "attention": _attention(module),
         "config": _described(module),
     }
     # Arguments that change the configuration are stored in it; those of the constructor are stored here.
@@ -89,28 +91,6 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
     )
 
 
-def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module of an architecture, with weights yet to be loaded.
-
-    Raises:
-        CheckpointError: the installed version of transformers does not have the model class.
-    """
-    import transformers
-    from transformers import AutoConfig
-
-    described = dict(architecture["config"])
-    config = AutoConfig.for_model(described.pop("model_type"), **described)
-    name = architecture.get("class")
-    auto = auto_class(architecture["task"]) if name is None else getattr(transformers, name, None)
-    if auto is None:
-        raise CheckpointError(f"this version of transformers has no model class {name!r}")
-    build = auto.from_config if name is None else auto._from_config
-    with quiet():
-        module = build(config, attn_implementation=architecture["attention"], **architecture.get("arguments", {}))
-    assert isinstance(module, nn.Module)
-    return rebuilt(module, architecture)
-
-
 def describe(module: nn.Module) -> dict[str, Any] | None:
     """The architecture of an instance of a class from transformers; None if it does not rebuild to an identical one."""
     transformers = sys.modules.get("transformers")  # if it is not imported, there is no such instance
@@ -122,7 +102,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         "family": NAME,
         "task": None,
         "class": type(module).__name__,
-        "attention": module.config._attn_implementation,
+        "attention": _attention(module),
         "config": _described(module),
     }
     if getattr(module, "pooler", 0) is None:
@@ -149,11 +129,17 @@ def block_names(module: nn.Module) -> list[str]:
     return []
 
 
+def _attention(module: Any) -> str | None:
+    """The implementation of attention; that of torch in place of one that needs further packages."""
+    found: str | None = module.config._attn_implementation
+    return found if found in ATTENTION else "sdpa"
+
+
 def _described(module: Any) -> dict[str, Any]:
-    """The configuration of a model as JSON values, without the entries in ``NOT_ARCHITECTURE``."""
+    """The configuration of a model as JSON values, without entries that say where it is from or how it is fetched."""
     found = module.config.to_dict()
     plain: dict[str, Any] = _plain({name: value for name, value in found.items() if name not in NOT_ARCHITECTURE})
-    return plain
+    return without_faults(plain, free=(*LABELS, *ORIGIN))
 
 
 def auto_class(task: str | None) -> Any:

@@ -446,10 +446,10 @@ def test_the_checkpoint_carries_the_quantizers(name, rounding, tmp_path, seed):
     assert error / sum(float(own.square().sum()) for own in reference) == pytest.approx(
         results[1].metrics["nmse"], rel=1e-3
     )
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "mlorq.json").read_text())
     assert config["activations"]["folds"] == []
     config["activations"]["sites"][0]["quantizer"]["kind"] = "cubic"
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out" / "mlorq.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="cubic"):
         mlorq.load(tmp_path / "out")
 

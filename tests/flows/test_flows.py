@@ -133,7 +133,7 @@ def test_result_has_what_is_promised(finished: Finished) -> None:
 def test_output_is_the_checkpoint(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     out = finished.config.parent / "out"
     checkpoint = Path(finished.result["checkpoint"].removeprefix("file://"))
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "mlorq.json"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
     info = prints_json(capsys, "inspect", out)
     assert info["sizes"]["bytes"] == finished.result["bytes"]
@@ -291,7 +291,7 @@ def test_several_workers_make_the_same_bytes(
     project = write_project(tmp_path, engine={"devices": ["cpu", "cpu", "cpu"], "threads": 1})
     result = prints_json(capsys, "compress", project)
     assert result["allocation"] == finished.result["allocation"]
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "mlorq.json"):
         ours = Path(result["checkpoint"].removeprefix("file://")) / name
         theirs = Path(finished.result["checkpoint"].removeprefix("file://")) / name
         assert ours.read_bytes() == theirs.read_bytes()

@@ -13,8 +13,9 @@ from torch import nn
 
 import mlorq
 from mlorq.artifacts.store import Store
-from mlorq.checkpoint.format import checkpoint_files, rest_upper_bound
+from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import inspect, load, save
+from mlorq.checkpoint.size_bound import rest_upper_bound
 from mlorq.config.budget import parse_budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError

@@ -11,8 +11,9 @@ from torch import nn
 
 from flows.render import print_checkpoint, result_facts
 from mlorq.checkpoint.float_sizes import KINDS, TensorSize, rest_by_kind
-from mlorq.checkpoint.format import checkpoint_files, float_rest
+from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import inspect, load, save
+from mlorq.checkpoint.size_bound import float_rest
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import replace_layers
 from mlorq.models import from_module

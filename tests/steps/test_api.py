@@ -39,7 +39,7 @@ def test_a_module_in_memory(tmp_path):
     assert 0 < result.metrics["nmse"] < 0.5
     assert result.metrics["steps"]["reused"] == 0
     result.save(str(tmp_path / "out"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mlorq.json", "model.safetensors"]
     loaded = mlorq.load(str(tmp_path / "out"), model=net(seed=5, width=16))
     with torch.no_grad():
         for batch in batches():

@@ -313,7 +313,7 @@ def test_result_object_has_what_it_promises(folder):
     assert result["metric"]["name"] == "mean"
     assert set(result["solver"]) == {"name", "status", "objective", "bound", "gap", "seconds"}
     files = {path.name: path.stat().st_size for path in Path(result["checkpoint"].removeprefix("file://")).iterdir()}
-    assert files["model.safetensors"] + files["config.json"] == result["file_bytes"]
+    assert files["model.safetensors"] + files["mlorq.json"] == result["file_bytes"]
 
 
 def test_the_checkpoint_gives_the_outputs_that_were_evaluated(folder):

@@ -1,0 +1,135 @@
+"""``mlorq.json``: what a checkpoint says of itself, checked before anything is built or allocated from it.
+
+Folders of format 1 have the same description in ``config.json``, without digests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlorq.activations.plan import ActivationPlan
+from mlorq.checkpoint import places
+from mlorq.checkpoint.entry import LayerEntry, dtype_name, dtype_of
+from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
+from mlorq.checkpoint.tensor_file import FORMAT_VERSION, Header, digest
+from mlorq.errors import CheckpointError, ConfigError, one_line
+
+VERSION_KEY = "format_version"
+OBJECTS = ("architecture", "sizes", "aliases", "buffers", "budget", "hashes")
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint's description.
+
+    Attributes:
+        config: the object in the file.
+        entries: its compressed layers.
+        plan: its activation quantizers, or None.
+        file: name of the file.
+        digest: of the file's bytes; None in format 1.
+        bytes: size of the file.
+    """
+
+    config: Mapping[str, Any]
+    entries: tuple[LayerEntry, ...]
+    plan: ActivationPlan | None
+    file: str
+    digest: str | None
+    bytes: int
+
+    @property
+    def version(self) -> int:
+        """The format version."""
+        return int(self.config[VERSION_KEY])
+
+    def check_header(self, header: Header) -> None:
+        """Compare the description with the header of the tensors: their digests, and every compressed layer's tensors.
+
+        Raises:
+            CheckpointError: the two files do not belong together, or a layer's tensors have other shapes or dtypes.
+        """
+        if self.digest is not None:
+            if header.description is None:
+                raise CheckpointError(f"{TENSORS} has no digests: it was not written with {self.file}")
+            if header.description != self.digest:
+                raise CheckpointError(f"{self.file} does not have the digest in {TENSORS}: one of them was changed")
+            if header.layers != {entry.layer: entry.summary() for entry in self.entries}:
+                raise CheckpointError(f"{self.file} and {TENSORS} have different layers")
+        for entry in self.entries:
+            for name, spec in entry.layout().items():
+                stored = header.tensors.get(name)
+                if stored is None:
+                    raise CheckpointError(f"{TENSORS} lacks tensor {name!r}")
+                if stored.shape != spec.shape:
+                    raise CheckpointError(f"tensor {name!r} has shape {stored.shape}; its layer needs {spec.shape}")
+                if dtype_name(stored.dtype) != spec.dtype:
+                    raise CheckpointError(f"tensor {name!r} is {stored.dtype}; its layer needs {spec.dtype}")
+
+
+def read_description(location: Location) -> Description:
+    """The description of a checkpoint: ``mlorq.json``, or ``config.json`` of format 1 if there is none.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another version.
+    """
+    text, file = places.read(location, DESCRIPTION), DESCRIPTION
+    if text is None:
+        text, file = places.read(location, OLD_DESCRIPTION), OLD_DESCRIPTION
+    if text is None:
+        raise CheckpointError(places.missing(location, DESCRIPTION))
+    try:
+        config = _parsed(text)
+        if file == OLD_DESCRIPTION and isinstance(config, dict) and config and VERSION_KEY not in config:
+            raise CheckpointError(f"the folder has no {DESCRIPTION}, and its {file} is of other software")
+        version = config[VERSION_KEY]
+        known = FORMAT_VERSION if file == DESCRIPTION else 1
+        if type(version) is int and version == known:
+            return _checked(config, file, text)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ConfigError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise CheckpointError(f"{file} is damaged: {reason}") from error
+    raise CheckpointError(f"{file} has format version {version!r:.60}; this version of mlorq reads {known} there")
+
+
+def is_old_description(text: bytes) -> bool:
+    """Whether a ``config.json`` is the description of a checkpoint of format 1, and not of other software."""
+    try:
+        found = _parsed(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and VERSION_KEY in found
+
+
+def _parsed(text: bytes) -> Any:
+    """The value of a JSON text; ValueError if it is malformed or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _checked(config: Mapping[str, Any], file: str, text: bytes) -> Description:
+    wrong = [key for key in OBJECTS if not isinstance(config[key], dict)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} must be an object")
+    if not isinstance(config["layers"], list):
+        raise ValueError("layers must be a list")
+    for name, stored in config["aliases"].items():
+        if not isinstance(stored, str):
+            raise ValueError(f"the alias of {name!r} must be a name")
+    for dtype in config["buffers"].values():
+        dtype_of(dtype)
+    plan = None
+    if config.get("activations"):
+        plan = ActivationPlan.from_json(config["activations"])
+        plan.check()
+    entries = tuple(LayerEntry.from_json(row) for row in config["layers"])
+    paths = [path for entry in entries for path in (entry.layer, *entry.aliases)]
+    if len(paths) != len(set(paths)):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"layer {twice!r} is there twice")
+    return Description(config, entries, plan, file, digest(text) if file == DESCRIPTION else None, len(text))
