@@ -18,7 +18,8 @@ from mlorq.checkpoint.tensor_file import FORMAT_VERSION, Header, digest
 from mlorq.errors import CheckpointError, ConfigError, one_line
 
 VERSION_KEY = "format_version"
-OBJECTS = ("architecture", "sizes", "aliases", "buffers", "budget", "hashes")
+OBJECTS = ("architecture", "sizes", "aliases", "buffers")
+OPTIONAL_OBJECTS = ("budget", "hashes", "extra")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _parsed(text: bytes) -> Any:
 
 def _checked(config: Mapping[str, Any], file: str, text: bytes) -> Description:
     wrong = [key for key in OBJECTS if not isinstance(config[key], dict)]
+    wrong += [key for key in OPTIONAL_OBJECTS if not isinstance(config.get(key, {}), dict)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} must be an object")
     if not isinstance(config["layers"], list):

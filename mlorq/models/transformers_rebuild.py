@@ -78,7 +78,7 @@ def _check_config(config: Mapping[str, Any], inside: bool = False) -> None:
     """Check the model's type, and the names and arguments of models of timm in it."""
     if not inside and not isinstance(config.get("model_type"), str):
         raise CheckpointError("architecture.config lacks 'model_type'")
-    wrapped = config.get("model_type") == "timm_wrapper"
+    wrapped = config.get("model_type") == "timm_wrapper" or bool(config.get("model_args"))
     if wrapped or config.get("model_type") == "timm_backbone":
         name = config.get("architecture" if wrapped else "backbone")
         if not isinstance(name, str):
@@ -88,8 +88,9 @@ def _check_config(config: Mapping[str, Any], inside: bool = False) -> None:
         # By its name alone, a backbone's configuration would be fetched.
         raise CheckpointError("architecture.config: 'backbone' is refused: describe it by backbone_config")
     for value in config.values():
-        if isinstance(value, Mapping):
-            _check_config(value, inside=True)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping):
+                _check_config(inner, inside=True)
 
 
 def _check_pooling(architecture: Mapping[str, Any]) -> None:
