@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.codecs.base import StoredMatrix, ZeroPoint
+from mlorq.codecs.base import Codec, StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
@@ -145,6 +145,10 @@ class CompressedModule(nn.Module):
     def _tensors(self, name: str) -> dict[str, Tensor]:
         prefix = f"{name}_"
         return {key.removeprefix(prefix): self.get_buffer(key) for key in self._parts if key.startswith(prefix)}
+
+    def packed(self) -> dict[str, tuple[dict[str, Tensor], int, Codec]]:
+        """The stored matrices by name, each with its packed tensors, its number of columns and its codec."""
+        return {name: (self._tensors(name), columns, codec) for name, (_, columns, codec) in self._matrices.items()}
 
     def compressed_layer(self) -> CompressedLayer:
         """The stored matrices as a record: the inverse of ``from_layer``."""

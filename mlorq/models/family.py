@@ -27,7 +27,7 @@ from mlorq.errors import CheckpointError
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mlorq.models.base import Batch, FloatModel
     from mlorq.models.detector import Detector
@@ -221,6 +221,14 @@ class ModelFamily(ABC, Generic[Own]):
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Batch | None:
         """Random inputs from a fixed seed."""
         return None
+
+    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
+        """Outputs that an exported graph has beside the module's, by name: functions of its inputs and its output."""
+        return {}
+
+    def exported_part(self, architecture: Mapping[str, Any]) -> str:
+        """The submodule that graphs can hold; empty: the whole module."""
+        return ""
 
     # -- files ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
 from mlorq.models.family import load as load
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mlorq.models.base import Batch, FloatModel
     from mlorq.models.detector import Detector
@@ -130,6 +130,15 @@ class Transformers(ModelFamily[TransformersSettings]):
         from mlorq.models.transformers_inputs import random_inputs
 
         return random_inputs(architecture, samples)
+
+    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
+        """The sentence embedding, for encoders whose module is the transformer alone."""
+        if architecture.get("task") != PAIRS or "dense" in architecture:
+            return {}
+        from mlorq.models.sentence import SentenceEmbedding
+
+        embedding = SentenceEmbedding.of_architecture(architecture)
+        return {"sentence_embedding": lambda inputs, out: embedding.embed(out.last_hidden_state, inputs["attention_mask"])}
 
     def locations(self, settings: TransformersSettings) -> list[str]:
         """The name of the model, which can be a folder."""

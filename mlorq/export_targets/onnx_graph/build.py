@@ -1,0 +1,161 @@
+"""``build``: the ONNX model of a compressed module, with all that a caller needs in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from mlorq.errors import ModelError, one_line
+from mlorq.export_targets.onnx_graph.calls import Call, Flat, described, flat
+from mlorq.export_targets.onnx_graph.float_graph import OPSET, float_graph, float_twin
+from mlorq.export_targets.onnx_graph.layers import replace_weights
+from mlorq.models import FAMILIES
+from mlorq.models.base import batch_samples, move_batch
+
+METADATA = "mlorq"  # key of the metadata: one JSON object
+PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well
+IR_VERSION = 10  # the first with 4-bit integers
+SAMPLES = 2  # of the example: exporters take an axis of size 1 for a constant
+# What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4.
+SESSION_OPTIONS = {
+    "exact": {"session.qdq_matmulnbits_accuracy_level": "0", "session.qdq_matmulnbits_block_size": "128"},
+    "fast": {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"},
+}
+
+
+def build(
+    module: nn.Module, architecture: Mapping[str, Any], *, precision: str = "exact", example: Any = None, part: str = ""
+) -> onnx.ModelProto:
+    """The ONNX model of a compressed module: opset 21, operators of the default domain, dynamic batch and sequence.
+
+    Args:
+        module: the compressed module, on the CPU.
+        architecture: its architecture, as in ``config.json``.
+        precision: ``exact``, or ``fast``: products may be rounded to 8 bits.
+        example: a batch of at least two samples; None: the family makes one.
+        part: name of the submodule to export; empty: the one that the family names, or the whole module.
+
+    Raises:
+        ModelError: there is no example, or the model, its inputs or its outputs cannot be exported.
+    """
+    family = FAMILIES[architecture["family"]]
+    batch = example if example is not None else family.example_input(architecture, samples=SAMPLES)
+    if batch is None:
+        raise ModelError("the inputs of the model are not known: pass example=batch, a batch of two samples or more")
+    part = part or family.exported_part(architecture)
+    samples = batch_samples(batch[0] if isinstance(batch, (tuple, list)) and not part else batch)
+    if part:
+        module, batch = _part(module, part, batch)
+        samples = batch_samples(batch)
+    batch = move_batch(batch, "cpu", torch.float32)
+    twin, layers = float_twin(module)
+    call = Call.of(twin, batch)
+    values = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else [*batch]
+    inputs = dict(zip(call.names, values, strict=True))
+    with torch.no_grad():
+        output = call.run(twin, values)
+        structure = described(output)
+        extras = {} if part else family.derived_outputs(architecture)
+        names = [*flat(output, structure), *extras]
+    preprocessing = family.preprocess(architecture)
+    text = bool(preprocessing) and preprocessing.get("kind") == "text"
+    axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
+    model = float_graph(Flat(twin, call, structure, extras), inputs, names, axes)
+    _, missing = replace_weights(model.graph, layers, fast=precision == "fast")
+    if missing:
+        raise ModelError(f"the exporter changed the weight of layer {missing[0]!r}: it is not in the graph")
+    about = {
+        "precision": precision,
+        "call": call.to_json(),
+        "outputs": structure,
+        "part": part,
+        "session_options": SESSION_OPTIONS[precision],
+        "architecture": {key: value for key, value in architecture.items() if key != "config"},
+    }
+    return _finished(model, axes, about, preprocessing)
+
+
+def metadata(model: onnx.ModelProto) -> dict[str, Any]:
+    """The JSON object in the metadata of a model; empty if there is none."""
+    found = {entry.key: entry.value for entry in model.metadata_props}
+    about: dict[str, Any] = json.loads(found.get(METADATA, "{}"))
+    return about
+
+
+def set_metadata(model: onnx.ModelProto, values: Mapping[str, Any]) -> None:
+    """Add entries to the JSON object in the metadata of a model."""
+    about = metadata(model) | dict(values)
+    others = {entry.key: entry.value for entry in model.metadata_props if entry.key != METADATA}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(about), **others})
+
+
+def _part(module: nn.Module, name: str, batch: Any) -> tuple[nn.Module, Any]:
+    """A submodule, and what it is called with when the model runs on a batch."""
+    try:
+        part = module.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no module {name!r}") from error
+    seen: list[Any] = []
+    handle = part.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            if isinstance(batch, Mapping):
+                module(**batch)
+            else:
+                module(*batch) if isinstance(batch, tuple) else module(batch)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the model cannot be called with the example: {one_line(error)}") from error
+    finally:
+        handle.remove()
+    if not seen:
+        raise ModelError(f"module {name!r} is not called by the model")
+    args, kwargs = seen[0]
+    return part, kwargs if kwargs and not args else args
+
+
+def _axes(value: Tensor, samples: int, text: bool) -> dict[int, str]:
+    """Names of the axes of an input that may have any size."""
+    if value.dim() == 0 or value.shape[0] != samples:
+        return {}
+    return {0: "batch", 1: "sequence"} if text and value.dim() == 2 else {0: "batch"}
+
+
+def _finished(
+    model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], about: Mapping[str, Any], preprocessing: Any
+) -> onnx.ModelProto:
+    """The model with named axes, without what exporters add for debugging."""
+    graph = model.graph
+    names: dict[str, str] = {}
+    for value in graph.input:
+        for axis, name in axes.get(value.name, {}).items():
+            names[value.type.tensor_type.shape.dim[axis].dim_param] = name
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = names.get(dim.dim_param, dim.dim_param)
+        value.ClearField("metadata_props")
+    for node in graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+        node.ClearField("name")
+    for tensor in graph.initializer:
+        tensor.ClearField("metadata_props")
+        tensor.ClearField("doc_string")
+    for field in ("value_info", "metadata_props", "doc_string"):
+        graph.ClearField(field)
+    domains = {node.domain for node in graph.node} | {node.domain for function in model.functions for node in function.node}
+    own = [onnx.helper.make_opsetid("", OPSET)]
+    own += [entry for entry in model.opset_import if entry.domain and entry.domain in domains]
+    made = onnx.helper.make_model(graph, opset_imports=own, functions=list(model.functions), ir_version=IR_VERSION)
+    made.producer_name = "mlorq"
+    onnx.helper.set_model_props(made, {METADATA: json.dumps(about)})
+    if preprocessing:
+        entry = made.metadata_props.add()
+        entry.key, entry.value = PREPROCESSING, json.dumps(preprocessing)
+    return made
