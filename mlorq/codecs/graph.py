@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 PLANES = (4, 2, 1)  # bits of the planes into which codes are split: each divides a byte
+SMALLEST = 1e-30  # divisor, in place of zero
 LARGEST = 63  # of 8-bit weights: 2 · 255 · 63 < 2¹⁵, so that no kernel with 16-bit sums of two products saturates
 
 
@@ -28,8 +29,8 @@ class Graph(Protocol):
         Args:
             operator: name in the default domain, opset 21.
             inputs: names of its inputs.
-            attributes: its attributes; dtypes are names, such as ``to="float32"``. ``outputs`` is the number of outputs:
-                the names of the others are that of the first with ``.1``, ``.2`` …
+            attributes: its attributes; dtypes are names, such as ``to="float32"``. ``outputs`` is the number of outputs;
+                the names of the second and further ones are that of the first with ``.1``, ``.2`` …
         """
 
 
@@ -79,7 +80,7 @@ def _plane(codes: np.ndarray, width: int) -> np.ndarray:
 
 
 def product(graph: Graph, inputs: str, weight: str, *, fast: bool = False) -> str:
-    """``x W`` in float32, or by 8-bit integers: then a column of W has a scale, found at load, and x a range, at run time.
+    """``x W`` in float32, or by 8-bit integers with a scale per column of W, found at load, and per row of x.
 
     Args:
         graph: the graph.
@@ -89,14 +90,20 @@ def product(graph: Graph, inputs: str, weight: str, *, fast: bool = False) -> st
     """
     if not fast:
         return graph.node("MatMul", inputs, weight)
-    largest = graph.node("ReduceMax", graph.node("Abs", weight), sizes(graph, 0), keepdims=0)
-    scale = graph.node("Mul", largest, graph.constant(np.array(1 / LARGEST, np.float32)))
-    scale = graph.node("Max", scale, graph.constant(np.array(np.finfo(np.float32).tiny * 2**24, np.float32)))
+    scale = graph.node("Mul", _largest(graph, weight, axis=0), graph.constant(np.array(1 / LARGEST, np.float32)))
     codes = graph.node("QuantizeLinear", weight, scale, axis=1, output_dtype="int8")
-    quantized = graph.node("DynamicQuantizeLinear", inputs, outputs=3)
-    integer = graph.node("MatMulInteger", quantized, codes, f"{quantized}.2")
-    both = graph.node("Mul", f"{quantized}.1", scale)
-    return graph.node("Mul", graph.node("Cast", integer, to="float32"), both)
+    # The operator has one range for all of x; rows divided by their largest entries share it.
+    largest = _largest(graph, inputs, axis=-1)
+    quantized = graph.node("DynamicQuantizeLinear", graph.node("Div", inputs, largest), outputs=3)
+    found = graph.node("MatMulInteger", quantized, codes, f"{quantized}.2")
+    found = graph.node("Mul", graph.node("Cast", found, to="float32"), graph.node("Mul", f"{quantized}.1", scale))
+    return graph.node("Mul", found, largest)
+
+
+def _largest(graph: Graph, values: str, axis: int) -> str:
+    """The largest absolute value along an axis, which is kept along the last axis; not below ``SMALLEST``."""
+    found = graph.node("ReduceMax", graph.node("Abs", values), sizes(graph, axis), keepdims=int(axis == -1))
+    return graph.node("Max", found, graph.constant(np.array(SMALLEST, np.float32)))
 
 
 def hadamard(size: int) -> np.ndarray:

@@ -44,9 +44,7 @@ def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int)
     two, one = (graph.constant(np.array(value, np.float32)) for value in (2, 1))
     sign = graph.node("Sub", graph.node("Mul", sign, two), one)
     odd_matrix = graph.constant((hartley(odd).numpy().astype(np.float32) / math.sqrt(columns)).astype(np.float32))
-    high_matrix, low_matrix = (
-        graph.node("Cast", graph.constant(hadamard(size)), to="float32") for size in (high, low)
-    )
+    high_matrix, low_matrix = (graph.node("Cast", graph.constant(hadamard(size)), to="float32") for size in (high, low))
     # T = C ⊗ H ⊗ H, then the signs of the columns and the scales of the rows.
     operands = (found, odd_matrix, high_matrix, low_matrix, sign, scale)
     found = graph.node("Einsum", *operands, equation="xyzm,xq,ya,zb,qab,m->qabm")

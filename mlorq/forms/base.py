@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mlorq.fitting.base import LayerFit
 
 FIELDS = ("form", "bits", "bits_a", "bits_b", "rank")
-BREAK_EVEN = 0.65  # rank r of r (m + n) = m n, from which factors take longer than the dense weight (measured: .5 to .8)
+BREAK_EVEN = (
+    0.65  # rank r of r (m + n) = m n, from which factors take longer than the dense weight (measured: .5 to .8)
+)
 SVD_WORK = 110.0  # cost of a float64 weighted SVD in products of m·n·min(m, n) multiply-adds, fitted to CPU runs
 
 

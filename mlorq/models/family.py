@@ -222,13 +222,15 @@ class ModelFamily(ABC, Generic[Own]):
         """Random inputs from a fixed seed."""
         return None
 
-    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
+    def derived_outputs(
+        self, architecture: Mapping[str, Any]
+    ) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
         """Outputs that an exported graph has beside the module's, by name: functions of its inputs and its output."""
         return {}
 
-    def exported_part(self, architecture: Mapping[str, Any]) -> str:
-        """The submodule that graphs can hold; empty: the whole module."""
-        return ""
+    def exported_part(self, architecture: Mapping[str, Any], batch: Batch) -> tuple[str, Batch]:
+        """The submodule that graphs can hold, and its inputs for a batch; the name is empty for the whole module."""
+        return "", batch
 
     # -- files ----------------------------------------------------------------------------------------------------
 

@@ -131,14 +131,18 @@ class Transformers(ModelFamily[TransformersSettings]):
 
         return random_inputs(architecture, samples)
 
-    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
+    def derived_outputs(
+        self, architecture: Mapping[str, Any]
+    ) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
         """The sentence embedding, for encoders whose module is the transformer alone."""
         if architecture.get("task") != PAIRS or "dense" in architecture:
             return {}
         from mlorq.models.sentence import SentenceEmbedding
 
         embedding = SentenceEmbedding.of_architecture(architecture)
-        return {"sentence_embedding": lambda inputs, out: embedding.embed(out.last_hidden_state, inputs["attention_mask"])}
+        return {
+            "sentence_embedding": lambda inputs, out: embedding.embed(out.last_hidden_state, inputs["attention_mask"])
+        }
 
     def locations(self, settings: TransformersSettings) -> list[str]:
         """The name of the model, which can be a folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -20,7 +20,7 @@ from mlorq.models.base import batch_samples, move_batch
 METADATA = "mlorq"  # key of the metadata: one JSON object
 PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well
 IR_VERSION = 10  # the first with 4-bit integers
-SAMPLES = 2  # of the example: exporters take an axis of size 1 for a constant
+SAMPLES = 4  # of the example: exporters take an axis of size 1 for a constant
 # What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4.
 SESSION_OPTIONS = {
     "exact": {"session.qdq_matmulnbits_accuracy_level": "0", "session.qdq_matmulnbits_block_size": "128"},
@@ -28,9 +28,23 @@ SESSION_OPTIONS = {
 }
 
 
+class Built(NamedTuple):
+    """An ONNX model with the example that it was traced with.
+
+    Attributes:
+        model: the model.
+        inputs: the example inputs by name.
+        outputs: what the module returns for them, by name.
+    """
+
+    model: onnx.ModelProto
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
 def build(
     module: nn.Module, architecture: Mapping[str, Any], *, precision: str = "exact", example: Any = None, part: str = ""
-) -> onnx.ModelProto:
+) -> Built:
     """The ONNX model of a compressed module: opset 21, operators of the default domain, dynamic batch and sequence.
 
     Args:
@@ -47,11 +61,14 @@ def build(
     batch = example if example is not None else family.example_input(architecture, samples=SAMPLES)
     if batch is None:
         raise ModelError("the inputs of the model are not known: pass example=batch, a batch of two samples or more")
-    part = part or family.exported_part(architecture)
-    samples = batch_samples(batch[0] if isinstance(batch, (tuple, list)) and not part else batch)
     if part:
         module, batch = _part(module, part, batch)
-        samples = batch_samples(batch)
+    else:
+        part, batch = family.exported_part(architecture, batch)
+        module = module.get_submodule(part)
+    samples = batch_samples(batch)
+    if samples < 2:
+        raise ModelError("the example has one sample, and would be taken for the only size: pass two or more")
     batch = move_batch(batch, "cpu", torch.float32)
     twin, layers = float_twin(module)
     call = Call.of(twin, batch)
@@ -61,11 +78,11 @@ def build(
         output = call.run(twin, values)
         structure = described(output)
         extras = {} if part else family.derived_outputs(architecture)
-        names = [*flat(output, structure), *extras]
+        outputs = flat(output, structure)
     preprocessing = family.preprocess(architecture)
     text = bool(preprocessing) and preprocessing.get("kind") == "text"
     axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
-    model = float_graph(Flat(twin, call, structure, extras), inputs, names, axes)
+    model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     _, missing = replace_weights(model.graph, layers, fast=precision == "fast")
     if missing:
         raise ModelError(f"the exporter changed the weight of layer {missing[0]!r}: it is not in the graph")
@@ -77,7 +94,7 @@ def build(
         "session_options": SESSION_OPTIONS[precision],
         "architecture": {key: value for key, value in architecture.items() if key != "config"},
     }
-    return _finished(model, axes, about, preprocessing)
+    return Built(_finished(model, axes, about, preprocessing), inputs, outputs)
 
 
 def metadata(model: onnx.ModelProto) -> dict[str, Any]:
@@ -149,7 +166,9 @@ def _finished(
         tensor.ClearField("doc_string")
     for field in ("value_info", "metadata_props", "doc_string"):
         graph.ClearField(field)
-    domains = {node.domain for node in graph.node} | {node.domain for function in model.functions for node in function.node}
+    domains = {node.domain for node in graph.node} | {
+        node.domain for function in model.functions for node in function.node
+    }
     own = [onnx.helper.make_opsetid("", OPSET)]
     own += [entry for entry in model.opset_import if entry.domain and entry.domain in domains]
     made = onnx.helper.make_model(graph, opset_imports=own, functions=list(model.functions), ir_version=IR_VERSION)
