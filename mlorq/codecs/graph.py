@@ -29,8 +29,8 @@ class Graph(Protocol):
         Args:
             operator: name in the default domain, opset 21.
             inputs: names of its inputs.
-            attributes: its attributes; dtypes are names, such as ``to="float32"``. ``outputs`` is the number of outputs;
-                the names of the second and further ones are that of the first with ``.1``, ``.2`` …
+            attributes: its attributes; dtypes are names, as in ``to="float32"``. ``outputs`` is the number of outputs;
+                the names of the second and further outputs are that of the first with ``.1``, ``.2`` …
         """
 
 

@@ -39,6 +39,13 @@ Task = Literal[
 Own = TypeVar("Own", bound=Settings)
 
 
+class DerivedOutput(Protocol):
+    """An output that an exported graph has beside those of the module."""
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Any) -> Tensor:
+        """The output, from the module's inputs by name and its output."""
+
+
 class ModelSection(Protocol):
     """The keys of the ``model`` section that all families share."""
 
@@ -222,9 +229,7 @@ class ModelFamily(ABC, Generic[Own]):
         """Random inputs from a fixed seed."""
         return None
 
-    def derived_outputs(
-        self, architecture: Mapping[str, Any]
-    ) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
+    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, DerivedOutput]:
         """Outputs that an exported graph has beside the module's, by name: functions of its inputs and its output."""
         return {}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
-from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily, TextInputs
+from mlorq.models.family import DerivedOutput, Example, InputKind, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
 
 if TYPE_CHECKING:
@@ -131,18 +131,18 @@ class Transformers(ModelFamily[TransformersSettings]):
 
         return random_inputs(architecture, samples)
 
-    def derived_outputs(
-        self, architecture: Mapping[str, Any]
-    ) -> dict[str, Callable[[Mapping[str, Tensor], Any], Tensor]]:
+    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, DerivedOutput]:
         """The sentence embedding, for encoders whose module is the transformer alone."""
         if architecture.get("task") != PAIRS or "dense" in architecture:
             return {}
         from mlorq.models.sentence import SentenceEmbedding
 
         embedding = SentenceEmbedding.of_architecture(architecture)
-        return {
-            "sentence_embedding": lambda inputs, out: embedding.embed(out.last_hidden_state, inputs["attention_mask"])
-        }
+
+        def embed(inputs: Mapping[str, Tensor], output: Any) -> Tensor:
+            return embedding.embed(output.last_hidden_state, inputs["attention_mask"])
+
+        return {"sentence_embedding": embed}
 
     def locations(self, settings: TransformersSettings) -> list[str]:
         """The name of the model, which can be a folder."""

@@ -80,7 +80,7 @@ def build(
         extras = {} if part else family.derived_outputs(architecture)
         outputs = flat(output, structure)
     preprocessing = family.preprocess(architecture)
-    text = bool(preprocessing) and preprocessing.get("kind") == "text"
+    text = (preprocessing or {}).get("kind") == "text"
     axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     _, missing = replace_weights(model.graph, layers, fast=precision == "fast")
@@ -166,9 +166,8 @@ def _finished(
         tensor.ClearField("doc_string")
     for field in ("value_info", "metadata_props", "doc_string"):
         graph.ClearField(field)
-    domains = {node.domain for node in graph.node} | {
-        node.domain for function in model.functions for node in function.node
-    }
+    bodies = [graph.node, *(function.node for function in model.functions)]
+    domains = {node.domain for body in bodies for node in body}
     own = [onnx.helper.make_opsetid("", OPSET)]
     own += [entry for entry in model.opset_import if entry.domain and entry.domain in domains]
     made = onnx.helper.make_model(graph, opset_imports=own, functions=list(model.functions), ir_version=IR_VERSION)

@@ -46,9 +46,10 @@ def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule
             layer = float_layer(child)
             for other in [name for name, one in twin.named_modules(remove_duplicate=False) if one is child]:
                 swap_module(twin, other, child, layer)
-            quantizer = getattr(child, "input_quantizer", None)
+            quantizer: Any = getattr(child, "input_quantizer", None)
             if quantizer is not None:
-                attach_input(layer, replaced(quantizer))
+                quantizer = replaced(quantizer)
+                attach_input(layer, quantizer)
         elif isinstance(child, ProductQuantizers):
             for name, quantizer in child.operands.items():
                 child.operands[name] = replaced(quantizer)
@@ -62,18 +63,18 @@ def float_layer(layer: CompressedModule) -> nn.Module:
     if isinstance(layer, CompressedLinear):
         made = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
     elif isinstance(layer, CompressedConv2d):
-        made = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            has_bias,
-            layer.padding_mode,
-            device="meta",
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
         )
+        geometry: dict[str, Any] = {name: getattr(layer, name) for name in names}
+        made = nn.Conv2d(**geometry, bias=has_bias, device="meta")
     else:
         assert isinstance(layer, CompressedEmbedding), layer
         made = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
@@ -133,7 +134,7 @@ def _recorded(
 ) -> onnx.ModelProto:
     from onnx import version_converter
 
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     torch.onnx.export(
         module,
         tuple(inputs.values()),
