@@ -55,9 +55,8 @@ class GraphBuilder:
 
     def write(self, operator: str, inputs: tuple[str, ...], outputs: list[str], **attributes: Any) -> None:
         """Write an operator whose outputs have given names."""
-        values: dict[str, Any] = {
-            key: DTYPES[value] if key in NAMES_OF_DTYPES else value for key, value in attributes.items()
-        }
+        values = dict(attributes)
+        values |= {key: DTYPES[attributes[key]] for key in NAMES_OF_DTYPES if key in attributes}
         self.nodes.append(helper.make_node(operator, inputs, outputs, **values))
 
     def _name(self) -> str:

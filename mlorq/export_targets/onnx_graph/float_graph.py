@@ -30,6 +30,7 @@ from mlorq.forms.modules import (
 )
 
 OPSET = 21  # the first with 4-bit integers
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 OLD_OPSET = 18  # of the older exporter; its graph is converted
 
 
@@ -63,17 +64,7 @@ def float_layer(layer: CompressedModule) -> nn.Module:
     if isinstance(layer, CompressedLinear):
         made = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
     elif isinstance(layer, CompressedConv2d):
-        names = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        )
-        geometry: dict[str, Any] = {name: getattr(layer, name) for name in names}
+        geometry: dict[str, Any] = {name: getattr(layer, name) for name in GEOMETRY}
         made = nn.Conv2d(**geometry, bias=has_bias, device="meta")
     else:
         assert isinstance(layer, CompressedEmbedding), layer
