@@ -30,13 +30,14 @@ WORD = 16  # bits of a stored word
 def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
     """The transposed weight, ``(columns, rows)`` float32, within 1e-6 of the decoder's."""
     rows, seed = len(tensors["scale"]), int(tensors["rotation"])
-    codes = unpack_rows(tensors["codes"], rows, bits).numpy()
     odd, high, low = _factors(columns)
-    words = _words(codes, bits)
+    words = _words(unpack_rows(tensors["codes"], rows, bits).numpy(), bits)
     stored = words if seed < 0 else words.reshape(odd, high, low, words.shape[1])
     table = graph.node("Cast", graph.constant(tables()[bits - 1].astype(np.float16)), to="float32")
     found = graph.node("Gather", table, _states(graph, graph.constant(stored), rows, bits, stored.ndim - 1))
-    scale = graph.constant((scale_values()[tensors["scale"].numpy()] * tensors["base"].numpy()).astype(np.float32))
+    codes = graph.node("Cast", graph.constant(tensors["scale"].numpy()), to="int32")
+    scale = graph.node("Gather", graph.constant(scale_values()), codes)
+    scale = graph.node("Mul", scale, graph.constant(tensors["base"].numpy()))
     if seed < 0:
         return graph.node("Mul", found, scale)
     sign = integers(graph, (signs(columns, seed).numpy() > 0).reshape(odd, high, low).astype(np.uint8), "float32")

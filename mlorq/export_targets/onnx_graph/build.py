@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import onnx
@@ -29,17 +30,16 @@ SESSION_OPTIONS = {
 
 
 class Built(NamedTuple):
-    """An ONNX model with the example that it was traced with.
+    """An ONNX model with inputs and outputs of the module.
 
     Attributes:
         model: the model.
-        inputs: the example inputs by name.
-        outputs: what the module returns for them, by name.
+        checks: inputs, and what the module returns for them, by name: of the example, and of other values for all
+            but one of its samples.
     """
 
     model: onnx.ModelProto
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    checks: list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
 def build(
@@ -74,7 +74,7 @@ def build(
     call = Call.of(twin, batch)
     values = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else [*batch]
     inputs = dict(zip(call.names, values, strict=True))
-    with torch.no_grad():
+    with torch.no_grad(), _recorded_calls(twin) as called:
         output = call.run(twin, values)
         structure = described(output)
         extras = {} if part else family.derived_outputs(architecture)
@@ -84,8 +84,9 @@ def build(
     axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     _, missing = replace_weights(model.graph, layers, fast=precision == "fast")
-    if missing:
-        raise ModelError(f"the exporter changed the weight of layer {missing[0]!r}: it is not in the graph")
+    for name in missing:
+        if name in called:  # others are not used
+            raise ModelError(f"the exporter changed the weight of layer {name!r}: it is not in the graph")
     about = {
         "precision": precision,
         "call": call.to_json(),
@@ -94,7 +95,10 @@ def build(
         "session_options": SESSION_OPTIONS[precision],
         "architecture": {key: value for key, value in architecture.items() if key != "config"},
     }
-    return Built(_finished(model, axes, about, preprocessing), inputs, outputs)
+    others = {name: _other(value, samples) for name, value in inputs.items()}
+    with torch.no_grad():
+        seen = flat(call.run(twin, list(others.values())), structure)
+    return Built(_finished(model, axes, about, preprocessing), [(inputs, outputs), (others, seen)])
 
 
 def metadata(model: onnx.ModelProto) -> dict[str, Any]:
@@ -110,6 +114,21 @@ def set_metadata(model: onnx.ModelProto, values: Mapping[str, Any]) -> None:
     others = {entry.key: entry.value for entry in model.metadata_props if entry.key != METADATA}
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {METADATA: json.dumps(about), **others})
+
+
+@contextlib.contextmanager
+def _recorded_calls(module: nn.Module) -> Iterator[set[str]]:
+    """Names of the submodules that are called during a ``with`` block."""
+    called: set[str] = set()
+    handles = [
+        child.register_forward_pre_hook(lambda _, __, name=name: called.add(name))
+        for name, child in module.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _part(module: nn.Module, name: str, batch: Any) -> tuple[nn.Module, Any]:
@@ -134,6 +153,13 @@ def _part(module: nn.Module, name: str, batch: Any) -> tuple[nn.Module, Any]:
         raise ModelError(f"module {name!r} is not called by the model")
     args, kwargs = seen[0]
     return part, kwargs if kwargs and not args else args
+
+
+def _other(value: Tensor, samples: int) -> Tensor:
+    """Other values of an input, without its first sample: a graph that took a value for a constant differs."""
+    if value.dim() == 0 or value.shape[0] != samples:
+        return value
+    return -value[1:] if value.is_floating_point() else value[1:].flip(-1 if value.dim() > 1 else 0)
 
 
 def _axes(value: Tensor, samples: int, text: bool) -> dict[int, str]:

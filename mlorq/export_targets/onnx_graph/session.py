@@ -102,11 +102,17 @@ class OnnxModel:
 
 
 def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Largest difference, relative to the largest output, and NMSE; each the worst of the floating-point outputs."""
+    """Largest difference, relative to the largest output, and NMSE; each the worst of the floating-point outputs.
+
+    Raises:
+        ModelError: an output has another shape.
+    """
     differences, errors = [0.0], [0.0]
     for name, wanted in expected.items():
         if wanted.is_floating_point():
             left, right = found[name].double(), wanted.double()
+            if left.shape != right.shape:
+                raise ModelError(f"output {name!r} has shape {tuple(left.shape)} instead of {tuple(right.shape)}")
             finite = right.isfinite()
             delta = (left - right)[finite]
             if delta.numel():
