@@ -90,9 +90,9 @@ def load(
         device: device of the model; ``onnxruntime`` computes on the CPU.
         runtime: ``torch`` (an ``nn.Module``, whose outputs are bitwise those of the saved module), or ``onnxruntime``
             (a callable with the same call and the same outputs).
-        options: options of the runtime. ``onnxruntime``: ``precision`` (``exact``: outputs within 1e-5 of the largest;
-            ``fast``: products by 8-bit integers, whose NMSE is the attribute ``nmse_added``), ``example`` (a batch, for
-            user code), ``threads``.
+        options: options of the runtime. ``onnxruntime``: ``precision`` (``exact``: equal up to the rounding of sums;
+            ``fast``: products by 8-bit integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a
+            batch, for user code), ``threads``.
 
     Raises:
         ConfigError: the runtime or an option is unknown, or a package is missing.
