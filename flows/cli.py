@@ -142,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", metavar="TARGET", help="default: the target for the file extension of --output")
     export.add_argument("--output", required=True, metavar="PATH", help="file or folder to write, or its fsspec URL")
     export.add_argument(
+        "--precision",
+        choices=["exact", "fast"],
+        help="of graphs: the outputs of mlorq.load, or products by 8-bit integers (the NMSE that they add is printed)",
+    )
+    export.add_argument(
         "--option",
         action="append",
         default=[],

@@ -109,18 +109,22 @@ def export(arguments: argparse.Namespace) -> Finish:
     import yaml
 
     from mlorq.export_targets import export as write
+    from mlorq.export_targets.base import target_of
 
     try:
         options = {key: yaml.safe_load(text) for key, text in arguments.option}
     except yaml.YAMLError as error:
         raise ConfigError(f"--option: {' '.join(str(error).split())}") from None
+    if arguments.precision is not None:
+        options["precision"] = arguments.precision
     files = write(arguments.checkpoint, arguments.output, arguments.to, **options)
+    summary = target_of(arguments.output, arguments.to).summary(files)
 
     def finish() -> int:
         if arguments.json:
-            print_json({"checkpoint": arguments.checkpoint, "files": files})
+            print_json({"checkpoint": arguments.checkpoint, "files": files, **summary})
         else:
-            print("\n".join(files))
+            print("\n".join([*files, *(f"{key}: {value}" for key, value in summary.items())]))
         return 0
 
     return finish

@@ -18,15 +18,15 @@ __version__ = "0.1.0"
 __all__ = ["CompressionResult", "__version__", "compress", "export", "load"]
 
 if TYPE_CHECKING:
-    from mlorq.checkpoint.io import load
     from mlorq.export_targets import export
+    from mlorq.runtimes import load
     from steps.api import CompressionResult, compress
 
 _HOMES = {
     "compress": "steps.api",
     "CompressionResult": "steps.api",
     "export": "mlorq.export_targets",
-    "load": "mlorq.checkpoint.io",
+    "load": "mlorq.runtimes",
 }
 
 # `import mlorq` stays fast, and the command line answers before torch is imported.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mlorq.codecs.graph import Graph
+
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST_SCALE = 65504.0  # the largest finite float16
 ZERO_POINT_DTYPES: dict[ZeroPoint, str] = {"codes": "uint8", "int16": "int16"}
@@ -200,3 +202,22 @@ class AffineCodec(Codec):
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
         codes = tensors["codes"]
         return QuantizedMatrix(codes.byte(), tensors["scale"], tensors["zero_point"], self.bits)
+
+    def graph_values(self, graph: Graph, tensors: Mapping[str, Tensor], columns: int) -> str:
+        from mlorq.codecs.affine_graph import values
+
+        return values(graph, tensors, columns, self.bits)
+
+    def graph_product(
+        self, graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, *, fast: bool = False
+    ) -> str:
+        from mlorq.codecs.affine_graph import KERNEL_BITS, product
+
+        if fast and self.bits > KERNEL_BITS:
+            return super().graph_product(graph, inputs, tensors, columns, fast=True)
+        return product(graph, inputs, tensors, columns, self.bits)
+
+    def graph_rows(self, graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int) -> str:
+        from mlorq.codecs.affine_graph import rows
+
+        return rows(graph, indices, tensors, columns, self.bits)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from mlorq.codecs.graph import Graph
+
 ZeroPoint = Literal["codes", "int16"]
 Accounting = Literal["exact", "paper"]
 
@@ -146,3 +148,33 @@ class Codec(ABC):
     @abstractmethod
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> StoredMatrix:
         """The inverse of ``StoredMatrix.tensors``."""
+
+    # -- operators of exported graphs (mlorq.codecs.graph) ----------------------------------------------------
+
+    def graph_values(self, graph: Graph, tensors: Mapping[str, Tensor], columns: int) -> str:
+        """Write operators that decode a packed matrix: the transposed values, ``(columns, rows)`` float32.
+
+        By default the values are a constant, as large as the float matrix.
+        """
+        return graph.constant(self.unpack(tensors, columns).dequantize().T.contiguous().numpy())
+
+    def graph_product(
+        self, graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, *, fast: bool = False
+    ) -> str:
+        """Write ``x Ŵᵀ`` for x ``(…, columns)``; by default a product with the decoded values.
+
+        Args:
+            graph: the graph.
+            inputs: name of x.
+            tensors: the packed tensors of the matrix.
+            columns: its columns.
+            fast: whether x and Ŵ may be rounded to 8 bits.
+        """
+        from mlorq.codecs.graph import product
+
+        return product(graph, inputs, self.graph_values(graph, tensors, columns), fast=fast)
+
+    def graph_rows(self, graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int) -> str:
+        """Write a look-up of rows: ``(…, columns)`` float32 for int64 indices ``(…)``."""
+        values = graph.node("Transpose", self.graph_values(graph, tensors, columns), perm=[1, 0])
+        return graph.node("Gather", values, indices, axis=0)

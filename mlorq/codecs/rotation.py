@@ -60,7 +60,7 @@ def _shifted(z: Tensor, places: int) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _hartley(size: int) -> Tensor:
+def hartley(size: int) -> Tensor:
     """``cos(2π i j / size) + sin(2π i j / size)``, float64; angles are reduced exactly first."""
     angles = 2 * np.pi * (np.outer(np.arange(size), np.arange(size)) % size) / size
     return torch.from_numpy(np.cos(angles) + np.sin(angles))
@@ -79,7 +79,7 @@ def _transform(values: Tensor) -> Tensor:
         found = torch.stack((first + second, first - second), dim=-2).reshape(rows, odd, power)
         step *= 2
     if odd > 1:
-        matrix = _hartley(odd).to(values.device, values.dtype)
+        matrix = hartley(odd).to(values.device, values.dtype)
         total = found[:, :1] * matrix[0].reshape(1, odd, 1)
         for index in range(1, odd):
             total = total + found[:, index : index + 1] * matrix[index].reshape(1, odd, 1)

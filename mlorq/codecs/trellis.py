@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mlorq.codecs.graph import Graph
+
 STATE_BITS = 12
 MOST_BITS = 6
 FEWEST_ROWS = STATE_BITS  # a shorter cycle of one bit per weight would not fill a state
@@ -222,3 +224,8 @@ class TrellisCodec(Codec):
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> TrellisMatrix:
         return TrellisMatrix(**{part: tensors[part] for part in PARTS}, bits=self.bits)
+
+    def graph_values(self, graph: Graph, tensors: Mapping[str, Tensor], columns: int) -> str:
+        from mlorq.codecs.trellis_graph import values
+
+        return values(graph, tensors, columns, self.bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -24,6 +25,7 @@ class ExportTarget(ABC, Generic[Config]):
         settings: class of its options.
         suffixes: suffixes of output paths that select this target by default.
         packages: import names of the packages that it needs.
+        extra: the extra of mlorq that installs them; None: they have to be named.
     """
 
     name: str
@@ -31,6 +33,7 @@ class ExportTarget(ABC, Generic[Config]):
     settings: type[Config]
     suffixes: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
 
     @abstractmethod
     def write(self, checkpoint: str, output: str, settings: Config) -> list[str]:
@@ -47,6 +50,14 @@ class ExportTarget(ABC, Generic[Config]):
         Raises:
             CheckpointError: the checkpoint is missing or damaged, or the target cannot hold it.
         """
+
+    def summary(self, files: Sequence[str]) -> dict[str, Any]:
+        """Figures of written files, as JSON values, for display.
+
+        Args:
+            files: result of ``write``.
+        """
+        return {}
 
 
 TARGETS: Registry[ExportTarget[Any]] = Registry("export target")
@@ -70,10 +81,8 @@ def export(
         ConfigError: the target or an option is unknown, the suffix selects no target, or a package is missing.
         CheckpointError: the checkpoint is missing or damaged, or the target cannot hold it.
     """
-    target = TARGETS[to] if to is not None else _by_suffix(os.fspath(output))
-    for package in target.packages:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"export to {target.name} needs the package {package}: pip install {package}")
+    target = target_of(output, to)
+    require(f"export to {target.name}", target.packages, target.extra)
     try:
         settings = target.settings.model_validate(options)
         settings.check()
@@ -87,8 +96,34 @@ def export(
     return target.write(os.fspath(checkpoint), os.fspath(output), settings)
 
 
-def _by_suffix(output: str) -> ExportTarget[Any]:
+def target_of(output: str | os.PathLike[str], to: str | None = None) -> ExportTarget[Any]:
+    """The target with a name; without one, the target of the suffix of ``output``.
+
+    Raises:
+        ConfigError: the name is unknown, or the suffix selects no target.
+    """
+    if to is not None:
+        return TARGETS[to]
     for target in TARGETS:
-        if output.lower().endswith(target.suffixes):
+        if os.fspath(output).lower().endswith(target.suffixes):
             return target
-    raise ConfigError(f"export: the suffix of {output!r} selects no target; give one: {', '.join(TARGETS.names())}")
+    raise ConfigError(
+        f"export: the suffix of {os.fspath(output)!r} selects no target; give one: {', '.join(TARGETS.names())}"
+    )
+
+
+def require(needed_by: str, packages: Sequence[str], extra: str | None) -> None:
+    """Check that packages are installed.
+
+    Args:
+        needed_by: the feature that needs them, for the error.
+        packages: their import names.
+        extra: the extra of mlorq that installs them; None: they have to be named.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            named = f"'mlorq[{extra}]'" if extra else package
+            raise ConfigError(f"{needed_by} needs the package {package}: pip install {named}")

@@ -14,6 +14,7 @@ other code finds forms in ``FORMS``.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mlorq.codecs.base import FittedMatrix
+    from mlorq.codecs.graph import Graph
     from mlorq.fitting.base import LayerFit
 
 FIELDS = ("form", "bits", "bits_a", "bits_b", "rank")
+BREAK_EVEN = (
+    0.65  # rank r of r (m + n) = m n, from which factors take longer than the dense weight (measured: .5 to .8)
+)
 SVD_WORK = 110.0  # cost of a float64 weighted SVD in products of m·n·min(m, n) multiply-adds, fitted to CPU runs
 
 
@@ -219,13 +224,16 @@ class Form(ABC, Generic[Config]):
         products = [reduce(lambda left, right: left @ right, (values[name] for name in term)) for term in self.terms]
         return reduce(lambda left, right: left + right, products)
 
-    def apply(self, multiply: Callable[[str, Any, bool], Any], inputs: Any) -> Any:
+    def apply(
+        self, multiply: Callable[[str, Any, bool], Any], inputs: Any, add: Callable[[Any, Any], Any] = operator.add
+    ) -> Any:
         """The layer's output, matrix by matrix, without forming a product of stored matrices.
 
         Args:
             multiply: ``multiply(name, inputs, last)`` multiplies by one stored matrix; ``last`` is True once, for
                 the product to which the layer's bias is added.
             inputs: inputs of the layer.
+            add: ``add(left, right)`` adds two outputs.
         """
         outputs = []
         for term in self.terms:
@@ -233,7 +241,24 @@ class Form(ABC, Generic[Config]):
             for name in reversed(term):
                 value = multiply(name, value, term is self.terms[-1] and name == term[0])
             outputs.append(value)
-        return reduce(lambda left, right: left + right, outputs)
+        return reduce(add, outputs)
+
+    # -- operators of exported graphs (mlorq.codecs.graph) ----------------------------------------------------
+
+    def graph_weight(self, graph: Graph, values: Mapping[str, str]) -> str:
+        """Write ``combine``: the transposed weight from the transposed values of the stored matrices."""
+        products = [
+            reduce(lambda left, right: graph.node("MatMul", left, right), (values[name] for name in reversed(term)))
+            for term in self.terms
+        ]
+        return reduce(lambda left, right: graph.node("Add", left, right), products)
+
+    def multiplies_out(self, candidate: Candidate, shape: Shape) -> bool:
+        """Whether a product with the dense weight takes less time than one product per stored matrix."""
+        if not self.has_product:
+            return False
+        rows, columns = shape.out_features, shape.in_features
+        return (candidate.rank or 0) * (rows + columns) > BREAK_EVEN * rows * columns
 
     # -- estimates --------------------------------------------------------------------------------------------
 

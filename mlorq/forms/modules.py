@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.codecs.base import StoredMatrix, ZeroPoint
+from mlorq.codecs.base import Codec, StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
@@ -172,6 +172,10 @@ class CompressedModule(nn.Module):
         prefix = f"{name}_"
         stored = self.stored_tensors()
         return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+
+    def packed(self) -> dict[str, tuple[dict[str, Tensor], int, Codec]]:
+        """The stored matrices by name, each with its packed tensors, its number of columns and its codec."""
+        return {name: (self._tensors(name), columns, codec) for name, (_, columns, codec) in self._matrices.items()}
 
     def compressed_layer(self) -> CompressedLayer:
         """The stored matrices as a record: the inverse of ``from_layer``."""

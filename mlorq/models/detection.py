@@ -95,6 +95,10 @@ class Detection(ModelFamily[DetectionSettings]):
 
         return random_images(architecture["name"], architecture["arguments"], samples)
 
+    def exported_part(self, architecture: Mapping[str, Any], batch: Batch) -> tuple[str, Batch]:
+        """The backbone with its pyramid: the number of proposals depends on the image."""
+        return "backbone", batch["pixel_values"]
+
     def locations(self, settings: DetectionSettings) -> list[str]:
         """The checkpoint."""
         return [settings.checkpoint] if settings.checkpoint else []

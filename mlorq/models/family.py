@@ -27,7 +27,7 @@ from mlorq.errors import CheckpointError
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mlorq.models.base import Batch, FloatModel
     from mlorq.models.detector import Detector
@@ -37,6 +37,13 @@ Task = Literal[
     "image-classification", "text-classification", "sentence-similarity", "object-detection", "instance-segmentation"
 ]
 Own = TypeVar("Own", bound=Settings)
+
+
+class DerivedOutput(Protocol):
+    """An output that an exported graph has beside those of the module."""
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Any) -> Tensor:
+        """The output, from the module's inputs by name and its output."""
 
 
 class ModelSection(Protocol):
@@ -225,6 +232,14 @@ class ModelFamily(ABC, Generic[Own]):
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Batch | None:
         """Random inputs from a fixed seed."""
         return None
+
+    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, DerivedOutput]:
+        """Outputs that an exported graph has beside the module's, by name: functions of its inputs and its output."""
+        return {}
+
+    def exported_part(self, architecture: Mapping[str, Any], batch: Batch) -> tuple[str, Batch]:
+        """The submodule that graphs can hold, and its inputs for a batch; the name is empty for the whole module."""
+        return "", batch
 
     # -- files ----------------------------------------------------------------------------------------------------
 

@@ -64,9 +64,25 @@ class SentenceEmbedding:
 
     def pooled(self, transformer: nn.Module, batch: Batch) -> Tensor:
         """The pooled tokens of a transformer, ``(samples, width)`` float32."""
-        hidden = transformer(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"].to(hidden.device)
+        return self._pool(transformer(**batch).last_hidden_state, batch["attention_mask"])
+
+    def embed(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings without dense layers, ``(samples, width)`` float32.
+
+        Args:
+            hidden: last hidden states of the transformer, ``(samples, tokens, width)``.
+            mask: the attention mask, ``(samples, tokens)``.
+        """
+        return _finished(self._pool(hidden, mask), self.normalised)
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        hidden, mask = hidden.float(), mask.to(hidden.device)
         return torch.cat([_pooled(kind, hidden, mask) for kind in self.pooling], 1)
+
+    @classmethod
+    def of_architecture(cls, architecture: Mapping[str, Any]) -> SentenceEmbedding:
+        """The inverse of ``described``, without dense layers."""
+        return cls(tuple(architecture.get("pooling", ("mean",))), bool(architecture.get("normalised", True)))
 
     def described(self) -> dict[str, Any]:
         """Its entries in an architecture; empty for the default, the normalised mean without dense layers."""

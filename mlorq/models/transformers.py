@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
-from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily, TextInputs
+from mlorq.models.family import DerivedOutput, Example, InputKind, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mlorq.models.base import Batch, FloatModel
     from mlorq.models.detector import Detector
@@ -131,6 +131,19 @@ class Transformers(ModelFamily[TransformersSettings]):
         from mlorq.models.transformers_inputs import random_inputs
 
         return random_inputs(architecture, samples)
+
+    def derived_outputs(self, architecture: Mapping[str, Any]) -> dict[str, DerivedOutput]:
+        """The sentence embedding, for encoders whose module is the transformer alone."""
+        if architecture.get("task") != PAIRS or "dense" in architecture:
+            return {}
+        from mlorq.models.sentence import SentenceEmbedding
+
+        embedding = SentenceEmbedding.of_architecture(architecture)
+
+        def embed(inputs: Mapping[str, Tensor], output: Any) -> Tensor:
+            return embedding.embed(output.last_hidden_state, inputs["attention_mask"])
+
+        return {"sentence_embedding": embed}
 
     def locations(self, settings: TransformersSettings) -> list[str]:
         """The name of the model, which can be a folder."""

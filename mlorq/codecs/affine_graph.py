@@ -1,0 +1,85 @@
+"""Affine codes as operators: the values of a matrix, its product by 4-bit kernels, and single rows.
+
+onnxruntime fuses ``DequantizeLinear`` of 4-bit codes ``(K, N)`` with one scale per column and the ``MatMul`` that
+follows; the codes stay packed in memory. Codes of 5 to 8 bits are two such products: ``q - z`` is
+``(q_low - z_low) + 16 (q_high - z_high)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlorq.codecs.graph import Graph, integers, packed_codes, sizes
+from mlorq.codecs.packing import packed_columns, unpack_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KERNEL_BITS = 4  # bits of the kernels
+
+
+def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
+    """The transposed values ``(q - z) s``, ``(columns, rows)`` float32."""
+    codes = graph.node("Cast", packed_codes(graph, _codes(tensors, columns, bits), bits), to="float32")
+    return graph.node("Mul", graph.node("Sub", codes, _zero_points(graph, tensors)), _scales(graph, tensors))
+
+
+def product(graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
+    """``x Ŵᵀ`` of ``x`` ``(…, columns)``, by one or two products of 4-bit codes."""
+    codes, zero = _codes(tensors, columns, bits), tensors["zero_point"].numpy().astype(np.int64)
+    # Zero-points outside the codes do not fit the kernels: x (q - z) s = x q s - sum(x) z s.
+    outside = bool((zero < 0).any() or (zero >= 2**bits).any())
+    inside = np.zeros_like(zero) if outside else zero
+    scale, total = _scales(graph, tensors), ""
+    for low in range(0, bits, KERNEL_BITS):
+        width = min(KERNEL_BITS, bits - low)
+        mask = 2**width - 1
+        part = graph.node("Cast", packed_codes(graph, (codes >> low) & mask, width), to="uint4")
+        point = graph.node("Cast", graph.constant(((inside >> low) & mask).astype(np.uint8)), to="uint4")
+        own = graph.node("Mul", scale, graph.constant(np.array(2.0**low, np.float32))) if low else scale
+        weight = graph.node("DequantizeLinear", part, own, point, axis=1)
+        found = graph.node("MatMul", inputs, weight)
+        total = graph.node("Add", total, found) if total else found
+    if outside:
+        sums = graph.node("ReduceSum", inputs, sizes(graph, -1), keepdims=1)
+        shift = graph.node("Mul", _zero_points(graph, tensors), scale)
+        total = graph.node("Sub", total, graph.node("Mul", sums, shift))
+    return total
+
+
+def rows(graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
+    """The values of some rows, ``(…, columns)`` float32 for indices ``(…)``; only these rows are unpacked."""
+    first = np.arange(columns) * bits
+    last = packed_columns(columns, bits) - 1
+    found = graph.node("Gather", graph.constant(tensors["codes"].numpy()), indices, axis=0)
+    found = graph.node("Cast", found, to="int32")
+    if bits < 8:
+        # The code starts in one byte and may end in the next one.
+        low = graph.node("Gather", found, integers(graph, first // 8), axis=-1)
+        high = graph.node("Gather", found, integers(graph, np.minimum(first // 8 + 1, last)), axis=-1)
+        both = graph.node("Add", low, graph.node("Mul", high, graph.constant(np.array(256, np.int32))))
+        found = graph.node("Div", both, integers(graph, 2 ** (first % 8)))
+        found = graph.node("BitwiseAnd", found, graph.constant(np.array(2**bits - 1, np.int32)))
+    axis = sizes(graph, -1)
+    zero, scale = (
+        graph.node("Unsqueeze", graph.node("Gather", graph.constant(tensors[part].numpy()), indices, axis=0), axis)
+        for part in ("zero_point", "scale")
+    )
+    centred = graph.node("Sub", graph.node("Cast", found, to="float32"), graph.node("Cast", zero, to="float32"))
+    return graph.node("Mul", centred, graph.node("Cast", scale, to="float32"))
+
+
+def _codes(tensors: Mapping[str, Tensor], columns: int, bits: int) -> np.ndarray:
+    """Unpacked codes, transposed: ``(columns, rows)`` uint8."""
+    return np.ascontiguousarray(unpack_rows(tensors["codes"], columns, bits).numpy().T)
+
+
+def _scales(graph: Graph, tensors: Mapping[str, Tensor]) -> str:
+    return graph.node("Cast", graph.constant(tensors["scale"].numpy()), to="float32")
+
+
+def _zero_points(graph: Graph, tensors: Mapping[str, Tensor]) -> str:
+    return graph.node("Cast", graph.constant(tensors["zero_point"].numpy()), to="float32")

@@ -1,0 +1,108 @@
+"""Quantizers of activations as QuantizeLinear and DequantizeLinear.
+
+A uniform quantizer becomes this pair. Its range is enforced before if the codes are fewer than the integers, and its
+zero-point is moved into a shift of the values if it is not one of the codes: ``x̄ = D(Q(x + h)) - h``. Other kinds stay
+the operators of their arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.activations.quantizers import UniformQuantizer
+
+BYTE = 8  # bits of the integers; wider codes take 16
+
+
+class QuantizeDequantize(nn.Module):
+    """A uniform quantizer as one pair of operators, for exporters.
+
+    Args:
+        quantizer: the quantizer, of up to 16 bits.
+    """
+
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+    zero: Tensor
+    shift: Tensor
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        super().__init__()
+        scale, zero, levels = quantizer.scale, quantizer.zero, quantizer.levels
+        integers = torch.uint8 if quantizer.bits <= BYTE else torch.uint16
+        fits = bool((zero == zero.round()).all() and (zero >= 0).all() and (zero <= levels).all())
+        point = zero if fits else torch.zeros_like(zero)
+        self.shifts = not fits
+        self.clamps = quantizer.bits not in (BYTE, 2 * BYTE)
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero", point.to(integers))
+        self.register_buffer("shift", zero * scale)
+        self.register_buffer("low", -point * scale)
+        self.register_buffer("high", (levels - point) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x quantized, float32."""
+        if self.shifts:
+            x = x + self.shift
+        if self.clamps:
+            x = torch.minimum(torch.maximum(x, self.low), self.high)
+        found: Tensor = torch.ops.mlorq.quantize_dequantize(x, self.scale, self.zero, -1 if self.scale.dim() else 0)
+        return found - self.shift if self.shifts else found
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A forward pre-hook that quantizes a module's first argument."""
+        return (self(args[0]), *args[1:])
+
+
+@torch.library.custom_op("mlorq::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
+    """What the pair of operators computes; ``axis`` is -1 for a scale per entry of the last axis."""
+    largest = 2**BYTE - 1 if zero.dtype == torch.uint8 else 2 ** (2 * BYTE) - 1
+    point = zero.float()
+    return (((x / scale).round() + point).clamp(0, largest) - point) * scale
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def replaced(quantizer: nn.Module) -> nn.Module:
+    """A quantizer as a module that exporters write as a pair of operators; itself if its kind has none."""
+    if isinstance(quantizer, UniformQuantizer) and quantizer.bits <= 2 * BYTE:
+        return QuantizeDequantize(quantizer)
+    return quantizer
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The custom operator for the exporter that uses ``torch.export``."""
+    from onnxscript import opset21
+
+    def pair(x: Any, scale: Any, zero: Any, axis: int) -> Any:
+        codes = opset21.QuantizeLinear(x, scale, zero, axis=axis)
+        return opset21.DequantizeLinear(codes, scale, zero, axis=axis)
+
+    return {torch.ops.mlorq.quantize_dequantize.default: pair}
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Make the custom operator known to the older exporter for the duration of a ``with`` block."""
+    from torch.onnx import register_custom_op_symbolic, unregister_custom_op_symbolic
+
+    def pair(graph: Any, x: Any, scale: Any, zero: Any, axis: Any) -> Any:
+        at = axis.node()["value"] if hasattr(axis, "node") else axis
+        codes = graph.op("QuantizeLinear", x, scale, zero, axis_i=at)
+        return graph.op("DequantizeLinear", codes, scale, zero, axis_i=at)
+
+    register_custom_op_symbolic("mlorq::quantize_dequantize", pair, 13)
+    try:
+        yield
+    finally:
+        unregister_custom_op_symbolic("mlorq::quantize_dequantize", 13)

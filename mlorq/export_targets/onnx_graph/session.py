@@ -1,0 +1,202 @@
+"""Exported graphs in onnxruntime: ``OnnxModel`` is called as the torch model is, and returns the same."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlorq.errors import CheckpointError, ModelError, one_line
+from mlorq.export_targets.onnx_graph.calls import Call, rebuilt
+
+METADATA = "mlorq"  # key of the metadata: one JSON object
+METADATA_FIELD = 14  # of a ModelProto: key is field 1, value is field 2
+
+
+class OnnxModel:
+    """A compressed model in onnxruntime, called as the torch model.
+
+    Args:
+        source: path or fsspec URL of an exported file, or its content.
+        threads: threads of one operator; None: as many as torch uses.
+
+    Attributes:
+        session: the session of onnxruntime.
+        precision: ``exact`` or ``fast``.
+        nmse_added: NMSE between the outputs of this graph and of the torch model, on the example of the export.
+        metadata: the JSON object in the file's metadata.
+
+    Raises:
+        CheckpointError: the file is missing, is not an exported model, or onnxruntime refuses it.
+    """
+
+    def __init__(self, source: str | bytes, threads: int | None = None) -> None:
+        import onnxruntime
+
+        self.metadata = read_metadata(source)
+        self.precision: str = self.metadata["precision"]
+        self.nmse_added: float | None = self.metadata.get("nmse_added")
+        self._call = Call.from_json(self.metadata["call"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3  # errors
+        # Weights that were decoded at load are no part of the memory that is reused between operators.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        for key, value in self.metadata["session_options"].items():
+            options.add_session_config_entry(key, value)
+        content = source if isinstance(source, bytes) or "://" not in source else _content(source)
+        try:
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no common class
+            raise CheckpointError(f"onnxruntime cannot load the graph: {one_line(error)}") from error
+        del content
+        _release_memory()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs of the torch model, as it returns them; inputs may be tensors or NumPy arrays.
+
+        Raises:
+            ModelError: an input is missing or unknown.
+        """
+        values = self._call.tensors(args, kwargs)
+        structure = self.metadata["outputs"]
+        return rebuilt(self.outputs(values), structure)
+
+    def outputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """All outputs of the graph by name, also those that the torch model does not have.
+
+        Args:
+            inputs: tensors or NumPy arrays by name.
+        """
+        arrays = {
+            name: np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+            for name, value in inputs.items()
+        }
+        wanted = {one.name: one.type for one in self.session.get_inputs()}
+        arrays = {
+            name: value.astype(np.float32) if wanted.get(name) == "tensor(float)" else value
+            for name, value in arrays.items()
+            if name in wanted
+        }
+        names = [one.name for one in self.session.get_outputs()]
+        try:
+            found = self.session.run(names, arrays)
+        except Exception as error:  # onnxruntime's exceptions have no common class
+            raise ModelError(f"onnxruntime: {one_line(error)}") from error
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+    def eval(self) -> OnnxModel:
+        """The model itself, which only computes in eval mode."""
+        return self
+
+
+def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Largest difference, relative to the largest output, and NMSE; each the worst of the floating-point outputs.
+
+    Raises:
+        ModelError: an output has another shape.
+    """
+    differences, errors = [0.0], [0.0]
+    for name, wanted in expected.items():
+        if wanted.is_floating_point():
+            left, right = found[name].double(), wanted.double()
+            if left.shape != right.shape:
+                raise ModelError(f"output {name!r} has shape {tuple(left.shape)} instead of {tuple(right.shape)}")
+            finite = right.isfinite()
+            delta = (left - right)[finite]
+            if delta.numel():
+                least = torch.finfo(torch.float64).tiny
+                differences.append(float(delta.abs().max() / right[finite].abs().max().clamp(min=least)))
+                errors.append(float(delta.square().sum() / right[finite].square().sum().clamp(min=least)))
+    return max(differences), max(errors)
+
+
+def read_metadata(source: str | bytes) -> dict[str, Any]:
+    """The JSON object in the metadata of an exported file, and its size as ``bytes``; the graph is not read.
+
+    Args:
+        source: path or fsspec URL of the file, or its content.
+
+    Raises:
+        CheckpointError: the file is missing, or was not exported by this software.
+    """
+    import io
+
+    name = "the graph" if isinstance(source, bytes) else source
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else fsspec.open(source, "rb").open() as file:
+            entries, size = _entries(file)
+        about: dict[str, Any] = json.loads(entries[METADATA])
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from error
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{name} is not a graph that mlorq exported: export the checkpoint again") from error
+    return about | {"bytes": size}
+
+
+def _entries(file: BinaryIO) -> tuple[dict[str, str], int]:
+    """The metadata of a serialized ModelProto, and its size; all other fields are skipped."""
+    found: dict[str, str] = {}
+    size = file.seek(0, 2)
+    file.seek(0)
+    while file.tell() < size:
+        field, kind = divmod(_varint(file), 8)
+        if kind == 0:
+            _varint(file)
+        elif kind == 2:
+            length = _varint(file)
+            if field == METADATA_FIELD:
+                key, value = _strings(file.read(length))
+                found[key] = value
+            else:
+                file.seek(length, 1)
+        else:
+            raise ValueError(f"field of kind {kind}")
+    return found, size
+
+
+def _strings(entry: bytes) -> tuple[str, str]:
+    """Key and value of a serialized entry."""
+    import io
+
+    file, parts = io.BytesIO(entry), {}
+    while file.tell() < len(entry):
+        field = _varint(file) // 8
+        parts[field] = file.read(_varint(file)).decode()
+    return parts[1], parts.get(2, "")
+
+
+def _varint(file: BinaryIO) -> int:
+    """A number in groups of 7 bits, least significant first."""
+    value, shift = 0, 0
+    while True:
+        (byte,) = file.read(1)
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+        shift += 7
+
+
+def _content(location: str) -> bytes:
+    with fsspec.open(location, "rb") as file:
+        found: bytes = file.read()
+    return found
+
+
+def _release_memory() -> None:
+    """Return what the folding of constants used to the system, where the C library can."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

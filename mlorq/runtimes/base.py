@@ -1,0 +1,110 @@
+"""The interface and registry of runtimes, and ``load``, which loads a checkpoint into one."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
+
+from pydantic import ValidationError
+
+from mlorq.errors import ConfigError
+from mlorq.export_targets.base import require
+from mlorq.registry import Registry, Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mlorq.export_targets.onnx_graph.session import OnnxModel
+
+Config = TypeVar("Config", bound=Settings)
+Location = str | os.PathLike[str]
+Device: TypeAlias = "torch.device | str"
+
+
+class Runtime(ABC, Generic[Config]):
+    """Software that computes with a compressed model.
+
+    Attributes:
+        name: its name, the value of ``runtime``.
+        settings: class of its options.
+        packages: import names of the packages that it needs.
+        extra: the extra of mlorq that installs them; None: they have to be named.
+    """
+
+    name: str
+    settings: type[Config]
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+
+    @abstractmethod
+    def load(self, location: str, model: nn.Module | None, device: Device, settings: Config) -> Any:
+        """A callable with the call and the outputs of the torch module.
+
+        Args:
+            location: folder or fsspec URL of a compressed model, or a file that the runtime reads.
+            model: a float instance of the architecture, if it is user code.
+            device: device of the model.
+            settings: options.
+
+        Raises:
+            ConfigError: the runtime does not run on the device, or the options do not fit the file.
+            CheckpointError: the checkpoint is missing or damaged, or the runtime cannot hold it.
+        """
+
+
+RUNTIMES: Registry[Runtime[Any]] = Registry("runtime")
+
+
+@overload
+def load(
+    location: Location, model: nn.Module | None = None, device: Device = "cpu", *, runtime: Literal["torch"] = "torch"
+) -> nn.Module: ...
+@overload
+def load(
+    location: Location,
+    model: nn.Module | None = None,
+    device: Device = "cpu",
+    *,
+    runtime: Literal["onnxruntime"],
+    **options: Any,
+) -> OnnxModel: ...
+@overload
+def load(
+    location: Location, model: nn.Module | None = None, device: Device = "cpu", *, runtime: str, **options: Any
+) -> Any: ...
+def load(
+    location: Location,
+    model: nn.Module | None = None,
+    device: Device = "cpu",
+    *,
+    runtime: str = "torch",
+    **options: Any,
+) -> Any:
+    """The compressed model of a checkpoint, in eval mode.
+
+    Args:
+        location: folder or fsspec URL; for ``onnxruntime`` also an exported file.
+        model: a float instance of the architecture, which is not changed; required if the architecture is user code.
+        device: device of the model; ``onnxruntime`` computes on the CPU.
+        runtime: ``torch`` (an ``nn.Module``, whose outputs are bitwise those of the saved module), or ``onnxruntime``
+            (a callable with the same call and the same outputs).
+        options: options of the runtime. ``onnxruntime``: ``precision`` (``exact``: equal up to the rounding of sums;
+            ``fast``: products by 8-bit integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a
+            batch, for user code), ``threads``.
+
+    Raises:
+        ConfigError: the runtime or an option is unknown, or a package is missing.
+        CheckpointError: the checkpoint is missing or damaged, or does not fit the model.
+    """
+    found = RUNTIMES[runtime]
+    require(f"runtime {found.name}", found.packages, found.extra)
+    try:
+        settings = found.settings.model_validate(options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        known = ", ".join(found.settings.model_fields) or "none"
+        raise ConfigError(f"runtime {found.name}: option {name!r}: {problem['msg']}; known: {known}") from None
+    return found.load(os.fspath(location), model, device, settings)

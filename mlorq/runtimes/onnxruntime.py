@@ -1,0 +1,61 @@
+"""Runtime ``onnxruntime``: the graph of target ``onnx``, from an exported file or made from a checkpoint at load.
+
+A file loads in a second. Making the graph of a checkpoint takes as long as its export.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mlorq.errors import ConfigError
+from mlorq.export_targets.onnx import Onnx, OnnxSettings, graph_bytes
+from mlorq.registry import Settings
+from mlorq.runtimes.base import RUNTIMES, Device, Runtime
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mlorq.export_targets.onnx_graph.session import OnnxModel
+
+
+class OnnxRuntimeSettings(Settings):
+    """Options of the runtime."""
+
+    precision: Literal["exact", "fast"] | None = Field(
+        None, description="exact (default), or fast: products by 8-bit integers; a file has its own"
+    )
+    example: Any = Field(None, description="a batch of at least two samples, for user-defined modules")
+    threads: int | None = Field(None, ge=1, description="threads; default: as many as torch uses")
+
+
+class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
+    """A session of onnxruntime on the CPU."""
+
+    name = "onnxruntime"
+    settings = OnnxRuntimeSettings
+    packages: ClassVar[tuple[str, ...]] = Onnx.packages
+    extra = Onnx.extra
+
+    def load(self, location: str, model: nn.Module | None, device: Device, settings: OnnxRuntimeSettings) -> OnnxModel:
+        from mlorq.export_targets.onnx_graph.session import OnnxModel
+
+        if str(device) != "cpu":
+            raise ConfigError(f"runtime {self.name} computes on the CPU: leave out device {device}")
+        if location.lower().endswith(Onnx.suffixes):
+            found = OnnxModel(location, settings.threads)
+            if settings.precision not in (None, found.precision):
+                raise ConfigError(
+                    f"{location} was exported with precision {found.precision}: "
+                    f"export it with --precision {settings.precision}"
+                )
+            return found
+        from mlorq.checkpoint.io import inspect, load
+
+        options = OnnxSettings(precision=settings.precision or "exact", example=settings.example)
+        data = graph_bytes(load(location, model), inspect(location)["architecture"], options)
+        return OnnxModel(data, settings.threads)
+
+
+RUNTIMES.register(OnnxRuntime())

@@ -1,0 +1,327 @@
+"""Target ``onnx``: every family's models, random codes of every form, against the torch model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mlorq
+from mlorq.checkpoint.io import inspect
+from mlorq.errors import CheckpointError, ConfigError
+from tests import detectors, zoo
+from tests.compressed import compressed, folder_of
+from tests.nets import SharedNet, TokenNet, images
+
+onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+pytest.importorskip("onnxscript", reason="needs the extra onnx")
+
+EXACT = 1e-5  # of the largest output
+NMSE = 0.05  # that ``fast`` may add in networks with random weights
+
+
+def text_batch(samples: int, tokens: int, *names: str, seed: int = 0) -> dict[str, Tensor]:
+    """Random tokens; the second sample is padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 20, (samples, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1:2, tokens // 2 :] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: batch[name] for name in names or batch}
+
+
+def text_architecture(module: nn.Module, task: str) -> dict[str, Any]:
+    from mlorq.models.transformers_modules import describe
+
+    found = describe(module)
+    assert found is not None
+    return {**found, "task": task}
+
+
+def timm_case(name: str, arguments: dict[str, Any], size: int = 32) -> tuple[nn.Module, dict[str, Any], Any]:
+    architecture = {"family": "timm", "name": name, "arguments": arguments}
+    return zoo.timm_model(name, arguments), architecture, zoo.pixels(5, 3, size)
+
+
+def text_case(kind: str, task: str, *names: str) -> tuple[nn.Module, dict[str, Any], Any]:
+    module = zoo.text_model(kind)
+    return module, text_architecture(module, task), text_batch(5, 23, *names)
+
+
+CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "num_classes": 5}
+NO_TYPES = ("input_ids", "attention_mask")
+CASES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any], Any]]] = {
+    "vit": lambda: timm_case(zoo.VIT, zoo.VIT_ARGUMENTS),
+    "deit": lambda: timm_case(zoo.DEIT, zoo.VIT_ARGUMENTS),
+    "swin": lambda: timm_case(zoo.SWIN, zoo.SWIN_ARGUMENTS),
+    "convnext": lambda: timm_case("convnext_atto", CONVNEXT, 224),
+    "bert": lambda: text_case("bert", "sentence-similarity"),
+    "bert-classifier": lambda: text_case("bert-classifier", "text-classification"),
+    "roberta-classifier": lambda: text_case("roberta-classifier", "text-classification"),
+    "distilbert-classifier": lambda: text_case("distilbert-classifier", "text-classification", *NO_TYPES),
+    "mpnet": lambda: text_case("mpnet", "sentence-similarity", *NO_TYPES),
+}
+
+
+def call(model: Any, batch: Any) -> Any:
+    with torch.no_grad():
+        return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    return {"": output} if isinstance(output, Tensor) else dict(output)
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = EXACT) -> None:
+    left, right = tensors_of(found), tensors_of(expected)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        assert left[name].shape == value.shape
+        assert float((left[name] - value).abs().max() / value.abs().max()) < tolerance, name
+
+
+def nmse(found: Any, expected: Any) -> float:
+    left, right = tensors_of(found), tensors_of(expected)
+    return max(float((left[name] - value).square().sum() / value.square().sum()) for name, value in right.items())
+
+
+def operators(file: str | Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(file).graph.node)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_families(case: str, tmp_path: Path) -> None:
+    """At other numbers of samples and tokens than the example's; outputs of the same class."""
+    module, architecture, batch = CASES[case]()
+    module = compressed(module)
+    folder = folder_of(tmp_path / "out", module, architecture)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
+    onnx.checker.check_model(file)
+    graph = onnx.load(file)
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert [(one.domain, one.version) for one in graph.opset_import] == [("", 21)]
+    found, expected = call(mlorq.load(file, runtime="onnxruntime"), batch), call(module, batch)
+    assert type(found) is type(expected)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("case", ["swin", "bert"])
+def test_fast_adds_the_error_that_it_reports(case: str, tmp_path: Path) -> None:
+    module, architecture, batch = CASES[case]()
+    module = compressed(module)
+    folder = folder_of(tmp_path / "out", module, architecture)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx", precision="fast")
+    assert operators(file)["MatMulInteger"]
+    model = mlorq.load(file, runtime="onnxruntime")
+    added = nmse(call(model, batch), call(module, batch))
+    assert 0 < added < NMSE
+    assert model.nmse_added / 5 < added < model.nmse_added * 5, "of other inputs than at export"
+
+
+def test_sentence_encoders_have_their_embedding(tmp_path: Path) -> None:
+    from mlorq.models.sentence import SentenceEmbedding
+
+    module = compressed(zoo.text_model("bert"))
+    architecture = {
+        **text_architecture(zoo.text_model("bert"), "sentence-similarity"),
+        "pooling": ["cls", "mean"],
+        "normalised": False,
+    }
+    folder = folder_of(tmp_path / "out", module, architecture)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
+    batch = text_batch(3, 9)
+    found = mlorq.load(file, runtime="onnxruntime").outputs(batch)
+    with torch.no_grad():
+        expected = SentenceEmbedding(("cls", "mean"), False)(module, batch)
+    assert_close(found["sentence_embedding"], expected)
+
+
+def test_the_file_has_the_checkpoints_size(tmp_path: Path) -> None:
+    """Within 2 % for a model of some size, here one of 3 bits per weight without float embeddings."""
+    from mlorq.forms.base import Candidate
+    from mlorq.forms.modules import replace_layers
+    from mlorq.forms.stored_layer import CompressedLayer
+    from tests.compressed import trellis
+
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 384, "depth": 6, "num_heads": 4, "num_classes": 10}
+    module = zoo.timm_model(zoo.VIT, arguments)
+    layers = {}
+    for index, (name, child) in enumerate(module.named_modules()):
+        if isinstance(child, nn.Linear) and child.out_features > 12:
+            matrix = trellis(child.out_features, child.in_features, 3, index)
+            layers[name] = CompressedLayer(name, Candidate("TCQ", bits=3), {"weight": matrix})
+    replace_layers(module, layers)
+    folder = folder_of(tmp_path / "out", module, {"family": "timm", "name": zoo.VIT, "arguments": arguments})
+    for precision in ("exact", "fast"):
+        (file,) = mlorq.export(folder, tmp_path / f"{precision}.onnx", precision=precision)
+        ratio = Path(file).stat().st_size / inspect(folder)["file_bytes"]
+        assert abs(ratio - 1) < 0.02, ratio
+
+
+def test_image_preprocessing_is_in_the_metadata(tmp_path: Path) -> None:
+    module, architecture, _ = CASES["vit"]()
+    folder = folder_of(tmp_path / "out", compressed(module), architecture)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
+    entries = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    described = json.loads(entries["preprocessing"])
+    assert described["input_size"] == [3, 32, 32]
+    assert {"mean", "std", "crop_pct", "interpolation"} <= described.keys()
+
+
+def test_tokenizer_files_are_written_beside_the_file(tmp_path: Path) -> None:
+    module = zoo.save_text_model(tmp_path / "float", "bert-classifier")
+    folder = folder_of(tmp_path / "out", compressed(module), text_architecture(module, "text-classification"))
+    files = mlorq.export(folder, tmp_path / "onnx" / "model.onnx", tokenizer=str(tmp_path / "float"))
+    assert {"model.onnx", "tokenizer.json", "tokenizer_config.json"} == {Path(file).name for file in files}
+    assert all(Path(file).parent == tmp_path / "onnx" for file in files)
+    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
+        mlorq.export(folder, tmp_path / "model.onnx", tokenizer=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("bits", "method"), [(8, "uniform"), (4, "uniform"), (6, "repq"), (4, "adalog")])
+def test_quantizers_of_activations(bits: int, method: str, tmp_path: Path) -> None:
+    """Ranges per tensor and per channel, of inputs and of products, are Q/DQ pairs; logarithms stay arithmetic."""
+    module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS)
+    batches = [zoo.pixels(4, seed) for seed in range(2)]
+    result = mlorq.compress(
+        module, batches, budget="6bit", preset="quick", activations={"bits": bits, "method": method}, search=zoo.QUICK
+    )
+    result.save(tmp_path / "out")
+    expected = call(result.model, zoo.pixels(6, 9))
+    (file,) = mlorq.export(tmp_path / "out", tmp_path / "model.onnx")
+    count = operators(file)
+    assert count["QuantizeLinear"] >= 8
+    assert count["QuantizeLinear"] <= count["DequantizeLinear"]
+    found = call(mlorq.load(file, runtime="onnxruntime"), zoo.pixels(6, 9))
+    # A value between two codes may fall on either side.
+    assert nmse(found, expected) < 1e-3
+
+
+def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
+    module = compressed(detectors.mask_rcnn())
+    architecture = {"family": "detection", "name": detectors.NAME, "arguments": detectors.ARGUMENTS}
+    folder = folder_of(tmp_path / "out", module, architecture)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
+    pixels = zoo.pixels(3, 1, 64)
+    found, expected = mlorq.load(file, runtime="onnxruntime")(pixels), call(module.backbone, pixels)
+    assert type(found) is type(expected)
+    assert_close(found, expected)
+
+
+def test_a_part_of_a_model(tmp_path: Path) -> None:
+    module, architecture, pixels = CASES["vit"]()
+    module = compressed(module)
+    folder = folder_of(tmp_path / "out", module, architecture)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx", part="patch_embed")
+    assert_close(mlorq.load(file, runtime="onnxruntime")(pixels), call(module.patch_embed, pixels))
+    with pytest.raises(CheckpointError, match="no module 'nothing'"):
+        mlorq.export(folder, tmp_path / "model.onnx", part="nothing")
+
+
+def test_modules_of_the_user(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = TokenNet()
+    module = compressed(net)
+    folder = folder_of(tmp_path / "out", module, {"family": "custom"})
+    with pytest.raises(CheckpointError, match="pass example=batch"):
+        mlorq.export(folder, tmp_path / "model.onnx", model=net)
+    with pytest.raises(CheckpointError, match="pass two or more"):
+        mlorq.export(folder, tmp_path / "model.onnx", model=net, example=images(1, 0))
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx", model=net, example=images(2, 0))
+    assert_close(mlorq.load(file, runtime="onnxruntime")(images(7, 1)), call(module, images(7, 1)))
+
+
+def test_weights_that_are_used_twice_are_stored_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = SharedNet(24)
+    module = compressed(net)
+    folder = folder_of(tmp_path / "out", module, {"family": "custom"})
+    x = torch.randn(3, 4, 24)
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx", model=net, example=x)
+    assert_close(mlorq.load(file, runtime="onnxruntime")(x[:2]), call(module, x[:2]))
+    largest = max(len(tensor.raw_data) for tensor in onnx.load(file).graph.initializer)
+    assert largest < 24 * 24 * 4, "no dense weight"
+
+
+class Branch(nn.Module):
+    """Its layer runs twice if the sum of the input is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found if bool(x.sum() > 0) else self.layer(found)
+
+
+class Words(nn.Module):
+    """Returns what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> str:
+        return str(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Branch, "depends on the values of inputs"), (Words, "returns str: an exported graph")],
+)
+def test_models_that_no_graph_can_hold(kind: type[nn.Module], message: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = kind()
+    folder = folder_of(tmp_path / "out", compressed(net), {"family": "custom"})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        mlorq.export(folder, tmp_path / "model.onnx", model=net, example=torch.randn(3, 16))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": 17}, "opset 17 is not supported: leave it out, for 21"),
+        ({"precision": "half"}, "'exact' or 'fast'"),
+        ({"precison": "fast"}, "known: precision"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mlorq.export(tmp_path, tmp_path / "model.onnx", **options)
+
+
+def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(ConfigError, match=r"needs the package onnxscript: pip install 'mlorq\[onnx\]'"):
+        mlorq.export(tmp_path, tmp_path / "model.onnx")
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    module, architecture, _ = CASES["vit"]()
+    folder = folder_of(tmp_path / "out", compressed(module), architecture)
+    file = tmp_path / "graph"
+    assert main(["export", str(folder), "--to", "onnx", "--output", str(file), "--precision", "fast", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["files"] == [str(file)]
+    assert printed["precision"] == "fast"
+    assert 0 < printed["nmse_added"] < NMSE
+    assert printed["bytes"] == file.stat().st_size
+    assert main(["export", str(folder), "--output", str(tmp_path / "x.safetensors"), "--precision", "fast"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "precision" in error
+    assert len(error.splitlines()) == 1
