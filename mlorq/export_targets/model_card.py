@@ -52,10 +52,10 @@ class CardFacts:
     @property
     def task(self) -> str | None:
         """The task of the model on the hub."""
-        task = self.info["architecture"].get("task")
+        task: str | None = self.info["architecture"].get("task")
         if task is None and self.auto_class == "AutoModelForImageClassification":
             return "image-classification"
-        return PIPELINES.get(task, task)
+        return PIPELINES.get(task, task) if task else None
 
 
 def model_card(facts: CardFacts) -> str:

@@ -139,7 +139,9 @@ def _saved(module: Any, checkpoint: str) -> dict[str, bytes]:
             with quiet():
                 module.save_pretrained(folder, max_shard_size=ONE_FILE)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {checkpoint} cannot be saved by transformers: {one_line(error)}") from error
+            raise CheckpointError(
+                f"checkpoint {checkpoint} cannot be saved by transformers: {one_line(error)}"
+            ) from error
         found = {}
         for name in os.listdir(folder):
             with open(os.path.join(folder, name), "rb") as file:

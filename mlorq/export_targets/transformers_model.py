@@ -50,9 +50,10 @@ def pretrained_model(checkpoint: str) -> tuple[Any, dict[str, Any]]:
         activations=_prefixed_plan(info.get("activations"), prefix),
     )
     _complete(module, config, checkpoint)
-    module.config.quantization_config = config
-    module.hf_quantizer = MlorqQuantizer(config)
-    return module, info
+    model: Any = module
+    model.config.quantization_config = config
+    model.hf_quantizer = MlorqQuantizer(config)
+    return model, info
 
 
 def _prefixed(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -100,12 +101,10 @@ def _complete(module: Any, config: MlorqConfig, checkpoint: str) -> None:
     }
 
 
-def _skeleton(module: Any) -> nn.Module:
+def _skeleton(module: Any) -> Any:
     """A new instance of the model's class on the meta device, in its dtype."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        blank = type(module)._from_config(deepcopy(module.config), dtype=module.dtype)
-    assert isinstance(blank, nn.Module)
-    return blank.eval()
+        return type(module)._from_config(deepcopy(module.config), dtype=module.dtype).eval()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ METHOD = "mlorq"
 FORMAT_VERSION = 1
 
 
-class MlorqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class MlorqConfig(QuantizationConfigMixin):
     """The object ``quantization_config`` of ``config.json``.
 
     Attributes:
@@ -60,7 +60,7 @@ class MlorqConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"quantization_config has format version {format_version!r}; "
                 f"this version of mlorq reads {FORMAT_VERSION}"
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment] # registered methods are strings
         self.format_version = format_version
         self.layers = [dict(layer) for layer in layers]
         self.dtype = dtype
@@ -77,7 +77,7 @@ class MlorqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"quantization_config: a layer is malformed: {error!r}") from error
 
 
-class MlorqQuantizer(HfQuantizer):  # type: ignore[misc]
+class MlorqQuantizer(HfQuantizer):
     """Replaces the layers of a model before its weights are loaded; saves compressed models."""
 
     requires_calibration = True  # models are compressed by mlorq.compress, not while they are loaded
@@ -106,8 +106,8 @@ class MlorqQuantizer(HfQuantizer):  # type: ignore[misc]
         config, rename = self.quantization_config, renaming(model)
         config.absent = [name for name in map(rename, config.absent) if name is not None]
         for name in config.absent:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, None)
+            *parents, attribute = name.split(".")
+            setattr(model.get_submodule(".".join(parents)), attribute, None)
         found = (renamed_entry(entry, rename) for entry in config.entries())
         entries = [entry for entry in found if entry is not None]
         if not entries:
@@ -115,16 +115,19 @@ class MlorqQuantizer(HfQuantizer):  # type: ignore[misc]
         saved_dtype = model.dtype == dtype_of(config.dtype)
         for entry in entries:
             install_entry(model, entry, own_dtype=saved_dtype)
+        _untie(model, {f"{path}.weight" for entry in entries for path in (entry.layer, *entry.aliases)})
         if config.activations:
             plan = renamed_plan(ActivationPlan.from_json(config.activations), rename)
             plan.install(model)
             config.activations = plan.to_json()
         config.layers = [entry.to_json() for entry in entries]
-        named = ((rename(name), dtype) for name, dtype in config.dtypes.items())
-        config.dtypes = {name: dtype for name, dtype in named if name is not None}
+        named = ((rename(tensor), dtype) for tensor, dtype in config.dtypes.items())
+        config.dtypes = {tensor: dtype for tensor, dtype in named if tensor is not None}
         if saved_dtype:
             _set_dtypes(model, config.dtypes)
-        self._stored_names = {name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)}
+        self._stored_names = {
+            name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)
+        }
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -176,6 +179,14 @@ class MlorqQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """``torch.compile`` traces the dequantization."""
         return True
+
+
+def _untie(model: Any, weights: set[str]) -> None:
+    """Forget that weights which are no parameters any more are tied, such as that of a language model's head."""
+    tied = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {
+        target: source for target, source in tied.items() if target not in weights and source not in weights
+    }
 
 
 def _set_dtypes(model: Any, dtypes: Mapping[str, str]) -> None:
