@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fsspec.core import url_to_fs
 
 from mlorq.errors import ConfigError
+from mlorq.forms.base import FIELDS
 
 STEP, FILE = "summary", "run.json"
 
@@ -31,15 +33,15 @@ def find_result(checkpoint: str, budget: str | None) -> dict[str, Any]:
     return dict(own[0]) if own else {}
 
 
-def read_result(path: str, checkpoint_bytes: int) -> dict[str, Any]:
+def read_result(path: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A run's result object from a JSON file.
 
     Args:
         path: the file, with the output of ``mlorq compress --json`` or a ``run.json``.
-        checkpoint_bytes: bytes of the checkpoint's compressible layers, by which its result is recognised.
+        layers: the layers that the checkpoint records, by which its result is recognised.
 
     Raises:
-        ConfigError: the file cannot be read, or is the result of another checkpoint.
+        ConfigError: the file cannot be read, or has results of other checkpoints only.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -47,7 +49,14 @@ def read_result(path: str, checkpoint_bytes: int) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"result {path} cannot be read: {error}") from error
     results = found.get("results", [found]) if isinstance(found, dict) else found
-    own = [result for result in results if isinstance(result, dict) and result.get("bytes") == checkpoint_bytes]
-    if not own:
-        raise ConfigError(f"result {path} has no result of a checkpoint with {checkpoint_bytes} bytes of layers")
-    return dict(own[0])
+    wanted = _allocation(layers)
+    for result in results if isinstance(results, list) else ():
+        # A checkpoint also lists embedding tables, which are not layers of the search.
+        own = _allocation(result.get("allocation") or ()) if isinstance(result, dict) else set()
+        if own and own <= wanted:
+            return dict(result)
+    raise ConfigError(f"result {path} has no result with the checkpoint's allocation")
+
+
+def _allocation(rows: Sequence[Mapping[str, Any]]) -> set[tuple[Any, ...]]:
+    return {tuple(row.get(key) for key in ("layer", *FIELDS, "bytes")) for row in rows}

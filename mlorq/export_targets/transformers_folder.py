@@ -97,7 +97,7 @@ def folder_files(checkpoint: str, notes: Notes) -> dict[str, bytes]:
     if source is not None:
         files |= prepared_files(source, architecture)
     if notes.result is not None:
-        result = read_result(notes.result, info["sizes"]["bytes"])
+        result = read_result(notes.result, info["layers"])
     else:
         result = find_result(checkpoint, (info.get("budget") or {}).get("asked"))
     card = CardFacts(

@@ -91,7 +91,6 @@ save_file({{name: value.detach() for name, value in found.items()}}, {str(tmp_pa
 
 
 def test_the_file_of_weights_is_as_large_as_the_checkpoint_s_except_for_its_header(bert):
-    checkpoint, folder = bert
     sizes = [(where / "model.safetensors").stat().st_size for where in bert]
     headers = [int.from_bytes((where / "model.safetensors").read_bytes()[:8], "little") for where in bert]
     assert sizes[0] - headers[0] == sizes[1] - headers[1]
