@@ -32,6 +32,7 @@ class CardFacts:
         base_model: name of the float model on the hub, or None.
         source_facts: licence and languages of the float model, as its card has them.
         data: the calibration data in words, or None.
+        package: package that transformers needs to load the folder; ``mlorq`` has to be imported first.
     """
 
     title: str
@@ -43,6 +44,7 @@ class CardFacts:
     base_model: str | None = None
     source_facts: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
+    package: str = "mlorq"
 
     @property
     def sentences(self) -> bool:
@@ -73,7 +75,7 @@ def _front_matter(facts: CardFacts) -> str:
     if facts.base_model:
         found |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
     found |= facts.source_facts
-    found["tags"] = ["mlorq", "quantized", "mixed-precision"]
+    found["tags"] = ["mlorq", "quantized", *([facts.package] if facts.package != "mlorq" else ["mixed-precision"])]
     return f"---\n{yaml.safe_dump(found, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
@@ -100,28 +102,13 @@ def _sizes(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    lines = [
-        "## Use",
-        "",
-        "With mlorq installed:",
-        "",
-        "```python",
-        "import mlorq  # registers the format in transformers",
-        f"from transformers import {facts.auto_class}",
-        "",
-        f'model = {facts.auto_class}.from_pretrained("FOLDER_OR_NAME")',
-        "```",
-    ]
+    first = ["import mlorq  # registers the format in transformers"] if facts.package == "mlorq" else []
+    load = [f"from transformers import {facts.auto_class}", ""]
+    load.append(f'model = {facts.auto_class}.from_pretrained("FOLDER_OR_NAME")')
+    lines = ["## Use", "", f"With {facts.package} installed:", "", "```python", *first, *load, "```"]
     if facts.sentences and "tokenizer_config.json" in facts.files:
-        lines += [
-            "",
-            "```python",
-            "import mlorq",
-            "from sentence_transformers import SentenceTransformer",
-            "",
-            'embeddings = SentenceTransformer("FOLDER_OR_NAME").encode(["a sentence"])',
-            "```",
-        ]
+        encode = 'embeddings = SentenceTransformer("FOLDER_OR_NAME").encode(["a sentence"])'
+        lines += ["", "```python", *first, "from sentence_transformers import SentenceTransformer", "", encode, "```"]
     if missing := _missing(facts):
         lines += ["", f"The folder has no {missing}: use the float model's."]
     return "\n".join(lines)

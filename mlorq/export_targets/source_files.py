@@ -72,14 +72,20 @@ def card_facts(source: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
         architecture: architecture of the checkpoint.
     """
     data = _read(_located(source, architecture)[0], CARD, source)
-    text = "" if data is None else data.decode(errors="replace")
+    facts = {} if data is None else front_matter(data)
+    return {key: facts[key] for key in CARD_KEYS if key in facts}
+
+
+def front_matter(card: bytes) -> dict[str, Any]:
+    """The metadata at the beginning of a model card; empty if there is none."""
+    text = card.decode(errors="replace")
     if not text.startswith("---\n"):
         return {}
     try:
         facts = yaml.safe_load(text[4:].partition("\n---")[0])
     except yaml.YAMLError:
         return {}
-    return {key: facts[key] for key in CARD_KEYS if key in facts} if isinstance(facts, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def hub_name(source: str, architecture: Mapping[str, Any]) -> str | None:

@@ -43,10 +43,9 @@ class Transformers(ExportTarget[TransformersSettings]):
     packages: ClassVar[tuple[str, ...]] = ("transformers",)
 
     def write(self, checkpoint: str, output: str, settings: TransformersSettings) -> list[str]:
-        from mlorq.export_targets.transformers_folder import Notes, write_folder
+        from mlorq.export_targets.transformers_folder import write_folder
 
-        notes = Notes(settings.source, settings.result, settings.data)
-        return write_folder(checkpoint, output, notes, settings.push_to_hub, settings.private)
+        return write_folder(checkpoint, output, settings)
 
 
 TARGETS.register(Transformers())

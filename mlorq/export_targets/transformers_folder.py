@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from torch import Tensor
 
 from mlorq.artifacts.store import put_file
 from mlorq.errors import CheckpointError, ConfigError, one_line
 from mlorq.export_targets.model_card import CardFacts, model_card
 from mlorq.export_targets.run_result import find_result, read_result
-from mlorq.export_targets.source_files import card_facts, hub_name, prepared_files, sentence_modules
+from mlorq.export_targets.source_files import CARD, card_facts, front_matter, hub_name, prepared_files, sentence_modules
+from mlorq.export_targets.transformers import TransformersSettings
 from mlorq.export_targets.transformers_model import pretrained_model
 from mlorq.huggingface.quantizer import METHOD
 from mlorq.models.family import short_name
 from mlorq.models.transformers import quiet
 
-CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, TENSORS = "config.json", "model.safetensors"
 ONE_FILE = "1000TB"  # larger than any model: no shards
 AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
@@ -38,23 +39,11 @@ AUTO_CLASSES = (
 )
 
 
-@dataclass(frozen=True)
-class Notes:
-    """What the checkpoint does not record.
-
-    Attributes:
-        source: name or folder of the float model, whose tokenizer or image processor is copied.
-        result: path of a JSON file with the run's result.
-        data: the calibration data in words.
-    """
-
-    source: str | None = None
-    result: str | None = None
-    data: str | None = None
+Convert = Callable[[Any, str], dict[str, Tensor]]
 
 
 def write_folder(
-    checkpoint: str, output: str, notes: Notes, repository: str | None = None, private: bool = True
+    checkpoint: str, output: str, settings: TransformersSettings, convert: Convert | None = None
 ) -> list[str]:
     """Write the folder, and upload it if a repository is named.
 
@@ -63,9 +52,9 @@ def write_folder(
     Args:
         checkpoint: folder or fsspec URL of a compressed model.
         output: folder or fsspec URL to write.
-        notes: what the checkpoint does not record.
-        repository: ``USER/NAME`` on the hub, or None.
-        private: whether a repository that does not exist yet is created as a private one.
+        settings: options of the target.
+        convert: ``convert(model, checkpoint)`` gives the model the configuration of another format, and returns its
+            state dict; None: the format of ``mlorq``.
 
     Returns:
         Locations of the written files, and the URL of the repository.
@@ -76,7 +65,7 @@ def write_folder(
         ConfigError: the source, the result or the repository is wrong.
     """
     fs, root = _open(output)
-    files = folder_files(checkpoint, notes)
+    files = folder_files(checkpoint, settings, convert)
     try:
         for name in sorted(files, key=lambda name: name == CONFIG):
             path = posixpath.join(root, name)
@@ -85,19 +74,21 @@ def write_folder(
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {one_line(error)}") from error
     written = [posixpath.join(output.rstrip("/"), name) for name in sorted(files)]
-    return written if repository is None else [*written, upload(files, repository, private)]
+    repository = settings.push_to_hub
+    return written if repository is None else [*written, upload(files, repository, settings.private)]
 
 
-def folder_files(checkpoint: str, notes: Notes) -> dict[str, bytes]:
+def folder_files(checkpoint: str, settings: TransformersSettings, convert: Convert | None = None) -> dict[str, bytes]:
     """The contents of the folder's files, by name. Arguments and errors as in ``write_folder``."""
     module, info = pretrained_model(checkpoint)
     architecture = info["architecture"]
-    files = _saved(module, checkpoint) | sentence_modules(architecture)
-    source = notes.source
+    state = None if convert is None else convert(module, checkpoint)
+    files = _saved(module, state, checkpoint) | sentence_modules(architecture)
+    source = settings.source
     if source is not None:
         files |= prepared_files(source, architecture)
-    if notes.result is not None:
-        result = read_result(notes.result, info["layers"])
+    if settings.result is not None:
+        result = read_result(settings.result, info["layers"])
     else:
         result = find_result(checkpoint, (info.get("budget") or {}).get("asked"))
     card = CardFacts(
@@ -109,7 +100,8 @@ def folder_files(checkpoint: str, notes: Notes) -> dict[str, bytes]:
         result=result,
         base_model=hub_name(source, architecture) if source else None,
         source_facts=card_facts(source, architecture) if source else {},
-        data=notes.data,
+        data=settings.data,
+        package=METHOD if convert is None else module.config.quantization_config["quant_method"],
     )
     return files | {CARD: model_card(card).encode()}
 
@@ -132,12 +124,12 @@ def upload(files: dict[str, bytes], repository: str, private: bool) -> str:
     return str(url)
 
 
-def _saved(module: Any, checkpoint: str) -> dict[str, bytes]:
-    """The files that ``save_pretrained`` writes, by name."""
+def _saved(module: Any, state: dict[str, Tensor] | None, checkpoint: str) -> dict[str, bytes]:
+    """The files that ``save_pretrained`` writes, by name; ``state`` replaces the model's state dict."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with quiet():
-                module.save_pretrained(folder, max_shard_size=ONE_FILE)
+                module.save_pretrained(folder, state_dict=state, max_shard_size=ONE_FILE)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {checkpoint} cannot be saved by transformers: {one_line(error)}"
@@ -179,8 +171,8 @@ def _open(output: str) -> tuple[AbstractFileSystem, str]:
 
 
 def _is_export(fs: AbstractFileSystem, root: str) -> bool:
+    """Whether a folder has a model card of an earlier export."""
     try:
-        config = json.loads(fs.cat_file(posixpath.join(root, CONFIG)))
-        return bool(config["quantization_config"]["quant_method"] == METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
+        return METHOD in (front_matter(fs.cat_file(posixpath.join(root, CARD))).get("tags") or ())
+    except OSError:
         return False
