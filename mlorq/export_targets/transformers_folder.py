@@ -92,7 +92,7 @@ def folder_files(checkpoint: str, settings: TransformersSettings, convert: Conve
     else:
         result = find_result(checkpoint, (info.get("budget") or {}).get("asked"))
     card = CardFacts(
-        title=short_name(source) if source else result.get("model") or type(module).__name__,
+        title=result.get("model") or (short_name(source) if source else type(module).__name__),
         info=info,
         auto_class=_auto_class(module),
         files=sorted(files),
@@ -125,20 +125,36 @@ def upload(files: dict[str, bytes], repository: str, private: bool) -> str:
 
 
 def _saved(module: Any, state: dict[str, Tensor] | None, checkpoint: str) -> dict[str, bytes]:
-    """The files that ``save_pretrained`` writes, by name; ``state`` replaces the model's state dict."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The files that ``save_pretrained`` writes, by name; ``state`` replaces the model's state dict.
+
+    In the format of ``mlorq`` they are written by a model that was loaded from them: transformers completes
+    configurations when it loads a model, and loading the written files and saving them again must change nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        first, second = os.path.join(folder, "first"), os.path.join(folder, "second")
         try:
-            with quiet():
-                module.save_pretrained(folder, state_dict=state, max_shard_size=ONE_FILE)
+            module.save_pretrained(first, state_dict=state, max_shard_size=ONE_FILE)
+            if state is not None:
+                return _files(first)
+            loaded, report = type(module).from_pretrained(first, dtype="auto", output_loading_info=True)
+            loaded.save_pretrained(second, max_shard_size=ONE_FILE)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"checkpoint {checkpoint} cannot be saved by transformers: {one_line(error)}"
-            ) from error
-        found = {}
-        for name in os.listdir(folder):
-            with open(os.path.join(folder, name), "rb") as file:
-                found[name] = file.read()
-        return found
+            problem = one_line(error)
+            raise CheckpointError(f"checkpoint {checkpoint} cannot be saved by transformers: {problem}") from error
+        for problem, names in report.items():
+            if names:
+                name = min(map(str, names))
+                raise CheckpointError(f"checkpoint {checkpoint}: transformers would load it with {problem}: {name}")
+        return _files(second)
+
+
+def _files(folder: str) -> dict[str, bytes]:
+    """The contents of a folder's files, by name."""
+    found = {}
+    for name in os.listdir(folder):
+        with open(os.path.join(folder, name), "rb") as file:
+            found[name] = file.read()
+    return found
 
 
 def _auto_class(module: Any) -> str:

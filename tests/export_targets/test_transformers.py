@@ -16,11 +16,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import mlorq
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import save
+from mlorq.config.sections import model_section
 from mlorq.errors import CheckpointError, ConfigError, ModelError
-from mlorq.forms.modules import CompressedEmbedding, CompressedLinear, CompressedModule
+from mlorq.forms.base import Candidate
+from mlorq.forms.modules import CompressedEmbedding, CompressedLinear, CompressedModule, replace_layers
 from mlorq.huggingface.quantizer import MlorqConfig
-from tests import zoo
-from tests.checkpoint.test_checkpoint import ALLOCATION, DESCRIPTION, Everything, compress
+from mlorq.models import load_model
+from tests import detectors, zoo
+from tests.checkpoint.test_checkpoint import ALLOCATION, DESCRIPTION, Everything, compress, random_compressed
 from tests.export_targets.models import CASES, arguments_of, outputs
 
 FILES = ("config.json", "model.safetensors")
@@ -162,6 +165,28 @@ def test_timm_models_bring_their_preprocessing(tmp_path):
     mlorq.export(checkpoint, tmp_path / "export", to="transformers")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "export")
     assert processor.data_config["input_size"] == (3, 32, 32)
+
+
+@pytest.mark.parametrize("task", ["object-detection", "instance-segmentation"])
+def test_detectors_keep_their_backbone_and_image_processor(task, tmp_path):
+    detectors.save_transformers_detector(tmp_path / "model", task)
+    model = load_model(model_section()(family="transformers", name=str(tmp_path / "model"), task=task))
+    names = [name for name, module in model.module.named_modules() if type(module) is torch.nn.Linear]
+    layers = {
+        name: random_compressed(name, model.module.get_submodule(name), Candidate("Q", bits=4), seed)
+        for seed, name in enumerate(names)
+    }
+    replace_layers(model.module, layers)
+    save(checkpoint_files(model.module, {"architecture": model.architecture}), tmp_path / "checkpoint")
+    mlorq.export(tmp_path / "checkpoint", tmp_path / "out", to="transformers", source=str(tmp_path / "model"))
+    found, batch = loaded(tmp_path / "out"), {"pixel_values": zoo.pixels(2, 1, 64)}
+    wanted = outputs(mlorq.load(tmp_path / "checkpoint"), batch)
+    assert all(torch.equal(outputs(found, batch)[name], value) for name, value in wanted.items())
+    found.save_pretrained(tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").to_dict() == (
+        transformers.AutoImageProcessor.from_pretrained(tmp_path / "model").to_dict()
+    )
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
