@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlorq.huggingface.registration import register_when_imported
 from mlorq.lazy import lazy_exports
 
 __version__ = "0.1.0"
@@ -31,3 +32,6 @@ _HOMES = {
 
 # `import mlorq` stays fast, and the command line answers before torch is imported.
 __getattr__ = lazy_exports(__name__, _HOMES)
+
+# `AutoModel.from_pretrained` then loads folders of the export target transformers.
+register_when_imported()

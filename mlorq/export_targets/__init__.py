@@ -3,8 +3,10 @@
 Each target is one file and a record in the registry ``TARGETS``.
 """
 
-from mlorq.export_targets import dense as dense  # imported to be registered
+from mlorq.export_targets import compressed_tensors as compressed_tensors  # imported to be registered
+from mlorq.export_targets import dense as dense
 from mlorq.export_targets import onnx as onnx
+from mlorq.export_targets import transformers as transformers
 from mlorq.export_targets.base import TARGETS, ExportTarget, export
 
 __all__ = ["TARGETS", "ExportTarget", "export"]
