@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mlorq.evaluation.benchmark import Variant
     from mlorq.export_targets.onnx_graph.session import OnnxModel
 
 Config = TypeVar("Config", bound=Settings)
@@ -53,13 +54,38 @@ class Runtime(ABC, Generic[Config]):
             CheckpointError: the checkpoint is missing or damaged, or the runtime cannot hold it.
         """
 
+    def check_packages(self) -> None:
+        """Check that the runtime's packages are installed.
+
+        Raises:
+            ConfigError: one is missing.
+        """
+        require(f"runtime {self.name}", self.packages, self.extra)
+
+    @abstractmethod
+    def variants(self, checkpoint: str, folder: str) -> list[Variant]:
+        """What ``mlorq benchmark`` measures: the float model first, then the ways of running the compressed one.
+
+        Args:
+            checkpoint: folder of a compressed model.
+            folder: existing folder for exported files.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or damaged, or the runtime cannot hold it.
+        """
+
 
 RUNTIMES: Registry[Runtime[Any]] = Registry("runtime")
 
 
 @overload
 def load(
-    location: Location, model: nn.Module | None = None, device: Device = "cpu", *, runtime: Literal["torch"] = "torch"
+    location: Location,
+    model: nn.Module | None = None,
+    device: Device = "cpu",
+    *,
+    runtime: Literal["torch"] = "torch",
+    **options: Any,
 ) -> nn.Module: ...
 @overload
 def load(
@@ -90,16 +116,22 @@ def load(
         device: device of the model; ``onnxruntime`` computes on the CPU.
         runtime: ``torch`` (an ``nn.Module``, whose outputs are bitwise those of the saved module), or ``onnxruntime``
             (a callable with the same call and the same outputs).
-        options: options of the runtime. ``onnxruntime``: ``precision`` (``exact``: equal up to the rounding of sums;
-            ``fast``: products by 8-bit integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a
-            batch, for user code), ``threads``.
+        options: options of the runtime.
+
+            ``torch``: ``weights`` (``dense``, the default: float matrices, decoded once, for memory and time of the
+            float model; ``packed``: codes alone, decoded in every call, for the least memory and several times the
+            time; ``both``, for a model that is to be saved again).
+
+            ``onnxruntime``: ``precision`` (``exact``: equal up to the rounding of sums; ``fast``: products by 8-bit
+            integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a batch, for user code),
+            ``threads``.
 
     Raises:
         ConfigError: the runtime or an option is unknown, or a package is missing.
         CheckpointError: the checkpoint is missing or damaged, or does not fit the model.
     """
     found = RUNTIMES[runtime]
-    require(f"runtime {found.name}", found.packages, found.extra)
+    found.check_packages()
     try:
         settings = found.settings.model_validate(options)
     except ValidationError as error:

@@ -5,6 +5,8 @@ A file loads in a second. Making the graph of a checkpoint takes as long as its 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,6 +19,7 @@ from mlorq.runtimes.base import RUNTIMES, Device, Runtime
 if TYPE_CHECKING:
     from torch import nn
 
+    from mlorq.evaluation.benchmark import Variant
     from mlorq.export_targets.onnx_graph.session import OnnxModel
 
 
@@ -56,6 +59,26 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
         options = OnnxSettings(precision=settings.precision or "exact", example=settings.example)
         data = graph_bytes(load(location, model), inspect(location)["architecture"], options)
         return OnnxModel(data, settings.threads)
+
+    def variants(self, checkpoint: str, folder: str) -> list[Variant]:
+        from mlorq.checkpoint.io import inspect, load
+        from mlorq.evaluation.benchmark import FLOAT, Variant
+        from mlorq.export_targets.onnx_graph.float_graph import float_twin
+        from mlorq.export_targets.onnx_graph.session import read_metadata
+
+        architecture, module = inspect(checkpoint)["architecture"], load(checkpoint)
+        graphs = {
+            FLOAT: graph_bytes(float_twin(module)[0], architecture, OnnxSettings()),
+            "exact": graph_bytes(module, architecture, OnnxSettings(precision="exact")),
+            "fast": graph_bytes(module, architecture, OnnxSettings(precision="fast")),
+        }
+        found = []
+        for name, data in graphs.items():
+            path, about = os.path.join(folder, f"{name}.onnx"), read_metadata(data)
+            Path(path).write_bytes(data)
+            added = None if name == FLOAT else about["nmse_added"]
+            found.append(Variant(self.name, name, self.name, path, len(data), about["session_options"], added))
+        return found
 
 
 RUNTIMES.register(OnnxRuntime())

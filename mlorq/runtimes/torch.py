@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
@@ -10,17 +12,45 @@ from mlorq.runtimes.base import RUNTIMES, Device, Runtime
 if TYPE_CHECKING:
     from torch import nn
 
+    from mlorq.evaluation.benchmark import Variant
 
-class Torch(Runtime[Settings]):
+
+class TorchSettings(Settings):
+    """Options of the runtime."""
+
+    weights: Literal["dense", "packed", "both"] = Field(
+        "dense",
+        description="dense: float matrices, decoded once (memory and time of the float model); packed: codes, decoded "
+        "in every call (least memory, several times the time); both: codes, and matrices after their first use",
+    )
+    precision: Literal["exact"] = Field("exact", description="torch computes with the exact values")
+
+
+class Torch(Runtime[TorchSettings]):
     """``mlorq.checkpoint.io.load``."""
 
     name = "torch"
-    settings = Settings
+    settings = TorchSettings
 
-    def load(self, location: str, model: nn.Module | None, device: Device, settings: Settings) -> nn.Module:
+    def load(self, location: str, model: nn.Module | None, device: Device, settings: TorchSettings) -> nn.Module:
         from mlorq.checkpoint.io import load
+        from mlorq.forms.in_memory import keep_in_memory
 
-        return load(location, model, device)
+        module = load(location, model, device)
+        keep_in_memory(module, settings.weights)
+        return module
+
+    def variants(self, checkpoint: str, folder: str) -> list[Variant]:
+        from mlorq.checkpoint.io import inspect
+        from mlorq.evaluation.benchmark import FLOAT, Variant
+
+        about = inspect(checkpoint)
+        size = about["sizes"]["float_bytes"] + about["sizes"]["rest_bytes"]
+        compressed = [
+            Variant(self.name, weights, self.name, checkpoint, about["file_bytes"], {"weights": weights})
+            for weights in ("dense", "packed")
+        ]
+        return [Variant(self.name, FLOAT, self.name, checkpoint, size, None), *compressed]
 
 
 RUNTIMES.register(Torch())
