@@ -96,14 +96,13 @@ def benchmark(
                 if progress is not None:
                     progress(turn * len(variants) + index + 1, turns * len(variants))
         outputs = [np.load(f"{folder}/{index}.npy") for index in range(len(variants))]
-    reference = next(
-        (outputs[i] for i, one in enumerate(variants) if one.engine == "torch" and one.name != FLOAT), None
-    )
+    first = next(index for index, variant in enumerate(variants) if variant.name != FLOAT)
     rows = []
     for index, variant in enumerate(variants):
         base = next(i for i, one in enumerate(variants) if (one.runtime, one.name) == (variant.runtime, FLOAT))
         row = _row(variant, measured[index], measured[base], batches)
-        rows.append(row | {"difference": None if variant.name == FLOAT else _difference(outputs[index], outputs[first])})
+        row["difference"] = None if variant.name == FLOAT else _difference(outputs[index], outputs[first])
+        rows.append(row)
     return {"checkpoint": checkpoint, "threads": threads, "turns": turns, "rows": rows}
 
 
