@@ -37,7 +37,7 @@ def pack_quantized(model: Any, checkpoint: str) -> dict[str, Tensor]:
     reason = _why_not(model, layers)
     if reason:
         raise CheckpointError(
-            f"checkpoint {checkpoint}: {reason}, which compressed-tensors cannot hold in a uniform model: "
+            f"checkpoint {checkpoint}: {reason}, which the format of compressed-tensors cannot hold: "
             "export to transformers instead"
         )
     bits = layers[0].candidate.bits
