@@ -420,7 +420,7 @@ def test_the_map_names_what_is_there() -> None:
     for path in re.findall(r"`((?:mlorq|steps|flows|tests|scripts)/[\w/]+\.py)`", text):
         assert (root / path).is_file(), path
     registered = set(re.findall(r"`([A-Z_]+)\.register\(", text))
-    registries = {"FORMS", "METHODS", "FAMILIES", "SOURCES", "ACTIVATION_METHODS", "TARGETS"}
+    registries = {"FORMS", "METHODS", "FAMILIES", "SOURCES", "ACTIVATION_METHODS", "TARGETS", "RUNTIMES"}
     assert registered == registries
     folders = {folder.name for folder in (root / "mlorq").iterdir() if (folder / "__init__.py").exists()}
     assert folders <= set(re.findall(r"^  (\w+)/", text, re.MULTILINE))
