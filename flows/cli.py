@@ -68,9 +68,9 @@ def _interrupted() -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     # Imported here to keep `mlorq --help` and errors in arguments fast.
-    from flows import commands, result_commands, store_commands
+    from flows import benchmark_command, commands, result_commands, store_commands
 
-    modules = (commands, result_commands, store_commands)
+    modules = (commands, result_commands, store_commands, benchmark_command)
     home = next(module for module in modules if hasattr(module, arguments.command))
     with quiet_stdout():
         finish = getattr(home, arguments.command)(arguments)
@@ -155,6 +155,22 @@ def _parser() -> argparse.ArgumentParser:
         help="an option of the target (the value is YAML); can be repeated",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
+
+    benchmark = commands.add_parser("benchmark", help="bytes, memory and time of a checkpoint against the float model")
+    benchmark.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint")
+    benchmark.add_argument(
+        "--runtime", action="append", metavar="NAME", help="can be repeated; default: all that are installed"
+    )
+    benchmark.add_argument(
+        "--batch", action="append", type=int, metavar="N", help="samples in a batch; can be repeated; default: 1 and 32"
+    )
+    benchmark.add_argument("--threads", type=int, default=1, help="threads of a runtime (default: %(default)s)")
+    benchmark.add_argument("--turns", type=int, default=5, help="cold processes per model (default: %(default)s)")
+    benchmark.add_argument(
+        "--seconds", type=float, default=1.0, help="time for the calls of one batch (default: %(default)s)"
+    )
+    benchmark.add_argument("--picture", metavar="FILE.png", help="write a picture of memory and time")
+    benchmark.add_argument("--json", action="store_true", help="print one JSON object")
 
     runs = commands.add_parser("runs", help="list the finished runs in a store")
     runs.add_argument("config", nargs="?", metavar="CONFIG", help="configuration that names the store")

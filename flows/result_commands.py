@@ -184,7 +184,7 @@ def report(arguments: argparse.Namespace) -> Finish:
     if arguments.output is not None:
         title = f"{result['model']}: {result['run']} (orange) among {len(same)} runs"
         curve = size_accuracy_picture(same, title, highlight=result["run"]) if len(same) > 1 else None
-        _write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve))
+        write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve))
 
     def finish() -> int:
         if arguments.json:
@@ -205,7 +205,12 @@ def _results(store: Store) -> Iterator[tuple[ArtifactRef, dict[str, Any]]]:
             say(f"note: {error}")
 
 
-def _write_file(location: str, data: bytes) -> None:
+def write_file(location: str, data: bytes) -> None:
+    """Write a file, or to an fsspec URL.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
     import fsspec
 
     try:

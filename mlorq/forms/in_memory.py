@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import sys
 from typing import Literal
 
 from torch import nn
@@ -31,3 +35,11 @@ def keep_in_memory(module: nn.Module, weights: Weights) -> None:
         if weights == "dense" and not isinstance(layer, CompressedEmbedding):
             layer.drop_codes(dropped.get(layer.layer_name))
             dropped.setdefault(layer.layer_name, layer)
+
+
+def release_memory() -> None:
+    """Return what loading used and freed to the system, where the C library can."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mlorq.evaluation.benchmark import Variant
     from mlorq.export_targets.onnx_graph.session import OnnxModel
+    from mlorq.runtimes.benchmark import Variant
 
 Config = TypeVar("Config", bound=Settings)
 Location = str | os.PathLike[str]

@@ -19,8 +19,8 @@ from mlorq.runtimes.base import RUNTIMES, Device, Runtime
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.evaluation.benchmark import Variant
     from mlorq.export_targets.onnx_graph.session import OnnxModel
+    from mlorq.runtimes.benchmark import Variant
 
 
 class OnnxRuntimeSettings(Settings):
@@ -62,9 +62,9 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
 
     def variants(self, checkpoint: str, folder: str) -> list[Variant]:
         from mlorq.checkpoint.io import inspect, load
-        from mlorq.evaluation.benchmark import FLOAT, Variant
         from mlorq.export_targets.onnx_graph.float_graph import float_twin
         from mlorq.export_targets.onnx_graph.session import read_metadata
+        from mlorq.runtimes.benchmark import FLOAT, Variant
 
         architecture, module = inspect(checkpoint)["architecture"], load(checkpoint)
         graphs = {

@@ -12,7 +12,7 @@ from mlorq.runtimes.base import RUNTIMES, Device, Runtime
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.evaluation.benchmark import Variant
+    from mlorq.runtimes.benchmark import Variant
 
 
 class TorchSettings(Settings):
@@ -34,15 +34,16 @@ class Torch(Runtime[TorchSettings]):
 
     def load(self, location: str, model: nn.Module | None, device: Device, settings: TorchSettings) -> nn.Module:
         from mlorq.checkpoint.io import load
-        from mlorq.forms.in_memory import keep_in_memory
+        from mlorq.forms.in_memory import keep_in_memory, release_memory
 
         module = load(location, model, device)
         keep_in_memory(module, settings.weights)
+        release_memory()
         return module
 
     def variants(self, checkpoint: str, folder: str) -> list[Variant]:
         from mlorq.checkpoint.io import inspect
-        from mlorq.evaluation.benchmark import FLOAT, Variant
+        from mlorq.runtimes.benchmark import FLOAT, Variant
 
         about = inspect(checkpoint)
         size = about["sizes"]["float_bytes"] + about["sizes"]["rest_bytes"]

@@ -22,10 +22,15 @@ METADATA = "mlorq"  # key of the metadata: one JSON object
 PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well
 IR_VERSION = 10  # the first with 4-bit integers
 SAMPLES = 4  # of the example: exporters take an axis of size 1 for a constant
-# What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4.
+# What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4, and keep weights that were
+# decoded at load in the memory that is reused between operators.
+_COMMON = {
+    "session.qdq_matmulnbits_block_size": "128",
+    "session.use_device_allocator_for_initializers": "1",
+}
 SESSION_OPTIONS = {
-    "exact": {"session.qdq_matmulnbits_accuracy_level": "0", "session.qdq_matmulnbits_block_size": "128"},
-    "fast": {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"},
+    "exact": {**_COMMON, "session.qdq_matmulnbits_accuracy_level": "0"},
+    "fast": {**_COMMON, "session.qdq_matmulnbits_accuracy_level": "4"},
 }
 
 

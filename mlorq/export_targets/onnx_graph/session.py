@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.export_targets.onnx_graph.calls import Call, rebuilt
+from mlorq.forms.in_memory import release_memory
 
 METADATA = "mlorq"  # key of the metadata: one JSON object
 METADATA_FIELD = 14  # of a ModelProto: key is field 1, value is field 2
@@ -51,8 +48,6 @@ class OnnxModel:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3  # errors
-        # Weights that were decoded at load are no part of the memory that is reused between operators.
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         for key, value in self.metadata["session_options"].items():
             options.add_session_config_entry(key, value)
         content = source if isinstance(source, bytes) or "://" not in source else _content(source)
@@ -61,7 +56,7 @@ class OnnxModel:
         except Exception as error:  # onnxruntime's exceptions have no common class
             raise CheckpointError(f"onnxruntime cannot load the graph: {one_line(error)}") from error
         del content
-        _release_memory()
+        release_memory()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the torch model, as it returns them; inputs may be tensors or NumPy arrays.
@@ -192,11 +187,3 @@ def _content(location: str) -> bytes:
     with fsspec.open(location, "rb") as file:
         found: bytes = file.read()
     return found
-
-
-def _release_memory() -> None:
-    """Return what the folding of constants used to the system, where the C library can."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,6 @@
 """One cold process of ``mlorq benchmark``: loads a model, calls it, and prints as JSON what that took.
 
-    python -m mlorq.evaluation.benchmark_process TASK.json
+    python -m mlorq.runtimes.benchmark_process TASK.json
 
 Memory is counted above the imports: the process first imports what the model needs and reads its resident memory then.
 The peak is the largest resident memory after that (on Linux; elsewhere that of the whole process).
@@ -8,6 +8,8 @@ The peak is the largest resident memory after that (on Linux; elsewhere that of 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import resource
@@ -26,10 +28,10 @@ LEAST_CALLS = 3  # timed calls of a batch
 
 
 def main(task_file: str) -> None:
-    """Carry out a task (``mlorq.evaluation.benchmark.Task``) and print the measurement."""
+    """Carry out a task (``mlorq.runtimes.benchmark.Task``) and print the measurement."""
     task = json.loads(Path(task_file).read_text())
     open_model = OPENERS[task["engine"]](task)
-    gc.collect()
+    _release()
     before = _resident()
     _forget_peak()
     started = time.perf_counter()
@@ -38,7 +40,7 @@ def main(task_file: str) -> None:
     batches = [dict(np.load(path)) for path in task["batches"]]
     outputs = call(batches[0])
     called = time.perf_counter()
-    gc.collect()
+    _release()
     resident, peak = _resident() - before, _peak() - before
     np.save(task["output"], outputs)
     latency = [_seconds_of_calls(call, batch, task["seconds"]) for batch in batches]
@@ -158,6 +160,14 @@ def _status(key: str) -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _release() -> None:
+    """Return freed memory to the system, where the C library can: a service would do so once its model is loaded."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_peak() -> None:

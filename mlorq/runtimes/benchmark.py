@@ -22,7 +22,8 @@ import numpy as np
 
 from mlorq.errors import ConfigError, MlorqError
 
-FLOAT = "float"
+FLOAT = "float"  # name of the float model's variant
+PROCESS = "mlorq.runtimes.benchmark_process"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Variant:
     Attributes:
         runtime: name of the runtime.
         name: what is measured: ``float``, or a way of running the compressed model.
-        engine: how a process opens it (``mlorq.evaluation.benchmark_process``).
+        engine: how a process opens it (``mlorq.runtimes.benchmark_process``).
         location: the checkpoint, or an exported file.
         bytes: its size on disk.
         options: of the runtime; None: the float model of the checkpoint's architecture, with random weights.
@@ -134,7 +135,7 @@ def _measured(variant: Variant, common: Mapping[str, Any], output: str) -> dict[
     task = Path(output).with_suffix(".json")
     task.write_text(json.dumps({**asdict(variant), **common, "output": output}))
     environment = {**os.environ, "OMP_NUM_THREADS": str(common["threads"])}
-    command = [sys.executable, "-m", "mlorq.evaluation.benchmark_process", str(task)]
+    command = [sys.executable, "-m", PROCESS, str(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -169,3 +170,44 @@ def _difference(found: np.ndarray, reference: np.ndarray) -> float:
     """Largest difference, relative to the largest value."""
     largest = max(float(np.abs(reference).max()), float(np.finfo(np.float64).tiny))
     return float(np.abs(found.astype(np.float64) - reference).max()) / largest
+
+
+def picture(result: Mapping[str, Any]) -> bytes:
+    """A PNG: bytes on disk and in memory, and latencies relative to the float model in the same runtime.
+
+    Args:
+        result: of ``benchmark``.
+    """
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = result["rows"]
+    places = np.arange(len(rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * len(rows) + 1.8), sharey=True)
+    sizes = {"on disk": "bytes", "resident": "resident", "peak": "peak"}
+    for index, (label, key) in enumerate(sizes.items()):
+        left.barh(places + 0.27 * (index - 1), [row[key] / 1e6 for row in rows], 0.25, label=label)
+    left.set_yticks(places, [f"{row['runtime']}, {row['name']}" for row in rows])
+    left.invert_yaxis()
+    left.set_xlabel("MB (memory above imports)")
+    left.legend(fontsize=8)
+    batches = list(rows[0]["ratio"])
+    for index, batch in enumerate(batches):
+        ratios = [row["ratio"][batch] for row in rows]
+        middle = np.array([ratio["median"] for ratio in ratios])
+        reach = [middle - [ratio["least"] for ratio in ratios], [ratio["largest"] for ratio in ratios] - middle]
+        offset = 0.8 / len(batches) * (index - (len(batches) - 1) / 2)
+        right.barh(places + offset, middle, 0.7 / len(batches), xerr=reach, label=f"batch {batch}")
+    right.axvline(1, color="0.4", linewidth=0.8)
+    right.set_xscale("log")
+    right.set_xlabel("latency over that of the float model in the same runtime")
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()

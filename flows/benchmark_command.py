@@ -1,0 +1,114 @@
+"""Command ``benchmark``: a checkpoint against the float model, by runtime."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from flows.command_tools import Finish, check_output, print_json, say
+from mlorq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def benchmark(arguments: argparse.Namespace) -> Finish:
+    """Measure bytes, memory and time of a checkpoint in cold processes."""
+    from mlorq.runtimes import RUNTIMES
+    from mlorq.runtimes.benchmark import benchmark as measure
+    from mlorq.runtimes.benchmark import picture
+
+    names = arguments.runtime or _installed(RUNTIMES)
+    batches = arguments.batch or [1, 32]
+    for name, value in {"--batch": min(batches), "--turns": arguments.turns, "--threads": arguments.threads}.items():
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1")
+    if arguments.picture is not None:
+        check_output(arguments.picture.rpartition("/")[0] or ".")
+    with _progress() as advance:
+        result = measure(
+            arguments.checkpoint,
+            names,
+            batches=sorted(set(batches)),
+            threads=arguments.threads,
+            turns=arguments.turns,
+            seconds=arguments.seconds,
+            progress=advance,
+        )
+    if arguments.picture is not None:
+        from flows.result_commands import write_file
+
+        write_file(arguments.picture, picture(result))
+
+    def finish() -> int:
+        from flows.render import console
+
+        if arguments.json:
+            print_json(result)
+        else:
+            print_benchmark(result, console())
+        return 0
+
+    return finish
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A live line on a terminal, elsewhere a line per process."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("benchmark", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if not console.is_terminal:
+                say(f"benchmark {done}/{total}")
+
+        yield advance
+
+
+def _installed(runtimes: Any) -> list[str]:
+    """Names of the runtimes whose packages are installed; the others are named."""
+    found = []
+    for runtime in runtimes:
+        try:
+            runtime.check_packages()
+        except ConfigError as error:
+            say(f"note: {error}")
+        else:
+            found.append(runtime.name)
+    return found
+
+
+def print_benchmark(result: Mapping[str, Any], out: Console) -> None:
+    """Print the table of ``mlorq benchmark``."""
+    from flows.render import grid
+
+    batches: Sequence[str] = list(result["rows"][0]["latency"])
+    cells = []
+    for row in result["rows"]:
+        times = [f"{1e3 * row['latency'][batch]:.1f}, {_ratio(row['ratio'][batch])}" for batch in batches]
+        change = "" if row["difference"] is None else f"{row['difference']:.0e}"
+        added = "" if row["nmse_added"] is None else f"{row['nmse_added']:.0e}"
+        memory = f"{row['resident'] / 1e6:.0f} / {row['peak'] / 1e6:.0f}"
+        name = f"{row['runtime']} {row['name']}"
+        cells.append((name, f"{row['bytes'] / 1e6:.1f}", memory, f"{row['load']:.2f}", *times, change, added))
+    columns = ("model", "MB", "memory, peak", "load, s", *(f"{batch}: ms" for batch in batches), "differs", "NMSE +")
+    out.print(grid(columns, cells, right=columns[1:]))
+    out.print(
+        f"\nmedians of {result['turns']} cold processes each, {result['threads']} thread(s); memory is above imports; "
+        "milliseconds are by batch size, with the ratio to the float model of the same runtime",
+        markup=False,
+    )
+
+
+def _ratio(ratio: Mapping[str, float]) -> str:
+    """``0.42x``, or with a spread of more than a tenth ``0.42x (.35-.60)``."""
+    if ratio["largest"] - ratio["least"] <= 0.1 * ratio["median"]:
+        return f"{ratio['median']:.2f}x"
+    return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['largest']:.2f})"
