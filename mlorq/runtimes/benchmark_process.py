@@ -15,7 +15,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,10 @@ def _onnxruntime(task: Mapping[str, Any]) -> Callable[[], Call]:
 
     def open_model() -> Call:
         session = onnxruntime.InferenceSession(task["location"], options, providers=["CPUExecutionProvider"])
-        taken = {one.name for one in session.get_inputs()}
+        names = [one.name for one in session.get_inputs()]
 
         def call(arrays: Arrays) -> np.ndarray:
-            found: np.ndarray = session.run(None, {key: value for key, value in arrays.items() if key in taken})[0]
+            found: np.ndarray = session.run(None, _by_name(arrays, names, task["named"]))[0]
             return found
 
         return call
@@ -112,11 +112,10 @@ def _openvino(task: Mapping[str, Any]) -> Callable[[], Call]:
 
     def open_model() -> Call:
         compiled = core.compile_model(task["location"], "CPU")
-        taken = {name for port in compiled.inputs for name in port.names}
+        names = [port.any_name for port in compiled.inputs]
 
         def call(arrays: Arrays) -> np.ndarray:
-            given = {key: value for key, value in arrays.items() if key in taken}
-            found: np.ndarray = compiled(given)[0]
+            found: np.ndarray = compiled(_by_name(arrays, names, task["named"]))[0]
             return found
 
         return call
@@ -129,6 +128,13 @@ OPENERS: dict[str, Callable[[Mapping[str, Any]], Callable[[], Call]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
+
+
+def _by_name(arrays: Arrays, names: Sequence[str], named: bool) -> dict[str, np.ndarray]:
+    """The inputs that a graph takes, by name; without names, in their order."""
+    if named:
+        return {name: arrays[name] for name in names}
+    return dict(zip(names, arrays.values(), strict=True))
 
 
 def _seconds_of_calls(call: Call, batch: Arrays, seconds: float) -> list[float]:
