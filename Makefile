@@ -8,7 +8,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
 demo: setup-demo ## compress a small sentence encoder on this machine
-	$(BIN)/mlorq compress examples/minilm.yaml
+	$(BIN)/mlorq compress examples/demo.yaml
 
 test: check ## what CI runs: check, then the tests that are not marked long, a process per core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -219,7 +219,7 @@ class EmbeddingsConfig(Settings):
     They count towards budgets in bytes of the whole checkpoint, not towards budgets in bits or per cent.
     """
 
-    bits: Literal[4, 8] = Field(8, description="bit-width of the quantized tables")
+    bits: Literal[2, 4, 8] = Field(8, description="bit-width of the quantized tables")
     smallest: int = Field(16384, ge=1, description="tables with fewer entries stay float")
 
 

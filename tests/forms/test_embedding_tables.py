@@ -65,7 +65,7 @@ def test_tied_small_and_renormalising_tables_stay_float_with_a_reason():
     assert find_tables(nn.Embedding(100, 100), 1).tables == []  # has no name to be replaced under
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lookup_gives_the_rows_of_the_table_and_padding_stays_zero(bits, dtype, seed):
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def test_a_lookup_gives_the_rows_of_the_table_and_padding_stays_zero(bits, dtype
     assert compressed.stored_bytes == size_of(uniform_candidate(bits), 30, 13)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_model_with_compressed_tables_is_saved_counted_and_loaded(bits, tmp_path):
     module = zoo.text_model("bert", 1)
     found = find_tables(module, 700)

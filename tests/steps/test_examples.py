@@ -22,9 +22,14 @@ CONFIGURATIONS = [*sorted(EXAMPLES.rglob("*.yaml")), *sorted((ROOT / "benchmarks
 
 
 def test_there_are_examples():
-    assert {"minilm.yaml", "minilm_sst2.yaml", "vit_tiny.yaml", "digits.yaml", "mask_rcnn_swin_tiny.yaml"} <= {
-        path.name for path in CONFIGURATIONS
-    }
+    assert {
+        "demo.yaml",
+        "minilm.yaml",
+        "minilm_sst2.yaml",
+        "vit_tiny.yaml",
+        "digits.yaml",
+        "mask_rcnn_swin_tiny.yaml",
+    } <= {path.name for path in CONFIGURATIONS}
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
