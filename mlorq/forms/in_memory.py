@@ -22,9 +22,9 @@ def keep_in_memory(module: nn.Module, weights: Weights) -> None:
 
     Args:
         module: the compressed model.
-        weights: ``packed``: codes, decoded in every forward pass (least memory, several times the time); ``dense``:
-            float matrices, without codes (memory and time of the float model; it cannot be saved again); ``both``:
-            codes, and float matrices after their first use (most memory, time of the float model).
+        weights: ``packed``: codes, decoded in every forward pass (least memory, many times the time of a small batch);
+            ``dense``: float matrices, without codes (memory and time of the float model; it cannot be saved again);
+            ``both``: codes, and float matrices after their first use (most memory, time of the float model).
     """
     dropped: dict[str, CompressedModule] = {}
     for layer in module.modules():

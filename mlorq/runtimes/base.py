@@ -119,8 +119,8 @@ def load(
         options: options of the runtime.
 
             ``torch``: ``weights`` (``dense``, the default: float matrices, decoded once, for memory and time of the
-            float model; ``packed``: codes alone, decoded in every call, for the least memory and several times the
-            time; ``both``, for a model that is to be saved again).
+            float model; ``packed``: codes alone, decoded in every call, for the least memory and many times the time
+            of a small batch; ``both``, for a model that is to be saved again).
 
             ``onnxruntime``: ``precision`` (``exact``: equal up to the rounding of sums; ``fast``: products by 8-bit
             integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a batch, for user code),

@@ -21,7 +21,7 @@ class TorchSettings(Settings):
     weights: Literal["dense", "packed", "both"] = Field(
         "dense",
         description="dense: float matrices, decoded once (memory and time of the float model); packed: codes, decoded "
-        "in every call (least memory, several times the time); both: codes, and matrices after their first use",
+        "in every call (least memory, many times the time of a small batch); both: codes, and matrices once used",
     )
     precision: Literal["exact"] = Field("exact", description="torch computes with the exact values")
 
