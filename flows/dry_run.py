@@ -91,6 +91,8 @@ class Planner:
             self._seen.add(spec.key)
             if outcome is not None:
                 self.counts[self._phase].reused += 1
+            elif self._phase == "export":
+                self._count_export(str(spec.layer))
             else:
                 self._count(self._phase, next((item for item in self.found.layers if item.name == spec.layer), None))
         return outcome or Outcome(spec.ref, False, 0.0)
@@ -102,13 +104,20 @@ class Planner:
     def count_all(self, *phases: str) -> None:
         """Count all steps of these phases as steps to compute."""
         for phase in phases:
-            single = len(self.session.config.export) if phase == "export" else 1
-            for layer in self.found.layers if phase in BY_LAYER else (None,) * single:
+            if phase == "export":
+                for entry in self.session.config.export:
+                    self._count_export(entry.to)
+                continue
+            for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
             if phase == "round" and METHODS[self.session.config.rounding.method].blocks is not None:
                 for block in range(len(self.found.blocks)):
                     if members(self.found, block):
                         self._count(phase, None)
+
+    def _count_export(self, target: str) -> None:
+        self.counts["export"].compute += 1
+        self.counts["export"].seconds += self.estimate.export_seconds(target)
 
     def _count(self, phase: str, layer: Layer | None) -> None:
         self.counts[phase].compute += 1

@@ -34,6 +34,7 @@ class ExportTarget(ABC, Generic[Config]):
         suffixes: suffixes of output paths that select this target by default; a target without any writes a folder.
         packages: import names of the packages that it needs.
         extra: the extra of mlorq that installs them; None: they have to be named.
+        seconds: for estimates: seconds of an export, and seconds per weight of the compressible layers.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ExportTarget(ABC, Generic[Config]):
     suffixes: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    seconds: ClassVar[tuple[float, float]] = (1.0, 4e-8)  # measured: dense, MiniLM and ViT-Base, 2 cores
 
     @abstractmethod
     def write(self, checkpoint: str, output: str, settings: Config) -> list[str]:
