@@ -22,8 +22,8 @@ from mlorq.config.layer_overrides import layer_search
 from mlorq.config.sections import SearchConfig
 from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
-from mlorq.forms.base import FORMS, Form, Shape
 from mlorq.export_targets import TARGETS
+from mlorq.forms.base import FORMS, Form, Shape
 from mlorq.models.base import batch_samples, move_batch
 from mlorq.models.layer_list import Layer, LayerList
 from mlorq.registry import Settings
