@@ -16,6 +16,7 @@ import yaml
 
 import mlorq
 import steps.pipeline as pipeline
+from mlorq.artifacts.gc import needed_by
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
@@ -495,6 +496,8 @@ def test_a_run_ends_in_the_files_that_export_asks_for(folder):
 
     written = load_file(state["files"][0]["uri"].removeprefix("file://"))
     assert {value.dtype for value in written.values()} == {torch.float16}
+    kept = needed_by(Store(config.resolve(config.store)), [result["run"]])
+    assert sum(ref.step == "export" for ref in kept) == 2
     before = fingerprint(folder / ".mlorq")
     again, done = run(folder, **EXPORT)
     assert computed(done) == set()
