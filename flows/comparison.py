@@ -73,10 +73,11 @@ def configured(method: Method, values: Mapping[str, Any], folder: str, bits: int
     if method.uniform:
         own |= {"bits": [bits], "forms": [uniform_form().name], "layers": {}, "sensitivity": "local"}
     given = values.get("activations") or {}
-    changed = {
+    changed: dict[str, Any] = {
         "preset": method.preset,
         "search": {**(values.get("search") or {}), **own},
         "rounding": {**(values.get("rounding") or {}), **method.rounding},
+        "export": [],  # of a comparison nothing is deployed
         "activations": None if activations is None else {**given, **method.activations, "bits": activations},
     }
     return RunConfig.from_mapping({**values, **changed}, folder)

@@ -29,7 +29,7 @@ from steps.reconstruct import members
 from steps.session import Session
 
 SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
-BY_BUDGET = ("allocate", "round", "tune", "pack", "evaluate", "summary")
+BY_BUDGET = ("allocate", "round", "tune", "pack", "evaluate", "export", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
@@ -71,6 +71,7 @@ class Planner:
         rounding = session.config.rounding
         tuning = METHODS[rounding.method].tuning
         optional: dict[str, Any] = {"tune": tuning is not None and tuning.steps(rounding)}
+        optional["export"] = session.config.export
         optional |= {name: getattr(session.config, name) is not None for name in ("embeddings", "activations")}
         self.search = [name for name in SEARCH if optional.get(name, True)]
         self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
@@ -90,6 +91,8 @@ class Planner:
             self._seen.add(spec.key)
             if outcome is not None:
                 self.counts[self._phase].reused += 1
+            elif self._phase == "export":
+                self._count_export(str(spec.layer))
             else:
                 self._count(self._phase, next((item for item in self.found.layers if item.name == spec.layer), None))
         return outcome or Outcome(spec.ref, False, 0.0)
@@ -101,12 +104,20 @@ class Planner:
     def count_all(self, *phases: str) -> None:
         """Count all steps of these phases as steps to compute."""
         for phase in phases:
+            if phase == "export":
+                for entry in self.session.config.export:
+                    self._count_export(entry.to)
+                continue
             for layer in self.found.layers if phase in BY_LAYER else (None,):
                 self._count(phase, layer)
             if phase == "round" and METHODS[self.session.config.rounding.method].blocks is not None:
                 for block in range(len(self.found.blocks)):
                     if members(self.found, block):
                         self._count(phase, None)
+
+    def _count_export(self, target: str) -> None:
+        self.counts["export"].compute += 1
+        self.counts["export"].seconds += self.estimate.export_seconds(target)
 
     def _count(self, phase: str, layer: Layer | None) -> None:
         self.counts[phase].compute += 1

@@ -22,6 +22,7 @@ from mlorq.config.layer_overrides import layer_search
 from mlorq.config.sections import SearchConfig
 from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
+from mlorq.export_targets import TARGETS
 from mlorq.forms.base import FORMS, Form, Shape
 from mlorq.models.base import batch_samples, move_batch
 from mlorq.models.layer_list import Layer, LayerList
@@ -115,6 +116,11 @@ class Estimate:
             steps = tuning.steps(rounding) if tuning is not None else 0
             return self.speed.forward * (BACKWARD + 1) * steps * part(rounding, TrainingSettings).batch_size
         return SUMMARY_SECONDS if step == "summary" else fixed
+
+    def export_seconds(self, target: str) -> float:
+        """Seconds of one export."""
+        fixed, per_weight = TARGETS[target].seconds
+        return fixed + per_weight * self.layers.params
 
     def _reconstruct(self) -> float:
         """Seconds of one block's reconstruction: its fraction of a forward and backward pass per step."""

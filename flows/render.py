@@ -108,6 +108,8 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     metric = result.get("metric")
     if metric:
         pairs.append((metric["name"], f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"))
+    for exported in result.get("exports") or ():
+        pairs.append((f"export to {exported['to']}", f"{size(exported['bytes'])}, {_written(exported['files'])}"))
     solver = result["solver"]
     gap = "" if solver.get("gap") is None else f", gap {solver['gap']:.1e}"
     pairs.append(("solver", f"{solver['name']}: {solver['status']}{gap}, {format_seconds(solver['seconds'])}"))
@@ -118,6 +120,18 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     steps = result["steps"]
     pairs.append(("steps", f"{steps['computed']} computed, {steps['reused']} reused"))
     return pairs
+
+
+def _written(files: Sequence[Mapping[str, Any]]) -> str:
+    return files[0]["name"] if len(files) == 1 else f"{len(files)} files"
+
+
+def exported_locations(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Target and location of every export of a result: of the file, or of the folder if it has several."""
+    return [
+        (exported["to"], exported["files"][0]["uri"] if len(exported["files"]) == 1 else exported["uri"])
+        for exported in result.get("exports") or ()
+    ]
 
 
 def _quantized(activations: Mapping[str, Any]) -> str:
@@ -145,6 +159,8 @@ def print_result(result: Mapping[str, Any], out: Console, *, load: str | None = 
     # Without line breaks, so that they can be copied.
     if result.get("checkpoint"):
         out.print(f"\ncheckpoint: {result['checkpoint']}", markup=False, soft_wrap=True)
+    for target, uri in exported_locations(result):
+        out.print(f"export to {target}: {uri}", markup=False, soft_wrap=True)
     if load:
         out.print(f"load it with: {load}", markup=False, soft_wrap=True)
 
@@ -164,6 +180,7 @@ def result_markdown(result: Mapping[str, Any], files: Mapping[str, str] | None =
     lines += [f"- {name}: {value}" for name, value in pairs if name in LONG_FACTS]
     if result.get("checkpoint"):
         lines.append(f"- checkpoint: {location_markdown(result['checkpoint'])}")
+    lines += [f"- export to {target}: {location_markdown(uri)}" for target, uri in exported_locations(result)]
     lines += [f"- {name}: {location_markdown(uri)}" for name, uri in (files or {}).items()]
     if result.get("checkpoint"):
         where = result["checkpoint"].removeprefix("file://")

@@ -27,6 +27,7 @@ _MODULES = {
     "compressed": "pack",
     "baseline": "baseline",
     "evaluate": "evaluate",
+    "export": "export",
     "summary": "summary",
 }
 

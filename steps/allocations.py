@@ -125,6 +125,7 @@ class Compressed:
         budget: the budget.
         model: the float model that is compressed; if bit-widths of activations are chosen, with those of this budget.
         allocation: the chosen candidate of every layer.
+        exports: one artifact per entry of the configuration's ``export``.
     """
 
     budget: Budget
@@ -133,6 +134,7 @@ class Compressed:
     checkpoint: ArtifactRef | None = None
     evaluation: ArtifactRef | None = None
     summary: ArtifactRef | None = None
+    exports: list[ArtifactRef] = field(default_factory=list)
 
 
 @dataclass

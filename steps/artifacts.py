@@ -228,11 +228,17 @@ class ArtifactReader:
 
         An artifact of a remote store is copied to a temporary folder, through the store's cache and retries.
         """
-        from mlorq.checkpoint.places import FILES
-
         if not self._store.is_remote:
             yield self._store.uri(ref)
             return
+        with self.copied(ref) as folder:
+            yield folder
+
+    @contextlib.contextmanager
+    def copied(self, ref: ArtifactRef) -> Iterator[str]:
+        """Temporary folder with the files of a ``compressed`` artifact, beside which no other artifacts are found."""
+        from mlorq.checkpoint.places import FILES
+
         with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
             for name in FILES:
                 Path(folder, name).write_bytes(self._store.read_bytes(ref, name))

@@ -1,9 +1,9 @@
 """The order of a run's steps, independent of the executor that runs them.
 
 ``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate → round (ℓ in order)
-→ pack → evaluate → summary``; steps that do not depend on the budget come first and are shared by all budgets. An
-executor runs single steps and fan-outs: that of the Python API calls them in this process, that of the flows runs them
-as Prefect tasks.
+→ pack → evaluate (→ export) → summary``; steps that do not depend on the budget come first and are shared by all
+budgets. An executor runs single steps and fan-outs: that of the Python API calls them in this process, that of the
+flows runs them as Prefect tasks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from steps import (
     capture,
     embeddings,
     evaluate,
+    export,
     layers,
     pack,
     reconstruct,
@@ -165,13 +166,18 @@ def complete_blocks(session: Session, search: Search) -> dict[str, tuple[int, st
 def run_budget(
     session: Session, executor: Executor, search: Search, result: Compressed, float_evaluation: ArtifactRef
 ) -> Compressed:
-    """Run rounding, checkpoint, evaluation and summary of one allocated budget."""
+    """Run rounding, checkpoint, evaluation, exports and summary of one allocated budget."""
     rounded = run_rounding(session, executor, search, result)
     last = [rounded.last[layer.name] for layer in search.layers]
     executor.phase("pack", 1)
     result.checkpoint = executor.run(pack.spec(session, result.model, search.layers_ref, result.allocation, last)).ref
     executor.phase("evaluate", 1)
     result.evaluation = executor.run(evaluate.spec(session, result.checkpoint, float_evaluation)).ref
+    # After the evaluation: a checkpoint that a target cannot hold is then measured all the same.
+    exports = export.specs(session, result.checkpoint)
+    if exports:
+        executor.phase("export", len(exports))
+        result.exports = [outcome.ref for outcome in executor.map(exports)]
     executor.phase("summary", 1)
     artifacts = summary.Inputs(
         layers=search.layers_ref,
@@ -188,6 +194,7 @@ def run_budget(
         round=rounded.layers,
         reconstruct=rounded.blocks,
         tune=rounded.tuned,
+        exports=tuple(result.exports),
     )
     result.summary = executor.run(summary.spec(session, artifacts, result.budget.text)).ref
     return result
@@ -203,7 +210,9 @@ def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]
 
     Raises:
         BudgetError: a budget is too small.
+        ConfigError: an export target needs a package or a folder that is missing.
     """
+    export.check(session)
     search = run_search(session, executor)
     search_index.keep(session, search)
     results = run_allocations(session, executor, search, budgets)

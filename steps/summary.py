@@ -7,13 +7,14 @@ computes nothing writes nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.checkpoint.places import DESCRIPTION
 from mlorq.evaluation.report import front_picture, render_report
+from steps import export
 from steps.artifacts import ArtifactReader
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
@@ -56,6 +57,7 @@ class Inputs:
     round: Mapping[str, ArtifactRef]
     reconstruct: Mapping[str, ArtifactRef]
     tune: ArtifactRef | None = None
+    exports: tuple[ArtifactRef, ...] = ()
 
 
 def params_of(session: Session, budget: str) -> Params:
@@ -87,6 +89,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "file_bytes": sum(artifacts.sizes(inputs.checkpoint).values()),
         "float_bytes": sizes["float_bytes"],
         **_embeddings(artifacts, inputs.embeddings, sizes),
+        **_exports(artifacts, inputs.exports),
         "nmse": metrics["nmse"],
         "nmse_data": metrics["nmse_data"],
         "metric": _metric(float_info, metrics),
@@ -149,6 +152,17 @@ def _embeddings(artifacts: ArtifactReader, ref: ArtifactRef | None, sizes: dict[
     return {"embedding_bytes": sizes.get("embedding_bytes", 0), "embeddings": artifacts.json(ref, "embeddings.json")}
 
 
+def _exports(artifacts: ArtifactReader, refs: Sequence[ArtifactRef]) -> dict[str, Any]:
+    """The exported files; empty if nothing is exported."""
+    found = []
+    for ref in refs:
+        described = artifacts.json(ref, export.ABOUT)
+        sizes = {name: size for name, size in artifacts.sizes(ref).items() if name.startswith(f"{export.FILES}/")}
+        files = [{"name": name.removeprefix(f"{export.FILES}/"), "bytes": size} for name, size in sizes.items()]
+        found.append(described | {"bytes": sum(sizes.values()), "files": files})
+    return {"exports": found} if found else {}
+
+
 def _activations(chosen: QuantizedActivations | None, info: dict[str, Any]) -> dict[str, Any]:
     """How activations are quantized; empty if they stay float."""
     if chosen is None:
@@ -185,6 +199,11 @@ def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
     result["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
     result["solver"]["seconds"] = seconds_of(store, artifacts["allocation"])
     result["checkpoint"] = store.uri(artifacts["checkpoint"])
+    for index, exported in enumerate(result.setdefault("exports", [])):
+        ref = artifacts[f"exports/{index}"]
+        exported["uri"] = store.uri(ref, export.FILES)
+        for file in exported["files"]:
+            file["uri"] = store.uri(ref, export.FILES, file["name"])
     return {"embedding_bytes": 0, "embeddings": None} | result
 
 

@@ -251,6 +251,7 @@ VALUES: dict[str, Any] = {
     },
     "rounding": {"method": "shrunk", "shrinkage": 0.001},
     "activations": {"bits": 8, "method": "powers", "samples": 8},
+    "export": [{"to": "listing", "separator": ": "}],
     "store": "file://./store",
     "engine": {"devices": "cpu", "threads": 1},
 }
@@ -312,6 +313,11 @@ def test_all_of_them_through_the_command_line(
     measured = printed(capsys, "evaluate", folder / "out", project)
     assert measured["nmse"] == pytest.approx(result["nmse"], rel=1e-6)
 
+    (exported,) = result["exports"]
+    assert plan["steps"]["export"]["compute"] == 1
+    assert [file["name"] for file in exported["files"]] == ["model.txt"]
+    written = Path(exported["files"][0]["uri"].removeprefix("file://")).read_text()
+    assert written.splitlines() == [f"{name}: {form}" for name, form in forms.items()]
     (file,) = mlorq.export(folder / "out", folder / "layers.txt", separator=" ")
     assert Path(file).read_text().splitlines() == [f"{name} {form}" for name, form in forms.items()]
     assert main(["report", result["run"], str(project), "--output", str(folder / "page.html")]) == 0

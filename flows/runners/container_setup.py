@@ -18,6 +18,7 @@ from mlorq.artifacts.locations import absolute_folder, is_remote
 from mlorq.config.run import RunConfig
 from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError, StoreError
+from mlorq.export_targets import TARGETS
 from mlorq.models.family import FAMILIES
 
 HOME = "/tmp"  # in the container: any user can write there
@@ -199,6 +200,8 @@ def _locations(config: RunConfig) -> list[str]:
     named: list[str | None] = [*FAMILIES[model.family].locations(model.own)]
     for source in (config.data.calibration, config.data.evaluation):
         named += SOURCES[source.source].locations(source.own)
+    for entry in config.export:
+        named += [getattr(entry, name) for name in TARGETS[entry.to].locations]
     return [config.resolve(location) for location in named if location]
 
 

@@ -32,6 +32,7 @@ from mlorq.config.sections import (
     DockerConfig,
     EmbeddingsConfig,
     EngineConfig,
+    ExportConfig,
     LayerConfig,
     ModelConfig,
     RoundingConfig,
@@ -39,6 +40,7 @@ from mlorq.config.sections import (
     Sensitivity,
     SourceConfig,
     activations_section,
+    export_section,
     model_section,
     registries_version,
     rounding_section,
@@ -58,6 +60,7 @@ __all__ = [
     "DockerConfig",
     "EmbeddingsConfig",
     "EngineConfig",
+    "ExportConfig",
     "LayerConfig",
     "ModelConfig",
     "Preset",
@@ -96,6 +99,10 @@ class RunConfig(Settings):
     )
     activations: ActivationsConfig | None = Field(
         None, description="quantized activations, for example {bits: 4, method: repq}; null: they stay float"
+    )
+    export: list[ExportConfig] = Field(
+        [],
+        description="files to write from every checkpoint, for example [{to: onnx, precision: fast}], as mlorq export",
     )
     store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -178,6 +185,7 @@ def _run_config(_: int) -> type[RunConfig]:
         "search": (search_section(), Field(default_factory=search_section())),
         "rounding": (rounding_section(), Field(default_factory=rounding_section())),
         "activations": (activations_section() | None, RunConfig.model_fields["activations"]),
+        "export": (list[export_section()], RunConfig.model_fields["export"]),  # type: ignore[misc]
     }
     made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, **sections)
     return made
@@ -258,7 +266,7 @@ def _explain(error: ValidationError, config: type[RunConfig]) -> str:
         unknown = str(problem["loc"][-1])
         section: Any = config
         for part in problem["loc"][:-1]:
-            section = _inside(section, str(part))
+            section = section if isinstance(part, int) else _inside(section, part)
         known = [name for name in getattr(section, "model_fields", {}) if name != "folder"]
         near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

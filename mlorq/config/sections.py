@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from mlorq.activations.settings import ActivationSettings
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part
 from mlorq.data.source import SOURCES, Role
+from mlorq.export_targets import TARGETS
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms import FORMS
 from mlorq.models.family import FAMILIES
@@ -223,6 +224,32 @@ class EmbeddingsConfig(Settings):
     smallest: int = Field(16384, ge=1, description="tables with fewer entries stay float")
 
 
+class ExportConfig(Choice):
+    """Files that a run writes from its checkpoint, and the options of their target."""
+
+    chooser = "to"
+    registry = TARGETS
+
+    to: str = Field(description="export target")
+
+    @property
+    def own(self) -> Settings:
+        """The options of the target."""
+        target = TARGETS[self.to]
+        return part(self, target.configured or target.settings)
+
+    def check(self) -> None:
+        """Check that the target has the options that are set.
+
+        Raises:
+            ValueError: it does not have one.
+        """
+        known = type(self.own).model_fields
+        for name, info in type(self).model_fields.items():
+            if name not in known and name != self.chooser and getattr(self, name) != info.get_default():
+                raise ValueError(f"target {self.to} has no option {name!r}; known: {', '.join(known) or 'none'}")
+
+
 class DaskConfig(Settings):
     """The cluster of runner dask: started for the run, or already running."""
 
@@ -291,7 +318,7 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that increases at every change of a registry that sections are composed from."""
-    return sum(registry.version for registry in (FAMILIES, SOURCES, FORMS, METHODS, ACTIVATION_METHODS))
+    return sum(registry.version for registry in (FAMILIES, SOURCES, FORMS, METHODS, ACTIVATION_METHODS, TARGETS))
 
 
 def model_section() -> type[ModelConfig]:
@@ -320,6 +347,18 @@ def activations_section() -> type[ActivationsConfig]:
     about = "; ".join(f"{method.name}: {method.about}" for method in ACTIVATION_METHODS)
     named: Any = Annotated[choices(ACTIVATION_METHODS), Field(description=about)]
     return composed(ActivationsConfig, ACTIVATION_METHODS, {"method": named})
+
+
+class _Options(NamedTuple):
+    name: str
+    settings: type[Settings]
+
+
+def export_section() -> type[ExportConfig]:
+    """The class of the entries of ``export``, with the options of all targets."""
+    options = [_Options(target.name, target.configured or target.settings) for target in TARGETS]
+    about = "; ".join(f"{target.name}: {target.title}" for target in TARGETS)
+    return composed(ExportConfig, options, {"to": choices(TARGETS)}, {"to": about})
 
 
 def search_section() -> type[SearchConfig]:

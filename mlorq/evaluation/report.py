@@ -169,6 +169,7 @@ def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None
         **({"embedding tables": f"{result['embedding_bytes']:,} bytes"} if result.get("embedding_bytes") else {}),
         "rest of the model": f"{result['rest_bytes']:,} bytes",
         "checkpoint on disk": f"{result['file_bytes']:,} bytes",
+        **{f"export to {one['to']}": f"{one['bytes']:,} bytes" for one in result.get("exports") or ()},
         "output NMSE": f"{result['nmse']:.6f} (on {result['nmse_data']} data)",
     }
     if metric is not None:

@@ -7,8 +7,11 @@ folder.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.transformers import TransformersSettings
+from mlorq.export_targets.transformers import TransformersConfig, TransformersSettings
+from mlorq.registry import Settings
 
 
 class CompressedTensors(ExportTarget[TransformersSettings]):
@@ -17,6 +20,8 @@ class CompressedTensors(ExportTarget[TransformersSettings]):
     name = "compressed-tensors"
     title = "folder for transformers and the package compressed-tensors; uniform models only"
     settings = TransformersSettings
+    configured: ClassVar[type[Settings] | None] = TransformersConfig
+    locations: ClassVar[tuple[str, ...]] = ("source",)
 
     def write(self, checkpoint: str, output: str, settings: TransformersSettings) -> list[str]:
         from mlorq.export_targets.compressed_tensors_state import pack_quantized

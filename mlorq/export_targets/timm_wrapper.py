@@ -12,6 +12,7 @@ from mlorq.errors import CheckpointError, one_line
 from mlorq.models import FAMILIES
 
 OWN_ARGUMENTS = ("num_classes",)  # the wrapper passes these itself
+OWN_ENTRIES = ("kind", "resize")  # of the preprocessing, which timm does not have
 
 
 def wrap(module: nn.Module, architecture: Mapping[str, Any], checkpoint: str) -> nn.Module:
@@ -41,7 +42,7 @@ def wrap(module: nn.Module, architecture: Mapping[str, Any], checkpoint: str) ->
     described = {
         "architecture": architecture["name"],
         "model_args": arguments or None,
-        "pretrained_cfg": {name: value for name, value in preprocessing.items() if name != "kind"},
+        "pretrained_cfg": {name: value for name, value in preprocessing.items() if name not in OWN_ENTRIES},
     }
     try:
         config = TimmWrapperConfig.from_dict(described, num_labels=classes)

@@ -16,20 +16,25 @@ from mlorq.export_targets.base import TARGETS, ExportTarget
 from mlorq.registry import Settings
 
 
-class TransformersSettings(Settings):
-    """Options of the target."""
+class TransformersConfig(Settings):
+    """Options that a run's configuration may set."""
 
     source: str | None = Field(
         None,
         description="name or folder of the float model, as in the configuration: its tokenizer or image processor is "
         "copied",
     )
+    data: str | None = Field(None, description="the calibration data in words, for the model card")
+
+
+class TransformersSettings(TransformersConfig):
+    """Options of the target."""
+
     result: str | None = Field(
         None,
         description="JSON file with the run's result (--json of mlorq compress) for the model card; default: the one "
         "in the store that the checkpoint is in",
     )
-    data: str | None = Field(None, description="the calibration data in words, for the model card")
     push_to_hub: str | None = Field(None, description="repository USER/NAME to which the folder is uploaded")
     private: bool = Field(True, description="whether a repository that does not exist yet is created as a private one")
 
@@ -40,6 +45,8 @@ class Transformers(ExportTarget[TransformersSettings]):
     name = "transformers"
     title = "folder for AutoModel.from_pretrained after import mlorq"
     settings = TransformersSettings
+    configured: ClassVar[type[Settings] | None] = TransformersConfig
+    locations: ClassVar[tuple[str, ...]] = ("source",)
     packages: ClassVar[tuple[str, ...]] = ("transformers",)
 
     def write(self, checkpoint: str, output: str, settings: TransformersSettings) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,8 +124,9 @@ class Timm(ModelFamily[TimmSettings]):
         return preprocessing(settings)
 
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """timm's preprocessing settings of the architecture."""
-        return {"kind": "image", **preprocessing(_settings_of(architecture))}
+        """timm's preprocessing settings of the architecture, and the size of the resized image (``resized``)."""
+        described = preprocessing(_settings_of(architecture))
+        return {"kind": "image", **described, "resize": resized(described)}
 
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Tensor:
         """Random normalised pixels, ``(samples, channels, height, width)``, from a fixed seed."""
@@ -230,6 +232,23 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
             wanted.setdefault(name, [sum(values) / len(values)] * channels)
     found = library.resolve_data_config(wanted, pretrained_cfg=cfg)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def resized(described: Mapping[str, Any]) -> int | list[int] | None:
+    """Size to which timm's evaluation transform resizes an image before it is cropped in the centre.
+
+    Args:
+        described: the result of ``preprocessing``.
+
+    Returns:
+        Length of the shorter side, the aspect ratio is kept; ``[height, width]``, it is not; None for what one number
+        does not say (a frame around the image, or an input that is not square).
+    """
+    height, width = (math.floor(side / described["crop_pct"]) for side in described["input_size"][1:])
+    mode = described.get("crop_mode")
+    if mode == "squash":
+        return [height, width]
+    return height if mode != "border" and height == width else None
 
 
 def block_names(module: nn.Module) -> list[str]:

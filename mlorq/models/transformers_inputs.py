@@ -13,6 +13,8 @@ from mlorq.models.base import Batch
 from mlorq.models.transformers_modules import auto_class
 
 TOKENS = 16  # length of a random text
+# Architectures whose positions start after that of the padding token, which is given here or in the configuration.
+FROM_PADDING = {"mpnet": 1} | dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "camembert"))
 SIDE = 224  # side of a random image, if the architecture accepts any size
 
 
@@ -26,7 +28,7 @@ def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
     config = architecture["config"]
     if "input_ids" not in names:
         return {"kind": "image", "inputs": names, **_image_size(config)}
-    sizes = {"vocabulary": config.get("vocab_size"), "max_length": config.get("max_position_embeddings")}
+    sizes = {"vocabulary": config.get("vocab_size"), "max_length": _longest(config)}
     return {"kind": "text", "inputs": names, **sizes}
 
 
@@ -66,6 +68,17 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
     pixels = torch.randn(samples, size["channels"], size["height"], size["width"], generator=generator)
     mask = torch.ones(samples, size["height"], size["width"], dtype=torch.int64)
     return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+
+
+def _longest(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest text; None if the architecture has no limit."""
+    positions = config.get("max_position_embeddings")
+    if positions is None or config.get("model_type") not in FROM_PADDING:
+        return positions
+    padding = FROM_PADDING[config["model_type"]]
+    if padding is None:
+        padding = config.get("pad_token_id") or 0
+    return int(positions) - padding - 1
 
 
 def _image_size(config: Mapping[str, Any]) -> dict[str, int]:

@@ -210,6 +210,14 @@ def test_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str
     assert plan["expected"]["memory_bytes"] > 0
 
 
+def test_dry_run_counts_the_exports_of_every_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = write_project(tmp_path, export=[{"to": "dense"}, {"to": "dense", "dtype": "float16"}])
+    plan = prints_json(capsys, "compress", project, "--dry-run", "--budget", "4bit", "--budget", "10%")
+    assert plan["steps"]["export"]["compute"] == 4
+    assert plan["steps"]["export"]["seconds"] > 0
+    assert list(plan["steps"])[-2:] == ["export", "summary"]
+
+
 def test_dry_run_shows_the_plan_of_an_impossible_budget_and_fails(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

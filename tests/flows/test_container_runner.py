@@ -73,6 +73,17 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     return home
 
 
+def test_folders_that_exports_name_are_mounted(tmp_path: Path) -> None:
+    for name in ("run", "words"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "texts.csv").touch()
+    config = minilm(tmp_path / "run", name="sentence-transformers/all-MiniLM-L6-v2")
+    words = str(tmp_path / "words")
+    assert words not in binds(config)
+    values = config.model_dump(exclude={"folder"}) | {"export": [{"to": "onnx", "tokenizer": "../words"}]}
+    assert binds(RunConfig.from_mapping(values, config.folder))[words] == (words, True)
+
+
 def test_configuration_is_read_and_store_is_written_at_their_own_paths(tmp_path: Path) -> None:
     config = project(tmp_path / "run")
     assert binds(config) == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -15,15 +16,18 @@ import yaml
 
 import mlorq
 import steps.pipeline as pipeline
+from mlorq.artifacts.gc import needed_by
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
-from mlorq.errors import BudgetError, DataError, ModelError, StoreError
+from mlorq.errors import BudgetError, ConfigError, DataError, ModelError, StoreError
+from mlorq.export_targets import TARGETS
 from steps import REGISTRY
 from steps.base import Outcome, StepSpec, execute
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
+from tests.nets import images
 
 MODEL = """
 import torch
@@ -140,6 +144,7 @@ def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_fac
 ALL = set(REGISTRY) - {
     "activations",
     "embeddings",
+    "export",
     "joint",
     "reconstruct",
     "tune",
@@ -228,7 +233,7 @@ BEST = {
 
 def test_the_best_preset_reconstructs_blocks_and_goes_on_where_it_was_stopped(folder):
     (first,), done = run(folder, **BEST)
-    assert computed(done) == set(REGISTRY) - {"activations", "embeddings", "joint", "width_costs"}
+    assert computed(done) == set(REGISTRY) - {"activations", "embeddings", "export", "joint", "width_costs"}
     assert sum(step == "reconstruct" for step, _ in done) == 2
     assert first["bytes"] <= first["budget_bytes"]
     assert run(folder, **BEST)[1] == [(step, True) for step, _ in done]
@@ -452,3 +457,113 @@ def test_outputs_do_not_depend_on_hash_seeds(folder):
     (first,), _ = run(folder)
     assert torch.tensor(first["nmse"]).isfinite()
     assert first["nmse"] > 0
+
+
+# -- exports ----------------------------------------------------------------------------------------------------------
+
+EXPORT = {"export": [{"to": "onnx"}, {"to": "dense", "dtype": "float16"}]}
+
+
+@pytest.fixture
+def needs_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra onnx")
+
+
+@pytest.mark.usefixtures("needs_onnx")
+def test_a_run_ends_in_the_files_that_export_asks_for(folder):
+    (plain,), done = run(folder)
+    assert plain["exports"] == []
+    assert "export" not in dict(done)
+    (result,), done = run(folder, **EXPORT)
+    assert computed(done) == {"export", "summary"}, "all else is of the first run"
+    assert result["bytes"] == plain["bytes"]
+    graph, state = result["exports"]
+    assert (graph["to"], state["to"], state["options"]) == ("onnx", "dense", {"dtype": "float16"})
+    assert [file["name"] for file in (*graph["files"], *state["files"])] == ["model.onnx", "model.safetensors"]
+    for exported in (graph, state):
+        (file,) = exported["files"]
+        assert file["uri"] == f"{exported['uri']}/{file['name']}"
+        size = Path(file["uri"].removeprefix("file://")).stat().st_size
+        assert exported["bytes"] == file["bytes"] == size
+    config = RunConfig.from_yaml(folder / "run.yaml")
+    module = Session(config, Store(config.resolve(config.store))).model.module
+    model, x = mlorq.load(result["checkpoint"], model=module), images(5, 7)
+    file = graph["files"][0]["uri"].removeprefix("file://")
+    assert torch.allclose(mlorq.load(file, runtime="onnxruntime")(x), model(x), rtol=1e-4, atol=1e-5)
+    assert graph["about"]["precision"] == "exact"
+    from safetensors.torch import load_file
+
+    written = load_file(state["files"][0]["uri"].removeprefix("file://"))
+    assert {value.dtype for value in written.values()} == {torch.float16}
+    kept = needed_by(Store(config.resolve(config.store)), [result["run"]])
+    assert sum(ref.step == "export" for ref in kept) == 2
+    before = fingerprint(folder / ".mlorq")
+    again, done = run(folder, **EXPORT)
+    assert computed(done) == set()
+    assert again == [result]
+    assert fingerprint(folder / ".mlorq") == before
+
+
+@pytest.mark.usefixtures("needs_onnx")
+def test_a_change_of_one_export_recomputes_it_alone(folder):
+    run(folder, **EXPORT)
+    _, done = run(folder, export=[{"to": "onnx"}, {"to": "dense"}])
+    assert sorted(done, key=lambda item: item[1])[:2] == [("export", False), ("summary", False)]
+    assert done.count(("export", True)) == 1
+
+
+def test_every_budget_has_its_export(folder):
+    found, done = run(folder, ["4bit", "6bit"], export=[{"to": "dense"}])
+    assert done.count(("export", False)) == 2
+    first, second = (result["exports"][0]["uri"] for result in found)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"to": "onxx"}, "export.0.to"),
+        ({"to": "onnx", "precison": "fast"}, "did you mean 'precision'"),
+        ({"to": "onnx", "precision": "faster"}, "export.0.precision"),
+        ({"to": "onnx", "opset": 9}, "opset 9"),
+        ({"to": "dense", "precision": "fast"}, "target dense has no option 'precision'; known: dtype"),
+        ({"to": "transformers", "push_to_hub": "me/it"}, "export.0.push_to_hub"),
+        ({"to": "onnx", "model": 1}, "export.0.model"),
+        ({"precision": "fast"}, "export.0.to"),
+    ],
+)
+def test_wrong_exports_are_refused_with_the_configuration(folder, entry, said):
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        run(folder, export=[entry])
+    assert "\n" not in str(caught.value)
+    assert not (folder / ".mlorq").exists()
+
+
+def test_what_an_export_needs_is_checked_before_anything_is_computed(folder, monkeypatch):
+    with pytest.raises(ConfigError, match=r"tokenizer: folder .*nothing does not exist"):
+        run(folder, export=[{"to": "onnx", "tokenizer": "./nothing"}])
+    monkeypatch.setattr(TARGETS["dense"], "packages", ("not_installed",), raising=False)
+    with pytest.raises(ConfigError, match="pip install not_installed"):
+        run(folder, export=[{"to": "dense"}])
+    assert not (folder / ".mlorq").exists()
+
+
+def test_exports_survive_the_round_trip_of_a_configuration(folder):
+    config = RunConfig.from_yaml(folder / "run.yaml", EXPORT)
+    assert RunConfig.from_mapping(yaml.safe_load(config.to_yaml()), config.folder) == config
+    assert [entry.to for entry in config.export] == ["onnx", "dense"]
+
+
+def test_files_that_an_option_names_are_part_of_the_key(folder):
+    (folder / "words").mkdir()
+    (folder / "words" / "tokenizer.json").write_text("{}")
+    config = RunConfig.from_yaml(folder / "run.yaml", {"export": [{"to": "onnx", "tokenizer": "words"}]})
+    session = Session(config, Store(config.resolve(config.store)))
+    checkpoint = ArtifactRef("compressed", "0" * 64)
+    (first,) = pipeline.export.specs(session, checkpoint)
+    assert first.params["options"]["tokenizer"] == str(folder / "words")
+    (folder / "words" / "model.safetensors").write_bytes(b"weights are not read")
+    assert pipeline.export.specs(session, checkpoint) == [first]
+    (folder / "words" / "tokenizer.json").write_text('{"other": 1}')
+    assert pipeline.export.specs(session, checkpoint)[0].key != first.key

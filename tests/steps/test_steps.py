@@ -28,6 +28,7 @@ from tests.steps.test_pipeline import BEST, folder  # noqa: F401  (a fixture)
 
 WIDTHS = {"activations": {"bits": 6, "choices": [4, 6, 8], "compute": "4x6", "samples": 8}}
 EVERYTHING = {**BEST, "embeddings": {"bits": 8}}
+EXPORT = {"export": [{"to": "dense"}]}
 
 
 def session(folder: Path, **overrides: Any) -> Session:  # noqa: F811
@@ -57,7 +58,7 @@ def specs_of(made: Session, budgets: Sequence[str]) -> list[StepSpec]:
 
 
 def test_records_of_every_step_go_through_a_message_whole(folder, tmp_path_factory):  # noqa: F811
-    runs = [EVERYTHING, {**BEST, **WIDTHS, "rounding__tuning": 0}, {"rounding__method": "nearest"}]
+    runs = [EVERYTHING, {**BEST, **WIDTHS, "rounding__tuning": 0}, {"rounding__method": "nearest", **EXPORT}]
     specs = [(made, spec) for made in (session(folder, **one) for one in runs) for spec in specs_of(made, ["4bit"])]
     assert {spec.step for _, spec in specs} == set(REGISTRY)
     path = tmp_path_factory.mktemp("message") / "step.json"
@@ -107,7 +108,8 @@ def test_a_step_gets_no_configuration_and_no_session(folder, monkeypatch):  # no
     for name, step in list(REGISTRY.items()):
         monkeypatch.setitem(REGISTRY, name, watched(step))
     specs_of(session(folder, **EVERYTHING, **WIDTHS), ["4bit"])
-    assert {"layers", "capture", "round", "reconstruct", "joint", "compressed", "summary"} <= set(seen)
+    specs_of(session(folder, **EXPORT), ["4bit"])  # a state dict cannot represent quantized activations
+    assert {"export", "layers", "capture", "round", "reconstruct", "joint", "compressed", "summary"} <= set(seen)
 
 
 def test_no_step_function_names_the_configuration_or_a_session():
