@@ -62,7 +62,6 @@ class Runtime(ABC, Generic[Config]):
         """
         require(f"runtime {self.name}", self.packages, self.extra)
 
-    @abstractmethod
     def variants(self, checkpoint: str, folder: str) -> list[Variant]:
         """What ``mlorq benchmark`` measures: the float model first, then the ways of running the compressed one.
 
@@ -72,7 +71,9 @@ class Runtime(ABC, Generic[Config]):
 
         Raises:
             CheckpointError: the checkpoint is missing or damaged, or the runtime cannot hold it.
+            ConfigError: the runtime does not say how it is measured.
         """
+        raise ConfigError(f"runtime {self.name} cannot be benchmarked: its class has no method variants")
 
 
 RUNTIMES: Registry[Runtime[Any]] = Registry("runtime")
