@@ -21,6 +21,8 @@ from mlorq.export_targets.openvino_graph.decoding import HINTS, METADATA
 
 KERNEL_BITS = 8  # OpenVINO keeps codes of 2, 4 and 8 bits packed
 
+INTEGERS = (openvino.Type.u8, openvino.Type.i32)  # of the operators that decode codes
+
 
 class Built(NamedTuple):
     """A model with inputs and outputs of the module.
@@ -78,10 +80,10 @@ def content(model: Any) -> tuple[bytes, bytes]:
 
 
 def _correct(model: Any) -> None:
-    """Replace operators that OpenVINO's CPU plugin computes wrongly: some divisions, rotations, casts to 4 bits."""
+    """Replace operators that OpenVINO's CPU plugin computes wrongly: shifts, rotations, casts to 4 bits."""
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        if kind == "Divide" and node.get_output_element_type(0) == openvino.Type.i32:
+        if kind in ("Divide", "Multiply") and node.get_output_element_type(0) in INTEGERS:
             found = _shifted(node)
         elif kind == "Einsum" and node.get_attributes()["equation"].replace(" ", "") == ROTATED:
             found = _rotated(node)
@@ -96,21 +98,32 @@ def _correct(model: Any) -> None:
 
 
 def _shifted(node: Any) -> Any | None:
-    """A division of non-negative integers by powers of two as a shift; None for others.
+    """A product or quotient of non-negative integers with powers of two as a shift; None for others.
 
-    The CPU divides in float32, which has 24 bits.
+    The CPU divides in float32, which has 24 bits, and rounds its powers of two down.
     """
-    divisor = node.input_value(1).get_node()
-    while divisor.get_type_name() == "Convert":
-        divisor = divisor.input_value(0).get_node()
-    if divisor.get_type_name() != "Constant":
+    values = _known(node.input_value(1).get_node())
+    if values is None or (values < 1).any():
         return None
-    values = np.asarray(divisor.data, np.int64)
     shifts = np.frexp(values.astype(np.float64))[1] - 1
-    if (values < 1).any() or not np.array_equal(2**shifts, values):
+    if not np.array_equal(2**shifts, values):
         return None
-    shift = operators.convert(operators.constant(shifts.astype(np.uint8)), openvino.Type.i32)
-    return operators.bitwise_right_shift(node.input_value(0), shift).output(0)
+    kind = node.get_output_element_type(0)
+    shift = operators.convert(operators.constant(shifts.astype(np.uint8)), kind)
+    shifted = operators.bitwise_right_shift if node.get_type_name() == "Divide" else operators.bitwise_left_shift
+    return shifted(node.input_value(0), shift).output(0)
+
+
+def _known(node: Any) -> np.ndarray | None:
+    """The integers that a node computes from constants: itself one, a cast, or a power; None for others."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return np.asarray(node.data).astype(np.int64)
+    inputs = [_known(value.get_node()) for value in node.input_values()] if kind in ("Convert", "Power") else []
+    if not inputs or any(one is None for one in inputs):
+        return None
+    found: np.ndarray = inputs[0] if kind == "Convert" else np.power(*inputs)
+    return found
 
 
 def _rotated(node: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,12 +23,13 @@ METADATA = "mlorq"  # key of the metadata: one JSON object
 LEAST = 64  # entries of a weight; OpenVINO folds smaller constants
 CENTRE, LARGEST = 128, 127  # of weights rounded to 8 bits
 # What OpenVINO has to be told: by default it takes bfloat16 where the processor has it, and may round inputs to 8 bits.
-HINTS = {
+_EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "EXECUTION_MODE_HINT": "ACCURACY",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     "PERFORMANCE_HINT": "LATENCY",
 }
+HINTS = {"exact": _EXACT, "fast": _EXACT | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}}
 
 
 class Weight(NamedTuple):
@@ -44,19 +46,19 @@ class Weight(NamedTuple):
     readers: list[Any]
 
 
-def compiled(model: Any, *, fast: bool, threads: int, hints: Mapping[str, str]) -> Any:
+def compiled(core: Any, model: Any, precision: str, threads: int) -> Any:
     """A compiled model; the model itself is changed.
 
     Args:
-        model: ``openvino.Model``.
-        fast: whether decoded weights are rounded to 8 bits.
+        core: ``openvino.Core``.
+        model: ``openvino.Model`` with metadata.
+        precision: ``exact``, or ``fast``: decoded weights and inputs of products are rounded to 8 bits.
         threads: threads of an operator.
-        hints: properties of the compiled model.
     """
-    core = openvino.Core()
-    settings = {**hints, "INFERENCE_NUM_THREADS": threads}
+    about = json.loads(model.get_rt_info(METADATA).astype(str))
+    settings = {**about["hints"][precision], "INFERENCE_NUM_THREADS": threads}
     for weight in list(_weights(model)):
-        _decode(core, weight, fast, settings)
+        _decode(core, weight, precision == "fast", settings)
     model.validate_nodes_and_infer_types()
     return core.compile_model(model, "CPU", settings)
 
@@ -75,9 +77,7 @@ def _weights(model: Any) -> Iterator[Weight]:
         if node.get_name() not in constant or node.get_type_name() in ("Constant", "Result"):
             continue
         for output in node.outputs():
-            readers = [
-                reader for reader in output.get_target_inputs() if reader.get_node().get_name() not in constant
-            ]
+            readers = [reader for reader in output.get_target_inputs() if reader.get_node().get_name() not in constant]
             shape = output.get_partial_shape()
             floats = output.get_element_type() == openvino.Type.f32
             if readers and floats and shape.is_static and np.prod(shape.to_shape()) >= LEAST:

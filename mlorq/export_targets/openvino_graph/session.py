@@ -22,7 +22,7 @@ class OpenvinoModel:
 
     Args:
         source: path or fsspec URL of an exported ``.xml`` file, or an ``openvino.Model``, which is not changed.
-        precision: ``exact``, or ``fast``: weights that are not affine codes are rounded to 8 bits.
+        precision: ``exact``, or ``fast``: decoded weights and inputs of products are rounded to 8 bits.
         threads: threads of one operator; None: as many as torch uses.
 
     Attributes:
@@ -41,9 +41,9 @@ class OpenvinoModel:
         self.precision = precision
         self.nmse_added: float | None = self.metadata.get("nmse_added", {}).get(precision)
         self._call = Call.from_json(self.metadata["call"])
-        fast, threads = precision == "fast", threads or torch.get_num_threads()
+        threads = threads or torch.get_num_threads()
         try:
-            self.session = compiled(model, fast=fast, threads=threads, hints=self.metadata["hints"])
+            self.session = compiled(openvino.Core(), model, precision, threads)
         except Exception as error:  # OpenVINO's exceptions have no common class
             raise CheckpointError(f"OpenVINO cannot compile the model: {one_line(error)}") from error
         del model
@@ -98,8 +98,6 @@ def read(location: str) -> Any:
             return core.read_model(location)
         with fsspec.open(weights_beside(location), "rb") as file:
             return core.read_model(graph, file.read())
-    except OSError as error:
-        raise CheckpointError(f"{location} cannot be read: {one_line(error)}") from error
     except Exception as error:  # OpenVINO's exceptions have no common class
         raise CheckpointError(f"{location} cannot be read: {one_line(error)}") from error
 
