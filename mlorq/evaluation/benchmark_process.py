@@ -105,17 +105,13 @@ def _openvino(task: Mapping[str, Any]) -> Callable[[], Call]:
     """An exported graph in OpenVINO alone, without torch."""
     import openvino
 
-    from mlorq.export_targets.openvino_graph.decoding import compiled as compile_decoded
-    from mlorq.export_targets.openvino_graph.decoding import release_memory
+    from mlorq.runtimes.openvino import open_file
 
     core = openvino.Core()
     core.set_property("CPU", {"INFERENCE_NUM_THREADS": task["threads"]})  # loads the plugin
 
     def open_model() -> Call:
-        model = core.read_model(task["location"])
-        compiled = compile_decoded(core, model, task["options"]["precision"], task["threads"])
-        del model
-        release_memory()
+        compiled = open_file(core, task["location"], task["options"]["precision"], task["threads"])
         taken = {name for port in compiled.inputs for name in port.names}
 
         def call(arrays: Arrays) -> np.ndarray:

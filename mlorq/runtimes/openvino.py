@@ -81,4 +81,20 @@ class OpenvinoRuntime(Runtime[OpenvinoRuntimeSettings]):
         ]
 
 
+def open_file(core: Any, path: str, precision: str, threads: int) -> Any:
+    """The compiled model of an exported file, without torch.
+
+    Args:
+        core: ``openvino.Core``.
+        path: of the ``.xml`` file.
+        precision: ``exact`` or ``fast``.
+        threads: threads of an operator.
+    """
+    from mlorq.export_targets.openvino_graph.decoding import compiled, release_memory
+
+    found = compiled(core, core.read_model(path), precision, threads)
+    release_memory()
+    return found
+
+
 RUNTIMES.register(OpenvinoRuntime())

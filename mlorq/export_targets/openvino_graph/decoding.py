@@ -158,11 +158,10 @@ def _packed(codes: np.ndarray, zero: np.ndarray, scale: np.ndarray) -> Any:
     largest = int(codes.max())
     bits = next(bits for bits in (2, 4, 8) if largest < 2**bits)
     kind = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}[bits]
-    flat = np.ascontiguousarray(codes.T).reshape(-1)
     each = 8 // bits
-    flat = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)
+    grouped = np.pad(codes.T.reshape(-1), (0, -codes.size % each)).reshape(-1, each)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    data = np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8)
+    data = np.bitwise_or.reduce(grouped << shifts, axis=1).astype(np.uint8)
     tensor = openvino.Tensor(kind, openvino.Shape(shape))
     tensor.data.reshape(-1).view(np.uint8)[:] = data
     weight = operators.convert(operators.constant(tensor), openvino.Type.f32)
