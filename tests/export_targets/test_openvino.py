@@ -53,8 +53,8 @@ def test_families(case: str, tmp_path: Path) -> None:
 
     fast = mlorq.load(files[0], runtime="openvino", precision="fast")
     assert fast.nmse_added is not None
-    assert exact.nmse_added < fast.nmse_added < NMSE
-    assert nmse(call(fast, batch), expected) < 5 * fast.nmse_added, "of other inputs than at export"
+    assert exact.nmse_added <= fast.nmse_added < NMSE
+    assert nmse(call(fast, batch), expected) < max(1e-9, 5 * fast.nmse_added), "of other inputs than at export"
 
 
 @pytest.mark.parametrize("case", ["swin", "bert", "vit"])
