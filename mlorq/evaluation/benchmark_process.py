@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,10 @@ def _onnxruntime(task: Mapping[str, Any]) -> Callable[[], Call]:
 
     def open_model() -> Call:
         session = onnxruntime.InferenceSession(task["location"], options, providers=["CPUExecutionProvider"])
-        taken = {one.name for one in session.get_inputs()}
+        taken = [one.name for one in session.get_inputs()]
 
         def call(arrays: Arrays) -> np.ndarray:
-            found: np.ndarray = session.run(None, {key: value for key, value in arrays.items() if key in taken})[0]
+            found: np.ndarray = session.run(None, _inputs(arrays, taken, task["named"]))[0]
             return found
 
         return call
@@ -112,10 +112,10 @@ def _openvino(task: Mapping[str, Any]) -> Callable[[], Call]:
 
     def open_model() -> Call:
         compiled = open_file(core, task["location"], task["options"]["precision"], task["threads"])
-        taken = {name for port in compiled.inputs for name in port.names}
+        taken = [port.any_name for port in compiled.inputs]
 
         def call(arrays: Arrays) -> np.ndarray:
-            given = {key: value for key, value in arrays.items() if key in taken}
+            given = _inputs(arrays, taken, task["named"])
             found: np.ndarray = compiled(given)[0]
             return found
 
@@ -129,6 +129,13 @@ OPENERS: dict[str, Callable[[Mapping[str, Any]], Callable[[], Call]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
+
+
+def _inputs(arrays: Arrays, taken: Sequence[str], named: bool) -> dict[str, np.ndarray]:
+    """The inputs that a graph takes: by their names, or, if the model takes them by position, in order."""
+    if named:
+        return {key: value for key, value in arrays.items() if key in taken}
+    return dict(zip(taken, arrays.values(), strict=True))
 
 
 def _seconds_of_calls(call: Call, batch: Arrays, seconds: float) -> list[float]:

@@ -119,11 +119,12 @@ def _known(node: Any) -> np.ndarray | None:
     kind = node.get_type_name()
     if kind == "Constant":
         return np.asarray(node.data).astype(np.int64)
-    inputs = [_known(value.get_node()) for value in node.input_values()] if kind in ("Convert", "Power") else []
-    if not inputs or any(one is None for one in inputs):
-        return None
-    found: np.ndarray = inputs[0] if kind == "Convert" else np.power(*inputs)
-    return found
+    if kind == "Convert":
+        return _known(node.input_value(0).get_node())
+    if kind == "Power":
+        base, exponent = (_known(value.get_node()) for value in node.input_values())
+        return None if base is None or exponent is None else np.asarray(np.power(base, exponent))
+    return None
 
 
 def _rotated(node: Any) -> Any:
