@@ -211,9 +211,9 @@ class AffineCodec(Codec):
     def graph_product(
         self, graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, *, fast: bool = False
     ) -> str:
-        from mlorq.codecs.affine_graph import KERNEL_BITS, product
+        from mlorq.codecs.affine_graph import product
 
-        if fast and self.bits > KERNEL_BITS:
+        if fast and self.bits > graph.kernel_bits:
             return super().graph_product(graph, inputs, tensors, columns, fast=True)
         return product(graph, inputs, tensors, columns, self.bits)
 

@@ -1,7 +1,7 @@
 """Affine codes as operators: the values of a matrix, its product by 4-bit kernels, and single rows.
 
 onnxruntime fuses ``DequantizeLinear`` of 4-bit codes ``(K, N)`` with one scale per column and the ``MatMul`` that
-follows; the codes stay packed in memory. Codes of 5 to 8 bits are two such products: ``q - z`` is
+follows; the codes stay packed in memory. Codes with more bits than the kernels are two such products: ``q - z`` is
 ``(q_low - z_low) + 16 (q_high - z_high)``.
 """
 
@@ -18,7 +18,7 @@ from mlorq.codecs.packing import packed_columns, unpack_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-KERNEL_BITS = 4  # bits of the kernels
+HALF_BYTE = 4  # bits of the smaller of the two integers
 
 
 def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
@@ -28,17 +28,19 @@ def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int)
 
 
 def product(graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
-    """``x Ŵᵀ`` of ``x`` ``(…, columns)``, by one or two products of 4-bit codes."""
+    """``x Ŵᵀ`` of ``x`` ``(…, columns)``, by a product of 4-bit or 8-bit codes, or by two of 4-bit codes."""
     codes, zero = _codes(tensors, columns, bits), tensors["zero_point"].numpy().astype(np.int64)
     # Zero-points outside the codes do not fit the kernels: x (q - z) s = x q s - sum(x) z s.
     outside = bool((zero < 0).any() or (zero >= 2**bits).any())
     inside = np.zeros_like(zero) if outside else zero
     scale, total = _scales(graph, tensors), ""
-    for low in range(0, bits, KERNEL_BITS):
-        width = min(KERNEL_BITS, bits - low)
+    for low in range(0, bits, graph.kernel_bits):
+        width = min(graph.kernel_bits, bits - low)
         mask = 2**width - 1
-        part = graph.node("Cast", packed_codes(graph, (codes >> low) & mask, width), to="uint4")
-        point = graph.node("Cast", graph.constant(((inside >> low) & mask).astype(np.uint8)), to="uint4")
+        part = packed_codes(graph, (codes >> low) & mask, width)
+        point = graph.constant(((inside >> low) & mask).astype(np.uint8))
+        if width <= HALF_BYTE:
+            part, point = (graph.node("Cast", one, to="uint4") for one in (part, point))
         own = graph.node("Mul", scale, graph.constant(np.array(2.0**low, np.float32))) if low else scale
         weight = graph.node("DequantizeLinear", part, own, point, axis=1)
         found = graph.node("MatMul", inputs, weight)

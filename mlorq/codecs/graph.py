@@ -18,7 +18,13 @@ LARGEST = 63  # of 8-bit weights: 2 · 255 · 63 < 2¹⁵, so that no kernel wit
 
 
 class Graph(Protocol):
-    """A graph under construction; values are named by strings."""
+    """A graph under construction; values are named by strings.
+
+    Attributes:
+        kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
+    """
+
+    kernel_bits: int
 
     def constant(self, values: np.ndarray) -> str:
         """A constant; equal constants are stored once."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORD = 16  # bits of a stored word
+ROTATED = "xyzm,xq,ya,zb,qab,m->qabm"  # three matrices, the signs of the columns, the scales of the rows
 
 
 def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
@@ -47,7 +48,7 @@ def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int)
     high_matrix, low_matrix = (graph.node("Cast", graph.constant(hadamard(size)), to="float32") for size in (high, low))
     # T = C ⊗ H ⊗ H, then the signs of the columns and the scales of the rows.
     operands = (found, odd_matrix, high_matrix, low_matrix, sign, scale)
-    found = graph.node("Einsum", *operands, equation="xyzm,xq,ya,zb,qab,m->qabm")
+    found = graph.node("Einsum", *operands, equation=ROTATED)
     return graph.node("Reshape", found, sizes(graph, columns, rows))
 
 

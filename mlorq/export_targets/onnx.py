@@ -6,18 +6,14 @@ preparation of images, onnxruntime's session options, and, for ``fast``, the NMS
 
 from __future__ import annotations
 
-import posixpath
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fsspec.core import url_to_fs
 from pydantic import Field
 
-from mlorq.artifacts.store import put_file
-from mlorq.errors import CheckpointError, ConfigError, ModelError
+from mlorq.errors import CheckpointError, ModelError
 from mlorq.export_targets.base import TARGETS, ExportTarget
+from mlorq.export_targets.graph_files import write_beside
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -27,9 +23,6 @@ if TYPE_CHECKING:
 
 OPSET = 21  # the first with 4-bit integers
 LARGEST_FILE = 2**31 - 1  # bytes of a protobuf message
-# Differences from the model, relative to the largest output, from which a graph does not compute the same function.
-# Rounding of sums makes 1e-6 to 1e-5. Where values are rounded to codes, some fall on the other side.
-WRONG, WRONG_IF_ROUNDED = 1e-4, 1.0
 
 
 class OnnxConfig(Settings):
@@ -82,18 +75,7 @@ class Onnx(ExportTarget[OnnxSettings]):
         architecture = inspect(checkpoint)["architecture"]
         module = load(checkpoint, settings.model)
         files = {output: graph_bytes(module, architecture, settings)}
-        source = _tokenizer(checkpoint, settings)
-        if source is not None:
-            folder = posixpath.dirname(output)
-            files |= {posixpath.join(folder, name): data for name, data in source.items()}
-        try:
-            for location, data in files.items():
-                fs, path = url_to_fs(location)
-                fs.makedirs(posixpath.dirname(path) or ".", exist_ok=True)
-                put_file(fs, path, data)
-        except (OSError, ValueError, ImportError) as error:
-            raise CheckpointError(f"{output} cannot be written: {error}") from error
-        return list(files)
+        return write_beside(output, files, settings.tokenizer, self.name)
 
     def with_model(self, settings: OnnxSettings, model: nn.Module, example: Batch) -> OnnxSettings:
         return settings.model_copy(update={"model": model, "example": example})
@@ -120,7 +102,7 @@ def graph_bytes(module: nn.Module, architecture: Mapping[str, Any], settings: On
     """
     from mlorq.activations.plan import quantizers_of
     from mlorq.export_targets.onnx_graph.build import build, set_metadata
-    from mlorq.export_targets.onnx_graph.session import OnnxModel, compared
+    from mlorq.export_targets.onnx_graph.session import OnnxModel, checked
 
     try:
         built = build(module, architecture, precision=settings.precision, example=settings.example, part=settings.part)
@@ -130,35 +112,11 @@ def graph_bytes(module: nn.Module, architecture: Mapping[str, Any], settings: On
     if not 0 < size < LARGEST_FILE:
         raise CheckpointError(f"export to onnx: the graph has {size} bytes; one file holds at most {LARGEST_FILE}")
     model = OnnxModel(built.model.SerializeToString())
-    try:
-        measured = [compared(model.outputs(inputs), outputs) for inputs, outputs in built.checks]
-    except ModelError as error:
-        raise CheckpointError(f"export to onnx: the graph does not run on other numbers of samples: {error}") from error
-    difference, nmse = max(one for one, _ in measured), measured[0][1]
     rounded = settings.precision == "fast" or bool(quantizers_of(module))
-    if not difference <= (WRONG_IF_ROUNDED if rounded else WRONG):
-        raise CheckpointError(
-            f"export to onnx: the graph differs from the model by {difference:.1e} of the largest output: "
-            "exporters do not see what depends on the values of inputs in Python; write it with torch.where"
-        )
+    difference, nmse = checked(model.outputs, built.checks, rounded=rounded, target=Onnx.name)
     set_metadata(built.model, {"difference": difference, "nmse_added": nmse})
     data: bytes = built.model.SerializeToString()
     return data
-
-
-def _tokenizer(checkpoint: str, settings: OnnxSettings) -> dict[str, bytes] | None:
-    """The files of the tokenizer that the settings name."""
-    if settings.tokenizer is None:
-        return None
-    from mlorq.models.transformers import TransformersSettings, tokenizer
-
-    try:
-        found = tokenizer(TransformersSettings(name=settings.tokenizer, task="sentence-similarity"))
-    except ModelError as error:
-        raise ConfigError(f"export to onnx: {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        found.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 TARGETS.register(Onnx())

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mlorq.export_targets.onnx_graph.session import OnnxModel
+    from mlorq.export_targets.openvino_graph.session import OpenvinoModel
     from mlorq.runtimes.benchmark import Variant
 
 Config = TypeVar("Config", bound=Settings)
@@ -99,6 +100,15 @@ def load(
 ) -> OnnxModel: ...
 @overload
 def load(
+    location: Location,
+    model: nn.Module | None = None,
+    device: Device = "cpu",
+    *,
+    runtime: Literal["openvino"],
+    **options: Any,
+) -> OpenvinoModel: ...
+@overload
+def load(
     location: Location, model: nn.Module | None = None, device: Device = "cpu", *, runtime: str, **options: Any
 ) -> Any: ...
 def load(
@@ -112,20 +122,20 @@ def load(
     """The compressed model of a checkpoint, in eval mode.
 
     Args:
-        location: folder or fsspec URL; for ``onnxruntime`` also an exported file.
+        location: folder or fsspec URL; for ``onnxruntime`` and ``openvino`` also an exported file.
         model: a float instance of the architecture, which is not changed; required if the architecture is user code.
-        device: device of the model; ``onnxruntime`` computes on the CPU.
-        runtime: ``torch`` (an ``nn.Module``, whose outputs are bitwise those of the saved module), or ``onnxruntime``
-            (a callable with the same call and the same outputs).
+        device: device of the model; ``onnxruntime`` and ``openvino`` compute on the CPU.
+        runtime: ``torch`` (an ``nn.Module``, whose outputs are bitwise those of the saved module), ``onnxruntime`` or
+            ``openvino`` (callables with the same call and the same outputs).
         options: options of the runtime.
 
             ``torch``: ``weights`` (``dense``, the default: float matrices, decoded once, for memory and time of the
             float model; ``packed``: codes alone, decoded in every call, for the least memory and many times the time
             of a small batch; ``both``, for a model that is to be saved again).
 
-            ``onnxruntime``: ``precision`` (``exact``: equal up to the rounding of sums; ``fast``: products by 8-bit
-            integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a batch, for user code),
-            ``threads``.
+            ``onnxruntime`` and ``openvino``: ``precision`` (``exact``: equal up to the rounding of sums; ``fast``:
+            products by 8-bit integers, which add the NMSE in the attribute ``nmse_added``), ``example`` (a batch, for
+            user code), ``threads``.
 
     Raises:
         ConfigError: the runtime or an option is unknown, or a package is missing.

@@ -92,10 +92,10 @@ def _onnxruntime(task: Mapping[str, Any]) -> Callable[[], Call]:
 
     def open_model() -> Call:
         session = onnxruntime.InferenceSession(task["location"], options, providers=["CPUExecutionProvider"])
-        names = [one.name for one in session.get_inputs()]
+        taken = [one.name for one in session.get_inputs()]
 
         def call(arrays: Arrays) -> np.ndarray:
-            found: np.ndarray = session.run(None, _by_name(arrays, names, task["named"]))[0]
+            found: np.ndarray = session.run(None, _inputs(arrays, taken, task["named"]))[0]
             return found
 
         return call
@@ -107,15 +107,18 @@ def _openvino(task: Mapping[str, Any]) -> Callable[[], Call]:
     """An exported graph in OpenVINO alone, without torch."""
     import openvino
 
+    from mlorq.runtimes.openvino import open_file
+
     core = openvino.Core()
-    core.set_property("CPU", {"INFERENCE_NUM_THREADS": task["threads"], **task["options"]})
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": task["threads"]})  # loads the plugin
 
     def open_model() -> Call:
-        compiled = core.compile_model(task["location"], "CPU")
-        names = [port.any_name for port in compiled.inputs]
+        compiled = open_file(core, task["location"], task["options"]["precision"], task["threads"])
+        taken = [port.any_name for port in compiled.inputs]
 
         def call(arrays: Arrays) -> np.ndarray:
-            found: np.ndarray = compiled(_by_name(arrays, names, task["named"]))[0]
+            given = _inputs(arrays, taken, task["named"])
+            found: np.ndarray = compiled(given)[0]
             return found
 
         return call
@@ -130,11 +133,11 @@ OPENERS: dict[str, Callable[[Mapping[str, Any]], Callable[[], Call]]] = {
 }
 
 
-def _by_name(arrays: Arrays, names: Sequence[str], named: bool) -> dict[str, np.ndarray]:
-    """The inputs that a graph takes, by name; without names, in their order."""
+def _inputs(arrays: Arrays, taken: Sequence[str], named: bool) -> dict[str, np.ndarray]:
+    """The inputs that a graph takes: by their names, or, if the model takes them by position, in order."""
     if named:
-        return {name: arrays[name] for name in names}
-    return dict(zip(names, arrays.values(), strict=True))
+        return {key: value for key, value in arrays.items() if key in taken}
+    return dict(zip(taken, arrays.values(), strict=True))
 
 
 def _seconds_of_calls(call: Call, batch: Arrays, seconds: float) -> list[float]:

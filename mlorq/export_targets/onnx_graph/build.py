@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError, one_line
+from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS
 from mlorq.export_targets.onnx_graph.calls import Call, Flat, described, flat
 from mlorq.export_targets.onnx_graph.float_graph import OPSET, float_graph, float_twin
 from mlorq.export_targets.onnx_graph.layers import replace_weights
@@ -48,7 +49,13 @@ class Built(NamedTuple):
 
 
 def build(
-    module: nn.Module, architecture: Mapping[str, Any], *, precision: str = "exact", example: Any = None, part: str = ""
+    module: nn.Module,
+    architecture: Mapping[str, Any],
+    *,
+    precision: str = "exact",
+    example: Any = None,
+    part: str = "",
+    kernel_bits: int = KERNEL_BITS,
 ) -> Built:
     """The ONNX model of a compressed module: opset 21, operators of the default domain, dynamic batch and sequence.
 
@@ -58,6 +65,7 @@ def build(
         precision: ``exact``, or ``fast``: products may be rounded to 8 bits.
         example: a batch of at least two samples; None: the family makes one.
         part: name of the submodule to export; empty: the one that the family names, or the whole module.
+        kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
 
     Raises:
         ModelError: there is no example, or the model, its inputs or its outputs cannot be exported.
@@ -88,7 +96,7 @@ def build(
     text = (preprocessing or {}).get("kind") == "text"
     axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
-    _, missing = replace_weights(model.graph, layers, fast=precision == "fast")
+    _, missing = replace_weights(model.graph, layers, fast=precision == "fast", kernel_bits=kernel_bits)
     for name in missing:
         if name in called:  # others are not used
             raise ModelError(f"the exporter changed the weight of layer {name!r}: it is not in the graph")

@@ -17,18 +17,24 @@ DTYPES = {
     "uint8": onnx.TensorProto.UINT8,
     "uint4": onnx.TensorProto.UINT4,
 }
+KERNEL_BITS = 4  # of onnxruntime
 NAMES_OF_DTYPES = ("to", "output_dtype")  # attributes that are dtypes
 
 
 class GraphBuilder:
     """Collects constants and operators (``mlorq.codecs.graph.Graph``).
 
+    Args:
+        kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
+
     Attributes:
+        kernel_bits: the same.
         initializers: the constants.
         nodes: operators in the order in which they were written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernel_bits: int = KERNEL_BITS) -> None:
+        self.kernel_bits = kernel_bits
         self.initializers: list[onnx.TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}

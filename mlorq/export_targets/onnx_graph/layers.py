@@ -15,7 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from mlorq.codecs.graph import product, sizes
-from mlorq.export_targets.onnx_graph.builder import GraphBuilder
+from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS, GraphBuilder
 from mlorq.forms.base import Shape
 from mlorq.forms.modules import CompressedEmbedding, CompressedModule
 
@@ -34,7 +34,7 @@ class Found:
 
 
 def replace_weights(
-    graph: onnx.GraphProto, layers: Mapping[str, CompressedModule], *, fast: bool
+    graph: onnx.GraphProto, layers: Mapping[str, CompressedModule], *, fast: bool, kernel_bits: int = KERNEL_BITS
 ) -> tuple[GraphBuilder, list[str]]:
     """Replace the weights of compressed layers in a graph, in place.
 
@@ -42,12 +42,13 @@ def replace_weights(
         graph: the graph of the float model with the layers' dense weights.
         layers: the layers by name.
         fast: whether products may be rounded to 8 bits.
+        kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
 
     Returns:
         The constants and operators that were added, and the names of layers whose weights are not in the graph.
     """
     weights = _find(graph, layers)
-    writer = _Writer(GraphBuilder(), weights, fast)
+    writer = _Writer(GraphBuilder(kernel_bits), weights, fast)
     inside = {name for node in graph.node for name in _inner_inputs(node)}
     nodes: list[onnx.NodeProto] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import fsspec
@@ -17,6 +17,9 @@ from mlorq.forms.in_memory import release_memory
 
 METADATA = "mlorq"  # key of the metadata: one JSON object
 METADATA_FIELD = 14  # of a ModelProto: key is field 1, value is field 2
+# Differences from the model, relative to the largest output, from which a graph does not compute the same function.
+# Rounding of sums makes 1e-6 to 1e-5. Where values are rounded to codes, some fall on the other side.
+WRONG, WRONG_IF_ROUNDED = 1e-4, 1.0
 
 
 class OnnxModel:
@@ -94,6 +97,39 @@ class OnnxModel:
     def eval(self) -> OnnxModel:
         """The model itself, which only computes in eval mode."""
         return self
+
+
+def checked(
+    outputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    checks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+    *,
+    rounded: bool,
+    target: str,
+) -> tuple[float, float]:
+    """The largest difference of a graph from the torch model on all checks, and its NMSE on the first.
+
+    Args:
+        outputs: the graph: its outputs for inputs.
+        checks: inputs, and what the torch model returns for them.
+        rounded: whether values are rounded to codes in the graph.
+        target: name of the export target, for errors.
+
+    Raises:
+        CheckpointError: the graph does not run, or does not compute the same function.
+    """
+    try:
+        measured = [compared(outputs(inputs), expected) for inputs, expected in checks]
+    except ModelError as error:
+        raise CheckpointError(
+            f"export to {target}: the graph does not run on other numbers of samples: {error}"
+        ) from error
+    difference, nmse = max(one for one, _ in measured), measured[0][1]
+    if not difference <= (WRONG_IF_ROUNDED if rounded else WRONG):
+        raise CheckpointError(
+            f"export to {target}: the graph differs from the model by {difference:.1e} of the largest output: "
+            "exporters do not see what depends on the values of inputs in Python; write it with torch.where"
+        )
+    return difference, nmse
 
 
 def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
