@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
 
@@ -46,10 +48,11 @@ class Torch(Runtime[TorchSettings]):
         from mlorq.runtimes.benchmark import FLOAT, Variant
 
         about = inspect(checkpoint)
-        size = about["sizes"]["float_bytes"] + about["sizes"]["rest_bytes"]
+        weights = sum(prod(layer["shape"]) for layer in about["layers"])  # of layers and quantized tables
+        size = FLOAT_BYTES * weights + about["sizes"]["rest_bytes"]
         compressed = [
-            Variant(self.name, weights, self.name, checkpoint, about["file_bytes"], {"weights": weights})
-            for weights in ("dense", "packed")
+            Variant(self.name, kept, self.name, checkpoint, about["file_bytes"], {"weights": kept})
+            for kept in ("dense", "packed")
         ]
         return [Variant(self.name, FLOAT, self.name, checkpoint, size, None), *compressed]
 
