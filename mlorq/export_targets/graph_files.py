@@ -8,9 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fsspec.core import url_to_fs
+from pydantic import Field
 
-from mlorq.artifacts.store import put_file
 from mlorq.errors import CheckpointError, ConfigError, ModelError
+from mlorq.registry import Settings
+
+
+class GraphConfig(Settings):
+    """Options of targets that write graphs."""
+
+    tokenizer: str | None = Field(
+        None, description="folder, folder inside a package, or hub name of the tokenizer to write beside the file"
+    )
+    part: str = Field("", description="submodule to export; default: what the family can export")
 
 
 def write_beside(output: str, files: Mapping[str, bytes], tokenizer: str | None, target: str) -> list[str]:
@@ -29,6 +39,8 @@ def write_beside(output: str, files: Mapping[str, bytes], tokenizer: str | None,
         ConfigError: the tokenizer cannot be loaded.
         CheckpointError: a file cannot be written.
     """
+    from mlorq.artifacts.store import put_file
+
     source = _tokenizer_files(tokenizer, target) if tokenizer is not None else {}
     folder = posixpath.dirname(output)
     files = {**files, **{posixpath.join(folder, name): data for name, data in source.items()}}

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.graph_files import write_beside
+from mlorq.export_targets.graph_files import GraphConfig, write_beside
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -25,17 +25,13 @@ OPSET = 21  # the first with 4-bit integers
 LARGEST_FILE = 2**31 - 1  # bytes of a protobuf message
 
 
-class OnnxConfig(Settings):
+class OnnxConfig(GraphConfig):
     """Options that a run's configuration may set."""
 
     precision: Literal["exact", "fast"] = Field(
         "exact", description="exact: the outputs of mlorq.load; fast: products by 8-bit integers"
     )
     opset: int = Field(OPSET, description="version of the operators")
-    tokenizer: str | None = Field(
-        None, description="folder, folder inside a package, or hub name of the tokenizer to write beside the file"
-    )
-    part: str = Field("", description="submodule to export; default: what the family can export")
 
     def check(self) -> None:
         """Check the opset.

@@ -12,22 +12,20 @@ from pydantic import Field
 
 from mlorq.errors import CheckpointError, ConfigError, ModelError
 from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.graph_files import write_beside
+from mlorq.export_targets.graph_files import GraphConfig, write_beside
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from mlorq.models.base import Batch
+
 SUFFIX = ".xml"
 
 
-class OpenvinoSettings(Settings):
+class OpenvinoSettings(GraphConfig):
     """Options of the target."""
 
-    tokenizer: str | None = Field(
-        None, description="folder, folder inside a package, or hub name of the tokenizer to write beside the files"
-    )
-    part: str = Field("", description="submodule to export; default: what the family can export")
     model: Any = Field(None, description="Python only: instance of the float architecture, for user-defined modules")
     example: Any = Field(None, description="Python only: a batch of at least two samples to trace the model with")
 
@@ -38,6 +36,8 @@ class Openvino(ExportTarget[OpenvinoSettings]):
     name = "openvino"
     title = "model for OpenVINO (an .xml and a .bin file)"
     settings = OpenvinoSettings
+    configured: ClassVar[type[Settings] | None] = GraphConfig
+    locations: ClassVar[tuple[str, ...]] = ("tokenizer",)
     suffixes = (SUFFIX,)
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
     extra = "openvino"
@@ -53,6 +53,9 @@ class Openvino(ExportTarget[OpenvinoSettings]):
         graph, weights = content(openvino_model(load(checkpoint, settings.model), architecture, settings))
         files = {output: graph, weights_beside(output): weights}
         return write_beside(output, files, settings.tokenizer, self.name)
+
+    def with_model(self, settings: OpenvinoSettings, model: nn.Module, example: Batch) -> OpenvinoSettings:
+        return settings.model_copy(update={"model": model, "example": example})
 
     def summary(self, files: Sequence[str]) -> dict[str, Any]:
         """Bytes of both files, and the difference from the torch model on the example inputs."""

@@ -124,7 +124,7 @@ def test_result_has_what_is_promised(finished: Finished) -> None:
     assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"]
     assert set(result["metric"]) == {"name", "float", "compressed"}
     assert {"name", "status", "objective", "bound", "gap", "seconds"} <= set(result["solver"])
-    optional = {"activations", "embeddings", "joint", "reconstruct", "tune", "width_costs"}
+    optional = {"activations", "embeddings", "export", "joint", "reconstruct", "tune", "width_costs"}
     assert set(result["seconds"]) == set(steps.REGISTRY) - optional
     assert 0 < result["nmse"] < 0.2
     assert result["wall_seconds"] > 0
@@ -212,7 +212,13 @@ def test_the_default_preset_does_what_its_dry_run_says(
     result = prints_json(capsys, "compress", path)
     assert "tune" in plan["steps"]
     assert sum(row["compute"] for row in plan["steps"].values()) == result["steps"]["computed"]
-    assert set(result["seconds"]) == set(steps.REGISTRY) - {"activations", "embeddings", "joint", "width_costs"}
+    assert set(result["seconds"]) == set(steps.REGISTRY) - {
+        "activations",
+        "embeddings",
+        "export",
+        "joint",
+        "width_costs",
+    }
     assert result["bytes"] <= result["budget_bytes"]
     again = prints_json(capsys, "compress", path)
     assert again["steps"] == {"computed": 0, "reused": result["steps"]["computed"]}

@@ -530,6 +530,7 @@ def test_every_budget_has_its_export(folder):
         ({"to": "dense", "precision": "fast"}, "target dense has no option 'precision'; known: dtype"),
         ({"to": "transformers", "push_to_hub": "me/it"}, "export.0.push_to_hub"),
         ({"to": "onnx", "model": 1}, "export.0.model"),
+        ({"to": "openvino", "example": 1}, "export.0.example"),
         ({"precision": "fast"}, "export.0.to"),
     ],
 )
