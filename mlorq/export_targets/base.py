@@ -111,7 +111,7 @@ def export(
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        known = ", ".join(target.settings.model_fields) or "none"
+        known = ", ".join(sorted(target.settings.model_fields)) or "none"
         raise ConfigError(f"export to {target.name}: option {name!r}: {problem['msg']}; known: {known}") from None
     except ValueError as error:
         raise ConfigError(f"export to {target.name}: {error}") from None

@@ -148,6 +148,6 @@ def load(
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        known = ", ".join(found.settings.model_fields) or "none"
+        known = ", ".join(sorted(found.settings.model_fields)) or "none"
         raise ConfigError(f"runtime {found.name}: option {name!r}: {problem['msg']}; known: {known}") from None
     return found.load(os.fspath(location), model, device, settings)
