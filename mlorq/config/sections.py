@@ -247,7 +247,8 @@ class ExportConfig(Choice):
         known = type(self.own).model_fields
         for name, info in type(self).model_fields.items():
             if name not in known and name != self.chooser and getattr(self, name) != info.get_default():
-                raise ValueError(f"target {self.to} has no option {name!r}; known: {', '.join(sorted(known)) or 'none'}")
+                listed = ", ".join(sorted(known)) or "none"
+                raise ValueError(f"target {self.to} has no option {name!r}; known: {listed}")
 
 
 class DaskConfig(Settings):
