@@ -132,7 +132,9 @@ def uniform(bits: int, common: dict[str, Any], path: str) -> dict[str, tuple[Bud
     codes = one | {"search.bits": [bits], "search.forms": ["Q"]}
     trellis = one | {"preset": "fast", "search.trellis_bits": [bits], "search.forms": ["Q", "TCQ"]}
     settings = RunConfig.from_yaml(path, trellis).search
-    smallest = sum(smallest_size(shape, settings.form_settings, settings.storage) for shape in shapes_of(path, common))
+    smallest = sum(
+        smallest_size(shape, settings.form_settings, settings.storage).bytes for shape in shapes_of(path, common)
+    )
     return {
         "nearest, uniform": (room, codes | {"preset": "quick", "rounding.method": "nearest"}),
         "gptq, uniform": (room, codes | {"preset": "integer", "rounding.method": "gptq"}),

@@ -120,6 +120,8 @@ def plan(
     layers = known_layers(base).layers
     found = []
     for budget in budgets:
+        if budget.memory is not None:
+            raise BudgetError(f"budget {budget}: methods are compared at equal bytes: leave out memory")
         limit = compressible_budget(base, layers, budget)
         bits = width_for(budget, limit, layers, config)
         equal = Budget.of_layers(uniform_bytes(layers, bits, config), budget.text)

@@ -9,21 +9,23 @@ missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.estimate import Estimate, measure_speed, memory_bytes
+from mlorq.codecs.base import Residency
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.run import SearchConfig
 from mlorq.errors import BudgetError
-from mlorq.forms.base import Shape, smallest_size
+from mlorq.forms.base import Shape, Smallest, smallest_size
 from mlorq.forms.embedding_tables import find_tables
 from mlorq.models.layer_list import Layer, LayerList
 from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
-from steps.allocations import run_allocations
+from steps.allocations import Least, check_budget, run_allocations
 from steps.base import Outcome, StepSpec, find
+from steps.candidates import residency_of
 from steps.pipeline import run_budget, run_search
 from steps.reconstruct import members
 from steps.session import Session
@@ -35,11 +37,32 @@ NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
 
 
-def smallest_layer_bytes(layer: Layer, search: SearchConfig) -> int:
-    """Bytes of a layer's smallest candidate; ``search`` is the ``search`` section of the run."""
+def smallest_layer(layer: Layer, search: SearchConfig, residency: Residency | None = None) -> Smallest:
+    """Bytes of a layer's smallest candidates.
+
+    Args:
+        layer: the layer.
+        search: the ``search`` section of the run.
+        residency: of the run's target.
+    """
     own = layer_search(search, layer)
     shape = Shape(layer.out_features, layer.in_features, layer.groups)
-    return smallest_size(shape, own.form_settings, own.storage)
+    storage = replace(own.storage, residency=residency_of(layer, residency))
+    return smallest_size(shape, own.form_settings, storage)
+
+
+def least_of(session: Session, found: LayerList) -> Least:
+    """The smallest sizes that the run's model can have."""
+    config = session.config
+    smallest = [smallest_layer(layer, config.search, config.residency) for layer in found.layers]
+    memory = [own.memory for own in smallest if own.memory is not None]
+    return Least(
+        found.params,
+        pack.rest_bytes_bound(session, found.layers),
+        sum(own.bytes for own in smallest),
+        pack.rest_memory(session, found.layers),
+        None if config.target is None else sum(memory),
+    )
 
 
 @dataclass
@@ -132,9 +155,10 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
         found: the model's layers (``flows.run.known_layers``).
         budgets: of the run.
     """
-    rest = pack.rest_bytes_bound(session, found.layers)
-    sizes = {layer.name: smallest_layer_bytes(layer, session.config.search) for layer in found.layers}
-    smallest = sum(sizes.values())
+    least = least_of(session, found)
+    rest, smallest = least.rest_bytes, least.bytes
+    config = session.config
+    sizes = {layer.name: smallest_layer(layer, config.search, config.residency).bytes for layer in found.layers}
     rows: list[dict[str, Any]] = []
     reached = []
     for budget in budgets:
@@ -142,7 +166,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
             allowed = budget.compressible_bytes(found.params, rest)
         except BudgetError:  # the float rest of the model alone exceeds it
             allowed = None
-        feasible = allowed is not None and allowed >= smallest
+        feasible = is_possible(budget, least)
         reached += [budget] if feasible else []
         rows.append({"budget": budget.text, "budget_bytes": allowed, "feasible": feasible})
     planner = Planner(session, found, Estimate(session, found, measure_speed(session)))
@@ -170,6 +194,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
         "rest": pack.rest_kinds(session, found.layers),
         "smallest_bytes": smallest,
         "smallest_file_bytes": smallest + rest,
+        **_memory(session, least),
         "budgets": rows,
         "steps": {phase: counts.to_json() for phase, counts in planner.counts.items()},
         "expected": {
@@ -178,6 +203,23 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
             "note": NOTE + (DASK_NOTE if session.config.engine.runner == "dask" else ""),
         },
     }
+
+
+def is_possible(budget: Budget, least: Least) -> bool:
+    """Whether a model can have a budget's size."""
+    try:
+        check_budget(budget, least)
+    except BudgetError:
+        return False
+    return True
+
+
+def _memory(session: Session, least: Least) -> dict[str, Any]:
+    """The smallest memory that the model can have in the run's target; empty without one."""
+    target = session.config.target
+    if target is None or least.memory is None or least.rest_memory is None:
+        return {}
+    return {"target": target.text, "smallest_memory_bytes": least.memory + least.rest_memory}
 
 
 def _first_missing(session: Session) -> str | None:

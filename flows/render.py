@@ -100,6 +100,8 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             pairs.append(("embedding tables", size(result["embedding_bytes"])))
         pairs.append(("rest of the model", size(result["rest_bytes"]) + _kinds(result.get("rest"))))
         pairs.append(("checkpoint on disk", size(result["file_bytes"])))
+    if result.get("memory"):
+        pairs.append((f"memory in {result['memory']['target']}", _memory(result["memory"])))
     if result.get("activations"):
         pairs.append(("activations", _quantized(result["activations"])))
     pairs.append(("predicted cost", f"{result['predicted_cost']:.4e}"))
@@ -120,6 +122,11 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     steps = result["steps"]
     pairs.append(("steps", f"{steps['computed']} computed, {steps['reused']} reused"))
     return pairs
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    of = "" if memory["budget_bytes"] is None else f" of {size(memory['budget_bytes'])}"
+    return f"{size(memory['bytes'])}{of}, of which the rest of the model {size(memory['rest'])}"
 
 
 def _written(files: Sequence[Mapping[str, Any]]) -> str:
@@ -267,6 +274,8 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
         ("smallest possible", f"{size(plan['smallest_bytes'])}; whole checkpoint at most "
                               f"{size(plan['smallest_file_bytes'])}"),
     ]  # fmt: skip
+    if "target" in plan:
+        pairs.append((f"smallest in {plan['target']}", size(plan["smallest_memory_bytes"])))
     pairs.append(("stays float", _kinds(plan["rest"]).removeprefix(": ")))
     for row in plan["budgets"]:
         verdict = "" if row["feasible"] else ": impossible"

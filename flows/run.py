@@ -14,7 +14,7 @@ from mlorq.config.layer_overrides import check_overrides
 from mlorq.config.run import RunConfig
 from mlorq.models.layer_list import LayerList
 from steps import layers as layers_step
-from steps import pack, search_index
+from steps import search_index
 from steps.allocations import check_budget
 from steps.base import find
 from steps.devices import devices
@@ -121,11 +121,10 @@ def check_budgets(session: Session, layers: LayerList, budgets: Sequence[Budget]
     Raises:
         BudgetError: a budget is too small; the message has the smallest possible size.
     """
-    from flows.dry_run import smallest_layer_bytes
+    from flows.dry_run import least_of
 
     if not budgets:
         return
-    smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers.layers)
-    rest = pack.rest_bytes_bound(session, layers.layers)
+    least = least_of(session, layers)
     for budget in budgets:
-        check_budget(budget, layers.params, rest, smallest)
+        check_budget(budget, least)

@@ -18,7 +18,6 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import BudgetError, MlorqError
 from mlorq.evaluation.report import render_sweep, size_accuracy_picture
-from steps.pipeline import compressible_budget
 from steps.session import Session
 
 LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
@@ -73,20 +72,20 @@ def ladder(session: Session, budgets: Sequence[Budget] | None) -> tuple[list[Bud
     Raises:
         BudgetError: ``budgets`` is empty, or some of them are below the size of the smallest candidates.
     """
-    from flows.dry_run import smallest_layer_bytes
+    from flows.dry_run import is_possible, least_of
 
     if budgets is not None and not budgets:
         raise BudgetError("budgets: none is given; give at least one, or leave them out for the default ones")
-    layers = known_layers(session).layers
-    smallest = sum(smallest_layer_bytes(layer, session.config.search) for layer in layers)
+    least = least_of(session, known_layers(session))
     asked = list(dict.fromkeys(budgets or parse_budgets(LADDER)))
-    reached = [budget for budget in asked if compressible_budget(session, layers, budget) >= smallest]
+    reached = [budget for budget in asked if is_possible(budget, least)]
     missed = [budget for budget in asked if budget not in reached]
     if missed and (budgets or not reached):
-        bits = 8 * smallest / sum(layer.params for layer in layers)
+        bits = 8 * least.bytes / least.params
+        memory = "" if least.memory is None else f", {least.memory} bytes of memory"
         raise BudgetError(
-            f"budgets are too small: {', '.join(map(str, missed))}; the smallest possible is {smallest} bytes for "
-            f"the compressible layers ({bits:.3g} bits per weight)"
+            f"budgets are too small: {', '.join(map(str, missed))}; the smallest possible is {least.bytes} bytes for "
+            f"the compressible layers ({bits:.3g} bits per weight){memory}"
         )
     return reached, missed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlorq.allocation.choices import Choices, allocation_table, smallest_bytes
@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What the runtime that the model is meant for may hold.
+
+    Attributes:
+        target: the runtime, for display.
+        rest: bytes of everything but the compressible layers.
+        budget: most bytes of the compressible layers; None: any.
+    """
+
+    target: str
+    rest: int
+    budget: int | None
+
+
+@dataclass(frozen=True)
 class Params:
     """The layers, the budget (as written in the configuration, and in bytes), and the solver's settings."""
 
@@ -28,6 +43,12 @@ class Params:
     solver: SolverName
     time_limit: float
     gap: float
+    memory: Memory | None = field(default=None, kw_only=True)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Most bytes of the layers in the runtime's memory; None: any."""
+        return None if self.memory is None else self.memory.budget
 
     @property
     def solver_settings(self) -> dict[str, Any]:
@@ -43,29 +64,45 @@ class Inputs:
     sensitivity: Mapping[str, ArtifactRef]
 
 
-def program_values(session: Session, budget: str, budget_bytes: int, layers: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Limits:
+    """A budget in bytes.
+
+    Attributes:
+        budget: as written in the configuration.
+        bytes: most bytes of the compressible layers in the checkpoint.
+        memory: of the runtime that the model is meant for; None without one.
+    """
+
+    budget: str
+    bytes: int
+    memory: Memory | None = None
+
+
+def program_values(session: Session, limits: Limits, layers: Sequence[str]) -> dict[str, Any]:
     """The parameters of a program by name."""
     search = session.config.search
     solver = {name: getattr(search, name) for name in ("objective", "solver", "time_limit", "gap")}
-    return {"layers": tuple(layers), "budget": budget, "budget_bytes": budget_bytes, **solver}
+    given = {"budget": limits.budget, "budget_bytes": limits.bytes, "memory": limits.memory}
+    return {"layers": tuple(layers), **given, **solver}
 
 
 def spec(
     session: Session,
-    budget: str,
-    budget_bytes: int,
+    limits: Limits,
     layers: Sequence[str],
     candidates: Mapping[str, ArtifactRef],
     sensitivity: Mapping[str, ArtifactRef],
 ) -> StepSpec:
     """Depends on every layer's candidates and costs, the budget in bytes, and the solver's settings."""
-    params = Params(**program_values(session, budget, budget_bytes, layers))
+    params = Params(**program_values(session, limits, layers))
     return STEP.spec(params, Inputs(candidates, sensitivity), needs=Needs(device=False))
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     choices, rows = joined(context.artifacts, params.layers, inputs.candidates, inputs.sensitivity)
-    solution = solve(Program(choices, params.budget_bytes, objective=params.objective), **params.solver_settings)
+    program = Program(choices, params.budget_bytes, objective=params.objective, memory_bytes=params.memory_bytes)
+    solution = solve(program, **params.solver_settings)
     table = allocation_table(choices, solution.picked, rows)
     info = {
         "budget": params.budget,
@@ -73,10 +110,23 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": float(sum(table["global_cost"].to_pylist())),
+        **memory_json(params.memory, program, solution.picked),
         # Without its time, which the manifest has: the content of an artifact is a function of its key.
         "solver": {name: value for name, value in solution.report.to_json().items() if name != "seconds"},
     }
     return {"allocation.parquet": table_bytes(table), "allocation.json": json_bytes(info)}
+
+
+def memory_json(memory: Memory | None, program: Program, picked: Sequence[int]) -> dict[str, Any]:
+    """The memory of an allocation in the runtime that the model is meant for; empty without one."""
+    if memory is None:
+        return {}
+    layers = program.memory_of(picked)
+    assert layers is not None
+    total = None if memory.budget is None else memory.budget + memory.rest
+    return {
+        "memory": {"target": memory.target, "bytes": layers + memory.rest, "rest": memory.rest, "budget_bytes": total}
+    }
 
 
 def joined(

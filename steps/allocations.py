@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlorq.allocation.choices import smallest_bytes
+from mlorq.allocation.choices import smallest_bytes, smallest_memory
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.errors import BudgetError
 from mlorq.models.layer_list import Layer
 from steps import allocate, joint, summary
+from steps.allocate import Limits, Memory
 from steps.base import Outcome, StepSpec
 from steps.handles import ModelRef
 
@@ -47,6 +48,7 @@ class Search:
         model: the float model that is compressed, with its LayerNorms folded if activations are quantized.
         capture: the ``capture`` artifact.
         rest_bytes: upper bound of the bytes of a checkpoint without its compressible layers' weights.
+        rest_memory: bytes of the same in the memory of the runtime that the model is meant for; None without one.
         specs: the steps of the search, in their order.
         candidates: ``{layer: artifact}``.
         sensitivity: ``{layer: artifact}``.
@@ -59,6 +61,7 @@ class Search:
     model: ModelRef
     capture: ArtifactRef
     rest_bytes: int
+    rest_memory: int | None
     specs: list[StepSpec]
     candidates: dict[str, ArtifactRef] = field(default_factory=dict)
     sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
@@ -66,13 +69,20 @@ class Search:
     widths: ArtifactRef | None = None
 
     @classmethod
-    def of_specs(cls, specs: Sequence[StepSpec], model: str, rest_bytes: int, artifacts: ArtifactReader) -> Search:
+    def of_specs(
+        cls,
+        specs: Sequence[StepSpec],
+        model: str,
+        rest_bytes: int,
+        rest_memory: int | None,
+        artifacts: ArtifactReader,
+    ) -> Search:
         """The search whose steps these are.
 
         Args:
             specs: the steps of the search.
             model: key of the float model.
-            rest_bytes: see the attributes.
+            rest_bytes, rest_memory: see the attributes.
             artifacts: reads the list of layers.
 
         Raises:
@@ -92,6 +102,7 @@ class Search:
             ModelRef(model, plan),
             single["capture"],
             rest_bytes,
+            rest_memory,
             list(specs),
             **by_layer,
             activations=plan,
@@ -150,18 +161,43 @@ class Allocated:
     impossible: list[tuple[Budget, BudgetError]] = field(default_factory=list)
 
 
-def check_budget(budget: Budget, params: int, rest_bytes: int, smallest: int) -> None:
+@dataclass(frozen=True)
+class Least:
+    """The smallest sizes that a model can have.
+
+    Attributes:
+        params: number of weights of the compressible layers.
+        rest_bytes: upper bound of the bytes of everything else in a checkpoint.
+        bytes: of the compressible layers in a checkpoint.
+        rest_memory: bytes of everything else in the memory of the runtime that the model is meant for; None without
+            one.
+        memory: bytes of the compressible layers there.
+    """
+
+    params: int
+    rest_bytes: int
+    bytes: int
+    rest_memory: int | None = None
+    memory: int | None = None
+
+
+def check_budget(budget: Budget, least: Least) -> None:
     """Refuse a budget below the smallest possible size.
 
     Args:
         budget: the budget.
-        params: number of weights of the compressible layers.
-        rest_bytes: upper bound of the bytes of everything else in a checkpoint.
-        smallest: bytes of the smallest allocation.
+        least: the smallest possible sizes.
 
     Raises:
         BudgetError: the budget is too small; the message has the smallest possible size.
     """
+    params, rest_bytes, smallest = least.params, least.rest_bytes, least.bytes
+    held = budget.held_bytes(least.rest_memory)
+    if held is not None and least.memory is not None and held < least.memory:
+        raise BudgetError(
+            f"budget {budget} leaves {held} bytes of memory for the compressible layers: the smallest possible is "
+            f"{least.memory} bytes, and the rest of the model takes {least.rest_memory}"
+        )
     if budget.kind == "bytes":
         if budget.value < rest_bytes + smallest:
             raise BudgetError(
@@ -183,13 +219,12 @@ def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpe
     Raises:
         BudgetError: not even the float rest of the model fits.
     """
-    limit = search.limit(budget)
+    limits = limits_of(session, search, budget)
     if search.widths is not None:
         assert search.activations is not None
         return joint.spec(
             session,
-            budget.text,
-            limit,
+            limits,
             search.layers_ref,
             search.names,
             search.candidates,
@@ -197,7 +232,20 @@ def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpe
             search.activations,
             search.widths,
         )
-    return allocate.spec(session, budget.text, limit, search.names, search.candidates, search.sensitivity)
+    return allocate.spec(session, limits, search.names, search.candidates, search.sensitivity)
+
+
+def limits_of(session: Session, search: Search, budget: Budget) -> Limits:
+    """A budget in bytes of the compressible layers.
+
+    Raises:
+        BudgetError: not even the float rest of the model fits.
+    """
+    held, target = budget.held_bytes(search.rest_memory), session.config.target
+    if target is None:
+        return Limits(budget.text, search.limit(budget))
+    assert search.rest_memory is not None
+    return Limits(budget.text, search.limit(budget), Memory(target.text, search.rest_memory, held))
 
 
 def solved(search: Search, budget: Budget, allocation: ArtifactRef) -> Compressed:
@@ -223,11 +271,17 @@ def run_allocations(
 def allocate_budgets(session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]) -> Allocated:
     """Solve the integer program of every possible budget; all budgets are checked before the first is solved."""
     space = session.artifacts.search_space(search.names, search.candidates, search.sensitivity)
-    smallest, params = smallest_bytes(space.choices), search.params
+    smallest = Least(
+        search.params,
+        search.rest_bytes,
+        smallest_bytes(space.choices),
+        search.rest_memory,
+        smallest_memory(space.choices),
+    )
     found, possible = Allocated(), []
     for budget in budgets:
         try:
-            check_budget(budget, params, search.rest_bytes, smallest)
+            check_budget(budget, smallest)
         except BudgetError as error:
             found.impossible.append((budget, error))
         else:

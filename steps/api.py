@@ -34,7 +34,8 @@ class CompressionResult:
             global_cost.
         metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
             ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
-            reused, ``solver``; with ``evaluate=``: ``float`` and ``compressed``, its results for the two models.
+            reused, ``solver``; with ``target``: ``memory``, its bytes there; with ``evaluate=``: ``float`` and
+            ``compressed``, its results for the two models.
     """
 
     model: nn.Module
@@ -57,7 +58,8 @@ def compress(
     model: nn.Module,
     batches: Sequence[Any],
     *,
-    budget: str = "3bit",
+    budget: str | Mapping[str, str] = "3bit",
+    target: str | Mapping[str, Any] | None = None,
     validation: Sequence[Any] | None = None,
     preset: str = DEFAULT_PRESET,
     accounting: str | None = None,
@@ -83,7 +85,9 @@ def compress(
         model: any ``nn.Module`` of linear layers and convolutions, float32, float16 or bfloat16.
         batches: calibration data: a sequence of the module's inputs (tensor, tuple, or mapping of tensors).
         budget: ``"3bit"`` (average per weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
-            ``"25MiB"`` for the whole checkpoint.
+            ``"25MiB"`` for the whole checkpoint; ``{"disk": "25MB", "memory": "40MB"}`` also for the weights as
+            ``target`` holds them.
+        target: the ``target`` section of a configuration, ``"onnxruntime"``: the runtime that the model is meant for.
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
         preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
@@ -135,6 +139,7 @@ def compress(
             "model": IN_MEMORY,
             "data": {"calibration": in_memory, "evaluation": in_memory},
             "budget": budget,
+            "target": target,
             "preset": preset,
             "search": settings,
             "rounding": chosen,
@@ -197,6 +202,8 @@ def compress(
     }
     if evaluate is not None:
         metrics |= summary["metrics"]
+    if "memory" in summary:
+        metrics["memory"] = summary["memory"]
     return CompressionResult(compressed, allocation, metrics, files)
 
 

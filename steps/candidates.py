@@ -8,7 +8,7 @@ from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, table_bytes
 from mlorq.calibration.covariance import moments_of_tensors
-from mlorq.codecs.base import Accounting, Storage
+from mlorq.codecs.base import Accounting, Residency, Storage
 from mlorq.config.layer_overrides import layer_search
 from mlorq.costs.local import candidate_table
 from mlorq.fitting.base import LayerFit
@@ -16,7 +16,7 @@ from mlorq.fitting.covariance_fit import covariance_fit
 from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms import FORMS, Shape
-from mlorq.models.layer_list import Layer
+from mlorq.models.layer_list import LINEAR, Layer
 from mlorq.models.layers import weight_matrix
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
@@ -33,12 +33,14 @@ class Params:
         forms: settings of its permitted forms, by the form's name.
         accounting: how bytes are counted.
         fit: settings of the fit of one candidate's matrices.
+        residency: how the runtime that the model is meant for holds the layer; None: none is chosen.
     """
 
     layer: str
     forms: Mapping[str, Mapping[str, Any]]
     accounting: Accounting
     fit: FitSettings
+    residency: Residency | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ def params_of(session: Session, layer: Layer) -> Params:
     """The settings of a layer's candidates in the run's configuration."""
     search = layer_search(session.config.search, layer)
     forms = {name: settings.model_dump(mode="json") for name, settings in search.form_settings.items()}
-    return Params(layer.name, forms, search.accounting, search.fit)
+    return Params(layer.name, forms, search.accounting, search.fit, residency_of(layer, session.config.residency))
+
+
+def residency_of(layer: Layer, residency: Residency | None) -> Residency | None:
+    """How a runtime holds a layer: convolutions are decoded, unless it keeps all tensors packed."""
+    return Residency() if residency is not None and layer.kind != LINEAR and not residency.packed else residency
 
 
 def spec(session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, layer: Layer) -> StepSpec:
@@ -98,7 +105,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     fit = fits_of(context, inputs.model, inputs.capture, layer, params.fit).search
     forms = {name: FORMS[name].settings.model_validate(values) for name, values in params.forms.items()}
     shape = Shape(layer.out_features, layer.in_features, layer.groups)
-    table = candidate_table(fit, shape, forms, Storage(params.accounting, params.fit.zero_point))
+    storage = Storage(params.accounting, params.fit.zero_point, params.residency)
+    table = candidate_table(fit, shape, forms, storage)
     return {"candidates.parquet": table_bytes(table)}
 
 

@@ -20,8 +20,8 @@ from mlorq.allocation.weight_load import weight_load
 from mlorq.artifacts.store import ArtifactRef, arrays_bytes, json_bytes, table_bytes
 from mlorq.forms import Candidate
 from mlorq.models.layer_list import Layer
+from steps.allocate import Limits, joined, memory_json, program_values
 from steps.allocate import Params as ProgramParams
-from steps.allocate import joined, program_values
 from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.width_costs import COSTS, widths_of
@@ -51,8 +51,7 @@ class Inputs:
 
 def spec(
     session: Session,
-    budget: str,
-    budget_bytes: int,
+    limits: Limits,
     layers: ArtifactRef,
     names: Sequence[str],
     candidates: Mapping[str, ArtifactRef],
@@ -64,7 +63,7 @@ def spec(
     activations = session.config.activations
     assert activations is not None
     assert activations.compute is not None
-    params = Params(**program_values(session, budget, budget_bytes, names), compute=activations.compute)
+    params = Params(**program_values(session, limits, names), compute=activations.compute)
     inputs = Inputs(layers, plan, costs, candidates, sensitivity)
     return STEP.spec(params, inputs, needs=Needs(device=False))
 
@@ -85,7 +84,9 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     product_macs = float(sum(site.macs for site in plan.sites))
     compute = parse_compute(params.compute, float(sum(layer.macs for layer in layers)), product_macs)
     widths = WidthChoices(groups, group_of, compute)
-    program = Program(choices, params.budget_bytes, widths, objective=params.objective)
+    program = Program(
+        choices, params.budget_bytes, widths, objective=params.objective, memory_bytes=params.memory_bytes
+    )
     solution = solve(program, **params.solver_settings)
     decided = {group.name: int(group.widths[place]) for group, place in zip(groups, solution.widths, strict=True)}
     table = allocation_table(choices, solution.picked, rows)
@@ -95,6 +96,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": program.cost_of(solution.picked, solution.widths),
+        **memory_json(params.memory, program, solution.picked),
         "compute": compute,
         "bit_operations": program.operations_of(solution.picked, solution.widths),
         "activation_bits": decided,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.checkpoint.float_sizes import rest_by_kind
 from mlorq.checkpoint.format import checkpoint_files
-from mlorq.checkpoint.size_bound import float_rest, rest_upper_bound
-from mlorq.codecs.base import Accounting
+from mlorq.checkpoint.size_bound import float_rest, rest_upper_bound, table_bytes
+from mlorq.codecs.base import FLOAT_BYTES, Accounting
 from mlorq.config.layer_overrides import search_json
 from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
@@ -99,6 +100,21 @@ def rest_kinds(session: Session, layers: Sequence[Layer], model: ModelRef | None
     """Bytes of the float rest of a checkpoint, by kind; ``model`` as in ``rest_bytes_bound``."""
     aliases = {layer.name: layer.aliases for layer in layers}
     return rest_by_kind(float_rest(_with_quantizers(session, model or session.model_ref), aliases, tables(session)))
+
+
+def rest_memory(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> int | None:
+    """Bytes of everything but the compressible layers in the memory of the run's target; None without one.
+
+    Exported graphs compute in float32, and embedding tables stay packed. ``model`` as in ``rest_bytes``.
+    """
+    target = session.config.target
+    if target is None:
+        return None
+    module, packed = _with_quantizers(session, model or session.model_ref), tables(session)
+    rest = float_rest(module, {layer.name: layer.aliases for layer in layers}, packed)
+    return sum(FLOAT_BYTES * prod(size.shape) for size in rest.values()) + sum(
+        table_bytes(module, name, bits) for name, bits in packed.items()
+    )
 
 
 def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> int:

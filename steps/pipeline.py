@@ -81,7 +81,8 @@ def run_search(session: Session, executor: Executor) -> Search:
     )
     if session.config.activations is not None and session.config.activations.choices:
         run("activations", width_costs.spec(session, model, layers_ref))
-    return Search.of_specs(specs, model.key, pack.rest_bytes_bound(session, found, model), session.artifacts)
+    rest, held = pack.rest_bytes_bound(session, found, model), pack.rest_memory(session, found, model)
+    return Search.of_specs(specs, model.key, rest, held, session.artifacts)
 
 
 def compressible_budget(session: Session, search_layers: Sequence[Layer], budget: Budget) -> int:

@@ -46,6 +46,7 @@ def ref_of(config: RunConfig) -> ArtifactRef:
         "search": search,
         "embeddings": None if config.embeddings is None else config.embeddings.model_dump(mode="json"),
         "activations": activations,
+        "target": None if config.target is None else config.target.model_dump(mode="json"),
         "seed": config.seed,
         "folder": config.folder or os.getcwd(),
     }
@@ -64,6 +65,7 @@ def keep(session: Session, search: Search) -> None:
         "calibration": session.calibration_ref.key,
         "labels": labels_digest(session),
         "rest_bytes": search.rest_bytes,
+        "rest_memory": search.rest_memory,
         "made_from": session.made_from,
         "steps": [spec.to_json() for spec in search.specs],
     }
@@ -99,7 +101,7 @@ def load(session: Session) -> Search | None:
         return None
     try:
         specs = [StepSpec.from_json(value) for value in index["steps"]]
-        search = Search.of_specs(specs, index["model"], index["rest_bytes"], session.artifacts)
+        search = Search.of_specs(specs, index["model"], index["rest_bytes"], index["rest_memory"], session.artifacts)
         session.search, session.known = search, Known(index["model"], index["calibration"], index["labels"])
         return search
     except (StoreError, KeyError, TypeError, ValueError):

@@ -135,6 +135,7 @@ def _allocation_json(
         "float_bytes": None,
         "smallest_bytes": info["smallest_bytes"],
         "predicted_cost": info["predicted_cost"],
+        **({"memory": info["memory"]} if "memory" in info else {}),
         **_activations(params.activations, info),
         "nmse": None,
         "metric": None,

@@ -32,20 +32,23 @@ class Choices:
         size: ``(candidates,)`` bytes, int64.
         load: ``(candidates,)`` bit operations per sample and bit of the layer's input (``weight_load``); None
             if no bit-widths of activations are chosen.
+        memory: ``(candidates,)`` bytes in the memory of the chosen runtime, int64; None without one.
     """
 
     layer: str
     cost: NDArray[np.float64]
     size: NDArray[np.int64]
     load: NDArray[np.float64] | None = None
+    memory: NDArray[np.int64] | None = None
 
     @cached_property
     def useful(self) -> NDArray[np.int64]:
-        """Ascending indices of the candidates that are non-dominated in (cost, bytes, load).
+        """Ascending indices of the candidates that are non-dominated in (cost, bytes, load, memory).
 
         An optimal solution needs no dominated candidate. Computed once for all budgets.
         """
-        return np.flatnonzero(pareto_front(self.cost, self.size, self.load))
+        further = [measure for measure in (self.load, self.memory) if measure is not None]
+        return np.flatnonzero(pareto_front(self.cost, self.size, *further))
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,34 @@ def smallest_bytes(choices: Sequence[Choices]) -> int:
     return int(sum(int(layer.size.min()) for layer in choices))
 
 
-def require_bytes(choices: Sequence[Choices], budget_bytes: int) -> None:
+def smallest_memory(choices: Sequence[Choices]) -> int | None:
+    """Bytes of the layers in the chosen runtime's memory, at least; None without a runtime."""
+    found = [None if layer.memory is None else int(layer.memory.min()) for layer in choices]
+    return None if any(own is None for own in found) else sum(own for own in found if own is not None)
+
+
+def require_bytes(choices: Sequence[Choices], budget_bytes: int, memory_bytes: int | None = None) -> None:
     """Refuse a budget below the smallest allocation.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest possible size.
+        ValueError: memory is bounded, and a layer has none.
     """
     smallest = smallest_bytes(choices)
     if budget_bytes < smallest:
         raise BudgetError(
             f"budget of {budget_bytes} bytes for the compressible layers is too small: "
             f"the smallest possible is {smallest} bytes"
+        )
+    if memory_bytes is None:
+        return
+    least = smallest_memory(choices)
+    if least is None:
+        raise ValueError("memory is bounded, and a layer has none")
+    if memory_bytes < least:
+        raise BudgetError(
+            f"{memory_bytes} bytes of memory for the compressible layers are too few: "
+            f"the smallest possible is {least} bytes"
         )
 
 
@@ -134,7 +154,9 @@ def choices_from_tables(
     rows = [by_id[name] for name in sensitivity["candidate_id"].to_pylist()]
     cost = sensitivity["global_cost"].to_numpy()
     size = np.array([row["bytes"] for row in rows], dtype=np.int64)
-    return Choices(layer, cost, size), rows
+    memory = [row.get("memory") for row in rows]
+    held = None if None in memory else np.array(memory, dtype=np.int64)
+    return Choices(layer, cost, size, memory=held), rows
 
 
 def allocation_table(choices: Sequence[Choices], picked: Sequence[int], rows: Mapping[str, Rows]) -> pa.Table:

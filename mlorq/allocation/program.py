@@ -6,7 +6,8 @@ Exactly one candidate per layer, least summed cost, memory within the budget:
 
 With objective ``nsr`` the cost is the NMSE; with ``sqnr`` the summed signal-to-noise ratio 1/NMSE is maximised. The two
 are not equivalent. This program is a multiple-choice knapsack problem, which ``mlorq.allocation.knapsack`` solves
-exactly, usually in about a millisecond.
+exactly, usually in about a millisecond. A budget of the memory of the runtime that the model is meant for is a second
+row of the same kind, ``Σ_ℓc x_ℓc memory_ℓc ≤ memory``.
 
 If bit-widths of activations are chosen too (METHOD 8), every group g of activations gets one width a, and the
 program has further rows: one width per group, linking variables z, and a compute budget,
@@ -53,6 +54,7 @@ class Program:
     Attributes:
         choices: the layers and their candidates, with loads if widths are chosen.
         budget_bytes: largest number of bytes of all layers together.
+        memory_bytes: largest number of bytes in the memory of the chosen runtime; None: any.
         widths: bit-widths of activations and the compute budget; None: no widths are chosen.
         objective: ``nsr`` or ``sqnr``.
     """
@@ -61,10 +63,15 @@ class Program:
     budget_bytes: int
     widths: WidthChoices | None = None
     objective: Objective = "nsr"
+    memory_bytes: int | None = None
 
     def bytes_of(self, picked: Sequence[int]) -> int:
         """Bytes of an allocation."""
         return sum(int(layer.size[row]) for layer, row in zip(self.choices, picked, strict=True))
+
+    def memory_of(self, picked: Sequence[int]) -> int | None:
+        """Bytes of an allocation in the memory of the chosen runtime; None without one."""
+        return _total([layer.memory for layer in self.choices], picked)
 
     def cost_of(self, picked: Sequence[int], widths: Sequence[int] = ()) -> float:
         """Summed cost of an allocation: of its layers and, if widths are chosen, of its groups."""
@@ -136,16 +143,17 @@ def solve(program: Program, *, solver: SolverName = "exact", time_limit: float =
 
     Args:
         program: what to solve.
-        solver: ``exact``, ``highs`` or ``cbc``; ``exact`` is ``highs`` for programs with widths, and for those with
-            too many partial allocations (``mlorq.allocation.knapsack``).
+        solver: ``exact``, ``highs`` or ``cbc``; ``exact`` is ``highs`` for programs with widths, for those in which
+            both bytes and memory bind, and for those with too many partial allocations
+            (``mlorq.allocation.knapsack``).
         time_limit: time limit of the solver, in seconds.
         gap: relative gap at which the solver may stop.
 
     Raises:
         BudgetError: no allocation fits; the message gives the least possible budget if one budget alone is too small.
-        ValueError: widths are to be chosen, and a layer has no loads.
+        ValueError: widths are to be chosen, and a layer has no loads, or memory is bounded and a layer has none.
     """
-    require_bytes(program.choices, program.budget_bytes)
+    require_bytes(program.choices, program.budget_bytes, program.memory_bytes)
     least = program.least_operations()
     if program.widths is not None and program.widths.compute < least:
         raise BudgetError(
@@ -155,7 +163,7 @@ def solve(program: Program, *, solver: SolverName = "exact", time_limit: float =
     started = time.perf_counter()
     terms = _Terms(program)
     if solver == "exact" and program.widths is None:
-        exact = least_value(terms.value, terms.size, program.budget_bytes)
+        exact = _exact(program, terms)
         if exact is not None:
             total = float(sum(value[place] for value, place in zip(terms.value, exact, strict=True)))
             total = total if program.objective == "nsr" else -total
@@ -178,12 +186,38 @@ def solve(program: Program, *, solver: SolverName = "exact", time_limit: float =
     return Solution(picked, widths, report)
 
 
+def _exact(program: Program, terms: _Terms) -> list[int] | None:
+    """The allocation of least value by dynamic programming.
+
+    With two budgets, the solution for one of them is the solution for both if it is within the other one.
+
+    Returns:
+        The index of each layer's candidate among the useful ones; None: it takes a solver.
+    """
+    found = least_value(terms.value, terms.size, program.budget_bytes)
+    most = program.memory_bytes
+    if found is None or most is None or _sum(terms.memory, found) <= most:
+        return found
+    found = least_value(terms.value, terms.memory, most)
+    return found if found is not None and _sum(terms.size, found) <= program.budget_bytes else None
+
+
+def _sum(values: Sequence[NDArray[np.int64]], places: Sequence[int]) -> int:
+    return sum(int(own[place]) for own, place in zip(values, places, strict=True))
+
+
+def _total(values: Sequence[NDArray[np.int64] | None], places: Sequence[int]) -> int | None:
+    known = [own for own in values if own is not None]
+    return _sum(known, places) if len(known) == len(values) else None
+
+
 class _Terms:
     """Coefficients of a program, of useful candidates alone, for minimisation.
 
     Attributes:
         value: ``(useful,)`` per layer, objective coefficients.
         size: ``(useful,)`` per layer, bytes.
+        memory: ``(useful,)`` per layer, bytes in the memory of the chosen runtime; zeros if that is not bounded.
         load: ``(useful,)`` per layer, bit operations per bit of its input; zeros if no widths are chosen.
         group_value: ``(choices,)`` per group, objective coefficients.
     """
@@ -192,6 +226,12 @@ class _Terms:
         choices, groups = program.choices, () if program.widths is None else program.widths.groups
         self.value = [_value(layer.cost[layer.useful], program.objective) for layer in choices]
         self.size = [layer.size[layer.useful] for layer in choices]
+        self.memory = [
+            np.zeros(len(layer.useful), dtype=np.int64)
+            if layer.memory is None or program.memory_bytes is None
+            else layer.memory[layer.useful]
+            for layer in choices
+        ]
         self.load = [
             np.zeros(len(layer.useful)) if program.widths is None else _load(layer)[layer.useful] for layer in choices
         ]
@@ -257,14 +297,17 @@ def _build(
     for variables in (*x, *y):
         problem += pulp.LpAffineExpression((variable, 1) for variable in variables) == 1
     # Memory and compute are relative to their budgets, for the same reason as the objective's scale.
-    problem += (
-        pulp.LpAffineExpression(
-            (variable, float(size) / program.budget_bytes)
-            for variables, sizes in zip(x, terms.size, strict=True)
-            for variable, size in zip(variables, sizes, strict=True)
+    bounded = [(terms.size, program.budget_bytes)]
+    bounded += [] if program.memory_bytes is None else [(terms.memory, program.memory_bytes)]
+    for measured, most in bounded:
+        problem += (
+            pulp.LpAffineExpression(
+                (variable, float(size) / most)
+                for variables, sizes in zip(x, measured, strict=True)
+                for variable, size in zip(variables, sizes, strict=True)
+            )
+            <= 1
         )
-        <= 1
-    )
     if widths is not None:
         _add_compute(problem, widths, terms, x, y)
     return problem, x, y
@@ -327,6 +370,11 @@ def _nothing_found(program: Program, solver: SolverName, time_limit: float, prob
     import pulp
 
     status = pulp.LpStatus[problem.status]
+    if program.widths is None and program.memory_bytes is not None:
+        return (
+            f"no allocation within {program.budget_bytes} bytes and {program.memory_bytes} bytes of memory was found "
+            f"({solver}: {status}); allow more of either, or raise search.time_limit"
+        )
     if program.widths is None:
         return f"{solver} found no allocation within {time_limit} s (status {status}); raise search.time_limit"
     return (
@@ -343,7 +391,7 @@ def _highest(variables: Sequence[pulp.LpVariable]) -> int:
 def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[int]) -> tuple[list[int], list[int]]:
     """Undo a solver's tolerance: while a budget is exceeded, take the cheapest step that lowers the excess.
 
-    A step changes one layer's candidate or one group's width. It must not exceed the other budget, nor increase its
+    A step changes one layer's candidate or one group's width. It must not exceed another budget, nor increase its
     excess.
 
     Args:
@@ -358,27 +406,31 @@ def _repaired(program: Program, terms: _Terms, places: list[int], widths: list[i
     places, widths, layers = list(places), list(widths), len(places)
     chosen = program.widths or WidthChoices((), [0] * layers, 0.0)
     groups, group_of, most = chosen.groups, chosen.group_of, chosen.compute * (1 + COMPUTE_TOLERANCE)
+    most_held = 0 if program.memory_bytes is None else program.memory_bytes
+    budgets = (program.budget_bytes, most_held, most)
     while True:
         bits = [float(group.widths[place]) for group, place in zip(groups, widths, strict=True)] or [0.0]
         reading = [0.0] * len(bits)  # per group: bit operations per bit of its width, of the layers that read it
         for load, place, read in zip(terms.load, places, group_of, strict=True):
             reading[read] += float(load[place])
-        size = sum(int(own[place]) for own, place in zip(terms.size, places, strict=True))
+        size, held = _sum(terms.size, places), _sum(terms.memory, places)
         operations = sum(float(group.operations[place]) for group, place in zip(groups, widths, strict=True))
         operations += sum(own * width for own, width in zip(reading, bits, strict=True))
-        over_memory = size > program.budget_bytes
-        if not over_memory and operations <= most:
+        excess = [size > program.budget_bytes, held > most_held, operations > most]
+        if not any(excess):
             return places, widths
+        over = excess.index(True)  # which of the three is lowered
         steps: list[tuple[float, int, int]] = []  # rise of the objective, layer or group, place
-        for index, (value, sizes, load) in enumerate(zip(terms.value, terms.size, terms.load, strict=True)):
+        for index, (value, sizes, memory, load) in enumerate(
+            zip(terms.value, terms.size, terms.memory, terms.load, strict=True)
+        ):
             place = places[index]
-            more_bytes, more_operations = sizes - sizes[place], (load - load[place]) * bits[group_of[index]]
-            if over_memory:
-                allowed = (more_bytes < 0) & (operations + more_operations <= max(most, operations))
-            else:
-                allowed = (more_operations < 0) & (size + more_bytes <= program.budget_bytes)
+            more = (sizes - sizes[place], memory - memory[place], (load - load[place]) * bits[group_of[index]])
+            allowed = more[over] < 0
+            for own, now, limit in zip(more, (size, held, operations), budgets, strict=True):
+                allowed = allowed & (now + own <= max(limit, now))
             steps += _cheapest(value, place, allowed, index)
-        for index, group in enumerate(() if over_memory else groups):
+        for index, group in enumerate(groups if over == 2 else ()):
             place = widths[index]
             more_operations = group.operations - group.operations[place]
             more_operations = more_operations + reading[index] * (group.widths - group.widths[place])

@@ -35,6 +35,7 @@ CANDIDATES = pa.schema(
         ("bits_b", pa.int64()),
         ("rank", pa.int64()),
         ("bytes", pa.int64()),
+        ("memory", pa.int64()),  # bytes in the memory of the chosen runtime; null without one
         ("local_cost", pa.float64()),
         ("on_front", pa.bool_()),
     ]

@@ -101,6 +101,11 @@ def _table_entry(module: nn.Module, name: str, bits: int) -> LayerEntry:
     return LayerEntry(name, EMBEDDING, tuple(weight.shape), candidate, "codes", dtype_name(weight.dtype), size, ())
 
 
+def table_bytes(module: nn.Module, name: str, bits: int) -> int:
+    """Bytes of a quantized embedding table of a float model."""
+    return _table_entry(module, name, bits).bytes
+
+
 def _header_bound(shapes: Mapping[str, Sequence[int]], entries: Sequence[LayerEntry]) -> int:
     """Upper bound in bytes of the header of ``model.safetensors``: longest dtype, largest offsets, and padding."""
     tensors = {

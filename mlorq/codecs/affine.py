@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, Trainable, ZeroPoint
+from mlorq.codecs.base import (
+    FLOAT_BYTES,
+    Codec,
+    Held,
+    Residency,
+    StoredMatrix,
+    TensorSpec,
+    Trainable,
+    ZeroPoint,
+    held_values,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -180,6 +190,13 @@ class AffineCodec(Codec):
         """``rows (ceil(columns bits / 8) + 2 + z)`` bytes, z = 1 (codes) or 2 (int16)."""
         z = np.dtype(ZERO_POINT_DTYPES[self.zero_point]).itemsize
         return rows * ((columns * self.bits + 7) // 8 + 2 + z)
+
+    def held(self, rows: int, columns: int, residency: Residency) -> Held:
+        """Codes in the next bit-width of the runtime, a float32 scale and a zero-point per row."""
+        wide = next((bits for bits in residency.code_bits if bits >= self.bits), None)
+        if wide is None:
+            return held_values(rows, columns, residency)
+        return Held(rows * columns * wide // 8 + (FLOAT_BYTES + 1) * rows, True)
 
     def unpaid(self, rows: int, columns: int) -> int:
         return 5 * rows  # per row: a byte of padding, the scale, and a zero-point of either kind

@@ -24,16 +24,54 @@ FLOAT_BYTES = 4  # sizes are compared with the float32 size, whatever the model'
 
 
 @dataclass(frozen=True)
+class Residency:
+    """How a runtime holds the matrices of linear layers in memory while it computes.
+
+    Attributes:
+        code_bits: bit-widths in which its products read affine codes, ascending; codes are held in the next one. Empty:
+            it decodes all codes.
+        value_bits: bits of the values of all other matrices: 32, or 8 if products are rounded.
+        packed: whether all packed tensors stay as they are stored, and are decoded in every call.
+    """
+
+    code_bits: tuple[int, ...] = ()
+    value_bits: int = 8 * FLOAT_BYTES
+    packed: bool = False
+
+
+@dataclass(frozen=True)
 class Storage:
     """How matrices are stored, and how their bytes are counted (METHOD 2).
 
     Attributes:
         accounting: ``exact``, what the checkpoint holds; ``paper``, the bits of the codes alone (arXiv 2507.09616).
         zero_point: range of zero-points: ``codes``, those of the codes (uint8); ``int16``, any int16 value.
+        residency: how the runtime that the model is meant for holds matrices; None: none is chosen.
     """
 
     accounting: Accounting = "exact"
     zero_point: ZeroPoint = "codes"
+    residency: Residency | None = None
+
+
+class Held(NamedTuple):
+    """What a runtime holds of a weight or a matrix.
+
+    Attributes:
+        bytes: its size in memory.
+        native: whether the runtime computes with it as it is meant to: with integers, or with floats if it decodes all
+            codes.
+    """
+
+    bytes: int
+    native: bool
+
+
+def held_values(rows: int, columns: int, residency: Residency) -> Held:
+    """What a runtime holds of a matrix of which it does not read the codes."""
+    if residency.value_bits < 8 * FLOAT_BYTES:  # a scale per row
+        return Held(rows * columns * residency.value_bits // 8 + FLOAT_BYTES * rows, True)
+    return Held(FLOAT_BYTES * rows * columns, not residency.code_bits)
 
 
 class TensorSpec(NamedTuple):
@@ -128,6 +166,10 @@ class Codec(ABC):
     def unpaid(self, rows: int, columns: int) -> int:
         """Upper bound on ``size - rows · columns · bits / 8``, the bytes that ``paper`` accounting does not count."""
         return self.size(rows, columns) - rows * columns * self.bits // 8
+
+    def held(self, rows: int, columns: int, residency: Residency) -> Held:
+        """What a runtime that does not keep packed tensors holds of a matrix; by default its decoded values."""
+        return held_values(rows, columns, residency)
 
     @abstractmethod
     def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:

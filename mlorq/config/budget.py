@@ -2,7 +2,8 @@
 
 A budget is an average number of bits per weight (``3bit``), a percentage of the float32 size of the compressible layers
 (``12.5%``), or the size of the whole checkpoint (``25MB``, ``25MiB``). Each is converted to the bytes that the
-compressible layers may take, in exact rational arithmetic, rounded down.
+compressible layers may take, in exact rational arithmetic, rounded down. ``{disk: 25MB, memory: 40MB}``, as text
+``disk=25MB,memory=40MB``, also bounds the weights as the runtime holds them that the model is meant for (``target``).
 
 Text is parsed once, at the boundary: on the command line, in a configuration, in a flow's parameters. All other code
 passes a ``Budget``.
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import BudgetError
@@ -30,6 +31,7 @@ UNITS = {
     "MiB": 2**20, "mib": 2**20,
     "GiB": 2**30, "gib": 2**30,
 }  # fmt: skip
+PARTS = ("disk", "memory")
 
 _BUDGET = re.compile(r"\s*(?P<sign>[+-]?)(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]+|%)\s*", re.ASCII)
 _EXPECTED = "expected bits per weight (3bit), a percentage (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
@@ -43,12 +45,14 @@ class Budget:
         kind: ``bits``, ``percent`` and ``layers`` bound the compressible layers, ``bytes`` the whole checkpoint.
         value: average bits per weight (``bits``), percent of the float32 size (``percent``), or bytes (``bytes``,
             ``layers``). A ``Fraction``, because binary floating point could change a budget by a byte.
+        memory: bytes of all weights in the memory of the runtime that the model is meant for; None: any.
         text: the budget as the user wrote it; only displayed.
     """
 
     kind: BudgetKind
     value: Fraction
     text: str
+    memory: Fraction | None = None
 
     @classmethod
     def of_layers(cls, size: int, text: str) -> Budget:
@@ -93,9 +97,32 @@ class Budget:
             )
         return allowed
 
+    def held_bytes(self, rest: int | None) -> int | None:
+        """Bytes that the compressible layers may take in the memory of a runtime; None: any.
+
+        Args:
+            rest: bytes of everything else in its memory; None: no runtime is chosen.
+
+        Raises:
+            BudgetError: memory is bounded, and no runtime is chosen, or the rest alone exceeds it.
+        """
+        if self.memory is None:
+            return None
+        if rest is None:
+            raise BudgetError(
+                f"budget {self.text}: memory is that of a runtime: set target, for example target: onnxruntime"
+            )
+        if self.memory < rest:
+            raise BudgetError(
+                f"budget {self.text} is too small: the uncompressed tensors take {rest} bytes of memory; "
+                f"ask for more than memory={rest}B"
+            )
+        return int(self.memory) - rest
+
     def to_json(self) -> dict[str, str]:
         """The budget as JSON values, for ``from_json``; the value is a ratio of integers and stays exact."""
-        return {"kind": self.kind, "value": str(self.value), "text": self.text}
+        bounded = {} if self.memory is None else {"memory": str(self.memory)}
+        return {"kind": self.kind, "value": str(self.value), "text": self.text, **bounded}
 
     @classmethod
     def from_json(cls, value: Mapping[str, str]) -> Budget:
@@ -106,27 +133,48 @@ class Budget:
         """
         try:
             kind, number, text = value["kind"], Fraction(value["value"]), value["text"]
+            memory = Fraction(value["memory"]) if "memory" in value else None
         except (TypeError, KeyError, ValueError, ZeroDivisionError):
             raise BudgetError(f"budget {value!r}: expected an object with kind, value and text") from None
         for known in get_args(BudgetKind):
             if kind == known:
-                return cls(known, number, text)
+                return cls(known, number, text, memory)
         raise BudgetError(f"budget {value!r}: unknown kind {kind!r}; known: {', '.join(get_args(BudgetKind))}")
 
 
-def parse_budget(text: str) -> Budget:
+def budget_text(value: Any) -> Any:
+    """A budget as text: ``{"disk": "25MB", "memory": "40MB"}`` becomes ``disk=25MB,memory=40MB``; text stays.
+
+    Raises:
+        BudgetError: a key is unknown, or a value is not text.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    unknown = [key for key in value if key not in PARTS]
+    if unknown or not value or not all(isinstance(size, str) for size in value.values()):
+        raise BudgetError(f"budget {dict(value)!r}: expected disk, memory or both, as in {{disk: 25MB, memory: 40MB}}")
+    return ",".join(f"{key}={value[key].strip()}" for key in PARTS if key in value)
+
+
+def parse_budget(text: str | Mapping[str, str]) -> Budget:
     """Parse a budget: ``3bit``, ``2.5 bits``, ``12.5%``, ``25MB`` (10⁶ bytes), ``25MiB`` (2²⁰), ``800kB``, ``9B``.
+
+    ``disk=25MB,memory=40MB`` or ``{"disk": "25MB", "memory": "40MB"}``, or one of the two, bounds the memory of a
+    runtime as well.
 
     Raises:
         BudgetError: the text cannot be parsed, is not positive, or exceeds the float32 model.
     """
-    match = _BUDGET.fullmatch(text) if isinstance(text, str) else None
+    asked = budget_text(text)
+    if isinstance(asked, str) and "=" in asked:
+        return _in_parts(asked)
+    match = _BUDGET.fullmatch(asked) if isinstance(asked, str) else None
     if match is None:
         raise BudgetError(f"budget {text!r}: {_EXPECTED}")
     value, unit = Fraction(match["number"]), match["unit"]
     if match["sign"] == "-" or value == 0:
         raise BudgetError(f"budget {text!r}: must be more than zero")
-    asked = text.strip()
+    asked = asked.strip()
     if unit.lower() in ("bit", "bits"):
         if value > 8 * FLOAT_BYTES:
             raise BudgetError(f"budget {text!r}: more than the {8 * FLOAT_BYTES} bits of a float32 weight")
@@ -143,10 +191,26 @@ def parse_budget(text: str) -> Budget:
     return Budget("bytes", size, asked)
 
 
-def parse_budgets(texts: str | Iterable[str]) -> list[Budget]:
+def _in_parts(text: str) -> Budget:
+    """A budget of disk, memory or both, as text."""
+    parts = [part.partition("=") for part in text.split(",")]
+    given = {key.strip(): size.strip() for key, _, size in parts}
+    if len(given) < len(parts) or not all(key in PARTS and size and "=" not in size for key, size in given.items()):
+        raise BudgetError(f"budget {text!r}: expected disk=SIZE, memory=SIZE or both, as in disk=25MB,memory=40MB")
+    asked = ",".join(f"{key}={given[key]}" for key in PARTS if key in given)
+    disk = parse_budget(given.get("disk", f"{8 * FLOAT_BYTES}bit"))  # of a budget of memory alone: any size
+    if "memory" not in given:
+        return replace(disk, text=asked)
+    memory = parse_budget(given["memory"])
+    if memory.kind != "bytes":
+        raise BudgetError(f"budget {text!r}: memory must be a size, such as 40MB")
+    return replace(disk, text=asked, memory=memory.value)
+
+
+def parse_budgets(texts: str | Mapping[str, str] | Iterable[str | Mapping[str, str]]) -> list[Budget]:
     """Parse one budget or several.
 
     Raises:
         BudgetError: a budget cannot be parsed; the message names the first.
     """
-    return [parse_budget(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    return [parse_budget(text) for text in ([texts] if isinstance(texts, (str, Mapping)) else texts)]

@@ -104,6 +104,19 @@ def keys_of(items: Iterable[Named], base: type[Settings] | None = None) -> dict[
     return found
 
 
+def require_known(section: Choice, chosen: type[Settings], named: str) -> None:
+    """Refuse options of a flat section that are set and that the chosen implementation does not have.
+
+    Raises:
+        ValueError: one is set; the message lists those that it has.
+    """
+    known = chosen.model_fields
+    for name, info in type(section).model_fields.items():
+        if name not in known and name != section.chooser and getattr(section, name) != info.get_default():
+            listed = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"{named} has no option {name!r}; known: {listed}")
+
+
 def choices(registry: Registry[Any]) -> Any:
     """The type of a key that holds the name of an implementation: a ``Literal`` of all names."""
     return Literal[tuple(registry.names())]

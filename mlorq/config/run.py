@@ -14,15 +14,16 @@ import difflib
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location
 from mlorq.artifacts.transfer import hide_password
-from mlorq.config.budget import Budget, parse_budgets
+from mlorq.codecs.base import Residency
+from mlorq.config.budget import Budget, budget_text, parse_budgets
 from mlorq.config.presets import DEFAULT_PRESET, PRESETS, Preset
 from mlorq.config.sections import (
     ActivationsConfig,
@@ -47,6 +48,7 @@ from mlorq.config.sections import (
     search_section,
     source_section,
 )
+from mlorq.config.target import TargetConfig, target_section
 from mlorq.errors import ConfigError
 from mlorq.registry import Settings
 
@@ -69,6 +71,7 @@ __all__ = [
     "SearchConfig",
     "Sensitivity",
     "SourceConfig",
+    "TargetConfig",
     "location_and_folder",
     "read_values",
 ]
@@ -81,12 +84,19 @@ REMOVED_KEYS = {
 REMOVED_VALUES = {("search.sensitivity", "auto"): "auto was removed; use closed_form"}
 
 
+def _budget_texts(value: Any) -> Any:
+    return [budget_text(one) for one in value] if isinstance(value, list) else budget_text(value)
+
+
 class RunConfig(Settings):
     """The configuration of a run. Relative paths start from the folder of the configuration file."""
 
     model: ModelConfig
     data: DataConfig
-    budget: str | list[str] = Field("3bit", description='"3bit", "12.5%", "25MB", "25MiB", or a list')
+    budget: Annotated[str | list[str], BeforeValidator(_budget_texts)] = Field(
+        "3bit",
+        description='"3bit", "12.5%", "25MB", "25MiB", or a list; with a target also {disk: 25MB, memory: 40MB}',
+    )
     preset: Preset = Field(
         DEFAULT_PRESET,
         description="defaults of search and rounding: best; paper: the published method with its settings; quick: the "
@@ -99,6 +109,11 @@ class RunConfig(Settings):
     )
     activations: ActivationsConfig | None = Field(
         None, description="quantized activations, for example {bits: 4, method: repq}; null: they stay float"
+    )
+    target: TargetConfig | None = Field(
+        None,
+        description="runtime that the model is meant for, for example onnxruntime: the search uses forms and widths "
+        "that it computes with, and budgets may bound its memory; null: any",
     )
     export: list[ExportConfig] = Field(
         [],
@@ -165,6 +180,11 @@ class RunConfig(Settings):
         """The configuration as YAML, from which ``from_yaml`` restores an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude={"folder"}), sort_keys=False)
 
+    @property
+    def residency(self) -> Residency | None:
+        """How the runtime that the model is meant for holds the weights of linear layers; None without ``target``."""
+        return None if self.target is None else self.target.residency
+
     def resolve(self, location: str) -> str:
         """The absolute path or URI of a location in the configuration."""
         return resolve_location(location, self.folder)
@@ -185,6 +205,7 @@ def _run_config(_: int) -> type[RunConfig]:
         "search": (search_section(), Field(default_factory=search_section())),
         "rounding": (rounding_section(), Field(default_factory=rounding_section())),
         "activations": (activations_section() | None, RunConfig.model_fields["activations"]),
+        "target": (target_section() | None, RunConfig.model_fields["target"]),
         "export": (list[export_section()], RunConfig.model_fields["export"]),  # type: ignore[misc]
     }
     made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, **sections)

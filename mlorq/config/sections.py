@@ -11,7 +11,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.activations.settings import ActivationSettings
 from mlorq.codecs.base import Accounting, Storage
-from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part
+from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part, require_known
 from mlorq.data.source import SOURCES, Role
 from mlorq.export_targets import TARGETS
 from mlorq.fitting.settings import FitSettings
@@ -19,6 +19,7 @@ from mlorq.forms import FORMS
 from mlorq.models.family import FAMILIES
 from mlorq.registry import Registry, Settings
 from mlorq.rounding import METHODS
+from mlorq.runtimes import RUNTIMES
 
 Sensitivity = Literal["measured", "closed_form", "local"]
 Cost = Literal["nmse", "kl", "task"]
@@ -244,11 +245,7 @@ class ExportConfig(Choice):
         Raises:
             ValueError: it does not have one.
         """
-        known = type(self.own).model_fields
-        for name, info in type(self).model_fields.items():
-            if name not in known and name != self.chooser and getattr(self, name) != info.get_default():
-                listed = ", ".join(sorted(known)) or "none"
-                raise ValueError(f"target {self.to} has no option {name!r}; known: {listed}")
+        require_known(self, type(self.own), f"target {self.to}")
 
 
 class DaskConfig(Settings):
@@ -319,7 +316,8 @@ class EngineConfig(Settings):
 
 def registries_version() -> int:
     """A number that increases at every change of a registry that sections are composed from."""
-    return sum(registry.version for registry in (FAMILIES, SOURCES, FORMS, METHODS, ACTIVATION_METHODS, TARGETS))
+    registries = (FAMILIES, SOURCES, FORMS, METHODS, ACTIVATION_METHODS, TARGETS, RUNTIMES)
+    return sum(registry.version for registry in registries)
 
 
 def model_section() -> type[ModelConfig]:

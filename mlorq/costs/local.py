@@ -11,14 +11,15 @@ from mlorq.artifacts.schemas import CANDIDATES
 from mlorq.codecs.base import Storage
 from mlorq.costs.pareto import pareto_front
 from mlorq.fitting.base import LayerFit
-from mlorq.forms.base import FIELDS, FORMS, Shape, enumerate_candidates, local_cost_array
+from mlorq.forms.base import FIELDS, FORMS, Shape, enumerate_candidates, held, local_cost_array
 from mlorq.registry import Settings
 
 
 def candidate_table(fit: LayerFit, shape: Shape, settings: Mapping[str, Settings], storage: Storage) -> pa.Table:
     """All candidates of a layer with bytes, local cost and front membership (``schemas.CANDIDATES``).
 
-    Candidates of uniform forms are always on the front, so that they are measured.
+    Candidates of uniform forms are always on the front, so that they are measured. If a runtime is chosen, the front
+    has its memory as a third measure.
 
     Args:
         fit: fit of the layer's candidates.
@@ -28,14 +29,19 @@ def candidate_table(fit: LayerFit, shape: Shape, settings: Mapping[str, Settings
     """
     found = enumerate_candidates(shape, settings, storage)
     candidates, sizes = [candidate for candidate, _ in found], [size for _, size in found]
-    costs = local_cost_array(fit, candidates, sizes)
-    front = pareto_front(costs, np.array(sizes))
+    residency, memory = storage.residency, None
+    unknown: list[int | None] = [None] * len(candidates)
+    if residency is not None:
+        memory = [held(one, shape, residency, storage.zero_point).bytes for one in candidates]
+    costs = local_cost_array(fit, candidates, sizes, memory)
+    front = pareto_front(costs, np.array(sizes), *([] if memory is None else [np.array(memory)]))
     front |= [FORMS[candidate.form].uniform for candidate in candidates]
     return pa.table(
         {
             "candidate_id": [candidate.candidate_id for candidate in candidates],
             **{name: [getattr(candidate, name) for candidate in candidates] for name in FIELDS},
             "bytes": sizes,
+            "memory": memory or unknown,
             "local_cost": costs,
             "on_front": front,
         },

@@ -1,4 +1,4 @@
-"""The Pareto front in cost, memory and, optionally, compute: one sort and one sweep."""
+"""The Pareto front in cost, bytes and, optionally, further measures: one sort and one sweep."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 
 def pareto_front(
-    cost: NDArray[np.float64], size: NDArray[np.int64], load: NDArray[np.float64] | None = None
+    cost: NDArray[np.float64], size: NDArray[np.int64], *further: NDArray[np.float64] | NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Mark the points that are non-dominated in (cost, size, load).
+    """Mark the points that are non-dominated in all measures.
 
     A point is dominated by another one that is no larger in all of them and smaller in at least one. Of equal points
     the first is kept.
@@ -19,15 +19,17 @@ def pareto_front(
     Args:
         cost: ``(points,)`` costs.
         size: ``(points,)`` bytes.
-        load: ``(points,)`` bit operations; None: the same for all points.
+        further: ``(points,)`` each: bit operations, bytes in the memory of a runtime.
 
     Returns:
         ``(points,)`` bool, True for non-dominated points.
     """
     front = np.zeros(len(cost), dtype=bool)
-    if load is not None:
-        front[_three(cost, size, load)] = True
+    if len(further) == 1:
+        front[_three(cost, size, further[0])] = True
         return front
+    if further:
+        return _all_pairs(np.stack([cost, size, *further]))
     order = np.lexsort((np.arange(len(cost)), cost, size))
     ordered = cost[order]
     before = np.concatenate(([np.inf], np.minimum.accumulate(ordered)[:-1]))
@@ -35,7 +37,21 @@ def pareto_front(
     return front
 
 
-def _three(cost: NDArray[np.float64], size: NDArray[np.int64], load: NDArray[np.float64]) -> list[int]:
+def _all_pairs(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """The front of ``(measures, points)`` by comparing each point with all others."""
+    count = points.shape[1]
+    front = np.ones(count, dtype=bool)
+    for index in range(count):
+        own = points[:, index : index + 1]
+        no_larger = (points <= own).all(0)
+        equal = (points == own).all(0)
+        front[index] = not (no_larger & ~equal).any() and not equal[:index].any()
+    return front
+
+
+def _three(
+    cost: NDArray[np.float64], size: NDArray[np.int64], load: NDArray[np.float64] | NDArray[np.int64]
+) -> list[int]:
     """Indices of the non-dominated points in three measures.
 
     In the order of (size, load, cost) a point can only be dominated by, or equal to, an earlier one whose load and cost

@@ -31,6 +31,7 @@ from mlorq.fitting.gptq import RowHessian, descend, gptq, refit_scale
 from mlorq.fitting.gram import leading_errors, principal_directions
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
+from mlorq.fitting.shared_hessian import shared_hessian
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.trellis_costs import trellis_costs
 
@@ -80,7 +81,7 @@ class Metric:
     @cached_property
     def rows(self) -> RowHessian:
         """Σ as the shared Hessian of rows."""
-        return RowHessian(self.inputs)
+        return shared_hessian(self.inputs)
 
     def cost(self, difference: Tensor) -> float:
         """``tr(G ΔW Σ ΔWᵀ)`` of a difference ``(out_features, in_features)``, float64."""

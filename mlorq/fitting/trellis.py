@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlorq.codecs.rotation import rotate, rotate_both
+from mlorq.codecs.rotation import rotate
 from mlorq.codecs.trellis import ZERO_SCALE, TrellisMatrix, nearest_scale_codes, scale_values, stream, tables
 from mlorq.fitting.gptq import BLOCK, RowHessian
+from mlorq.fitting.shared_hessian import shared_hessian
 from mlorq.fitting.viterbi import TensorBlock, tensor_functions
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class TrellisFit:
     @cached_property
     def hessian(self) -> RowHessian:
         """Σ of the rotated inputs."""
-        return RowHessian(self._inputs if self.seed is None else rotate_both(self._inputs, self.seed))
+        return shared_hessian(self._inputs, self.seed)
 
     @cached_property
     def row_factor(self) -> Tensor:

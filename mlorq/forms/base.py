@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from mlorq.codecs.base import Codec, Storage, ZeroPoint
+from mlorq.codecs.base import Codec, Held, Residency, Storage, ZeroPoint, held_values
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
@@ -168,6 +168,16 @@ class Form(ABC, Generic[Config]):
             return (sum(rows * columns * codec.bits for rows, columns, codec in matrices) + 7) // 8
         return sum(codec.size(rows, columns) for rows, columns, codec in matrices)
 
+    def held(self, candidate: Candidate, shape: Shape, residency: Residency, zero_point: ZeroPoint = "codes") -> Held:
+        """What a runtime holds of a candidate of a linear layer."""
+        if residency.packed:
+            return Held(self.size(candidate, shape, Storage("exact", zero_point)), True)
+        if self.multiplies_out(candidate, shape):
+            return held_values(shape.out_features, shape.in_features, residency)
+        matrices = self.matrices(candidate, shape, zero_point).values()
+        parts = [codec.held(rows, columns, residency) for rows, columns, codec in matrices]
+        return Held(sum(part.bytes for part in parts), all(part.native for part in parts))
+
     def bit_operations(self, candidate: Candidate, shape: Shape, tokens: float) -> float:
         """Bit operations of a layer per sample and bit of its input: multiply-accumulates times bits of the weights.
 
@@ -294,7 +304,8 @@ def enumerate_candidates(
     """All candidates of a layer with their bytes, uniform forms first, otherwise in the order of the registry.
 
     Candidates of other forms are dropped unless they are smaller than the largest uniform one (METHOD 2), and uniform
-    ones that another form supersedes, except for the largest.
+    ones that another form supersedes, except for the largest. If a runtime is chosen, only candidates remain that are
+    native to it, unless there are none, and none is superseded: what is smaller on disk may be larger in memory.
 
     Args:
         shape: shape of the layer's weight.
@@ -304,22 +315,49 @@ def enumerate_candidates(
     found: list[tuple[Candidate, int]] = []
     limit: float = 0
     serving = [form for form in FORMS if form.name in settings and form.serves(shape)]
-    least = max((form.supersedes(settings[form.name]) for form in serving), default=0)
+    residency = storage.residency
+    least = 0 if residency else max((form.supersedes(settings[form.name]) for form in serving), default=0)
     for form in sorted(serving, key=lambda form: not form.uniform):
         own = [(one, form.size(one, shape, storage)) for one in form.enumerate(shape, settings[form.name])]
         if form.uniform:
             limit = max([limit, *(size for _, size in own)])
             own = [(one, size) for one, size in own if (one.bits or 0) > least or size == limit]
         found += [pair for pair in own if form.uniform or pair[1] < limit]
-    return found
+    if residency is None:
+        return found
+    native = [pair for pair in found if held(pair[0], shape, residency, storage.zero_point).native]
+    return native or found
 
 
-def smallest_size(shape: Shape, settings: Mapping[str, Settings], storage: Storage) -> int:
-    """Bytes of a layer's smallest candidate; arguments as for ``enumerate_candidates``."""
-    return min(size for _, size in enumerate_candidates(shape, settings, storage))
+def held(candidate: Candidate, shape: Shape, residency: Residency, zero_point: ZeroPoint = "codes") -> Held:
+    """What a runtime holds of a candidate (``Form.held``)."""
+    return FORMS[candidate.form].held(candidate, shape, residency, zero_point)
 
 
-def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate], sizes: Sequence[int]) -> np.ndarray:
+class Smallest(NamedTuple):
+    """The least that a layer can take.
+
+    Attributes:
+        bytes: in a checkpoint.
+        memory: in the memory of the chosen runtime; None without one.
+    """
+
+    bytes: int
+    memory: int | None
+
+
+def smallest_size(shape: Shape, settings: Mapping[str, Settings], storage: Storage) -> Smallest:
+    """Bytes of a layer's smallest candidates; arguments as for ``enumerate_candidates``."""
+    found = enumerate_candidates(shape, settings, storage)
+    size, residency = min(size for _, size in found), storage.residency
+    if residency is None:
+        return Smallest(size, None)
+    return Smallest(size, min(held(one, shape, residency, storage.zero_point).bytes for one, _ in found))
+
+
+def local_cost_array(
+    fit: LayerFit, candidates: Sequence[Candidate], sizes: Sequence[int], memory: Sequence[int] | None = None
+) -> np.ndarray:
     """Local costs of a layer's candidates of mixed forms, ``(candidates,)`` float64.
 
     Where a form knows bounds, candidates that others beat already by their bound have the bound as their cost.
@@ -328,8 +366,10 @@ def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate], sizes: Sequ
         fit: of the layer.
         candidates: the candidates.
         sizes: their bytes.
+        memory: their bytes in a runtime's memory, if these count too.
     """
     found, size = np.full(len(candidates), np.inf), np.array(sizes)
+    measures = np.stack([size, np.zeros_like(size) if memory is None else np.array(memory)])
     bounded: list[tuple[Form[Any], np.ndarray, np.ndarray]] = []
     for name in dict.fromkeys(candidate.form for candidate in candidates):
         form, rows = FORMS[name], np.array([i for i, candidate in enumerate(candidates) if candidate.form == name])
@@ -340,7 +380,7 @@ def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate], sizes: Sequ
         else:
             bounded.append((form, rows, np.array(bounds)))
     for form, rows, least in bounded:
-        beaten = _are_beaten(least, size[rows], found, size)
+        beaten = _are_beaten(least, measures[:, rows], found, measures)
         found[rows[beaten]] = least[beaten]
         left = rows[~beaten]
         if len(left):
@@ -349,9 +389,13 @@ def local_cost_array(fit: LayerFit, candidates: Sequence[Candidate], sizes: Sequ
 
 
 def _are_beaten(cost: np.ndarray, size: np.ndarray, costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Whether some of ``(costs, sizes)`` has no more bytes and no higher cost, for each of ``(cost, size)``."""
-    order = np.argsort(sizes, kind="stable")
-    least = np.minimum.accumulate(costs[order])
-    before = np.searchsorted(sizes[order], size, side="right")
-    beaten: np.ndarray = (before > 0) & (least[before - 1] <= cost)
-    return beaten
+    """Whether some of ``costs`` is no higher, and no larger in any measure, for each of ``cost``.
+
+    Args:
+        cost: ``(points,)``.
+        size: ``(measures, points)``.
+        costs: ``(others,)``.
+        sizes: ``(measures, others)``.
+    """
+    smaller = (sizes[:, None, :] <= size[:, :, None]).all(0)
+    return np.asarray((smaller & (costs <= cost[:, None])).any(1))

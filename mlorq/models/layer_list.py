@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from mlorq.artifacts.schemas import LAYERS
 
+LINEAR, CONVOLUTION = "linear", "conv2d"  # kinds of layers
+
 
 @dataclass(frozen=True)
 class Layer:

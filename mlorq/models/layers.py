@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.blocks import detect_blocks
-from mlorq.models.layer_list import Layer, LayerList
+from mlorq.models.layer_list import CONVOLUTION, LINEAR, Layer, LayerList
 
 
 def is_compressible(module: nn.Module) -> bool:
@@ -127,7 +127,7 @@ def find_layers(
         layers.append(
             Layer(
                 name=names[0],
-                kind="conv2d" if isinstance(child, nn.Conv2d) else "linear",
+                kind=CONVOLUTION if isinstance(child, nn.Conv2d) else LINEAR,
                 out_features=rows,
                 in_features=columns,
                 groups=getattr(child, "groups", 1),

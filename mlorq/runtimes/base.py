@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mlorq.codecs.base import Residency
     from mlorq.export_targets.onnx_graph.session import OnnxModel
     from mlorq.export_targets.openvino_graph.session import OpenvinoModel
     from mlorq.runtimes.benchmark import Variant
@@ -33,12 +34,15 @@ class Runtime(ABC, Generic[Config]):
         settings: class of its options.
         packages: import names of the packages that it needs.
         extra: the extra of mlorq that installs them; None: they have to be named.
+        as_target: class of the options that determine how it holds weights, for a configuration's ``target``; None: it
+            cannot be a target.
     """
 
     name: str
     settings: type[Config]
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    as_target: ClassVar[type[Settings] | None] = None
 
     @abstractmethod
     def load(self, location: str, model: nn.Module | None, device: Device, settings: Config) -> Any:
@@ -62,6 +66,17 @@ class Runtime(ABC, Generic[Config]):
             ConfigError: one is missing.
         """
         require(f"runtime {self.name}", self.packages, self.extra)
+
+    def residency(self, settings: Settings) -> Residency:
+        """How it holds the weights of linear layers; convolutions are float32 in all runtimes.
+
+        Args:
+            settings: of class ``as_target``.
+
+        Raises:
+            ConfigError: it cannot be a target.
+        """
+        raise ConfigError(f"runtime {self.name} cannot be a target: its class has no method residency")
 
     def variants(self, checkpoint: str, folder: str) -> list[Variant]:
         """What ``mlorq benchmark`` measures: the float model first, then the ways of running the compressed one.

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mlorq.codecs.base import Residency
 from mlorq.errors import ConfigError
 from mlorq.export_targets.onnx import Onnx, OnnxSettings, graph_bytes
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
+from mlorq.runtimes.graph_target import GraphTarget, graph_residency
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mlorq.export_targets.onnx_graph.session import OnnxModel
     from mlorq.runtimes.benchmark import Variant
+
+
+CODE_BITS = (4, 8)  # 4-bit kernels; 5 to 8 bits are two of their products
 
 
 class OnnxRuntimeSettings(Settings):
@@ -40,6 +45,10 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
     settings = OnnxRuntimeSettings
     packages: ClassVar[tuple[str, ...]] = Onnx.packages
     extra = Onnx.extra
+    as_target: ClassVar[type[Settings] | None] = GraphTarget
+
+    def residency(self, settings: Settings) -> Residency:
+        return graph_residency(settings, CODE_BITS)
 
     def load(self, location: str, model: nn.Module | None, device: Device, settings: OnnxRuntimeSettings) -> OnnxModel:
         from mlorq.export_targets.onnx_graph.session import OnnxModel

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mlorq.codecs.base import Residency
 from mlorq.errors import ConfigError
 from mlorq.export_targets.openvino import Openvino, OpenvinoSettings, openvino_model
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
+from mlorq.runtimes.graph_target import GraphTarget, graph_residency
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mlorq.export_targets.openvino_graph.session import OpenvinoModel
     from mlorq.runtimes.benchmark import Variant
+
+
+CODE_BITS = (2, 4, 8)  # of the constants that it keeps packed
 
 
 class OpenvinoRuntimeSettings(Settings):
@@ -37,6 +42,10 @@ class OpenvinoRuntime(Runtime[OpenvinoRuntimeSettings]):
     settings = OpenvinoRuntimeSettings
     packages: ClassVar[tuple[str, ...]] = Openvino.packages
     extra = Openvino.extra
+    as_target: ClassVar[type[Settings] | None] = GraphTarget
+
+    def residency(self, settings: Settings) -> Residency:
+        return graph_residency(settings, CODE_BITS)
 
     def load(
         self, location: str, model: nn.Module | None, device: Device, settings: OpenvinoRuntimeSettings

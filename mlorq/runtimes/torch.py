@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from mlorq.codecs.base import FLOAT_BYTES
+from mlorq.codecs.base import FLOAT_BYTES, Residency
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
 
@@ -28,11 +28,24 @@ class TorchSettings(Settings):
     precision: Literal["exact"] = Field("exact", description="torch computes with the exact values")
 
 
+class TorchTarget(Settings):
+    """Options of the runtime as a target."""
+
+    weights: Literal["dense", "packed"] = Field(
+        "dense", description="dense: float matrices; packed: codes, decoded in every call"
+    )
+
+
 class Torch(Runtime[TorchSettings]):
     """``mlorq.checkpoint.io.load``."""
 
     name = "torch"
     settings = TorchSettings
+    as_target: ClassVar[type[Settings] | None] = TorchTarget
+
+    def residency(self, settings: Settings) -> Residency:
+        assert isinstance(settings, TorchTarget)
+        return Residency(packed=settings.weights == "packed")
 
     def load(self, location: str, model: nn.Module | None, device: Device, settings: TorchSettings) -> nn.Module:
         from mlorq.checkpoint.io import load

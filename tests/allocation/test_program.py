@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mlorq.allocation.choices import Choices, SearchSpace, smallest_bytes
+from mlorq.allocation.choices import Choices, SearchSpace, smallest_bytes, smallest_memory
 from mlorq.allocation.program import Objective, Program, _repaired, _Terms, solve
 from mlorq.artifacts.schemas import ALLOCATION
 from mlorq.costs.pareto import pareto_front
@@ -145,6 +145,69 @@ def test_repair_takes_the_cheapest_step_until_the_budget_holds(seed):
     assert _repaired(program, _Terms(program), [0, 0], []) == ([0, 1], [])
 
 
+# -- a second budget: the memory of a runtime ------------------------------------------------------------------------
+
+
+def held_choices(layers: int, candidates: int, rng: np.random.Generator) -> list[Choices]:
+    """Choices of which small candidates are not the ones that take little memory."""
+    return [
+        Choices(
+            f"layer{index}",
+            10.0 ** rng.uniform(-5, 0, candidates),
+            rng.integers(10, 1000, candidates),
+            memory=rng.integers(10, 1000, candidates),
+        )
+        for index in range(layers)
+    ]
+
+
+@pytest.mark.parametrize("solver", ["exact", "highs", "cbc"])
+@pytest.mark.parametrize("objective", ["nsr", "sqnr"])
+def test_both_budgets_against_exhaustive_search(solver, objective, seed):
+    rng = np.random.default_rng(seed)
+    impossible = 0
+    for _ in range(12):
+        choices = held_choices(4, 5, rng)
+        share = rng.uniform(0.05, 0.9, 2)
+        least = (smallest_bytes(choices), smallest_memory(choices))
+        most = (sum(int(one.size.max()) for one in choices), sum(int(one.memory.max()) for one in choices))
+        limits = [int(low + part * (high - low)) for low, high, part in zip(least, most, share, strict=True)]
+        program = Program(choices, limits[0], objective=objective, memory_bytes=limits[1])
+        fitting = [
+            picked
+            for picked in every_pick(choices)
+            if program.bytes_of(picked) <= limits[0] and program.memory_of(picked) <= limits[1]
+        ]
+        if not fitting:
+            impossible += 1
+            with pytest.raises(BudgetError, match="bytes of memory was found"):
+                solve(program, solver=solver, gap=0.0)
+            continue
+        picked = solve(program, solver=solver, gap=0.0).picked
+        assert tuple(picked) in set(fitting)
+        assert worth(program, picked) == pytest.approx(min(worth(program, one) for one in fitting), rel=1e-6)
+    assert impossible < 12
+
+
+def test_too_little_memory_names_the_least(seed):
+    choices = held_choices(3, 4, np.random.default_rng(seed))
+    least = smallest_memory(choices)
+    with pytest.raises(BudgetError, match=f"the smallest possible is {least} bytes"):
+        solve(Program(choices, 10**6, memory_bytes=least - 1))
+    found = solve(Program(choices, 10**6, memory_bytes=least))
+    assert Program(choices, 10**6).memory_of(found.picked) == least
+
+
+def test_repair_keeps_the_other_budget():
+    choices = [
+        Choices("a", np.array([0.0, 0.1, 0.5]), np.array([10, 9, 9]), memory=np.array([5, 9, 4])),
+        Choices("b", np.array([0.0, 0.2]), np.array([10, 9]), memory=np.array([5, 5])),
+    ]
+    program = Program(choices, 19, memory_bytes=10)
+    # The cheapest step to 19 bytes would take 14 bytes of memory.
+    assert _repaired(program, _Terms(program), [0, 0], []) == ([0, 1], [])
+
+
 # -- what does not depend on the budget -----------------------------------------------------------------------------
 
 
@@ -159,6 +222,11 @@ def test_front_in_three_measures_by_hand(seed):
             better = no_worse & (points < points[:, [index]]).any(0)
             twin = no_worse & ~better & (np.arange(count) < index)
             assert pareto_front(cost, size.astype(np.int64), load)[index] == (not (better | twin).any())
+            more = pareto_front(cost, size.astype(np.int64), load, load[::-1])
+            points_too = np.concatenate([points, load[None, ::-1]])
+            below = (points_too <= points_too[:, [index]]).all(0)
+            equal = (points_too == points_too[:, [index]]).all(0)
+            assert more[index] == (not (below & ~equal).any() and not equal[:index].any())
         flat = pareto_front(cost, size.astype(np.int64), np.full(count, 3.0))
         assert flat.tolist() == pareto_front(cost, size.astype(np.int64)).tolist()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import mlorq
-from flows.dry_run import smallest_layer_bytes
+from flows.dry_run import smallest_layer
 from mlorq.artifacts.store import Store
 from mlorq.config.layer_overrides import check_overrides, layer_search, search_json
 from mlorq.config.run import SearchConfig
@@ -79,7 +79,7 @@ def test_the_smallest_size_is_that_of_the_candidates(override):
         weight = weight_matrix(model.module.get_submodule(layer.name))
         fit, shape = hessian_fit(weight, weight.abs() + 1), Shape(*weight.shape, layer.groups)
         table = candidate_table(fit, shape, own.form_settings, own.storage)
-        assert smallest_layer_bytes(layer, merged) == min(table["bytes"].to_pylist()), layer.name
+        assert smallest_layer(layer, merged).bytes == min(table["bytes"].to_pylist()), layer.name
 
 
 def test_an_override_computes_its_own_layers_candidates_anew_and_no_others(folder):  # noqa: F811

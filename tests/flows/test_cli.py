@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from flows.cli import main
-from flows.dry_run import smallest_layer_bytes
+from flows.dry_run import smallest_layer
 from flows.run import known_layers, open_session
 from flows.template import template
 from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig
@@ -138,7 +138,7 @@ def test_set_takes_yaml_values(project: Path, capsys: pytest.CaptureFixture[str]
     search = search_config(bits=[3, 4], factor_bits=[])
     assert plan["layers"][0]["smallest_bytes"] == 16 * (3 * 8 // 8 + 3)
     layers = known_layers(open_session(RunConfig.from_yaml(project))).layers
-    assert plan["smallest_bytes"] == sum(smallest_layer_bytes(layer, search) for layer in layers)
+    assert plan["smallest_bytes"] == sum(smallest_layer(layer, search).bytes for layer in layers)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_candidates_are_those_of_the_rules(accounting: Accounting, zero_point: Z
         for candidate, size in found:
             assert size == FORMS[candidate.form].size(candidate, shape, config.storage)
             assert FORMS[candidate.form].uniform or size < limit
-        assert smallest_size(shape, config.form_settings, config.storage) == min(size for _, size in found)
+        assert smallest_size(shape, config.form_settings, config.storage).bytes == min(size for _, size in found)
         kept_out += sum(len(FORMS[name].enumerate(shape, own)) for name, own in config.form_settings.items())
         kept_out -= len(found)
     assert kept_out > 0, "some were too large"
