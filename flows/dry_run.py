@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.estimate import Estimate, measure_speed, memory_bytes
+from mlorq.checkpoint.size_bound import table_bytes
 from mlorq.codecs.base import Residency
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import layer_search
@@ -26,12 +27,14 @@ from steps import activations, baseline, layers, pack
 from steps.allocations import Least, check_budget, run_allocations
 from steps.base import Outcome, StepSpec, find
 from steps.candidates import residency_of
+from steps.embeddings import are_chosen, fixed
 from steps.pipeline import run_budget, run_search
 from steps.reconstruct import members
 from steps.session import Session
+from steps.table_costs import WIDTHS
 
-SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity")
-BY_BUDGET = ("allocate", "round", "tune", "pack", "evaluate", "export", "summary")
+SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity", "table_costs")
+BY_BUDGET = ("allocate", "embeddings", "round", "tune", "pack", "evaluate", "export", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
@@ -56,12 +59,17 @@ def least_of(session: Session, found: LayerList) -> Least:
     config = session.config
     smallest = [smallest_layer(layer, config.search, config.residency) for layer in found.layers]
     memory = [own.memory for own in smallest if own.memory is not None]
+    tables = 0
+    if are_chosen(session):
+        module, least_bits = session.model.module, min(WIDTHS)
+        tables = sum(table_bytes(module, name, least_bits) for name in pack.tables(session))
     return Least(
         found.params,
         pack.rest_bytes_bound(session, found.layers),
         sum(own.bytes for own in smallest),
         pack.rest_memory(session, found.layers),
         None if config.target is None else sum(memory),
+        tables,
     )
 
 
@@ -95,9 +103,11 @@ class Planner:
         tuning = METHODS[rounding.method].tuning
         optional: dict[str, Any] = {"tune": tuning is not None and tuning.steps(rounding)}
         optional["export"] = session.config.export
-        optional |= {name: getattr(session.config, name) is not None for name in ("embeddings", "activations")}
-        self.search = [name for name in SEARCH if optional.get(name, True)]
-        self.by_budget = [name for name in BY_BUDGET if optional.get(name, True)]
+        optional["activations"] = session.config.activations is not None
+        chosen = are_chosen(session)
+        of_search = optional | {"embeddings": fixed(session) is not None, "table_costs": chosen}
+        self.search = [name for name in SEARCH if of_search.get(name, True)]
+        self.by_budget = [name for name in BY_BUDGET if (optional | {"embeddings": chosen}).get(name, True)]
         first, *rest = self.by_budget
         self.counts: dict[str, Counts] = {name: Counts() for name in (*self.search, first, "baseline", *rest)}
         self._phase = ""
@@ -193,7 +203,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
         "rest_bytes": rest,
         "rest": pack.rest_kinds(session, found.layers),
         "smallest_bytes": smallest,
-        "smallest_file_bytes": smallest + rest,
+        "smallest_file_bytes": smallest + least.tables + rest,
         **_memory(session, least),
         "budgets": rows,
         "steps": {phase: counts.to_json() for phase, counts in planner.counts.items()},

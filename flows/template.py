@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from mlorq.config.run import DEFAULT_PRESET, PRESETS, EmbeddingsConfig, EngineConfig, RunConfig
 from mlorq.config.sections import activations_section, model_section, rounding_section, search_section, source_section
+from mlorq.config.target import target_section
 from mlorq.errors import ConfigError
 from mlorq.models.family import FAMILIES
 
@@ -58,7 +59,12 @@ def template(model: str | None = None) -> str:
         *_section("rounding", rounding_section(), {}, defaults=preset["rounding"]),
         "",
     ]
-    for name, section in (("embeddings", EmbeddingsConfig), ("activations", activations_section())):
+    optional: dict[str, type[BaseModel]] = {
+        "embeddings": EmbeddingsConfig,
+        "activations": activations_section(),
+        "target": target_section(),
+    }
+    for name, section in optional.items():
         lines.append(_line(RunConfig, name, None))
         # Not as single keys to uncomment: the section as a whole is null.
         lines += [f"#   {_line(section, key, value)}" for key, value in _all_defaults(section).items()]

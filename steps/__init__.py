@@ -24,6 +24,7 @@ _MODULES = {
     "reconstruct": "reconstruct",
     "tune": "tune",
     "width_costs": "width_costs",
+    "table_costs": "table_costs",
     "compressed": "pack",
     "baseline": "baseline",
     "evaluate": "evaluate",

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlorq.allocation.choices import smallest_bytes, smallest_memory
+from mlorq.allocation.choices import TableBudget, smallest_bytes, smallest_memory, smallest_tables
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.errors import BudgetError
 from mlorq.models.layer_list import Layer
 from steps import allocate, joint, summary
-from steps.allocate import Limits, Memory
+from steps.allocate import TABLE_COSTS, Limits, Memory
 from steps.base import Outcome, StepSpec
 from steps.handles import ModelRef
 
@@ -54,6 +54,7 @@ class Search:
         sensitivity: ``{layer: artifact}``.
         activations: the ``activations`` artifact; None if activations stay float.
         widths: the ``width_costs`` artifact; None if bit-widths of activations are not chosen.
+        tables: the ``table_costs`` artifact; None if bit-widths of embedding tables are not chosen.
     """
 
     layers_ref: ArtifactRef
@@ -67,6 +68,7 @@ class Search:
     sensitivity: dict[str, ArtifactRef] = field(default_factory=dict)
     activations: ArtifactRef | None = None
     widths: ArtifactRef | None = None
+    tables: ArtifactRef | None = None
 
     @classmethod
     def of_specs(
@@ -107,6 +109,7 @@ class Search:
             **by_layer,
             activations=plan,
             widths=single.get("width_costs"),
+            tables=single.get("table_costs"),
         )
 
     @property
@@ -172,6 +175,7 @@ class Least:
         rest_memory: bytes of everything else in the memory of the runtime that the model is meant for; None without
             one.
         memory: bytes of the compressible layers there.
+        tables: bytes of the embedding tables whose bit-widths are chosen.
     """
 
     params: int
@@ -179,6 +183,7 @@ class Least:
     bytes: int
     rest_memory: int | None = None
     memory: int | None = None
+    tables: int = 0
 
 
 def check_budget(budget: Budget, least: Least) -> None:
@@ -193,16 +198,20 @@ def check_budget(budget: Budget, least: Least) -> None:
     """
     params, rest_bytes, smallest = least.params, least.rest_bytes, least.bytes
     held = budget.held_bytes(least.rest_memory)
-    if held is not None and least.memory is not None and held < least.memory:
+    tables = f", the embedding tables {least.tables}" if least.tables else ""
+    if held is not None and least.memory is not None and held < least.memory + least.tables:
         raise BudgetError(
-            f"budget {budget} leaves {held} bytes of memory for the compressible layers: the smallest possible is "
-            f"{least.memory} bytes, and the rest of the model takes {least.rest_memory}"
+            f"budget {budget} leaves {held} bytes of memory for what is compressed: the smallest possible is "
+            f"{least.memory + least.tables} bytes, of which the compressible layers take {least.memory}{tables}; "
+            f"the rest of the model takes {least.rest_memory} bytes more"
         )
     if budget.kind == "bytes":
-        if budget.value < rest_bytes + smallest:
+        total = rest_bytes + smallest + least.tables
+        if budget.value < total:
             raise BudgetError(
-                f"budget {budget} is too small: the smallest possible is {rest_bytes + smallest}B, of which the "
-                f"compressible layers take {smallest} bytes and the rest of the checkpoint takes {rest_bytes} bytes"
+                f"budget {budget} is too small: the smallest possible is {total}B, of which the "
+                f"compressible layers take {smallest} bytes{tables} and the rest of the checkpoint takes {rest_bytes} "
+                "bytes"
             )
         return
     allowed = budget.compressible_bytes(params, rest_bytes)
@@ -231,8 +240,9 @@ def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpe
             search.sensitivity,
             search.activations,
             search.widths,
+            search.tables,
         )
-    return allocate.spec(session, limits, search.names, search.candidates, search.sensitivity)
+    return allocate.spec(session, limits, search.names, search.candidates, search.sensitivity, search.tables)
 
 
 def limits_of(session: Session, search: Search, budget: Budget) -> Limits:
@@ -242,10 +252,14 @@ def limits_of(session: Session, search: Search, budget: Budget) -> Limits:
         BudgetError: not even the float rest of the model fits.
     """
     held, target = budget.held_bytes(search.rest_memory), session.config.target
-    if target is None:
-        return Limits(budget.text, search.limit(budget))
-    assert search.rest_memory is not None
-    return Limits(budget.text, search.limit(budget), Memory(target.text, search.rest_memory, held))
+    tables = memory = None
+    if search.tables is not None:
+        counted = budget.kind == "bytes"
+        tables = TableBudget(counted, counted or held is not None)
+    if target is not None:
+        assert search.rest_memory is not None
+        memory = Memory(target.text, search.rest_memory, held)
+    return Limits(budget.text, search.limit(budget), memory, tables)
 
 
 def solved(search: Search, budget: Budget, allocation: ArtifactRef) -> Compressed:
@@ -277,6 +291,7 @@ def allocate_budgets(session: Session, executor: Executor, search: Search, budge
         smallest_bytes(space.choices),
         search.rest_memory,
         smallest_memory(space.choices),
+        0 if search.tables is None else smallest_tables(session.artifacts.json(search.tables, TABLE_COSTS)),
     )
     found, possible = Allocated(), []
     for budget in budgets:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
+from mlorq.artifacts.store import json_bytes, tensors_bytes
 from mlorq.forms.embedding_tables import find_tables, quantize_table, tables_json
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import ModelRef
 from steps.session import Session
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Params:
-    """Bit-width, number of entries of the smallest table to quantize, and percentiles of the candidate ranges."""
+    """How tables are quantized.
 
-    bits: int
+    Attributes:
+        bits: bit-width of all tables, or of each.
+        smallest: tables with fewer entries stay float.
+        percentiles: of the candidate ranges.
+    """
+
+    bits: int | Mapping[str, int]
     smallest: int
     percentiles: tuple[float, ...]
 
@@ -30,17 +39,30 @@ class Inputs:
     model: ModelRef
 
 
-def spec(session: Session) -> StepSpec:
-    """Depends on the model, the bit-width and the candidate ranges; on no data."""
+def spec(session: Session, bits: Mapping[str, int] | None = None) -> StepSpec:
+    """Depends on the model, the bit-widths and the candidate ranges; on no data.
+
+    Args:
+        session: of a run whose configuration has ``embeddings``.
+        bits: of each table, as an integer program chose them; None: that of the configuration.
+    """
     settings = session.config.embeddings
     assert settings is not None, "the configuration does not quantize embeddings"
-    params = Params(settings.bits, settings.smallest, tuple(session.config.search.percentiles))
+    chosen = settings.bits if bits is None else bits
+    assert not isinstance(chosen, str), "the integer program chooses the bit-widths"
+    params = Params(chosen, settings.smallest, tuple(session.config.search.percentiles))
     return STEP.spec(params, Inputs(session.model_ref))
 
 
-def artifact(session: Session) -> ArtifactRef | None:
-    """The artifact of the run's quantized tables; None if tables stay float."""
-    return None if session.config.embeddings is None else spec(session).ref
+def are_chosen(session: Session) -> bool:
+    """Whether the integer program chooses the bit-widths of tables."""
+    settings = session.config.embeddings
+    return settings is not None and settings.bits == AUTO
+
+
+def fixed(session: Session) -> StepSpec | None:
+    """The step that quantizes all tables alike; None if tables stay float or their bit-widths depend on the budget."""
+    return None if session.config.embeddings is None or are_chosen(session) else spec(session)
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
@@ -50,7 +72,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     for index, name in enumerate(found.tables):
         table = module.get_submodule(name)
         assert isinstance(table, nn.Embedding)
-        tables[name] = quantize_table(name, table, params.bits, params.percentiles)
+        bits = params.bits if isinstance(params.bits, int) else params.bits[name]
+        tables[name] = quantize_table(name, table, bits, params.percentiles)
         files[f"{name}.safetensors"] = tensors_bytes(tables[name].tensors())
         progress(index + 1, len(found.tables))
     return {**files, "embeddings.json": json_bytes(tables_json(found, tables))}

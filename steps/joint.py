@@ -20,7 +20,7 @@ from mlorq.allocation.weight_load import weight_load
 from mlorq.artifacts.store import ArtifactRef, arrays_bytes, json_bytes, table_bytes
 from mlorq.forms import Candidate
 from mlorq.models.layer_list import Layer
-from steps.allocate import Limits, joined, memory_json, program_values
+from steps.allocate import Limits, TablesOfProgram, joined, memory_json, program_values
 from steps.allocate import Params as ProgramParams
 from steps.artifacts import PLAN, PLAN_TENSORS
 from steps.base import Needs, Progress, Step, StepSpec
@@ -40,13 +40,14 @@ class Params(ProgramParams):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The layers, the plan of all bit-widths and its costs, and the ``candidates`` and ``sensitivity`` by layer."""
+    """The layers, the plan of all bit-widths and its costs, ``candidates`` and ``sensitivity`` by layer, tables."""
 
     layers: ArtifactRef
     plan: ArtifactRef
     costs: ArtifactRef
     candidates: Mapping[str, ArtifactRef]
     sensitivity: Mapping[str, ArtifactRef]
+    tables: ArtifactRef | None = None
 
 
 def spec(
@@ -58,13 +59,14 @@ def spec(
     sensitivity: Mapping[str, ArtifactRef],
     plan: ArtifactRef,
     costs: ArtifactRef,
+    tables: ArtifactRef | None = None,
 ) -> StepSpec:
     """Depends on all costs, both budgets, and the solver's settings."""
     activations = session.config.activations
     assert activations is not None
     assert activations.compute is not None
     params = Params(**program_values(session, limits, names), compute=activations.compute)
-    inputs = Inputs(layers, plan, costs, candidates, sensitivity)
+    inputs = Inputs(layers, plan, costs, candidates, sensitivity, tables)
     return STEP.spec(params, inputs, needs=Needs(device=False))
 
 
@@ -83,19 +85,26 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     ]
     product_macs = float(sum(site.macs for site in plan.sites))
     compute = parse_compute(params.compute, float(sum(layer.macs for layer in layers)), product_macs)
-    widths = WidthChoices(groups, group_of, compute)
+    tables = TablesOfProgram.read(artifacts, params.tables, inputs.tables)
+    # Tables multiply nothing: without a load, it does not matter which group they read.
+    widths = WidthChoices(groups, [*group_of, *(0 for _ in tables.choices)], compute)
     program = Program(
-        choices, params.budget_bytes, widths, objective=params.objective, memory_bytes=params.memory_bytes
+        [*choices, *tables.choices],
+        params.budget_bytes,
+        widths,
+        objective=params.objective,
+        memory_bytes=params.memory_bytes,
     )
     solution = solve(program, **params.solver_settings)
     decided = {group.name: int(group.widths[place]) for group, place in zip(groups, solution.widths, strict=True)}
-    table = allocation_table(choices, solution.picked, rows)
+    table = allocation_table(choices, solution.picked[: len(choices)], rows)
     info = {
         "budget": params.budget,
         "budget_bytes": params.budget_bytes,
         "bytes": sum(table["bytes"].to_pylist()),
         "smallest_bytes": smallest_bytes(choices),
         "predicted_cost": program.cost_of(solution.picked, solution.widths),
+        **tables.to_json(solution.picked[len(choices) :]),
         **memory_json(params.memory, program, solution.picked),
         "compute": compute,
         "bit_operations": program.operations_of(solution.picked, solution.widths),

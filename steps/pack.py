@@ -30,6 +30,8 @@ from steps.context import Context
 from steps.handles import DataRef, ModelRef
 from steps.session import Session
 
+LARGEST_TABLE_BITS = 8
+
 
 @dataclass(frozen=True)
 class Params:
@@ -57,6 +59,7 @@ def spec(
     layers: ArtifactRef,
     allocation: ArtifactRef,
     rounded: Sequence[ArtifactRef],
+    tables: ArtifactRef | None,
 ) -> StepSpec:
     """Depends on the last artifact of each layer and, for its metadata, on the allocation."""
     config = session.config
@@ -69,7 +72,7 @@ def spec(
     }
     if config.embeddings is not None:
         configuration["embeddings"] = config.embeddings.model_dump(mode="json")
-    inputs = Inputs(model, session.calibration_ref, layers, allocation, tuple(rounded), embeddings.artifact(session))
+    inputs = Inputs(model, session.calibration_ref, layers, allocation, tuple(rounded), tables)
     return STEP.spec(Params(config.search.accounting, digest_json(configuration)), inputs, needs=Needs(device=False))
 
 
@@ -80,11 +83,19 @@ def describe(model: FloatModel, plan: ActivationPlan | None) -> dict[str, Any]:
 
 
 def tables(session: Session) -> dict[str, int]:
-    """Bit-widths of the embedding tables that are quantized, by name."""
+    """Bit-widths of the embedding tables that are quantized, by name; the largest where the budget decides."""
     settings = session.config.embeddings
     if settings is None:
         return {}
-    return dict.fromkeys(find_tables(session.model.module, settings.smallest).tables, settings.bits)
+    bits = settings.bits if isinstance(settings.bits, int) else LARGEST_TABLE_BITS
+    return dict.fromkeys(find_tables(session.model.module, settings.smallest).tables, bits)
+
+
+def _counted_tables(session: Session, module: nn.Module) -> int:
+    """Bytes of the tables whose bit-widths the budget decides, at the largest: they are no part of the rest."""
+    if not embeddings.are_chosen(session):
+        return 0
+    return sum(table_bytes(module, name, bits) for name, bits in tables(session).items())
 
 
 def _with_quantizers(session: Session, ref: ModelRef) -> nn.Module:
@@ -112,13 +123,17 @@ def rest_memory(session: Session, layers: Sequence[Layer], model: ModelRef | Non
         return None
     module, packed = _with_quantizers(session, model or session.model_ref), tables(session)
     rest = float_rest(module, {layer.name: layer.aliases for layer in layers}, packed)
-    return sum(FLOAT_BYTES * prod(size.shape) for size in rest.values()) + sum(
-        table_bytes(module, name, bits) for name, bits in packed.items()
+    return (
+        sum(FLOAT_BYTES * prod(size.shape) for size in rest.values())
+        + sum(table_bytes(module, name, bits) for name, bits in packed.items())
+        - _counted_tables(session, module)
     )
 
 
 def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef | None = None) -> int:
     """Upper bound in bytes of the rest of a checkpoint: everything but the compressible layers' weights.
+
+    Without embedding tables whose bit-widths the integer program chooses.
 
     Args:
         session: of the run.
@@ -128,13 +143,11 @@ def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef 
     ref = model or session.model_ref
     aliases = {layer.name: layer.aliases for layer in layers}
     description = describe(session.worker.context.model(ref), session.artifacts.plan(ref.activations))
-    return rest_upper_bound(
-        _with_quantizers(session, ref),
-        aliases,
-        description,
-        accounting=session.config.search.accounting,
-        tables=tables(session),
+    module = _with_quantizers(session, ref)
+    bound = rest_upper_bound(
+        module, aliases, description, accounting=session.config.search.accounting, tables=tables(session)
     )
+    return bound - _counted_tables(session, module)
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:

@@ -33,6 +33,7 @@ from steps import (
     search_index,
     sensitivity,
     summary,
+    table_costs,
     tune,
     width_costs,
 )
@@ -62,8 +63,9 @@ def run_search(session: Session, executor: Executor) -> Search:
     listed = session.artifacts.layers(layers_ref)
     check_overrides(session.config.search, listed)
     found = listed.layers
-    if session.config.embeddings is not None:
-        run("embeddings", embeddings.spec(session))
+    tables = embeddings.fixed(session)
+    if tables is not None:
+        run("embeddings", tables)
     model, activations_ref = session.model_ref, None
     if session.config.activations is not None:
         activations_ref = run("activations", activations.spec(session, layers_ref))
@@ -81,6 +83,8 @@ def run_search(session: Session, executor: Executor) -> Search:
     )
     if session.config.activations is not None and session.config.activations.choices:
         run("activations", width_costs.spec(session, model, layers_ref))
+    if embeddings.are_chosen(session):
+        run("table_costs", table_costs.spec(session, layers_ref))
     rest, held = pack.rest_bytes_bound(session, found, model), pack.rest_memory(session, found, model)
     return Search.of_specs(specs, model.key, rest, held, session.artifacts)
 
@@ -117,7 +121,19 @@ class RoundedLayers:
     last: dict[str, ArtifactRef] = field(default_factory=dict)
 
 
-def run_rounding(session: Session, executor: Executor, search: Search, result: Compressed) -> RoundedLayers:
+def run_tables(session: Session, executor: Executor, result: Compressed) -> ArtifactRef | None:
+    """The quantized embedding tables of a budget; None if tables stay float."""
+    fixed = embeddings.fixed(session)
+    if fixed is not None or not embeddings.are_chosen(session):
+        return None if fixed is None else fixed.ref  # found or made in the search
+    info = session.artifacts.json(result.allocation, "allocation.json")
+    executor.phase("embeddings", 1)
+    return executor.run(embeddings.spec(session, info.get("tables", {}))).ref
+
+
+def run_rounding(
+    session: Session, executor: Executor, search: Search, result: Compressed, tables: ArtifactRef | None
+) -> RoundedLayers:
     """Round every layer, in execution order if the method requires it; reconstruct each block once it is complete."""
     rows = session.artifacts.table(result.allocation, "allocation.parquet").to_pylist()
     model = result.model
@@ -129,7 +145,7 @@ def run_rounding(session: Session, executor: Executor, search: Search, result: C
 
     def spec(layer: Layer, previous: ArtifactRef | None) -> StepSpec:
         candidate = chosen[layer.name]
-        return rounding.spec(session, model, search.capture, search.layers_ref, layer, candidate, previous)
+        return rounding.spec(session, model, search.capture, search.layers_ref, layer, candidate, previous, tables)
 
     if not method.sequential:
         outcomes = executor.map([spec(layer, None) for layer in search.layers])
@@ -142,13 +158,14 @@ def run_rounding(session: Session, executor: Executor, search: Search, result: C
         if layer.name in blocks:
             index, name, inside = blocks[layer.name]
             previous = executor.run(
-                reconstruct.spec(session, model, search.capture, search.layers_ref, index, name, previous)
+                reconstruct.spec(session, model, search.capture, search.layers_ref, index, name, previous, tables)
             ).ref
             rounded.blocks[name] = previous
             rounded.last |= dict.fromkeys(inside, previous)
     if method.tuning is not None and method.tuning.steps(session.config.rounding) and previous is not None:
         executor.phase("tune", 1)
-        rounded.tuned = executor.run(tune.spec(session, model, search.capture, search.layers_ref, previous)).ref
+        tuned = tune.spec(session, model, search.capture, search.layers_ref, previous, tables)
+        rounded.tuned = executor.run(tuned).ref
         rounded.last = dict.fromkeys(rounded.last, rounded.tuned)
     return rounded
 
@@ -168,10 +185,12 @@ def run_budget(
     session: Session, executor: Executor, search: Search, result: Compressed, float_evaluation: ArtifactRef
 ) -> Compressed:
     """Run rounding, checkpoint, evaluation, exports and summary of one allocated budget."""
-    rounded = run_rounding(session, executor, search, result)
+    tables = run_tables(session, executor, result)
+    rounded = run_rounding(session, executor, search, result, tables)
     last = [rounded.last[layer.name] for layer in search.layers]
     executor.phase("pack", 1)
-    result.checkpoint = executor.run(pack.spec(session, result.model, search.layers_ref, result.allocation, last)).ref
+    packed = pack.spec(session, result.model, search.layers_ref, result.allocation, last, tables)
+    result.checkpoint = executor.run(packed).ref
     executor.phase("evaluate", 1)
     result.evaluation = executor.run(evaluate.spec(session, result.checkpoint, float_evaluation)).ref
     # After the evaluation: a checkpoint that a target cannot hold is then measured all the same.
@@ -184,7 +203,8 @@ def run_budget(
         layers=search.layers_ref,
         plan=search.activations,
         widths=search.widths,
-        embeddings=embeddings.artifact(session),
+        embeddings=tables,
+        table_costs=search.tables,
         capture=search.capture,
         allocation=result.allocation,
         checkpoint=result.checkpoint,

@@ -13,7 +13,6 @@ from mlorq.models.layer_list import Layer, LayerList
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import RoundingTask, TrainingSettings
 from mlorq.rounding.trainable import Trained
-from steps import embeddings
 from steps.artifacts import REST
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import fits_of
@@ -58,6 +57,7 @@ def spec(
     block: int,
     name: str,
     previous: ArtifactRef,
+    tables: ArtifactRef | None,
 ) -> StepSpec:
     """Depends on all layers rounded so far (including the block's), the model and the calibration data.
 
@@ -69,6 +69,7 @@ def spec(
         block: index of the block.
         name: display name of the block.
         previous: artifact of the last rounded layer.
+        tables: the ``embeddings`` artifact; None: tables stay float.
     """
     rounding = session.config.rounding
     blocks = METHODS[rounding.method].blocks
@@ -81,7 +82,7 @@ def spec(
         part(rounding, blocks.settings).model_dump(mode="json"),
         session.config.search.fit if blocks.needs_parts else None,
     )
-    inputs = TrainingInputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
+    inputs = TrainingInputs(model, session.calibration_ref, layers, capture, previous, tables)
     return STEP.spec(params, inputs, label=name)
 
 

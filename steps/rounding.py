@@ -17,7 +17,6 @@ from mlorq.fitting.settings import FitSettings
 from mlorq.forms.base import Candidate
 from mlorq.models.layer_list import Layer
 from mlorq.rounding import METHODS, RoundingTask
-from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.candidates import fits_of
 from steps.context import Context
@@ -65,6 +64,7 @@ def spec(
     layer: Layer,
     candidate: Candidate,
     previous: ArtifactRef | None,
+    tables: ArtifactRef | None,
 ) -> StepSpec:
     """Depends on the candidate, the layer before it (for sequential methods), the model and the calibration data.
 
@@ -76,7 +76,6 @@ def spec(
     params = Params(layer.name, candidate, method.name, session.config.search.fit, settings)
     inputs = Inputs(model, layers, capture)
     if method.sequential:
-        tables = embeddings.artifact(session)
         inputs = Inputs(model, layers, capture, session.calibration_ref, tables, previous)
     return STEP.spec(params, inputs, layer)
 

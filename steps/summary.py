@@ -47,6 +47,7 @@ class Inputs:
     plan: ArtifactRef | None = None
     widths: ArtifactRef | None = None
     embeddings: ArtifactRef | None = None
+    table_costs: ArtifactRef | None = None
     capture: ArtifactRef
     allocation: ArtifactRef
     checkpoint: ArtifactRef

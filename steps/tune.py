@@ -10,7 +10,6 @@ from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.compose import part
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import TrainingSettings
-from steps import embeddings
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import ModelRef
@@ -37,7 +36,12 @@ class Params:
 
 
 def spec(
-    session: Session, model: ModelRef, capture: ArtifactRef, layers: ArtifactRef, previous: ArtifactRef
+    session: Session,
+    model: ModelRef,
+    capture: ArtifactRef,
+    layers: ArtifactRef,
+    previous: ArtifactRef,
+    tables: ArtifactRef | None,
 ) -> StepSpec:
     """Depends on all rounded layers, the model and the calibration data.
 
@@ -47,13 +51,14 @@ def spec(
         capture: the ``capture`` artifact.
         layers: the ``layers`` artifact.
         previous: the last artifact of the rounded layers.
+        tables: the ``embeddings`` artifact; None: tables stay float.
     """
     rounding = session.config.rounding
     tuning = METHODS[rounding.method].tuning
     assert tuning is not None
     settings = part(rounding, tuning.settings).model_dump(mode="json")
     params = Params(part(rounding, TrainingSettings), session.config.seed, rounding.method, settings)
-    inputs = TrainingInputs(model, session.calibration_ref, layers, capture, previous, embeddings.artifact(session))
+    inputs = TrainingInputs(model, session.calibration_ref, layers, capture, previous, tables)
     return STEP.spec(params, inputs)
 
 

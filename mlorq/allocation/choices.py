@@ -110,6 +110,46 @@ class SearchSpace:
         return allocation_table(self.choices, picked, self.rows)
 
 
+@dataclass(frozen=True)
+class TableBudget:
+    """How embedding tables with bit-widths to choose take part in a program.
+
+    Attributes:
+        counted: whether their bytes count: in budgets of the whole checkpoint.
+        bounded: whether anything bounds them; else they have the largest bit-width.
+    """
+
+    counted: bool
+    bounded: bool
+
+
+Tables = Mapping[str, Mapping[str, Mapping[str, float]]]  # {table: {bits: {bytes, cost}}}
+
+
+def table_choices(tables: Tables, budget: TableBudget) -> tuple[list[Choices], list[list[int]]]:
+    """The choices of embedding tables, and the bit-widths that they stand for.
+
+    Args:
+        tables: bytes and costs by table and bit-width (step ``table_costs``).
+        budget: how they take part.
+    """
+    choices, widths = [], []
+    for name, found in tables.items():
+        bits = sorted(map(int, found))
+        bits = bits if budget.bounded else bits[-1:]
+        rows = [found[str(width)] for width in bits]
+        held = np.array([int(row["bytes"]) for row in rows], dtype=np.int64)
+        size = held if budget.counted else np.zeros_like(held)
+        choices.append(Choices(name, np.array([row["cost"] for row in rows]), size, np.zeros(len(rows)), held))
+        widths.append(bits)
+    return choices, widths
+
+
+def smallest_tables(tables: Tables) -> int:
+    """Bytes of all tables with the smallest bit-widths."""
+    return sum(min(int(row["bytes"]) for row in found.values()) for found in tables.values())
+
+
 def smallest_bytes(choices: Sequence[Choices]) -> int:
     """Bytes of the smallest allocation: the sum of the layers' smallest candidates."""
     return int(sum(int(layer.size.min()) for layer in choices))

@@ -23,6 +23,7 @@ from mlorq.runtimes import RUNTIMES
 
 Sensitivity = Literal["measured", "closed_form", "local"]
 Cost = Literal["nmse", "kl", "task"]
+TableBits = Literal[2, 4, 8]
 
 
 class ModelConfig(Choice):
@@ -221,7 +222,11 @@ class EmbeddingsConfig(Settings):
     They count towards budgets in bytes of the whole checkpoint, not towards budgets in bits or per cent.
     """
 
-    bits: Literal[2, 4, 8] = Field(8, description="bit-width of the quantized tables")
+    bits: TableBits | Literal["auto"] = Field(
+        8,
+        description="bit-width of the quantized tables; auto: of each table, chosen together with the layers' "
+        "candidates for budgets in bytes (8 for others)",
+    )
     smallest: int = Field(16384, ge=1, description="tables with fewer entries stay float")
 
 

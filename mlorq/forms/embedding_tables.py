@@ -1,8 +1,8 @@
 """Embedding tables as packed codes: which are quantized, their fit, and their replacement in a model (METHOD 2).
 
-The search does not cover tables: rows are read, not multiplied, so that low rank has no use and all tables share one
-bit-width. Each row gets the scale and zero-point of least squared error (METHOD 1), and a look-up dequantizes only the
-rows that it reads. A row of zeros, such as padding, stays exactly zero.
+Rows are read, not multiplied, so that low rank has no use: a table has one bit-width, that of the configuration or one
+that the integer program chooses. Each row gets the scale and zero-point of least squared error (METHOD 1), and a
+look-up dequantizes only the rows that it reads. A row of zeros, such as padding, stays exactly zero.
 """
 
 from __future__ import annotations
@@ -89,6 +89,12 @@ def quantize_table(name: str, table: nn.Embedding, bits: int, percentiles: Seque
     candidate = uniform_candidate(bits)
     (matrix,) = FORMS[candidate.form].names
     return CompressedLayer.of_rounded(name, candidate, {matrix: Rounded.nearest(weight, quantizer)})
+
+
+def table_size(table: nn.Embedding, bits: int) -> int:
+    """Bytes of a table with codes of a bit-width."""
+    candidate = uniform_candidate(bits)
+    return FORMS[candidate.form].size(candidate, Shape(*table.weight.shape), Storage())
 
 
 def set_tables(module: nn.Module, tables: Mapping[str, CompressedLayer]) -> None:

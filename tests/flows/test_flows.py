@@ -124,7 +124,7 @@ def test_result_has_what_is_promised(finished: Finished) -> None:
     assert sum(row["bytes"] for row in result["allocation"]) == result["bytes"]
     assert set(result["metric"]) == {"name", "float", "compressed"}
     assert {"name", "status", "objective", "bound", "gap", "seconds"} <= set(result["solver"])
-    optional = {"activations", "embeddings", "export", "joint", "reconstruct", "tune", "width_costs"}
+    optional = {"activations", "embeddings", "export", "joint", "reconstruct", "table_costs", "tune", "width_costs"}
     assert set(result["seconds"]) == set(steps.REGISTRY) - optional
     assert 0 < result["nmse"] < 0.2
     assert result["wall_seconds"] > 0
@@ -217,6 +217,7 @@ def test_the_default_preset_does_what_its_dry_run_says(
         "embeddings",
         "export",
         "joint",
+        "table_costs",
         "width_costs",
     }
     assert result["bytes"] <= result["budget_bytes"]

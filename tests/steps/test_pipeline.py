@@ -147,6 +147,7 @@ ALL = set(REGISTRY) - {
     "export",
     "joint",
     "reconstruct",
+    "table_costs",
     "tune",
     "width_costs",
 }  # which other settings bring
@@ -233,7 +234,14 @@ BEST = {
 
 def test_the_best_preset_reconstructs_blocks_and_goes_on_where_it_was_stopped(folder):
     (first,), done = run(folder, **BEST)
-    assert computed(done) == set(REGISTRY) - {"activations", "embeddings", "export", "joint", "width_costs"}
+    assert computed(done) == set(REGISTRY) - {
+        "activations",
+        "embeddings",
+        "export",
+        "joint",
+        "table_costs",
+        "width_costs",
+    }
     assert sum(step == "reconstruct" for step, _ in done) == 2
     assert first["bytes"] <= first["budget_bytes"]
     assert run(folder, **BEST)[1] == [(step, True) for step, _ in done]
