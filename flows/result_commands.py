@@ -93,7 +93,8 @@ def inspect(arguments: argparse.Namespace) -> Finish:
     info = inspect_checkpoint(arguments.checkpoint)
 
     def finish() -> int:
-        from flows.render import console, print_checkpoint
+        from flows.render import console
+        from flows.render_checkpoint import print_checkpoint
 
         if arguments.json:
             print_json(info)

@@ -155,7 +155,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
             "configuration": params.configuration,
         },
     }
-    return checkpoint_files(module, description)
+    return checkpoint_files(module, description, macs={layer.name: layer.macs for layer in layers.layers})
 
 
-STEP = Step("compressed", 4, Params, Inputs, run)
+STEP = Step("compressed", 5, Params, Inputs, run)

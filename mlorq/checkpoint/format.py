@@ -24,20 +24,21 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
 from mlorq.checkpoint.description import VERSION_KEY
-from mlorq.checkpoint.entry import LayerEntry, dtype_name
+from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
 
-EMBEDDING = "embedding"  # kind of entry of embedding tables, which are not layers of the search
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
 HASH_KEYS = ("model", "calibration", "configuration")
 
 
-def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[str, bytes]:
+def checkpoint_files(
+    module: nn.Module, description: Mapping[str, Any], *, macs: Mapping[str, int] | None = None
+) -> dict[str, bytes]:
     """The contents of a compressed model's two files, by name; equal models and descriptions give equal bytes.
 
     Args:
@@ -46,12 +47,13 @@ def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[
             it) is required. Optional are ``dtype`` (default: that of the first floating parameter), ``budget``
             (``asked``, ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
             ``activations`` (``ActivationPlan.to_json`` of the module's quantizers) and ``extra`` (anything).
+        macs: multiply-accumulates of the float layers per sample, by name, if they are known.
 
     Raises:
         CheckpointError: the description is not JSON or has other keys, a part of the state is not a tensor, or two
             layers of one name differ.
     """
-    entries, weights = _compressed_entries(module)
+    entries, weights = _compressed_entries(module, macs or {})
     taken = {name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)}
     state = tensor_state(module)
     rest, aliases = stored_once({name: tensor for name, tensor in state.items() if name not in taken})
@@ -133,7 +135,7 @@ def sizes_of(entries: Sequence[LayerEntry], rest_bytes: int, overhead_bytes: int
     }
 
 
-def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, Tensor]]:
+def _compressed_entries(module: nn.Module, macs: Mapping[str, int]) -> tuple[list[LayerEntry], dict[str, Tensor]]:
     """Entries of a module's compressed layers, in the module's order, and their tensors by name."""
     found: dict[str, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
@@ -163,6 +165,7 @@ def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, 
                 dtype=dtype_name(layer.compute_dtype),
                 bytes=layer.stored_bytes,
                 aliases=tuple(others),
+                macs=macs.get(name),
             )
         )
         weights |= {f"{first}.{part}": tensor for part, tensor in stored.items()}
