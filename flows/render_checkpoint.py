@@ -58,6 +58,7 @@ def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
         *([("activations", _sites(info["activations"]))] if info.get("activations") else []),
         ("headers", size(sizes["overhead_bytes"])),
         ("on disk", size(info["file_bytes"])),
+        *_preparation(info.get("preparation") or {}),
         *_compute(totals),
     ]
     pairs += [(f"hash of {name}", str(value)) for name, value in info["hashes"].items() if value]
@@ -66,6 +67,12 @@ def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
 
 def _bits(totals: Mapping[str, Any]) -> str:
     return f"{totals['effective_bits']:.2f} bits per weight of {totals['weights']:,}"
+
+
+def _preparation(files: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names of the tokenizer's files, with their bytes, which are not part of the other sizes."""
+    total = sum(file["bytes"] for file in files.values())
+    return [("preparation", f"{size(total)}: {', '.join(sorted(files))}")] if files else []
 
 
 def _compute(totals: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ contain no date, no machine name and no pickle. The size of the folder in bytes 
     sizes.bytes (compressed layers) + sizes.rest_bytes (all other tensors) + sizes.overhead_bytes
 
 plus ``sizes.embedding_bytes`` if embedding tables are quantized. The overhead is the header of ``model.safetensors``
-and all of ``mlorq.json``. ``size_bound`` bounds all but ``sizes.bytes`` before any layer is compressed.
+and all of ``mlorq.json``. Files of a tokenizer or image processor lie in a folder of their own and are not counted
+(``preparation``). ``size_bound`` bounds all but ``sizes.bytes`` before any layer is compressed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
 
-DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
+DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra", "preparation"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
 HASH_KEYS = ("model", "calibration", "configuration")
 
@@ -46,7 +47,8 @@ def checkpoint_files(
         description: JSON values. ``architecture`` (``{"family": …}`` and the values from which that family rebuilds
             it) is required. Optional are ``dtype`` (default: that of the first floating parameter), ``budget``
             (``asked``, ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
-            ``activations`` (``ActivationPlan.to_json`` of the module's quantizers) and ``extra`` (anything).
+            ``activations`` (``ActivationPlan.to_json`` of the module's quantizers), ``extra`` (anything) and
+            ``preparation`` (``mlorq.checkpoint.preparation.described`` of files that are stored beside the two).
         macs: multiply-accumulates of the float layers per sample, by name, if they are known.
 
     Raises:
@@ -105,7 +107,7 @@ def description_bytes(
             "aliases": dict(aliases),
             "buffers": buffers,
             "extra": given.get("extra") or {},
-            **({"activations": given["activations"]} if given.get("activations") else {}),
+            **{key: given[key] for key in ("activations", "preparation") if given.get(key)},
         }
     )
 

@@ -19,6 +19,7 @@ from mlorq.checkpoint.filling import fill, prepare, sources
 from mlorq.checkpoint.float_sizes import TensorSize, is_activation_quantizer, rest_by_kind
 from mlorq.checkpoint.format import sizes_of, tensor_state
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
+from mlorq.checkpoint.preparation import ALLOWED, FOLDER
 from mlorq.checkpoint.tensor_file import Header, read_header, read_tensor
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
@@ -28,7 +29,7 @@ def save(files: Mapping[str, bytes], location: Location) -> None:
     """Write a checkpoint's files into a folder, which is created if missing; other files in it are kept.
 
     An older description (``mlorq.json``, or ``config.json`` of format 1) is removed first and the new one is written
-    last, so that the folder never mixes files of two checkpoints.
+    last, so that the folder never mixes files of two checkpoints. An older checkpoint's tokenizer is removed.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -42,8 +43,14 @@ def save(files: Mapping[str, bytes], location: Location) -> None:
             old = places.read(location, OLD_DESCRIPTION)
             if DESCRIPTION in files and old is not None and is_old_description(old):
                 fs.rm_file(posixpath.join(root, OLD_DESCRIPTION))
+            for name in ALLOWED:
+                stale = posixpath.join(root, FOLDER, name)
+                if f"{FOLDER}/{name}" not in files and fs.exists(stale):
+                    fs.rm_file(stale)
             for name in sorted(files, key=lambda name: name == DESCRIPTION):
-                put_file(fs, posixpath.join(root, name), files[name])
+                path = posixpath.join(root, name)
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                put_file(fs, path, files[name])
         except OSError as error:
             raise CheckpointError(f"it cannot be written: {error}") from error
 
