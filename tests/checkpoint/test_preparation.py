@@ -35,7 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     (folder / "texts.csv").write_text("".join(f"{text},{i % 2}\n" for i, text in enumerate(zoo.SENTENCES)))
     data = {"source": "table", "path": "texts.csv", "text": [0], "label": 1, "batch_size": 4}
     model = {"family": "transformers", "name": "model/", "task": "text-classification"}
-    return folder / "model", zoo.run(folder, {"model": model, "data": {"calibration": data, "evaluation": data}})
+    values = {"model": model, "data": {"calibration": data, "evaluation": data}, "export": [{"to": "transformers"}]}
+    return folder / "model", zoo.run(folder, values)
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def test_a_run_stores_the_tokenizer(run: tuple[Path, dict[str, Any]], capsys: py
     names = {path.name for path in (checkpoint / "preparation").iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json"}
     assert all((checkpoint / "preparation" / name).read_bytes() == (source / name).read_bytes() for name in names)
+    (exported,) = result["exports"]
+    assert names <= {file["name"] for file in exported["files"]}
     info = inspect(checkpoint)
     assert result["file_bytes"] == info["file_bytes"] == sum((checkpoint / name).stat().st_size for name in FILES)
     print_checkpoint(info, console())
