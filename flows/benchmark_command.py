@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ def benchmark(arguments: argparse.Namespace) -> Finish:
     for name, value in {"--batch": min(batches), "--turns": arguments.turns, "--threads": arguments.threads}.items():
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
-    if arguments.picture is not None:
-        check_output(arguments.picture.rpartition("/")[0] or ".")
+    for file in (arguments.picture, arguments.output):
+        if file is not None:
+            check_output(file.rpartition("/")[0] or ".")
     with _progress() as advance:
         result = measure(
             arguments.checkpoint,
@@ -41,6 +42,11 @@ def benchmark(arguments: argparse.Namespace) -> Finish:
         from flows.result_commands import write_file
 
         write_file(arguments.picture, picture(result))
+    if arguments.output is not None:
+        from flows.result_commands import write_file
+        from mlorq.artifacts.store import json_bytes
+
+        write_file(arguments.output, json_bytes(result))
 
     def finish() -> int:
         from flows.render import console
@@ -88,27 +94,9 @@ def _installed(runtimes: Any) -> list[str]:
 def print_benchmark(result: Mapping[str, Any], out: Console) -> None:
     """Print the table of ``mlorq benchmark``."""
     from flows.render import grid
+    from mlorq.runtimes.benchmark import legend, table
 
-    batches: Sequence[str] = list(result["rows"][0]["latency"])
-    cells = []
-    for row in result["rows"]:
-        times = [f"{1e3 * row['latency'][batch]:.1f}, {_ratio(row['ratio'][batch])}" for batch in batches]
-        change = "" if row["difference"] is None else f"{row['difference']:.0e}"
-        added = "" if row["nmse_added"] is None else f"{row['nmse_added']:.0e}"
-        memory = f"{row['resident'] / 1e6:.0f} / {row['peak'] / 1e6:.0f}"
-        name = f"{row['runtime']} {row['name']}"
-        cells.append((name, f"{row['bytes'] / 1e6:.1f}", memory, f"{row['load']:.2f}", *times, change, added))
-    columns = ("model", "MB", "memory, peak", "load, s", *(f"{batch}: ms" for batch in batches), "differs", "NMSE +")
-    out.print(grid(columns, cells, right=columns[1:]))
-    out.print(
-        f"\nmedians of {result['turns']} cold processes each, {result['threads']} thread(s); memory is above imports; "
-        "milliseconds are by batch size, with the ratio to the float model of the same runtime",
-        markup=False,
-    )
-
-
-def _ratio(ratio: Mapping[str, float]) -> str:
-    """``0.42x``, or with a spread of more than a tenth ``0.42x (.35-.60)``."""
-    if ratio["largest"] - ratio["least"] <= 0.1 * ratio["median"]:
-        return f"{ratio['median']:.2f}x"
-    return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['largest']:.2f})"
+    rows = table(result)
+    columns = list(rows[0])
+    out.print(grid(columns, [list(row.values()) for row in rows], right=columns[1:]))
+    out.print(f"\n{legend(result)}", markup=False)

@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "--seconds", type=float, default=1.0, help="time for the calls of one batch (default: %(default)s)"
     )
+    benchmark.add_argument("--output", metavar="FILE.json", help="write the result, for mlorq report --benchmark")
     benchmark.add_argument("--picture", metavar="FILE.png", help="write a picture of memory and time")
     benchmark.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -184,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("config", nargs="?", metavar="CONFIG", help="configuration that names the store")
     report.add_argument("--store", metavar="URL", help="URL of the store")
     report.add_argument("--output", metavar="FILE.html", help="write the report as one self-contained page")
+    report.add_argument(
+        "--benchmark", metavar="FILE.json", help="show this result of mlorq benchmark on the page (see its --output)"
+    )
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
     _store_commands(commands.add_parser("store", help="list, verify and clean up a store"))

@@ -260,16 +260,15 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
     """Copy one checkpoint to ``location``; several to subfolders named after the budgets."""
     from mlorq.artifacts.store import ArtifactRef
     from mlorq.checkpoint.io import save
-    from mlorq.checkpoint.places import FILES
+    from steps.artifacts import ArtifactReader
     from steps.session import open_store
 
-    store = open_store(config)
+    artifacts = ArtifactReader(open_store(config))
 
     for result in results:
         target = location if len(results) == 1 else f"{location.rstrip('/')}/{result['budget'].replace(' ', '')}"
         ref = ArtifactRef.from_json(result["artifacts"]["checkpoint"])
-        files = {name: store.read_bytes(ref, name) for name in FILES}
-        save(files, target)
+        save(artifacts.files(ref), target)
         result["output"] = target
 
 

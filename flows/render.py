@@ -35,7 +35,7 @@ def size(count: int | None) -> str:
     return f"{count:,} B"
 
 
-def _kinds(rest: Mapping[str, int] | None) -> str:
+def kinds(rest: Mapping[str, int] | None) -> str:
     """Sizes of the float rest by kind, largest first: ``: embeddings 46.9 MB, norms 0.1 MB``."""
     shown = sorted(((count, kind) for kind, count in (rest or {}).items() if count), reverse=True)
     parts = []
@@ -98,7 +98,7 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if result.get("checkpoint"):
         if result.get("embedding_bytes"):
             pairs.append(("embedding tables", size(result["embedding_bytes"])))
-        pairs.append(("rest of the model", size(result["rest_bytes"]) + _kinds(result.get("rest"))))
+        pairs.append(("rest of the model", size(result["rest_bytes"]) + kinds(result.get("rest"))))
         pairs.append(("checkpoint on disk", size(result["file_bytes"])))
     if result.get("memory"):
         pairs.append((f"memory in {result['memory']['target']}", _memory(result["memory"])))
@@ -276,7 +276,7 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     ]  # fmt: skip
     if "target" in plan:
         pairs.append((f"smallest in {plan['target']}", size(plan["smallest_memory_bytes"])))
-    pairs.append(("stays float", _kinds(plan["rest"]).removeprefix(": ")))
+    pairs.append(("stays float", kinds(plan["rest"]).removeprefix(": ")))
     for row in plan["budgets"]:
         verdict = "" if row["feasible"] else ": impossible"
         pairs.append((f"budget {row['budget']}", f"{size(row['budget_bytes'])} for the compressible layers{verdict}"))
@@ -295,50 +295,6 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
         f"on {plan['device']} ({expected['note']})",
         markup=False,
     )
-
-
-def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
-    """Print the contents of a checkpoint (``mlorq inspect``)."""
-    cells = [
-        (
-            row["layer"],
-            row["kind"],
-            " x ".join(str(length) for length in row["shape"]),
-            row["form"],
-            bits_of(row),
-            f"{row['bytes']:,}",
-        )
-        for row in info["layers"]
-    ]
-    out.print(grid(("layer", "kind", "shape", "form", "bits", "bytes"), cells, right=("bytes",)))
-    out.print()
-    sizes, budget = info["sizes"], info["budget"]
-    pairs = [
-        ("architecture", ", ".join(f"{key} {value}" for key, value in _short(info["architecture"]).items())),
-        ("budget", f"{budget['asked']} = {size(budget['budget_bytes'])} ({budget['accounting']})"),
-        ("compressed layers", size(sizes["bytes"])),
-        ("float32 size of these", size(sizes["float_bytes"])),
-        *([("embedding tables", size(sizes["embedding_bytes"]))] if "embedding_bytes" in sizes else []),
-        ("rest of the model", size(sizes["rest_bytes"]) + _kinds(info["rest"])),
-        *([("activations", _sites(info["activations"]))] if info.get("activations") else []),
-        ("headers", size(sizes["overhead_bytes"])),
-        ("on disk", size(info["file_bytes"])),
-    ]
-    pairs += [(f"hash of {name}", str(value)) for name, value in info["hashes"].items() if value]
-    out.print(facts(pairs))
-
-
-def _sites(activations: Mapping[str, Any]) -> str:
-    kinds = Counter(f"{site['quantizer']['bits']} bit {site['quantizer']['kind']}" for site in activations["sites"])
-    return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
-
-
-def _short(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in architecture.items()
-        if isinstance(value, (str, int, float)) and len(str(value)) <= 60
-    }
 
 
 def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:

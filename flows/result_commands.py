@@ -93,7 +93,8 @@ def inspect(arguments: argparse.Namespace) -> Finish:
     info = inspect_checkpoint(arguments.checkpoint)
 
     def finish() -> int:
-        from flows.render import console, print_checkpoint
+        from flows.render import console
+        from flows.render_checkpoint import print_checkpoint
 
         if arguments.json:
             print_json(info)
@@ -161,10 +162,14 @@ def runs(arguments: argparse.Namespace) -> Finish:
 
 def report(arguments: argparse.Namespace) -> Finish:
     """Print where a run's page and picture are, or write one page that compares it with the runs of the same model."""
-    from mlorq.evaluation.report import render_report, size_accuracy_picture
+    from mlorq.evaluation.report import Measured, render_report, size_accuracy_picture
+    from mlorq.runtimes.benchmark import legend, picture, read_result, table
 
     if arguments.output is not None:
         check_output(os.path.dirname(arguments.output) or ".")
+    elif arguments.benchmark is not None:
+        raise ConfigError("--benchmark: add --output FILE.html, the page that shows it")
+    measured = None if arguments.benchmark is None else read_result(arguments.benchmark)
     store = named_store(arguments)
     known = {run["run"]: (ref, run) for ref, run in _results(store)}
     if arguments.run not in known:
@@ -172,6 +177,8 @@ def report(arguments: argparse.Namespace) -> Finish:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise StoreError(f"no run {arguments.run!r} in the store {hide_password(store.url)} (see mlorq runs){hint}")
     ref, result = known[arguments.run]
+    if measured is not None and measured.get("description") != _description_digest(store, result):
+        raise ConfigError(f"benchmark {arguments.benchmark} is of another checkpoint than that of run {arguments.run}")
     # Runs with the same baseline have the same float model and evaluation data, and are comparable.
     same = [run for _, run in known.values() if run["artifacts"]["baseline"] == result["artifacts"]["baseline"]]
     found = {
@@ -180,11 +187,13 @@ def report(arguments: argparse.Namespace) -> Finish:
         "picture": store.uri(ref, "report.png"),
         "compared_with": sorted(run["run"] for run in same if run is not result),
         "output": arguments.output,
+        "benchmark": arguments.benchmark,
     }
     if arguments.output is not None:
         title = f"{result['model']}: {result['run']} (orange) among {len(same)} runs"
         curve = size_accuracy_picture(same, title, highlight=result["run"]) if len(same) > 1 else None
-        write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve))
+        shown = None if measured is None else Measured(picture(measured), table(measured), legend(measured))
+        write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve, shown))
 
     def finish() -> int:
         if arguments.json:
@@ -194,6 +203,15 @@ def report(arguments: argparse.Namespace) -> Finish:
         return 0
 
     return finish
+
+
+def _description_digest(store: Store, result: dict[str, Any]) -> str:
+    """The digest of ``mlorq.json`` in a run's checkpoint."""
+    from mlorq.artifacts.store import ArtifactRef
+    from mlorq.checkpoint.places import DESCRIPTION
+    from mlorq.checkpoint.tensor_file import digest
+
+    return digest(store.read_bytes(ArtifactRef.from_json(result["artifacts"]["checkpoint"]), DESCRIPTION))
 
 
 def _results(store: Store) -> Iterator[tuple[ArtifactRef, dict[str, Any]]]:

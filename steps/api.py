@@ -114,7 +114,6 @@ def compress(
     """
     from mlorq.artifacts.hashing import digest_json
     from mlorq.checkpoint.io import load
-    from mlorq.checkpoint.places import FILES
     from mlorq.data import from_batches
     from mlorq.data.base import Dataset
     from mlorq.data.custom import IN_MEMORY as IN_MEMORY_DATA
@@ -175,7 +174,7 @@ def compress(
         (result,) = run_pipeline(session, executor, config.budgets)
         summary = result_json(session, result)
         assert result.checkpoint is not None
-        files = {name: opened.read_bytes(result.checkpoint, name) for name in FILES}
+        files = session.artifacts.files(result.checkpoint)
         with session.artifacts.checkpoint(result.checkpoint) as location:
             compressed = load(location, model=float_model.module, device=session.device)
         allocation = opened.read_table(result.allocation, "allocation.parquet")

@@ -102,6 +102,10 @@ class ArtifactReader:
         manifest = self._store.manifest(ref) or {"files": {}}
         return {name: int(file["bytes"]) for name, file in manifest["files"].items()}
 
+    def files(self, ref: ArtifactRef) -> dict[str, bytes]:
+        """The contents of an artifact's files by name."""
+        return {name: self._store.read_bytes(ref, name) for name in self.sizes(ref)}
+
     # -- records ----------------------------------------------------------------------------------------------
 
     def layers(self, ref: ArtifactRef) -> LayerList:
@@ -237,11 +241,11 @@ class ArtifactReader:
     @contextlib.contextmanager
     def copied(self, ref: ArtifactRef) -> Iterator[str]:
         """Temporary folder with the files of a ``compressed`` artifact, beside which no other artifacts are found."""
-        from mlorq.checkpoint.places import FILES
-
         with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
-            for name in FILES:
-                Path(folder, name).write_bytes(self._store.read_bytes(ref, name))
+            for name, data in self.files(ref).items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
             yield folder
 
 

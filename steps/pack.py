@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from mlorq.activations.plan import ActivationPlan
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef
+from mlorq.checkpoint import preparation
 from mlorq.checkpoint.float_sizes import rest_by_kind
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.size_bound import float_rest, rest_upper_bound, table_bytes
 from mlorq.codecs.base import FLOAT_BYTES, Accounting
 from mlorq.config.layer_overrides import search_json
+from mlorq.errors import ConfigError
 from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
@@ -35,10 +37,14 @@ LARGEST_TABLE_BITS = 8
 
 @dataclass(frozen=True)
 class Params:
-    """Metadata of the checkpoint: how bytes are counted, and the digest of the configuration."""
+    """Metadata of the checkpoint: how bytes are counted, and the digest of the configuration.
+
+    ``preparation`` has the bytes and digests of the tokenizer's files, which the key of the model does not depend on.
+    """
 
     accounting: Accounting
     configuration: str
+    preparation: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,19 @@ def spec(
     if config.embeddings is not None:
         configuration["embeddings"] = config.embeddings.model_dump(mode="json")
     inputs = Inputs(model, session.calibration_ref, layers, allocation, tuple(rounded), tables)
-    return STEP.spec(Params(config.search.accounting, digest_json(configuration)), inputs, needs=Needs(device=False))
+    params = Params(
+        config.search.accounting, digest_json(configuration), preparation.described(session.model.preparation())
+    )
+    return STEP.spec(params, inputs, needs=Needs(device=False))
 
 
 def describe(model: FloatModel, plan: ActivationPlan | None) -> dict[str, Any]:
     """The part of a checkpoint's metadata that does not depend on the budget."""
-    found = {"architecture": model.architecture, "dtype": str(model.dtype).removeprefix("torch.")}
+    found = {
+        "architecture": model.architecture,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        preparation.KEY: preparation.described(model.preparation()),
+    }
     return found if plan is None else found | {"activations": plan.without_folds().to_json()}
 
 
@@ -152,6 +165,12 @@ def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     artifacts, model, plan = context.artifacts, context.model(inputs.model), context.plan(inputs.model)
+    prepared = model.preparation()
+    if preparation.described(prepared) != params.preparation:
+        raise ConfigError(
+            "the process that packs the checkpoint finds other files of the model's tokenizer or image processor: "
+            "use the same files in all processes that run steps"
+        )
     layers = artifacts.layers(inputs.layers)
     by_artifact: dict[str, tuple[ArtifactRef, set[str]]] = {}
     for layer, ref in zip(layers.layers, inputs.rounded, strict=True):
@@ -173,6 +192,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     allocation = artifacts.json(inputs.allocation, "allocation.json")
     description = {
         **describe(model, plan),
+        preparation.KEY: params.preparation,
         "budget": {
             "asked": allocation["budget"],
             "budget_bytes": allocation["budget_bytes"],
@@ -184,7 +204,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
             "configuration": params.configuration,
         },
     }
-    return checkpoint_files(module, description)
+    files = checkpoint_files(module, description, macs={layer.name: layer.macs for layer in layers.layers})
+    return files | preparation.placed(prepared)
 
 
-STEP = Step("compressed", 4, Params, Inputs, run)
+STEP = Step("compressed", 5, Params, Inputs, run)

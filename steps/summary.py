@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
-from mlorq.checkpoint.places import DESCRIPTION
+from mlorq.checkpoint.places import DESCRIPTION, FILES
 from mlorq.evaluation.report import front_picture, render_report
 from steps import export
 from steps.artifacts import ArtifactReader
@@ -87,7 +87,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "bytes": sizes["bytes"],
         "rest_bytes": sizes["rest_bytes"],
         "overhead_bytes": sizes["overhead_bytes"],
-        "file_bytes": sum(artifacts.sizes(inputs.checkpoint).values()),
+        "file_bytes": sum(artifacts.sizes(inputs.checkpoint)[name] for name in FILES),  # without the tokenizer's
         "float_bytes": sizes["float_bytes"],
         **_embeddings(artifacts, inputs.embeddings, sizes),
         **_exports(artifacts, inputs.exports),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlorq.activations.plan import ActivationPlan
-from mlorq.checkpoint import places
+from mlorq.checkpoint import places, preparation
 from mlorq.checkpoint.entry import LayerEntry, dtype_name, dtype_of
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, Header, digest
@@ -19,7 +19,7 @@ from mlorq.errors import CheckpointError, ConfigError, one_line
 
 VERSION_KEY = "format_version"
 OBJECTS = ("architecture", "sizes", "aliases", "buffers")
-OPTIONAL_OBJECTS = ("budget", "hashes", "extra")
+OPTIONAL_OBJECTS = ("budget", "hashes", "extra", "preparation")
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def _checked(config: Mapping[str, Any], file: str, text: bytes) -> Description:
             raise ValueError(f"the alias of {name!r} must be a name")
     for dtype in config["buffers"].values():
         dtype_of(dtype)
+    preparation.check(config.get(preparation.KEY, {}))
     plan = None
     if config.get("activations"):
         plan = ActivationPlan.from_json(config["activations"])

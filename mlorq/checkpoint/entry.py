@@ -14,6 +14,7 @@ from mlorq.codecs.affine import ZERO_POINT_DTYPES
 from mlorq.codecs.base import TensorSpec, ZeroPoint
 from mlorq.forms.base import FIELDS, FORMS, Candidate, MatrixSpec, Shape
 
+EMBEDDING = "embedding"  # kind of embedding tables, which are not layers of the search
 INTEGERS = ("bits", "bits_a", "bits_b", "rank", "bytes")
 
 
@@ -30,6 +31,8 @@ class LayerEntry:
         dtype: dtype in which the layer computes.
         bytes: size of its tensors in ``model.safetensors``.
         aliases: other names of the layer, and names of layers with the same weight.
+        macs: multiply-accumulates of the float layer per sample, over all its names; None if they are not known, and
+            for embedding tables, which are read.
     """
 
     layer: str
@@ -40,6 +43,7 @@ class LayerEntry:
     dtype: str
     bytes: int
     aliases: tuple[str, ...]
+    macs: int | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -47,9 +51,14 @@ class LayerEntry:
         return self.shape[0], math.prod(self.shape[1:])  # of integers of any size: no product overflows
 
     @property
+    def weights(self) -> int:
+        """Number of entries of the float weight."""
+        return math.prod(self.shape)
+
+    @property
     def float_bytes(self) -> int:
         """Bytes of the float weight in the dtype in which the layer computes."""
-        return math.prod(self.shape) * dtype_of(self.dtype).itemsize
+        return self.weights * dtype_of(self.dtype).itemsize
 
     def tensor_names(self, path: str) -> list[str]:
         """State-dict names of this layer's stored tensors, for one of the layer's names."""
@@ -59,7 +68,7 @@ class LayerEntry:
         """Shapes and dtypes of this layer's stored tensors, by state-dict name."""
         return {
             f"{self.layer}.{name}_{part}": spec
-            for name, (rows, columns, codec) in self._matrices().items()
+            for name, (rows, columns, codec) in self.matrices().items()
             for part, spec in codec.layout(rows, columns).items()
         }
 
@@ -74,16 +83,17 @@ class LayerEntry:
             tensors: the stored tensors by state-dict name.
         """
         form, values = FORMS[self.candidate.form], {}
-        for name, (_, columns, codec) in self._matrices().items():
+        for name, (_, columns, codec) in self.matrices().items():
             prefix = f"{self.layer}.{name}_"
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             values[name] = codec.unpack(own, columns).dequantize().to(dtype_of(self.dtype))
         return form.combine(values).reshape(self.shape)
 
     def to_json(self) -> dict[str, Any]:
+        """The row of ``layers`` in ``mlorq.json``; it has ``macs`` if they are known."""
         values = {**asdict(self), **asdict(self.candidate)}
         order = ("layer", "kind", "shape", *FIELDS, "zero_point", "dtype", "bytes", "aliases")
-        return {key: values[key] for key in order}
+        return {key: values[key] for key in order} | ({} if self.macs is None else {"macs": self.macs})
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> LayerEntry:
@@ -94,6 +104,9 @@ class LayerEntry:
         for key in ("layer", "kind", "form", "zero_point", "dtype"):
             if not isinstance(row[key], str):
                 raise ValueError(f"{key} of layer {row['layer']!r:.60} must be a text, not {row[key]!r:.60}")
+        macs = row.get("macs")
+        if macs is not None and (type(macs) is not int or macs < 0):
+            raise ValueError(f"macs of layer {row['layer']!r:.60} must be a non-negative integer, not {macs!r:.60}")
         if not all(type(length) is int for length in row["shape"]) or len(row["shape"]) < 2:
             raise ValueError(f"shape of layer {row['layer']!r} must be a list of integers, not {row['shape']!r:.60}")
         if not all(isinstance(path, str) for path in row["aliases"]):
@@ -102,8 +115,8 @@ class LayerEntry:
         if candidate.form not in FORMS:
             raise ValueError(f"unknown form {candidate.form!r}; {FORMS.hint(candidate.form)}")
         own = {key: row[key] for key in ("layer", "kind", "zero_point", "dtype", "bytes")}
-        entry = cls(candidate=candidate, shape=tuple(row["shape"]), aliases=tuple(row["aliases"]), **own)
-        for rows, columns, codec in entry._matrices().values():
+        entry = cls(candidate=candidate, shape=tuple(row["shape"]), aliases=tuple(row["aliases"]), macs=macs, **own)
+        for rows, columns, codec in entry.matrices().values():
             if min(rows, columns, codec.bits) < 1:
                 raise ValueError(f"layer {entry.layer!r} has an empty matrix")
         if min(entry.shape) < 1:
@@ -112,7 +125,8 @@ class LayerEntry:
             raise ValueError(f"layer {entry.layer!r}: invalid zero_point {entry.zero_point!r} or dtype {entry.dtype!r}")
         return entry
 
-    def _matrices(self) -> dict[str, MatrixSpec]:
+    def matrices(self) -> dict[str, MatrixSpec]:
+        """Sizes and codecs of the stored matrices, by name."""
         return FORMS[self.candidate.form].matrices(self.candidate, Shape(*self.matrix_shape), self.zero_point)
 
 

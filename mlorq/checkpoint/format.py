@@ -9,7 +9,8 @@ contain no date, no machine name and no pickle. The size of the folder in bytes 
     sizes.bytes (compressed layers) + sizes.rest_bytes (all other tensors) + sizes.overhead_bytes
 
 plus ``sizes.embedding_bytes`` if embedding tables are quantized. The overhead is the header of ``model.safetensors``
-and all of ``mlorq.json``. ``size_bound`` bounds all but ``sizes.bytes`` before any layer is compressed.
+and all of ``mlorq.json``. Files of a tokenizer or image processor lie in a folder of their own and are not counted
+(``preparation``). ``size_bound`` bounds all but ``sizes.bytes`` before any layer is compressed.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
 from mlorq.checkpoint.description import VERSION_KEY
-from mlorq.checkpoint.entry import LayerEntry, dtype_name
+from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
 
-EMBEDDING = "embedding"  # kind of entry of embedding tables, which are not layers of the search
-DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
+DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra", "preparation"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
 HASH_KEYS = ("model", "calibration", "configuration")
 
 
-def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[str, bytes]:
+def checkpoint_files(
+    module: nn.Module, description: Mapping[str, Any], *, macs: Mapping[str, int] | None = None
+) -> dict[str, bytes]:
     """The contents of a compressed model's two files, by name; equal models and descriptions give equal bytes.
 
     Args:
@@ -45,13 +47,15 @@ def checkpoint_files(module: nn.Module, description: Mapping[str, Any]) -> dict[
         description: JSON values. ``architecture`` (``{"family": …}`` and the values from which that family rebuilds
             it) is required. Optional are ``dtype`` (default: that of the first floating parameter), ``budget``
             (``asked``, ``budget_bytes``, ``accounting``), ``hashes`` (``model``, ``calibration``, ``configuration``),
-            ``activations`` (``ActivationPlan.to_json`` of the module's quantizers) and ``extra`` (anything).
+            ``activations`` (``ActivationPlan.to_json`` of the module's quantizers), ``extra`` (anything) and
+            ``preparation`` (``mlorq.checkpoint.preparation.described`` of files that are stored beside the two).
+        macs: multiply-accumulates of the float layers per sample, by name, if they are known.
 
     Raises:
         CheckpointError: the description is not JSON or has other keys, a part of the state is not a tensor, or two
             layers of one name differ.
     """
-    entries, weights = _compressed_entries(module)
+    entries, weights = _compressed_entries(module, macs or {})
     taken = {name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)}
     state = tensor_state(module)
     rest, aliases = stored_once({name: tensor for name, tensor in state.items() if name not in taken})
@@ -103,7 +107,7 @@ def description_bytes(
             "aliases": dict(aliases),
             "buffers": buffers,
             "extra": given.get("extra") or {},
-            **({"activations": given["activations"]} if given.get("activations") else {}),
+            **{key: given[key] for key in ("activations", "preparation") if given.get(key)},
         }
     )
 
@@ -133,7 +137,7 @@ def sizes_of(entries: Sequence[LayerEntry], rest_bytes: int, overhead_bytes: int
     }
 
 
-def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, Tensor]]:
+def _compressed_entries(module: nn.Module, macs: Mapping[str, int]) -> tuple[list[LayerEntry], dict[str, Tensor]]:
     """Entries of a module's compressed layers, in the module's order, and their tensors by name."""
     found: dict[str, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
@@ -163,6 +167,7 @@ def _compressed_entries(module: nn.Module) -> tuple[list[LayerEntry], dict[str, 
                 dtype=dtype_name(layer.compute_dtype),
                 bytes=layer.stored_bytes,
                 aliases=tuple(others),
+                macs=macs.get(name),
             )
         )
         weights |= {f"{first}.{part}": tensor for part, tensor in stored.items()}

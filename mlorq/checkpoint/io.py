@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from mlorq.artifacts.store import put_file
 from mlorq.checkpoint import places
 from mlorq.checkpoint.description import Description, is_old_description, read_description
+from mlorq.checkpoint.figures import count_unit, layer_figures, total_figures
 from mlorq.checkpoint.filling import fill, prepare, sources
 from mlorq.checkpoint.float_sizes import TensorSize, is_activation_quantizer, rest_by_kind
 from mlorq.checkpoint.format import sizes_of, tensor_state
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
+from mlorq.checkpoint.preparation import ALLOWED, FOLDER
 from mlorq.checkpoint.tensor_file import Header, read_header, read_tensor
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
@@ -26,7 +29,7 @@ def save(files: Mapping[str, bytes], location: Location) -> None:
     """Write a checkpoint's files into a folder, which is created if missing; other files in it are kept.
 
     An older description (``mlorq.json``, or ``config.json`` of format 1) is removed first and the new one is written
-    last, so that the folder never mixes files of two checkpoints.
+    last, so that the folder never mixes files of two checkpoints. An older checkpoint's tokenizer is removed.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -40,8 +43,14 @@ def save(files: Mapping[str, bytes], location: Location) -> None:
             old = places.read(location, OLD_DESCRIPTION)
             if DESCRIPTION in files and old is not None and is_old_description(old):
                 fs.rm_file(posixpath.join(root, OLD_DESCRIPTION))
+            for name in ALLOWED:
+                stale = posixpath.join(root, FOLDER, name)
+                if f"{FOLDER}/{name}" not in files and fs.exists(stale):
+                    fs.rm_file(stale)
             for name in sorted(files, key=lambda name: name == DESCRIPTION):
-                put_file(fs, posixpath.join(root, name), files[name])
+                path = posixpath.join(root, name)
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                put_file(fs, path, files[name])
         except OSError as error:
             raise CheckpointError(f"it cannot be written: {error}") from error
 
@@ -103,10 +112,13 @@ def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
 
 
 def inspect(location: Location) -> dict[str, Any]:
-    """The contents of ``mlorq.json``, with ``files`` (bytes of each), ``file_bytes`` (their sum) and ``rest`` added.
+    """The contents of ``mlorq.json``, with figures of its layers and of the whole checkpoint.
 
-    ``rest`` has the bytes of the tensors that stay float, by kind (``mlorq.checkpoint.float_sizes``). Only
-    ``mlorq.json`` and the header of ``model.safetensors`` are read, and all sizes are compared with the files.
+    Every row of ``layers`` has its bits per weight, multiply-accumulates and bit operations in addition, and
+    ``totals`` those of the whole model (``mlorq.checkpoint.figures`` defines them). ``files`` has the bytes of each
+    file, ``file_bytes`` their sum, and ``rest`` the bytes of the tensors that stay float, by kind
+    (``mlorq.checkpoint.float_sizes``). Only ``mlorq.json`` and the header of ``model.safetensors`` are read, and all
+    sizes are compared with the files.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or a size in ``mlorq.json`` is wrong.
@@ -125,8 +137,25 @@ def inspect(location: Location) -> dict[str, Any]:
         actual_sizes = sizes_of(description.entries, rest_bytes, sum(files.values()) - header.data_bytes)
         for key, value in actual_sizes.items():
             _check_size(f"sizes.{key} is", value, description.config["sizes"].get(key))
-        rest = {name: TensorSize(one.shape, one.bytes) for name, one in header.tensors.items() if name not in taken}
-        return {**description.config, "files": files, "file_bytes": sum(files.values()), "rest": rest_by_kind(rest)}
+        rest = {name: one for name, one in header.tensors.items() if name not in taken}
+        weights = sum(
+            math.prod(one.shape)
+            for name, one in rest.items()
+            if one.dtype.is_floating_point and not is_activation_quantizer(name)
+        )
+        per, plan = count_unit(description.entries), description.plan
+        layers = [
+            {**row, **layer_figures(entry, plan, per)}
+            for row, entry in zip(description.config["layers"], description.entries, strict=True)
+        ]
+        return {
+            **description.config,
+            "layers": layers,
+            "files": files,
+            "file_bytes": sum(files.values()),
+            "rest": rest_by_kind({name: TensorSize(one.shape, one.bytes) for name, one in rest.items()}),
+            "totals": total_figures(layers, {"weights": weights, "bytes": rest_bytes}, plan, per),
+        }
 
 
 class _Builder(Protocol):

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.checkpoint.entry import LayerEntry, dtype_name
+from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.float_sizes import TensorSize
-from mlorq.checkpoint.format import EMBEDDING, HASH_KEYS, description_bytes, sizes_of, stored_once, tensor_state
+from mlorq.checkpoint.format import HASH_KEYS, description_bytes, sizes_of, stored_once, tensor_state
 from mlorq.checkpoint.tensor_file import ALIGNED, DTYPES, compact, digest, header_text, metadata
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import compressed_class, get_layer, shared_names
 
-MOST = 10**15  # has at least as many digits as any number of bytes
+MOST = 10**15  # has at least as many digits as any number of bytes or multiply-accumulates
 LONGEST_DTYPE = max(DTYPES, key=len)
 
 
@@ -85,7 +85,7 @@ def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> Laye
     kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
     shape = Shape(weight.shape[0], weight[0].numel())
     entries = [
-        LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, MOST, tuple(further))
+        LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, MOST, tuple(further), MOST)
         for form in FORMS
         if form.serves(shape)
     ]

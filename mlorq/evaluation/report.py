@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,14 @@ from mlorq.costs.pareto import pareto_front
 from mlorq.forms.base import FORMS
 
 PLAIN, MARKED = "#2f6fb0", "#d1662f"  # colours of ordinary and highlighted runs
+
+
+class Measured(NamedTuple):
+    """A benchmark of a checkpoint, for display: its picture as a PNG, its table, and what the numbers are."""
+
+    picture: bytes
+    rows: Sequence[Mapping[str, str]]
+    legend: str
 
 
 def front_picture(
@@ -153,13 +161,16 @@ def data_url(picture: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
-def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None = None) -> bytes:
+def render_report(
+    result: Mapping[str, Any], picture: bytes, curve: bytes | None = None, measured: Measured | None = None
+) -> bytes:
     """A self-contained HTML page with the totals, the picture and the allocation of a run.
 
     Args:
         result: the run's result object.
         picture: its allocation as a PNG (``front_picture``).
         curve: size and accuracy of this and other runs as a PNG (``size_accuracy_picture``); None without others.
+        measured: bytes, memory and time of its checkpoint in runtimes, or None.
     """
     metric = result["metric"]
     totals = {
@@ -184,10 +195,18 @@ def render_report(result: Mapping[str, Any], picture: bytes, curve: bytes | None
     among = "" if curve is None else f"<img alt='size and accuracy' src='{data_url(curve)}'>"
     content = (
         f"<dl>{listed}</dl>"
-        f"<img alt='allocation and fronts' src='{data_url(picture)}'>{among}"
+        f"<img alt='allocation and fronts' src='{data_url(picture)}'>{among}{_measured(measured)}"
         f"<table><tr>{head}</tr>{body}</table>"
     )
     return _page(result["run"], content)
+
+
+def _measured(shown: Measured | None) -> str:
+    """Picture and table of a benchmark; empty if there is none."""
+    if shown is None:
+        return ""
+    image = f"<img alt='bytes, memory and time by runtime' src='{data_url(shown.picture)}'>"
+    return f"<h2>Runtimes</h2>{image}{_table(shown.rows)}<p>{html.escape(shown.legend)}</p><h2>Layers</h2>"
 
 
 def render_sweep(title: str, rows: Sequence[Mapping[str, Any]], curve: bytes) -> bytes:

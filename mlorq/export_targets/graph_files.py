@@ -11,39 +11,58 @@ from fsspec.core import url_to_fs
 from pydantic import Field
 
 from mlorq.errors import CheckpointError, ConfigError, ModelError
+from mlorq.models.preparation import PREPARATION
 from mlorq.registry import Settings
+
+NONE = "none"  # value of ``tokenizer``
 
 
 class GraphConfig(Settings):
     """Options of targets that write graphs."""
 
     tokenizer: str | None = Field(
-        None, description="folder, folder inside a package, or hub name of the tokenizer to write beside the file"
+        None,
+        description="folder, folder inside a package, or hub name of the tokenizer to write beside the file; default: "
+        "that of the checkpoint, if it has one; none: no files",
     )
     part: str = Field("", description="submodule to export; default: what the family can export")
 
 
-def write_beside(output: str, files: Mapping[str, bytes], tokenizer: str | None, target: str) -> list[str]:
-    """Write files and, beside the output, those of a tokenizer.
+def files_beside(output: str, tokenizer: str | None, target: str, own: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer or image processor to write beside a graph, by location.
 
     Args:
-        output: path or fsspec URL of the main file.
-        files: contents by location.
-        tokenizer: folder, folder inside a package, or hub name of a tokenizer.
+        output: path or fsspec URL of the graph.
+        tokenizer: folder, folder inside a package, or hub name of a tokenizer; ``none``: no files; None: the
+            checkpoint's own files.
         target: name of the export target, for errors.
-
-    Returns:
-        Locations of the written files.
+        own: the checkpoint's own files by name.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded.
+        CheckpointError: no tokenizer is named, and the folder has that of another model.
+    """
+    folder = posixpath.dirname(output)
+    if tokenizer is None:
+        found = {name: data for name, data in own.items() if name in PREPARATION}
+        _check_others(folder, found, target)
+    else:
+        found = {} if tokenizer == NONE else _tokenizer_files(tokenizer, target)
+    return {posixpath.join(folder, name): data for name, data in found.items()}
+
+
+def write_files(output: str, files: Mapping[str, bytes]) -> list[str]:
+    """Write files by location, and return the locations.
+
+    Args:
+        output: location of the graph, for errors.
+        files: contents by location.
+
+    Raises:
         CheckpointError: a file cannot be written.
     """
     from mlorq.artifacts.store import put_file
 
-    source = _tokenizer_files(tokenizer, target) if tokenizer is not None else {}
-    folder = posixpath.dirname(output)
-    files = {**files, **{posixpath.join(folder, name): data for name, data in source.items()}}
     try:
         for location, data in files.items():
             fs, path = url_to_fs(location)
@@ -52,6 +71,22 @@ def write_beside(output: str, files: Mapping[str, bytes], tokenizer: str | None,
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"{output} cannot be written: {error}") from error
     return list(files)
+
+
+def _check_others(folder: str, source: Mapping[str, bytes], target: str) -> None:
+    """Refuse to replace files that nobody asked to replace."""
+    for name, data in source.items():
+        location = posixpath.join(folder, name)
+        try:
+            fs, path = url_to_fs(location)
+            differs = fs.exists(path) and fs.cat_file(path) != data
+        except (OSError, ValueError, ImportError) as error:
+            raise CheckpointError(f"{location} cannot be written: {error}") from error
+        if differs:
+            raise CheckpointError(
+                f"export to {target}: {location} is of another model: give another folder, or option tokenizer={NONE} "
+                "to write no tokenizer"
+            )
 
 
 def _tokenizer_files(name: str, target: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.graph_files import GraphConfig, write_beside
+from mlorq.export_targets.graph_files import GraphConfig, files_beside, write_files
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -67,11 +67,13 @@ class Onnx(ExportTarget[OnnxSettings]):
 
     def write(self, checkpoint: str, output: str, settings: OnnxSettings) -> list[str]:
         from mlorq.checkpoint.io import inspect, load
+        from mlorq.checkpoint.preparation import read_preparation
 
-        architecture = inspect(checkpoint)["architecture"]
+        info = inspect(checkpoint)
+        beside = files_beside(output, settings.tokenizer, self.name, read_preparation(checkpoint, info))
         module = load(checkpoint, settings.model)
-        files = {output: graph_bytes(module, architecture, settings)}
-        return write_beside(output, files, settings.tokenizer, self.name)
+        files = {output: graph_bytes(module, info["architecture"], settings)}
+        return write_files(output, files | beside)
 
     def with_model(self, settings: OnnxSettings, model: nn.Module, example: Batch) -> OnnxSettings:
         return settings.model_copy(update={"model": model, "example": example})

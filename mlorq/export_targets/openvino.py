@@ -12,7 +12,7 @@ from pydantic import Field
 
 from mlorq.errors import CheckpointError, ConfigError, ModelError
 from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.graph_files import GraphConfig, write_beside
+from mlorq.export_targets.graph_files import GraphConfig, files_beside, write_files
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -44,15 +44,17 @@ class Openvino(ExportTarget[OpenvinoSettings]):
 
     def write(self, checkpoint: str, output: str, settings: OpenvinoSettings) -> list[str]:
         from mlorq.checkpoint.io import inspect, load
+        from mlorq.checkpoint.preparation import read_preparation
         from mlorq.export_targets.openvino_graph.build import content
         from mlorq.export_targets.openvino_graph.session import weights_beside
 
         if not output.lower().endswith(SUFFIX):
             raise ConfigError(f"export to openvino: {output!r} does not end with {SUFFIX}: OpenVINO reads no other")
-        architecture = inspect(checkpoint)["architecture"]
-        graph, weights = content(openvino_model(load(checkpoint, settings.model), architecture, settings))
+        info = inspect(checkpoint)
+        beside = files_beside(output, settings.tokenizer, self.name, read_preparation(checkpoint, info))
+        graph, weights = content(openvino_model(load(checkpoint, settings.model), info["architecture"], settings))
         files = {output: graph, weights_beside(output): weights}
-        return write_beside(output, files, settings.tokenizer, self.name)
+        return write_files(output, files | beside)
 
     def with_model(self, settings: OpenvinoSettings, model: nn.Module, example: Batch) -> OpenvinoSettings:
         return settings.model_copy(update={"model": model, "example": example})

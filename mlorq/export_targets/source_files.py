@@ -10,29 +10,10 @@ from typing import Any
 import yaml
 
 from mlorq.errors import ConfigError
-from mlorq.models.sentence import KEYS, MODULES, SentenceEmbedding, read_embedding
-from mlorq.models.sentence_files import find_file
+from mlorq.models.preparation import preparation_files, read_file
+from mlorq.models.sentence import KEYS, MODULES, SentenceEmbedding
 from mlorq.models.transformers import PAIRS, TransformersSettings, locate
 
-# Of tokenizers and image processors, as transformers writes them.
-PREPARATION = (
-    "added_tokens.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "unigram.json",
-    "vocab.json",
-    "vocab.txt",
-)
-# Of sentence-transformers: lengths of texts, prompts and similarity.
-SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
 CARD = "README.md"
 CARD_KEYS = ("license", "license_name", "license_link", "language")  # also true of the compressed model
 
@@ -48,14 +29,7 @@ def prepared_files(source: str, architecture: Mapping[str, Any]) -> dict[str, by
         ModelError: the folder does not exist, or the hub refuses a request.
         ConfigError: there is no such file.
     """
-    location, inside = _located(source, architecture)
-    names = PREPARATION
-    found = {name: _read(location, os.path.join(inside, name), source) for name in names}
-    if architecture.get("task") == PAIRS:
-        found |= {name: _read(location, name, source) for name in SENTENCE_SETTINGS}
-        if found[SENTENCE_SETTINGS[1]] is None and inside:
-            found[SENTENCE_SETTINGS[1]] = _read(location, os.path.join(inside, SENTENCE_SETTINGS[1]), source)
-    kept = {name: data for name, data in found.items() if data is not None}
+    kept = preparation_files(TransformersSettings(name=source, task=architecture.get("task")), os.getcwd())
     if not kept and architecture.get("family") != "timm":
         raise ConfigError(
             f"source {source!r} has no file of a tokenizer or image processor: give the folder or the hub name of the "
@@ -64,14 +38,13 @@ def prepared_files(source: str, architecture: Mapping[str, Any]) -> dict[str, by
     return kept
 
 
-def card_facts(source: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
+def card_facts(source: str) -> dict[str, Any]:
     """What the float model's card says that is also true of the compressed one: licence and languages.
 
     Args:
         source: name or folder of the float model.
-        architecture: architecture of the checkpoint.
     """
-    data = _read(_located(source, architecture)[0], CARD, source)
+    data = read_file(_located(source), CARD, source)
     facts = {} if data is None else front_matter(data)
     return {key: facts[key] for key in CARD_KEYS if key in facts}
 
@@ -88,9 +61,9 @@ def front_matter(card: bytes) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def hub_name(source: str, architecture: Mapping[str, Any]) -> str | None:
+def hub_name(source: str) -> str | None:
     """The source as a name on the hub; None if it is a folder on this machine."""
-    return None if os.path.isdir(_located(source, architecture)[0]) else source
+    return None if os.path.isdir(_located(source)) else source
 
 
 def sentence_modules(architecture: Mapping[str, Any]) -> dict[str, bytes]:
@@ -115,19 +88,9 @@ def sentence_modules(architecture: Mapping[str, Any]) -> dict[str, bytes]:
     return {MODULES: _json(modules), "1_Pooling/config.json": _json(modes)}
 
 
-def _located(source: str, architecture: Mapping[str, Any]) -> tuple[str, str]:
-    """Folder or hub name of a model, and the transformer's folder in it."""
-    location = locate(TransformersSettings(name=source), os.getcwd())
-    inside = read_embedding(location, source).inside if architecture.get("task") == PAIRS else ""
-    return location, inside
-
-
-def _read(location: str, file: str, name: str) -> bytes | None:
-    path = find_file(location, file, name)
-    if path is None:
-        return None
-    with open(path, "rb") as opened:
-        return opened.read()
+def _located(source: str) -> str:
+    """Folder or hub name of a model."""
+    return locate(TransformersSettings(name=source), os.getcwd())
 
 
 def _json(value: Any) -> bytes:

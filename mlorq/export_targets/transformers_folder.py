@@ -13,6 +13,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from mlorq.artifacts.store import put_file
+from mlorq.checkpoint.preparation import read_preparation
 from mlorq.errors import CheckpointError, ConfigError, one_line
 from mlorq.export_targets.model_card import CardFacts, model_card
 from mlorq.export_targets.run_result import find_result, read_result
@@ -85,8 +86,7 @@ def folder_files(checkpoint: str, settings: TransformersSettings, convert: Conve
     state = None if convert is None else convert(module, checkpoint)
     files = _saved(module, state, checkpoint) | sentence_modules(architecture)
     source = settings.source
-    if source is not None:
-        files |= prepared_files(source, architecture)
+    files |= read_preparation(checkpoint, info) if source is None else prepared_files(source, architecture)
     if settings.result is not None:
         result = read_result(settings.result, info["layers"])
     else:
@@ -98,8 +98,8 @@ def folder_files(checkpoint: str, settings: TransformersSettings, convert: Conve
         files=sorted(files),
         file_bytes=len(files[CONFIG]) + len(files[TENSORS]),
         result=result,
-        base_model=hub_name(source, architecture) if source else None,
-        source_facts=card_facts(source, architecture) if source else {},
+        base_model=hub_name(source) if source else None,
+        source_facts=card_facts(source) if source else {},
         data=settings.data,
         package=METHOD if convert is None else module.config.quantization_config["quant_method"],
     )

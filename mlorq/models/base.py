@@ -166,6 +166,7 @@ class FloatModel:
             one; empty if unknown.
         dtype: dtype to which floating-point inputs are cast.
         key: hash of the architecture and the weights.
+        preparation: reads the files of the tokenizer or image processor, by name, for the checkpoint.
     """
 
     module: nn.Module
@@ -176,6 +177,7 @@ class FloatModel:
     blocks: list[str] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     key: str = ""
+    preparation: Callable[[], dict[str, bytes]] = dict
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import safetensors
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
 from mlorq.models.plain import ORIGIN, without_faults
+from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
 from mlorq.models.transformers import CLASSES, NAME, PAIRS, TransformersSettings, locate, quiet
 from mlorq.models.transformers_detection import OUTPUTS, mark_samples
@@ -88,6 +90,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         attention_mask,
         block_names(module),
         as_dtype,
+        preparation=cache(partial(preparation_files, settings, folder)),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mlorq.errors import ConfigError, MlorqError
+from mlorq.errors import ConfigError, MlorqError, one_line
 
 FLOAT = "float"  # name of the float model's variant
 PROCESS = "mlorq.runtimes.benchmark_process"
@@ -71,7 +71,8 @@ def benchmark(
         progress: called with (processes done, processes).
 
     Returns:
-        ``checkpoint``, ``threads``, ``turns``, and ``rows``: per variant its runtime, name, ``bytes`` on disk,
+        ``checkpoint``, ``description`` (the digest of its ``mlorq.json``; None in format 1), ``threads``, ``turns``,
+        and ``rows``: per variant its runtime, name, ``bytes`` on disk,
         ``resident`` and ``peak`` bytes of memory above imports (medians), ``load`` and ``first_call`` in seconds, by
         batch size ``latency`` (median of a call in seconds), ``ratio`` (of latencies to the float model's: median,
         least and largest), ``throughput`` (samples per second), ``difference`` (largest, of the first output to that of
@@ -82,6 +83,7 @@ def benchmark(
         ConfigError: a runtime is unknown, lacks a package, or the inputs of the model are not known.
         MlorqError: a process failed.
     """
+    from mlorq.checkpoint.description import read_description
     from mlorq.runtimes import RUNTIMES
 
     for name in runtimes:
@@ -104,7 +106,72 @@ def benchmark(
         row = _row(variant, measured[index], measured[base], batches)
         row["difference"] = None if variant.name == FLOAT else _difference(outputs[index], outputs[first])
         rows.append(row)
-    return {"checkpoint": checkpoint, "threads": threads, "turns": turns, "rows": rows}
+    # By the digest the result is recognised as that of the checkpoint, wherever this was copied to.
+    about = {"checkpoint": checkpoint, "description": read_description(checkpoint).digest}
+    return {**about, "threads": threads, "turns": turns, "rows": rows}
+
+
+def table(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row of text per variant: MB, resident and peak MB, seconds to load, milliseconds by batch size with the
+    ratio to the float model, and the differences of the outputs.
+
+    Args:
+        result: of ``benchmark``.
+    """
+    return [
+        {
+            "model": f"{row['runtime']} {row['name']}",
+            "MB": f"{row['bytes'] / 1e6:.1f}",
+            "memory, peak": f"{row['resident'] / 1e6:.0f} / {row['peak'] / 1e6:.0f}",
+            "load, s": f"{row['load']:.2f}",
+            **{
+                f"{batch}: ms": f"{1e3 * seconds:.1f}, {_ratio_text(row['ratio'][batch])}"
+                for batch, seconds in row["latency"].items()
+            },
+            "differs": "" if row["difference"] is None else f"{row['difference']:.0e}",
+            "NMSE +": "" if row["nmse_added"] is None else f"{row['nmse_added']:.0e}",
+        }
+        for row in result["rows"]
+    ]
+
+
+def legend(result: Mapping[str, Any]) -> str:
+    """What the numbers in ``table`` are."""
+    return (
+        f"medians of {result['turns']} cold processes each, {result['threads']} thread(s); memory is above imports; "
+        "milliseconds are by batch size, with the ratio to the float model of the same runtime"
+    )
+
+
+def _ratio_text(ratio: Mapping[str, float]) -> str:
+    """``0.42x``, or with a spread of more than a tenth ``0.42x (.35-.60)``."""
+    if ratio["largest"] - ratio["least"] <= 0.1 * ratio["median"]:
+        return f"{ratio['median']:.2f}x"
+    return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['largest']:.2f})"
+
+
+def read_result(location: str) -> dict[str, Any]:
+    """A result that was written to a file (``mlorq benchmark --output``).
+
+    Args:
+        location: path or fsspec URL.
+
+    Raises:
+        ConfigError: the file cannot be read, or is something else.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(location, "rb") as file:
+            found = json.load(file)
+        if not table(found):
+            raise ValueError("it has no rows")
+        legend(found)
+    except OSError as error:
+        raise ConfigError(f"benchmark {location} cannot be read: {one_line(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"benchmark {location} is not the JSON of mlorq benchmark: {one_line(error)}") from error
+    return dict(found)
 
 
 def _write_inputs(checkpoint: str, batches: Sequence[int], folder: str) -> dict[str, Any]:

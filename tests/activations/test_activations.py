@@ -28,6 +28,7 @@ from mlorq.activations.quantizers import (
 from mlorq.activations.repq import LOG_SQRT2
 from mlorq.activations.settings import ActivationSettings
 from mlorq.activations.survey import survey
+from mlorq.checkpoint.io import inspect
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models import from_module
 from mlorq.models.base import FloatModel, attention_mask
@@ -497,6 +498,10 @@ def test_widths_are_chosen_with_the_weights_under_a_compute_budget(tmp_path, see
         assert set(widths.values()) <= {4, 6, 8}
         assert widths["patch_embed.proj"] == 8
         result.save(str(tmp_path / compute))
+        # What the program counted, counted once more from the checkpoint alone.
+        totals = inspect(tmp_path / compute)["totals"]
+        assert totals["bit_operations"] == pytest.approx(summary["bit_operations"], abs=len(widths))
+        assert totals["float_bit_operations"] == _operations(module, "32x32")
         again = mlorq.load(tmp_path / compute)
         with torch.no_grad():
             assert torch.equal(again(batches[0]), result.model(batches[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from flows.pipeline import show
 from flows.render import budgets_table, location_markdown, picture_markdown, result_line, result_markdown
 from flows.run import open_session
+from mlorq.checkpoint.tensor_file import digest
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.evaluation.report import (
@@ -86,6 +88,49 @@ def test_report_in_one_file(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFi
     assert all(row["layer"] in text for row in runs.results[0]["allocation"])
     assert text.count("data:image/png;base64,") == 2  # its own picture, and its place among the others
     assert "http" not in text.replace("data:", "")
+
+
+def measured(checkpoint: str) -> dict[str, Any]:
+    """A result of ``mlorq benchmark`` for a checkpoint."""
+
+    def row(name: str, seconds: float, ratio: float) -> dict[str, Any]:
+        spread = {"median": ratio, "least": 0.9 * ratio, "largest": 1.3 * ratio}
+        return {
+            "runtime": "torch", "name": name, "bytes": 4_200_000, "resident": 7e6, "peak": 9e6, "load": 0.25,
+            "first_call": 0.1, "latency": {"32": seconds}, "ratio": {"32": spread}, "throughput": {"32": 32 / seconds},
+            "difference": None if name == "float" else 0.0, "nmse_added": None,
+        }  # fmt: skip
+
+    rows = [row("float", 0.02, 1.0), row("packed", 0.0421, 2.1)]
+    description = digest(Path(checkpoint.removeprefix("file://"), "mlorq.json").read_bytes())
+    return {"checkpoint": "elsewhere", "description": description, "threads": 1, "turns": 5, "rows": rows}
+
+
+def test_report_with_a_benchmark(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, file = tmp_path / "report.html", tmp_path / "benchmark.json"
+    first, second = runs.results
+    file.write_text(json.dumps(measured(first["checkpoint"])))
+    arguments = ("report", first["run"], runs.config, "--benchmark", file)
+    assert prints_json(capsys, *arguments, "--output", page)["benchmark"] == str(file)
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 3
+    assert "<td>torch packed</td><td>4.2</td><td>7 / 9</td><td>0.25</td><td>42.1, 2.10x (1.89-2.73)</td>" in text
+    assert "medians of 5 cold processes each, 1 thread(s)" in text
+    assert "add --output FILE.html" in fails(capsys, *arguments)
+    file.write_text(json.dumps(measured(second["checkpoint"])))
+    assert f"is of another checkpoint than that of run {first['run']}" in fails(capsys, *arguments, "--output", page)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": []}', '{"rows": [{"runtime": "torch"}]}', "7"])
+def test_what_is_no_benchmark_is_named(
+    content: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text(content)
+    options = ("--output", tmp_path / "page.html", "--benchmark")
+    line = fails(capsys, "report", runs.results[0]["run"], runs.config, *options, tmp_path / "other.json")
+    assert f"benchmark {tmp_path / 'other.json'} is not the JSON of mlorq benchmark: " in line
+    line = fails(capsys, "report", runs.results[0]["run"], runs.config, *options, tmp_path / "none.json")
+    assert f"benchmark {tmp_path / 'none.json'} cannot be read: " in line
 
 
 def test_report_of_a_run_that_is_not_there(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import mlorq
-from mlorq.checkpoint.io import inspect
+from mlorq.checkpoint.io import inspect, save
+from mlorq.checkpoint.places import FILES
+from mlorq.checkpoint.preparation import described, placed
 from mlorq.errors import CheckpointError, ConfigError
+from mlorq.export_targets.graph_files import files_beside
 from tests import detectors, zoo
 from tests.compressed import compressed, folder_of
 from tests.export_targets.graph_cases import (
@@ -117,10 +120,15 @@ def test_image_preprocessing_is_in_the_metadata(tmp_path: Path) -> None:
 
 def test_tokenizer_files_are_written_beside_the_file(tmp_path: Path) -> None:
     module = zoo.save_text_model(tmp_path / "float", "bert-classifier")
-    folder = folder_of(tmp_path / "out", compressed(module), text_architecture(module, "text-classification"))
-    files = mlorq.export(folder, tmp_path / "onnx" / "model.onnx", tokenizer=str(tmp_path / "float"))
-    assert {"model.onnx", "tokenizer.json", "tokenizer_config.json"} == {Path(file).name for file in files}
-    assert all(Path(file).parent == tmp_path / "onnx" for file in files)
+    architecture, own = text_architecture(module, "text-classification"), {"tokenizer.json": b"{}"}
+    folder = folder_of(tmp_path / "out", compressed(module), architecture, preparation=described(own))
+    save({**{name: (folder / name).read_bytes() for name in FILES}, **placed(own)}, folder)
+    graph = str(tmp_path / "onnx" / "model.onnx")
+    assert mlorq.export(folder, graph) == [graph, str(tmp_path / "onnx" / "tokenizer.json")]
+    assert (tmp_path / "onnx" / "tokenizer.json").read_bytes() == b"{}"
+    named = files_beside(graph, str(tmp_path / "float"), "onnx", own)
+    assert {Path(file).name for file in named} == {"tokenizer.json", "tokenizer_config.json"}
+    assert named[str(tmp_path / "onnx" / "tokenizer.json")] != b"{}"
     with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
         mlorq.export(folder, tmp_path / "model.onnx", tokenizer=str(tmp_path / "out"))
 

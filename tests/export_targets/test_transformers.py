@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import mlorq
@@ -73,6 +76,34 @@ def test_loaded_models_equal_the_checkpoint_bit_for_bit_and_are_saved_as_they_we
     assert {type(layer) for layer in layers} >= {CompressedLinear}
     model.save_pretrained(tmp_path)
     assert bytes_of(tmp_path) == bytes_of(folder)
+
+
+def test_pushed_models_are_saved_models(exported, tmp_path, monkeypatch):
+    """``push_to_hub`` of a loaded model uploads what ``save_pretrained`` writes, and that loads again."""
+    case, checkpoint, folder = exported
+    pushed: dict[str, bytes] = {}
+
+    def create_commit(hub: HfApi, repo_id: str, operations: list[CommitOperationAdd], **_: Any) -> str:
+        assert repo_id == "me/model"
+        pushed.update({one.path_in_repo: Path(one.path_or_fileobj).read_bytes() for one in operations})
+        return "https://hub/me/model"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda hub, name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    card = ModelCard((folder / "README.md").read_text())  # that of the repository, which stays
+    monkeypatch.setattr(ModelCard, "load", lambda *_, **__: card)
+    model = loaded(folder)
+    model.push_to_hub("me/model")
+    assert pushed.pop("README.md").decode() == str(card)
+    model.save_pretrained(tmp_path / "saved")
+    assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert [pushed[name] for name in FILES] == bytes_of(folder)
+    (tmp_path / "again").mkdir()
+    for name, data in pushed.items():
+        (tmp_path / "again" / name).write_bytes(data)
+    wanted, found = outputs(mlorq.load(checkpoint), case.batch()), loaded(tmp_path / "again")
+    again = outputs(found, arguments_of(case.batch()))
+    assert all(torch.equal(again[name], value) for name, value in wanted.items())
 
 
 def test_a_fresh_process_loads_the_same_outputs(bert, tmp_path):

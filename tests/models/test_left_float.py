@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from flows.render import print_checkpoint, result_facts
+from flows.render import result_facts
+from flows.render_checkpoint import print_checkpoint
 from mlorq.checkpoint.float_sizes import KINDS, TensorSize, rest_by_kind
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import inspect, load, save

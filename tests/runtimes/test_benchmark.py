@@ -9,8 +9,9 @@ import pytest
 
 from flows.cli import main
 from mlorq.checkpoint.io import inspect
+from mlorq.checkpoint.tensor_file import digest
 from mlorq.errors import ConfigError, MlorqError
-from mlorq.runtimes.benchmark import Variant, _row, benchmark, picture
+from mlorq.runtimes.benchmark import Variant, _row, benchmark, picture, read_result
 from tests import zoo
 from tests.compressed import compressed, folder_of
 
@@ -65,8 +66,12 @@ def test_the_command_prints_every_runtime(folder: Path, tmp_path: Path, capsys: 
         pytest.importorskip(package, reason="needs the extra onnx")
     file = tmp_path / "picture.png"
     few = ["--turns", "1", "--seconds", "0.01", "--batch", "2", "--runtime", "torch", "--runtime", "onnxruntime"]
-    assert main(["benchmark", str(folder), *few, "--picture", str(file), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    files = ["--picture", str(file), "--output", str(tmp_path / "result.json")]
+    assert main(["benchmark", str(folder), *few, *files, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert read_result(str(tmp_path / "result.json")) == found
+    assert found["description"] == digest((folder / "mlorq.json").read_bytes())
+    rows = found["rows"]
     assert [(row["runtime"], row["name"]) for row in rows] == [
         *(("torch", name) for name in ("float", "dense", "packed")),
         *(("onnxruntime", name) for name in ("float", "exact", "fast")),
