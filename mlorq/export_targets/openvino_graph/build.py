@@ -50,7 +50,8 @@ def build(module: nn.Module, architecture: Mapping[str, Any], *, example: Any = 
     Raises:
         ModelError: there is no example, or the model, its inputs or its outputs cannot be exported.
     """
-    found = onnx_build.build(module, architecture, example=example, part=part, kernel_bits=KERNEL_BITS)
+    # Without stages: ``decoding`` decodes one weight after the other.
+    found = onnx_build.build(module, architecture, example=example, part=part, kernel_bits=KERNEL_BITS, stages=1)
     about = onnx_build.metadata(found.model)
     del about["session_options"], about["precision"]
     about |= {"hints": HINTS, "names": [value.name for value in found.model.graph.output]}
@@ -128,15 +129,13 @@ def _known(node: Any) -> np.ndarray | None:
 
 
 def _rotated(node: Any) -> Any:
-    """The rotation of trellis codes as three products: OpenVINO 2026.4 computes its Einsum wrongly."""
-    values, odd, high, low, sign, scale = node.input_values()
-    q, a, b, m = node.get_output_shape(0)
+    """The rotation of trellis codes as two products: OpenVINO 2026.4 computes its Einsum wrongly."""
+    scale, values, left, right = node.input_values()
+    q, b, m = node.get_output_shape(0)
 
     def shaped(value: Any, *shape: int) -> Any:
         return operators.reshape(value, operators.constant(np.array(shape, np.int64)), False)
 
-    found = operators.matmul(odd, shaped(values, q, a * b * m), True, False)
-    found = operators.matmul(high, shaped(found, q, a, b * m), True, False)
-    found = operators.matmul(low, shaped(found, q * a, b, m), True, False)
-    found = operators.multiply(operators.multiply(found, shaped(sign, q * a, b, 1)), scale)
-    return shaped(found, q, a, b, m).output(0)
+    found = operators.matmul(left, shaped(values, q, b * m), False, False)
+    found = operators.matmul(right, shaped(found, q, b, m), False, False)
+    return operators.multiply(found, scale).output(0)
