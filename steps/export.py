@@ -118,4 +118,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     return {**{f"{FILES}/{name}": data for name, data in written.items()}, ABOUT: json_bytes(described)}
 
 
-STEP = Step("export", 1, Params, Inputs, run)
+STEP = Step("export", 2, Params, Inputs, run)

@@ -18,6 +18,7 @@ from mlorq.codecs.packing import packed_columns, unpack_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
+BYTE = 8  # bits
 HALF_BYTE = 4  # bits of the smaller of the two integers
 
 
@@ -57,20 +58,30 @@ def rows(graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int
     first = np.arange(columns) * bits
     last = packed_columns(columns, bits) - 1
     found = graph.node("Gather", graph.constant(tensors["codes"].numpy()), indices, axis=0)
-    found = graph.node("Cast", found, to="int32")
-    if bits < 8:
-        # The code starts in one byte and may end in the next one.
-        low = graph.node("Gather", found, integers(graph, first // 8), axis=-1)
-        high = graph.node("Gather", found, integers(graph, np.minimum(first // 8 + 1, last)), axis=-1)
-        both = graph.node("Add", low, graph.node("Mul", high, graph.constant(np.array(256, np.int32))))
-        found = graph.node("Div", both, integers(graph, 2 ** (first % 8)))
-        found = graph.node("BitwiseAnd", found, graph.constant(np.array(2**bits - 1, np.int32)))
+    if bits < BYTE:
+        found = graph.node("Cast", found, to="int32")
+        low = graph.node("Gather", found, integers(graph, first // BYTE), axis=-1)
+        if BYTE % bits == 0:
+            # A code is a part of one byte: a table has the code of every place and byte.
+            shifts, every = np.arange(0, BYTE, bits)[:, None], np.arange(2**BYTE)
+            table = ((every >> shifts) & (2**bits - 1)).astype(np.uint8).reshape(-1)
+            place = graph.node("Add", low, integers(graph, 2**BYTE * (np.arange(columns) % (BYTE // bits))))
+            found = graph.node("Gather", integers(graph, table, "float32"), place)
+        else:
+            # The code starts in one byte and may end in the next one.
+            high = graph.node("Gather", found, integers(graph, np.minimum(first // BYTE + 1, last)), axis=-1)
+            both = graph.node("Add", low, graph.node("Mul", high, graph.constant(np.array(2**BYTE, np.int32))))
+            found = graph.node("Div", both, integers(graph, 2 ** (first % BYTE)))
+            found = graph.node("BitwiseAnd", found, graph.constant(np.array(2**bits - 1, np.int32)))
+            found = graph.node("Cast", found, to="float32")
+    else:
+        found = graph.node("Cast", found, to="float32")
     axis = sizes(graph, -1)
     zero, scale = (
         graph.node("Unsqueeze", graph.node("Gather", graph.constant(tensors[part].numpy()), indices, axis=0), axis)
         for part in ("zero_point", "scale")
     )
-    centred = graph.node("Sub", graph.node("Cast", found, to="float32"), graph.node("Cast", zero, to="float32"))
+    centred = graph.node("Sub", found, graph.node("Cast", zero, to="float32"))
     return graph.node("Mul", centred, graph.node("Cast", scale, to="float32"))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 PLANES = (4, 2, 1)  # bits of the planes into which codes are split: each divides a byte
+PLANE_TENSORS = 3  # bytes per code of the tensors between a plane and the codes
 SMALLEST = 1e-30  # divisor, in place of zero
 LARGEST = 63  # of 8-bit weights: 2 · 255 · 63 < 2¹⁵, so that no kernel with 16-bit sums of two products saturates
 
@@ -28,6 +29,15 @@ class Graph(Protocol):
 
     def constant(self, values: np.ndarray) -> str:
         """A constant; equal constants are stored once."""
+
+    def codes(self, values: np.ndarray, decoding_bytes: int) -> str:
+        """A constant of packed codes, which operators decode at load.
+
+        Args:
+            values: uint8 or uint16.
+            decoding_bytes: of the tensors between the codes and the weights; graphs may decode codes in turn, so that
+                not all these tensors are in memory at once.
+        """
 
     def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
         """The output of an operator; equal operators on equal inputs are written once.
@@ -66,7 +76,8 @@ def packed_codes(graph: Graph, codes: np.ndarray, bits: int) -> str:
         while bits - low >= width:
             plane = _plane((codes >> low) & (2**width - 1), width)
             shifts = np.arange(0, 8, width, dtype=np.uint8)[None]
-            part = graph.node("BitShift", graph.constant(plane[:, None]), graph.constant(shifts), direction="RIGHT")
+            packed = graph.codes(plane[:, None], PLANE_TENSORS * codes.size)
+            part = graph.node("BitShift", packed, graph.constant(shifts), direction="RIGHT")
             part = graph.node("BitwiseAnd", part, graph.constant(np.array(2**width - 1, np.uint8)))
             if codes.size * width % 8:  # the last byte is not full
                 part = graph.node("Reshape", part, sizes(graph, -1))

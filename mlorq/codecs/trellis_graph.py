@@ -5,7 +5,7 @@ that end with a weight's own symbol, is a part of two neighbouring words: one sh
 cycle, which begin with the symbols of its end, are put together and appended to the words. The shifts are those of the
 row whose weight is decoded, so that the values are born in the order of the rows.
 
-Runtimes keep every folded tensor until the last one is folded: decoding takes few operators on whole matrices.
+Runtimes keep folded tensors for a while: decoding takes few operators on whole matrices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORD = 16  # bits of a stored word
-ROTATED = "xyzm,xq,ya,zb,qab,m->qabm"  # three matrices, the signs of the columns, the scales of the rows
+DECODING_BYTES = 24  # per weight: six tensors of 4 bytes between the words and the weight
+ROTATED = "m,xzm,qx,qbz->qbm"  # the scales of the rows, and two matrices
 
 
 def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
@@ -33,22 +34,25 @@ def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int)
     rows, seed = len(tensors["scale"]), int(tensors["rotation"])
     odd, high, low = _factors(columns)
     words = _words(unpack_rows(tensors["codes"], rows, bits).numpy(), bits)
-    stored = words if seed < 0 else words.reshape(odd, high, low, words.shape[1])
+    stored = words if seed < 0 else words.reshape(odd * high, low, words.shape[1])
     table = graph.node("Cast", graph.constant(tables()[bits - 1].astype(np.float16)), to="float32")
-    found = graph.node("Gather", table, _states(graph, graph.constant(stored), rows, bits, stored.ndim - 1))
+    packed = graph.codes(stored, DECODING_BYTES * columns * rows)
+    found = graph.node("Gather", table, _states(graph, packed, rows, bits, stored.ndim - 1))
     codes = graph.node("Cast", graph.constant(tensors["scale"].numpy()), to="int32")
     scale = graph.node("Gather", graph.constant(scale_values()), codes)
     scale = graph.node("Mul", scale, graph.constant(tensors["base"].numpy()))
     if seed < 0:
         return graph.node("Mul", found, scale)
-    sign = integers(graph, (signs(columns, seed).numpy() > 0).reshape(odd, high, low).astype(np.uint8), "float32")
+    # T = C ⊗ H ⊗ H as two products, by C ⊗ H and by H; the signs of the columns are those of the columns of H.
+    odd_matrix = (hartley(odd).numpy().astype(np.float32) / math.sqrt(columns)).astype(np.float32)
+    high_matrix = graph.node("Cast", graph.constant(hadamard(high).reshape(1, high, 1, high)), to="float32")
+    low_matrix = graph.node("Cast", graph.constant(hadamard(low)), to="float32")
+    left = graph.node("Mul", graph.constant(odd_matrix.reshape(odd, 1, odd, 1)), high_matrix)
+    left = graph.node("Reshape", left, sizes(graph, odd * high, odd * high))
+    sign = integers(graph, (signs(columns, seed).numpy() > 0).reshape(odd * high, low, 1).astype(np.uint8), "float32")
     two, one = (graph.constant(np.array(value, np.float32)) for value in (2, 1))
-    sign = graph.node("Sub", graph.node("Mul", sign, two), one)
-    odd_matrix = graph.constant((hartley(odd).numpy().astype(np.float32) / math.sqrt(columns)).astype(np.float32))
-    high_matrix, low_matrix = (graph.node("Cast", graph.constant(hadamard(size)), to="float32") for size in (high, low))
-    # T = C ⊗ H ⊗ H, then the signs of the columns and the scales of the rows.
-    operands = (found, odd_matrix, high_matrix, low_matrix, sign, scale)
-    found = graph.node("Einsum", *operands, equation=ROTATED)
+    right = graph.node("Mul", graph.node("Sub", graph.node("Mul", sign, two), one), low_matrix)
+    found = graph.node("Einsum", scale, found, left, right, equation=ROTATED)
     return graph.node("Reshape", found, sizes(graph, columns, rows))
 
 

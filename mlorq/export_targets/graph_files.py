@@ -1,18 +1,26 @@
-"""Files of exported graphs, with a tokenizer's files beside them."""
+"""What targets that write graphs share: options, and files with a tokenizer's files beside them."""
 
 from __future__ import annotations
 
 import posixpath
 import tempfile
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fsspec.core import url_to_fs
 from pydantic import Field
 
 from mlorq.errors import CheckpointError, ConfigError, ModelError
+from mlorq.export_targets.base import ExportTarget
 from mlorq.models.preparation import PREPARATION
 from mlorq.registry import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mlorq.models.base import Batch
 
 NONE = "none"  # value of ``tokenizer``
 
@@ -26,6 +34,59 @@ class GraphConfig(Settings):
         "that of the checkpoint, if it has one; none: no files",
     )
     part: str = Field("", description="submodule to export; default: what the family can export")
+
+
+class GraphSettings(GraphConfig):
+    """The same with those of Python alone."""
+
+    model: Any = Field(None, description="Python only: instance of the float architecture, for user-defined modules")
+    example: Any = Field(None, description="Python only: a batch of at least two samples to trace the model with")
+
+
+Options = TypeVar("Options", bound=GraphSettings)
+
+
+class GraphTarget(ExportTarget[Options]):
+    """A target that writes the graph of a model."""
+
+    locations: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    @abstractmethod
+    def contents(
+        self, output: str, module: nn.Module, architecture: Mapping[str, Any], settings: Options
+    ) -> dict[str, bytes]:
+        """The files of a graph by location.
+
+        Args:
+            output: path or fsspec URL of the main file.
+            module: the compressed module, on the CPU.
+            architecture: its architecture, as in the checkpoint's description.
+            settings: options.
+
+        Raises:
+            CheckpointError: the graph cannot be exported, or differs from the module.
+        """
+
+    def check_output(self, output: str) -> None:
+        """Refuse an output path before anything is computed.
+
+        Raises:
+            ConfigError: the suffix is wrong.
+        """
+        return
+
+    def write(self, checkpoint: str, output: str, settings: Options) -> list[str]:
+        from mlorq.checkpoint.io import inspect, load
+        from mlorq.checkpoint.preparation import read_preparation
+
+        self.check_output(output)
+        info = inspect(checkpoint)
+        beside = files_beside(output, settings.tokenizer, self.name, read_preparation(checkpoint, info))
+        files = self.contents(output, load(checkpoint, settings.model), info["architecture"], settings)
+        return write_files(output, files | beside)
+
+    def with_model(self, settings: Options, model: nn.Module, example: Batch) -> Options:
+        return settings.model_copy(update={"model": model, "example": example})
 
 
 def files_beside(output: str, tokenizer: str | None, target: str, own: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mlorq.errors import CheckpointError, ModelError
-from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.graph_files import GraphConfig, files_beside, write_files
+from mlorq.export_targets.base import TARGETS
+from mlorq.export_targets.graph_files import GraphConfig, GraphSettings, GraphTarget
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from mlorq.models.base import Batch
 
 OPSET = 21  # the first with 4-bit integers
 LARGEST_FILE = 2**31 - 1  # bytes of a protobuf message
@@ -45,38 +43,26 @@ class OnnxConfig(GraphConfig):
             )
 
 
-class OnnxSettings(OnnxConfig):
+class OnnxSettings(OnnxConfig, GraphSettings):
     """Options of the target."""
 
-    model: Any = Field(None, description="Python only: instance of the float architecture, for user-defined modules")
-    example: Any = Field(None, description="Python only: a batch of at least two samples to trace the model with")
 
-
-class Onnx(ExportTarget[OnnxSettings]):
+class Onnx(GraphTarget[OnnxSettings]):
     """An ONNX graph."""
 
     name = "onnx"
     title = "graph for onnxruntime and other software (one .onnx file)"
     settings = OnnxSettings
     configured: ClassVar[type[Settings] | None] = OnnxConfig
-    locations: ClassVar[tuple[str, ...]] = ("tokenizer",)
     suffixes = (".onnx",)
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnx"
     seconds: ClassVar[tuple[float, float]] = (16.0, 1.1e-7)  # measured: MiniLM and ViT-Base, 2 cores
 
-    def write(self, checkpoint: str, output: str, settings: OnnxSettings) -> list[str]:
-        from mlorq.checkpoint.io import inspect, load
-        from mlorq.checkpoint.preparation import read_preparation
-
-        info = inspect(checkpoint)
-        beside = files_beside(output, settings.tokenizer, self.name, read_preparation(checkpoint, info))
-        module = load(checkpoint, settings.model)
-        files = {output: graph_bytes(module, info["architecture"], settings)}
-        return write_files(output, files | beside)
-
-    def with_model(self, settings: OnnxSettings, model: nn.Module, example: Batch) -> OnnxSettings:
-        return settings.model_copy(update={"model": model, "example": example})
+    def contents(
+        self, output: str, module: nn.Module, architecture: Mapping[str, Any], settings: OnnxSettings
+    ) -> dict[str, bytes]:
+        return {output: graph_bytes(module, architecture, settings)}
 
     def summary(self, files: Sequence[str]) -> dict[str, Any]:
         """Precision, bytes, and the difference from the torch model on the example inputs."""

@@ -8,56 +8,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
 from mlorq.errors import CheckpointError, ConfigError, ModelError
-from mlorq.export_targets.base import TARGETS, ExportTarget
-from mlorq.export_targets.graph_files import GraphConfig, files_beside, write_files
+from mlorq.export_targets.base import TARGETS
+from mlorq.export_targets.graph_files import GraphConfig, GraphSettings, GraphTarget
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.models.base import Batch
-
 SUFFIX = ".xml"
 
 
-class OpenvinoSettings(GraphConfig):
+class OpenvinoSettings(GraphSettings):
     """Options of the target."""
 
-    model: Any = Field(None, description="Python only: instance of the float architecture, for user-defined modules")
-    example: Any = Field(None, description="Python only: a batch of at least two samples to trace the model with")
 
-
-class Openvino(ExportTarget[OpenvinoSettings]):
+class Openvino(GraphTarget[OpenvinoSettings]):
     """An OpenVINO model."""
 
     name = "openvino"
     title = "model for OpenVINO (an .xml and a .bin file)"
     settings = OpenvinoSettings
     configured: ClassVar[type[Settings] | None] = GraphConfig
-    locations: ClassVar[tuple[str, ...]] = ("tokenizer",)
     suffixes = (SUFFIX,)
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
     extra = "openvino"
 
-    def write(self, checkpoint: str, output: str, settings: OpenvinoSettings) -> list[str]:
-        from mlorq.checkpoint.io import inspect, load
-        from mlorq.checkpoint.preparation import read_preparation
+    def check_output(self, output: str) -> None:
+        if not output.lower().endswith(SUFFIX):
+            raise ConfigError(f"export to openvino: {output!r} does not end with {SUFFIX}: OpenVINO reads no other")
+
+    def contents(
+        self, output: str, module: nn.Module, architecture: Mapping[str, Any], settings: OpenvinoSettings
+    ) -> dict[str, bytes]:
         from mlorq.export_targets.openvino_graph.build import content
         from mlorq.export_targets.openvino_graph.session import weights_beside
 
-        if not output.lower().endswith(SUFFIX):
-            raise ConfigError(f"export to openvino: {output!r} does not end with {SUFFIX}: OpenVINO reads no other")
-        info = inspect(checkpoint)
-        beside = files_beside(output, settings.tokenizer, self.name, read_preparation(checkpoint, info))
-        graph, weights = content(openvino_model(load(checkpoint, settings.model), info["architecture"], settings))
-        files = {output: graph, weights_beside(output): weights}
-        return write_files(output, files | beside)
-
-    def with_model(self, settings: OpenvinoSettings, model: nn.Module, example: Batch) -> OpenvinoSettings:
-        return settings.model_copy(update={"model": model, "example": example})
+        graph, weights = content(openvino_model(module, architecture, settings))
+        return {output: graph, weights_beside(output): weights}
 
     def summary(self, files: Sequence[str]) -> dict[str, Any]:
         """Bytes of both files, and the difference from the torch model on the example inputs."""

@@ -16,7 +16,7 @@ from mlorq.errors import ConfigError
 from mlorq.export_targets.onnx import Onnx, OnnxSettings, graph_bytes
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
-from mlorq.runtimes.graph_target import GraphTarget, graph_residency
+from mlorq.runtimes.graph_residency import GraphPrecision, graph_residency
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
     settings = OnnxRuntimeSettings
     packages: ClassVar[tuple[str, ...]] = Onnx.packages
     extra = Onnx.extra
-    as_target: ClassVar[type[Settings] | None] = GraphTarget
+    as_target: ClassVar[type[Settings] | None] = GraphPrecision
 
     def residency(self, settings: Settings) -> Residency:
         return graph_residency(settings, CODE_BITS)

@@ -13,7 +13,7 @@ from mlorq.errors import ConfigError
 from mlorq.export_targets.openvino import Openvino, OpenvinoSettings, openvino_model
 from mlorq.registry import Settings
 from mlorq.runtimes.base import RUNTIMES, Device, Runtime
-from mlorq.runtimes.graph_target import GraphTarget, graph_residency
+from mlorq.runtimes.graph_residency import GraphPrecision, graph_residency
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ class OpenvinoRuntime(Runtime[OpenvinoRuntimeSettings]):
     settings = OpenvinoRuntimeSettings
     packages: ClassVar[tuple[str, ...]] = Openvino.packages
     extra = Openvino.extra
-    as_target: ClassVar[type[Settings] | None] = GraphTarget
+    as_target: ClassVar[type[Settings] | None] = GraphPrecision
 
     def residency(self, settings: Settings) -> Residency:
         return graph_residency(settings, CODE_BITS)

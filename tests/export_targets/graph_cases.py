@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests import zoo
+from tests.compressed import folder_of, trellis
 
 EXACT = 1e-5  # of the largest output
 NMSE = 0.05  # that ``fast`` may add in networks with random weights
@@ -40,6 +42,23 @@ def timm_case(name: str, arguments: dict[str, Any], size: int = 32) -> tuple[nn.
 def text_case(kind: str, task: str, *names: str) -> tuple[nn.Module, dict[str, Any], Any]:
     module = zoo.text_model(kind)
     return module, text_architecture(module, task), text_batch(5, 23, *names)
+
+
+def trellis_folder(folder: Path) -> Path:
+    """A checkpoint of some size, of a ViT with trellis codes of 3 bits and no large float tensor."""
+    from mlorq.forms.base import Candidate
+    from mlorq.forms.modules import replace_layers
+    from mlorq.forms.stored_layer import CompressedLayer
+
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 384, "depth": 6, "num_heads": 4, "num_classes": 10}
+    module = zoo.timm_model(zoo.VIT, arguments)
+    layers = {}
+    for index, (name, child) in enumerate(module.named_modules()):
+        if isinstance(child, nn.Linear) and child.out_features > 12:
+            matrix = trellis(child.out_features, child.in_features, 3, index)
+            layers[name] = CompressedLayer(name, Candidate("TCQ", bits=3), {"weight": matrix})
+    replace_layers(module, layers)
+    return folder_of(folder, module, {"family": "timm", "name": zoo.VIT, "arguments": arguments})
 
 
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "num_classes": 5}

@@ -27,6 +27,7 @@ from tests.export_targets.graph_cases import (
     nmse,
     text_architecture,
     text_batch,
+    trellis_folder,
 )
 from tests.nets import SharedNet, TokenNet, images
 
@@ -88,20 +89,7 @@ def test_sentence_encoders_have_their_embedding(tmp_path: Path) -> None:
 
 def test_the_file_has_the_checkpoints_size(tmp_path: Path) -> None:
     """Within 2 % for a model of some size, here one of 3 bits per weight without float embeddings."""
-    from mlorq.forms.base import Candidate
-    from mlorq.forms.modules import replace_layers
-    from mlorq.forms.stored_layer import CompressedLayer
-    from tests.compressed import trellis
-
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 384, "depth": 6, "num_heads": 4, "num_classes": 10}
-    module = zoo.timm_model(zoo.VIT, arguments)
-    layers = {}
-    for index, (name, child) in enumerate(module.named_modules()):
-        if isinstance(child, nn.Linear) and child.out_features > 12:
-            matrix = trellis(child.out_features, child.in_features, 3, index)
-            layers[name] = CompressedLayer(name, Candidate("TCQ", bits=3), {"weight": matrix})
-    replace_layers(module, layers)
-    folder = folder_of(tmp_path / "out", module, {"family": "timm", "name": zoo.VIT, "arguments": arguments})
+    folder = trellis_folder(tmp_path / "out")
     for precision in ("exact", "fast"):
         (file,) = mlorq.export(folder, tmp_path / f"{precision}.onnx", precision=precision)
         ratio = Path(file).stat().st_size / inspect(folder)["file_bytes"]

@@ -16,6 +16,7 @@ from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS
 from mlorq.export_targets.onnx_graph.calls import Call, Flat, described, flat
 from mlorq.export_targets.onnx_graph.float_graph import OPSET, float_graph, float_twin
 from mlorq.export_targets.onnx_graph.layers import replace_weights
+from mlorq.export_targets.onnx_graph.stages import STAGES
 from mlorq.models import FAMILIES
 from mlorq.models.base import batch_samples, move_batch
 
@@ -56,6 +57,7 @@ def build(
     example: Any = None,
     part: str = "",
     kernel_bits: int = KERNEL_BITS,
+    stages: int = STAGES,
 ) -> Built:
     """The ONNX model of a compressed module: opset 21, operators of the default domain, dynamic batch and sequence.
 
@@ -66,6 +68,7 @@ def build(
         example: a batch of at least two samples; None: the family makes one.
         part: name of the submodule to export; empty: the one that the family names, or the whole module.
         kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
+        stages: largest number of stages in which weights are decoded.
 
     Raises:
         ModelError: there is no example, or the model, its inputs or its outputs cannot be exported.
@@ -96,7 +99,8 @@ def build(
     text = (preprocessing or {}).get("kind") == "text"
     axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
-    _, missing = replace_weights(model.graph, layers, fast=precision == "fast", kernel_bits=kernel_bits)
+    fast = precision == "fast"
+    _, missing = replace_weights(model.graph, layers, fast=fast, kernel_bits=kernel_bits, stages=stages)
     for name in missing:
         if name in called:  # others are not used
             raise ModelError(f"the exporter changed the weight of layer {name!r}: it is not in the graph")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -15,10 +15,23 @@ DTYPES = {
     "int64": onnx.TensorProto.INT64,
     "int8": onnx.TensorProto.INT8,
     "uint8": onnx.TensorProto.UINT8,
+    "uint16": onnx.TensorProto.UINT16,
     "uint4": onnx.TensorProto.UINT4,
 }
 KERNEL_BITS = 4  # of onnxruntime
 NAMES_OF_DTYPES = ("to", "output_dtype")  # attributes that are dtypes
+
+
+class Packed(NamedTuple):
+    """Packed codes of a graph.
+
+    Attributes:
+        dtype: name of their unsigned integers.
+        decoding_bytes: of the tensors between them and the weights.
+    """
+
+    dtype: str
+    decoding_bytes: int
 
 
 class GraphBuilder:
@@ -31,12 +44,14 @@ class GraphBuilder:
         kernel_bits: the same.
         initializers: the constants.
         nodes: operators in the order in which they were written.
+        packed: packed codes by name, in the same order.
     """
 
     def __init__(self, kernel_bits: int = KERNEL_BITS) -> None:
         self.kernel_bits = kernel_bits
         self.initializers: list[onnx.TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
+        self.packed: dict[str, Packed] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._written: dict[tuple[Any, ...], str] = {}
         self._count = 0
@@ -49,6 +64,12 @@ class GraphBuilder:
             self._constants[key] = self._name()
             self.initializers.append(numpy_helper.from_array(values, self._constants[key]))
         return self._constants[key]
+
+    def codes(self, values: np.ndarray, decoding_bytes: int) -> str:
+        """The name of a constant of packed codes (``packed``)."""
+        name = self.constant(values)
+        self.packed[name] = Packed(str(values.dtype), decoding_bytes)
+        return name
 
     def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
         """The name of an operator's first output; equal operators on equal inputs are written once."""

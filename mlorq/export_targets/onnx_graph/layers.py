@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from mlorq.codecs.graph import product, sizes
 from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS, GraphBuilder
+from mlorq.export_targets.onnx_graph.stages import STAGES, staged
 from mlorq.forms.base import Shape
 from mlorq.forms.modules import CompressedEmbedding, CompressedModule
 
@@ -34,7 +35,12 @@ class Found:
 
 
 def replace_weights(
-    graph: onnx.GraphProto, layers: Mapping[str, CompressedModule], *, fast: bool, kernel_bits: int = KERNEL_BITS
+    graph: onnx.GraphProto,
+    layers: Mapping[str, CompressedModule],
+    *,
+    fast: bool,
+    kernel_bits: int = KERNEL_BITS,
+    stages: int = STAGES,
 ) -> tuple[GraphBuilder, list[str]]:
     """Replace the weights of compressed layers in a graph, in place.
 
@@ -43,6 +49,7 @@ def replace_weights(
         layers: the layers by name.
         fast: whether products may be rounded to 8 bits.
         kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
+        stages: largest number of stages in which weights are decoded.
 
     Returns:
         The constants and operators that were added, and the names of layers whose weights are not in the graph.
@@ -64,6 +71,7 @@ def replace_weights(
         flush()
         if not replaced:
             nodes.append(node)
+    nodes = staged(writer.builder, nodes, stages)
     kept = [tensor for tensor in graph.initializer if tensor.name not in weights]
     for field, values in (("node", nodes), ("initializer", [*kept, *writer.builder.initializers])):
         graph.ClearField(field)

@@ -10,7 +10,7 @@ from mlorq.codecs.base import FLOAT_BYTES, Residency
 from mlorq.registry import Settings
 
 
-class GraphTarget(Settings):
+class GraphPrecision(Settings):
     """Options of such a runtime as a target."""
 
     precision: Literal["exact", "fast"] = Field(
@@ -25,5 +25,5 @@ def graph_residency(settings: Settings, code_bits: tuple[int, ...]) -> Residency
         settings: precision.
         code_bits: bit-widths of the runtime's kernels.
     """
-    assert isinstance(settings, GraphTarget)
+    assert isinstance(settings, GraphPrecision)
     return Residency(code_bits, 8 if settings.precision == "fast" else 8 * FLOAT_BYTES)
