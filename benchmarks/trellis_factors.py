@@ -1,6 +1,6 @@
 """Whether factors pay if they are trellis codes themselves: held-out local costs at the same bytes.
 
-    .venv/bin/python benchmarks/trellis_factors.py examples/minilm.yaml [--every 6] [--set KEY=VALUE]
+    .venv/bin/python benchmarks/trellis_factors.py examples/minilm.yaml [--every 5] [--set KEY=VALUE]
 
 For every n-th layer and several ranks: ``W ≈ A B`` with both factors as trellis codes of k bits (B under Σ and AᵀGA,
 then the least-squares A under G and B̂ΣB̂ᵀ), over factors with affine codes of k bits, and over trellis codes of W itself
@@ -42,7 +42,7 @@ def trellis_factors_cost(fit: CovarianceFit, rank: int, bits: int) -> float:
 def main() -> None:
     """Print geometric means over layers, a row for each rank and width."""
     parser = arguments_of_a_run()
-    parser.add_argument("--every", type=int, default=6, help="layers to leave out between two")
+    parser.add_argument("--every", type=int, default=5, help="layers to leave out between two")
     arguments = parser.parse_args()
     found: dict[tuple[float, int], list[tuple[float, float]]] = defaultdict(list)
     for layer, fit in layer_fits(arguments):

@@ -1,6 +1,6 @@
 """Whether factors of the residual pay on top of trellis codes: held-out local costs at the same bytes.
 
-    .venv/bin/python benchmarks/trellis_low_rank.py examples/minilm.yaml [--every 6] [--set KEY=VALUE]
+    .venv/bin/python benchmarks/trellis_low_rank.py examples/minilm.yaml [--every 5] [--set KEY=VALUE]
 
 For every n-th layer: W as trellis codes of k bits plus ``A B`` of the residual (factors of 4 bits, two turns as for
 QLR), against trellis codes alone at the same bytes. Codes alone have whole bits: their cost at the bytes between is
@@ -42,7 +42,7 @@ def cost_with_factors(fit: CovarianceFit, bits: int, rank: int) -> float:
 def main() -> None:
     """Print geometric means over layers, a row for each width and rank."""
     parser = arguments_of_a_run()
-    parser.add_argument("--every", type=int, default=6, help="layers to leave out between two")
+    parser.add_argument("--every", type=int, default=5, help="layers to leave out between two")
     arguments = parser.parse_args()
     found: dict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
     for layer, fit in layer_fits(arguments):

@@ -1,6 +1,6 @@
 """What the parts of the trellis encoder are worth: held-out local costs over those of the encoder as it is.
 
-    .venv/bin/python benchmarks/trellis_parts.py examples/minilm.yaml [--every 6] [--set KEY=VALUE]
+    .venv/bin/python benchmarks/trellis_parts.py examples/minilm.yaml [--every 5] [--set KEY=VALUE]
 
 Geometric means over every n-th layer. "Costs from one cycle" are the estimates of the search
 (``mlorq.fitting.trellis_costs``) over the costs of all codes, with the standard deviation of their logarithm.
@@ -85,7 +85,7 @@ VARIANTS: dict[str, Callable[[CovarianceFit], list[float]]] = {
 def main() -> None:
     """Print a row a variant, as Markdown."""
     parser = arguments_of_a_run()
-    parser.add_argument("--every", type=int, default=6, help="layers to leave out between two")
+    parser.add_argument("--every", type=int, default=5, help="layers to leave out between two")
     arguments = parser.parse_args()
     found: dict[str, list[list[float]]] = defaultdict(list)
     estimates = []
