@@ -8,7 +8,6 @@ images would take gigabytes.
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from mlorq.data.choose import READERS, read_image, seeded_choice
 from mlorq.data.coco import CocoSettings
 from mlorq.data.metrics import DETECTION
 from mlorq.data.packages import PYCOCOTOOLS
+from mlorq.data.pixels import decoded
 from mlorq.data.source import ModelSettings, Role
 from mlorq.errors import DataError
 from mlorq.models.base import move_batch
@@ -221,13 +221,7 @@ def _choose(images: list[_Image], samples: int | None, seed: int, location: str)
 
 
 def _decode(image: _Image) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image.data)) as opened:
-            found = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image {image.path} cannot be decoded: {error}") from error
+    found = decoded(image.data, image.path, "RGB")
     if found.size != (image.width, image.height):
         width, height = found.size
         raise DataError(
