@@ -87,12 +87,16 @@ def average_precisions(
 
 
 def _part(truth: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
-    """The annotations of some images, copied because pycocotools modifies them."""
+    """The annotations of some images, copied because pycocotools modifies them.
+
+    They are numbered from 1: pycocotools takes an object with the id 0 for none, and one of two with the same id away.
+    """
     wanted = set(images)
+    annotations = [row for row in truth["annotations"] if row["image_id"] in wanted]
     return {
         "info": {},
         "images": [dict(image) for image in truth["images"] if image["id"] in wanted],
-        "annotations": [dict(row) for row in truth["annotations"] if row["image_id"] in wanted],
+        "annotations": [{"iscrowd": 0, **row, "id": number} for number, row in enumerate(annotations, 1)],
         "categories": [dict(category) for category in truth["categories"]],
     }
 

@@ -91,6 +91,10 @@ def coco_dataset(
     if role == "calibration":
         return Dataset(batches, len(images), digest_json(described))
     PYCOCOTOOLS.require("the metric of source coco")
+    for number, row in enumerate(truth["annotations"], 1):
+        for key in ("bbox", "area", *(["segmentation"] if detector.masks else [])):
+            if row.get(key) is None:
+                raise DataError(f"annotations {location}: annotation {row.get('id', f'number {number}')} lacks {key!r}")
     names = {category["id"]: category["name"] for category in truth["categories"]}
     categories = detector.categories(names)
     chosen = {image.id for image in images}
@@ -188,21 +192,30 @@ def read_annotations(location: str) -> dict[str, Any]:
         if not isinstance(truth, dict) or not isinstance(truth.get(part), list):
             raise DataError(f"annotations {location} have no list {part!r}")
     try:
-        images = {row["id"] for row in truth["images"]}
-        categories = {row["id"]: row["name"] for row in truth["categories"]}
-        for row in truth["annotations"]:
+        images = _ids(truth["images"], "image", location)
+        categories = _ids(truth["categories"], "category", location)
+        for row in truth["categories"]:
+            row["name"]  # detectors match classes by name
+        for number, row in enumerate(truth["annotations"], 1):
+            where = f"annotations {location}: annotation {row.get('id', f'number {number}')}"
             if row["category_id"] not in categories:
-                raise DataError(
-                    f"annotations {location}: annotation {row['id']} has category {row['category_id']}, which is not "
-                    "listed"
-                )
+                raise DataError(f"{where} has category {row['category_id']}, which is not listed")
             if row["image_id"] not in images:
-                raise DataError(
-                    f"annotations {location}: annotation {row['id']} has image {row['image_id']}, which is not listed"
-                )
-    except (KeyError, TypeError) as error:
+                raise DataError(f"{where} has image {row['image_id']}, which is not listed")
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"annotations {location}: an entry lacks {error}") from error
     return truth
+
+
+def _ids(rows: Sequence[Mapping[str, Any]], kind: str, location: str) -> set[int]:
+    """The ids of images or categories: different integers, because results refer to them."""
+    found: set[int] = set()
+    for row in rows:
+        if not isinstance(row["id"], int) or row["id"] in found:
+            problem = "occurs twice" if row["id"] in found else "is not an integer"
+            raise DataError(f"annotations {location}: {kind} id {row['id']!r} {problem}")
+        found.add(row["id"])
+    return found
 
 
 def _image(row: Mapping[str, Any], location: str) -> _Image:

@@ -12,10 +12,7 @@ from mlorq.errors import ModelError
 from mlorq.models.transformers_inputs import longest_text
 
 # Architectures with a table of positions: a longer text is an index error in their embeddings.
-POSITIONS = frozenset(
-    ("albert", "bert", "camembert", "distilbert", "electra", "gpt2", "mpnet", "roberta")
-    + ("roberta-prelayernorm", "xlm-roberta")
-)
+POSITIONS = {"albert", "bert", "camembert", "distilbert", "electra", "gpt2", "mpnet", "roberta", "xlm-roberta"}
 
 
 def load_tokenizer(location: str, name: str) -> Any:
