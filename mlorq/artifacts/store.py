@@ -30,9 +30,9 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.cache import Cache, cache_folder
 from mlorq.artifacts.hashing import digest_bytes
-from mlorq.artifacts.transfer import Files, Traffic, hide_password
+from mlorq.artifacts.transfer import Files, Traffic
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
-from mlorq.errors import StoreError
+from mlorq.errors import StoreError, hide_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class Store:
                 storage_options.setdefault("use_listings_cache", False)
             self.fs, root = url_to_fs(self.url, **storage_options)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"store {hide_password(url)!r}: {error}") from error
+            raise StoreError(f"store {hide_secrets(url)!r}: {error}") from error
         self.root = root.rstrip("/")
         self.files = Files(self.fs)
         self.is_local = self.files.is_local
@@ -237,7 +237,7 @@ class Store:
         try:
             self.files.probe(self.root)
         except OSError as error:
-            raise StoreError(f"store {hide_password(self.url)} cannot be written: {error}") from error
+            raise StoreError(f"store {hide_secrets(self.url)} cannot be written: {error}") from error
 
     def write(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mlorq.data.packages import PYCOCOTOOLS
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
 from mlorq.models.detector import Detections
 
 KINDS = {"box": "bbox", "mask": "segm"}
@@ -81,8 +81,8 @@ def average_precisions(
                     figures = evaluation.stats[: len(FIGURES)]
                 found |= {f"{name}_{figure}": float(value) for figure, value in zip(FIGURES, figures, strict=True)}
     except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
-        text = f"{type(error).__name__}: {error}"
-        raise DataError(f"pycocotools cannot read the annotations: {' '.join(text.split())[:300]}") from error
+        text = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"pycocotools cannot read the annotations: {text}") from error
     return {name: value for name, value in found.items() if value >= 0}
 
 

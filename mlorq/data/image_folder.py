@@ -18,7 +18,7 @@ from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, indices_of, listed_samples, read_image, seeded_choice
 from mlorq.data.delimited import read_rows
 from mlorq.data.source import SOURCES, DataSource, ImageSettings, ModelSettings, Role, RootSettings, SplitSettings
-from mlorq.errors import DataError
+from mlorq.errors import DataError, hide_secrets
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -66,7 +66,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             raise DataError(
                 f"split {settings.split!r} of image folder {root}: give labels, a table with a column split"
             )
-        images = _listed(settings, folder) if settings.labels else _found(fs, path, root)
+        images = _listed(settings, folder) if settings.labels else _found(fs, path, hide_secrets(root))
         of_split = f" of split {settings.split!r}" if settings.split else ""
         if not images:
             raise DataError(f"image folder {root} has no images{of_split}")

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import ModelError, hide_secrets, one_line
 
 # Keys under which training scripts store the weights; of the trained weights and their average, the former are read.
 NESTED = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "weights")
@@ -120,7 +120,10 @@ def _unwrapped(content: Any, uri: str) -> Any:
         used = (trained or averaged)[0]
         if others := [key for key in (*trained, *averaged) if key != used]:
             unread = ", ".join(map(repr, others))
-            warnings.warn(f"checkpoint {uri}: weights under {used!r} are read, not those under {unread}", stacklevel=4)
+            warnings.warn(
+                f"checkpoint {hide_secrets(uri)}: weights under {used!r} are read, not those under {unread}",
+                stacklevel=4,
+            )
         content = content[used]
     if isinstance(content, Mapping) and len(content) > 1:
         content = {name: value for name, value in content.items() if name != COUNTER}
