@@ -13,10 +13,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from flows.ledger import Ledger, results_json
-from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
-from mlorq.errors import BudgetError, StoreError
+from mlorq.errors import BudgetError, StoreError, hide_secrets
 from steps import search_index
 from steps.allocations import Allocated, Executor, Search, allocate_budgets, allocation_json
 from steps.base import Outcome, StepSpec, execute, find
@@ -104,7 +103,7 @@ def check_present(spec: StepSpec, session: Session, command: str) -> None:
     """
     if spec.step not in COMPUTED:
         raise StoreError(
-            f"step {spec.label!r} of this configuration is not in the store {hide_password(session.store.url)}; "
+            f"step {spec.label!r} of this configuration is not in the store {hide_secrets(session.store.url)}; "
             f"run first: {command}"
         )
 

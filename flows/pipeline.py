@@ -19,9 +19,8 @@ from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
 from flows.run_form import read_config
-from mlorq.artifacts.transfer import hide_password
 from mlorq.config.budget import Budget, parse_budgets
-from mlorq.errors import MlorqError
+from mlorq.errors import MlorqError, hide_secrets
 from mlorq.evaluation.report import size_accuracy_picture
 from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
@@ -85,7 +84,7 @@ def run_on(
     config, log = session.config, get_run_logger()
     texts = [budget.text for budget in budgets]
     subject = f"{session.config.model.display_name} {' '.join(texts)}"
-    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_password(session.store.url))
+    log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_secrets(session.store.url))
     given = handed()
     observers: list[Observer] = [PrefectProgress(subject)]
     observers += [SearchWatch(config, session.config.model.display_name, texts)] if announce else []

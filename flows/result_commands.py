@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say
 from mlorq.artifacts.locations import resolve_location
-from mlorq.artifacts.transfer import hide_password
-from mlorq.errors import ConfigError, MlorqError, StoreError
+from mlorq.errors import ConfigError, MlorqError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
     from mlorq.artifacts.store import ArtifactRef, Store
@@ -150,7 +149,7 @@ def runs(arguments: argparse.Namespace) -> Finish:
         from flows.render import console, print_runs
 
         if arguments.json:
-            print_json({"store": hide_password(store.url), "runs": found})
+            print_json({"store": hide_secrets(store.url), "runs": found})
         else:
             print_runs(found, console())
         if damaged:
@@ -175,7 +174,7 @@ def report(arguments: argparse.Namespace) -> Finish:
     if arguments.run not in known:
         near = difflib.get_close_matches(arguments.run, known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise StoreError(f"no run {arguments.run!r} in the store {hide_password(store.url)} (see mlorq runs){hint}")
+        raise StoreError(f"no run {arguments.run!r} in the store {hide_secrets(store.url)} (see mlorq runs){hint}")
     ref, result = known[arguments.run]
     if measured is not None and measured.get("description") != _description_digest(store, result):
         raise ConfigError(f"benchmark {arguments.benchmark} is of another checkpoint than that of run {arguments.run}")

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, named_store, print_json
-from mlorq.artifacts.transfer import hide_password
-from mlorq.errors import ConfigError, StoreError
+from mlorq.errors import ConfigError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
     from mlorq.artifacts.gc import Folder
@@ -36,7 +35,7 @@ def ls(arguments: argparse.Namespace) -> Finish:
 
         if arguments.json:
             name = "steps" if arguments.step is None else "artifacts_of_step"
-            print_json({"store": hide_password(found.url), **total, "left_over": len(left_over), name: rows})
+            print_json({"store": hide_secrets(found.url), **total, "left_over": len(left_over), name: rows})
             return 0
         out = console()
         if rows:
@@ -67,7 +66,7 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
     chosen = [folder for folder in everything if folder.is_artifact and folder.ref.step == step]
     if not chosen:
         steps = sorted({folder.ref.step for folder in everything if folder.is_artifact})
-        where = hide_password(found.url)
+        where = hide_secrets(found.url)
         raise StoreError(f"no artifacts of step {step!r} in the store {where}; steps: {', '.join(steps) or 'none'}")
     rows = []
     for folder in chosen:
@@ -98,7 +97,7 @@ def verify(arguments: argparse.Namespace) -> Finish:
         if arguments.json:
             counts = {"artifacts": findings.artifacts, "bytes": findings.bytes}
             print_json(
-                {"store": hide_password(found.url), **counts, "damaged": findings.damaged, "left_over": left_over}
+                {"store": hide_secrets(found.url), **counts, "damaged": findings.damaged, "left_over": left_over}
             )
         else:
             out = console()
@@ -136,7 +135,7 @@ def gc(arguments: argparse.Namespace) -> Finish:
         from flows.render import console, size
 
         if arguments.json:
-            shown = hide_password(found.url)
+            shown = hide_secrets(found.url)
             print_json({"store": shown, "kept": arguments.keep, "dry_run": arguments.dry_run, "removed": row})
             return 0
         verb = "would be removed" if arguments.dry_run else "removed"

@@ -2,13 +2,41 @@
 
 The message of each is one line that names the key, file, layer or artifact at fault. The command line prints it and
 exits with status 2. Any other exception is a defect of the software and keeps its traceback.
+
+Messages show no secrets of URLs: ``MlorqError`` hides them, and ``no_secrets`` those of exceptions of other libraries.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_WORDS = "sig|token|key|secret|pass|pwd|auth|cred"
+_HIDDEN = (
+    (re.compile(r"(://[^/?#@:\s]*):[^/?#\s]*@"), r"\1:***@"),  # a password, which may have an @
+    (re.compile(r"(https?://)[^/?#@:\s]+@"), r"\1***@"),  # a token in place of a user's name
+    (re.compile(rf"([?&;][\w.%-]*(?:{_WORDS})[\w.%-]*=)[^&;#\s'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(AccountKey=|SharedAccessSignature=|Bearer )[^;\s'\"]+"), r"\1***"),
+)
+
+
+def hide_secrets(text: str) -> str:
+    """A text with the secrets of its URLs replaced by ``***``: passwords, tokens, and signatures of queries."""
+    for pattern, shown in _HIDDEN:
+        text = pattern.sub(shown, text)
+    return text
+
 
 class MlorqError(Exception):
-    """Base class of errors caused by the input or the environment, not by a defect of the software."""
+    """Base class of errors caused by the input or the environment, not by a defect of the software.
+
+    Args:
+        message: one line; secrets of URLs in it are hidden.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(hide_secrets(str(message)))
 
 
 class ConfigError(MlorqError):
@@ -46,5 +74,30 @@ KINDS: dict[str, type[MlorqError]] = {
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error without line breaks, cut to 300 characters."""
-    return " ".join(str(error).split())[:300]
+    """The message of an error without line breaks and secrets, cut to 300 characters."""
+    return hide_secrets(" ".join(str(error).split()))[:300]
+
+
+@contextmanager
+def no_secrets() -> Iterator[None]:
+    """Exceptions that leave a ``with`` block or a decorated function show no secrets of URLs.
+
+    An exception of another library with a secret becomes a ``MlorqError``; as a cause, it is removed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _tells(error):
+            raise MlorqError(f"{type(error).__name__}: {one_line(error)}") from None
+        link: BaseException = error
+        while (cause := link.__cause__ or link.__context__) is not None:
+            if _tells(cause):
+                link.__cause__ = link.__context__ = None
+                break
+            link = cause
+        raise
+
+
+def _tells(error: BaseException) -> bool:
+    text = str(error)
+    return hide_secrets(text) != text

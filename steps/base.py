@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, Store
-from mlorq.errors import ConfigError
+from mlorq.errors import ConfigError, no_secrets
 from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def find(spec: StepSpec, store: Store) -> Outcome | None:
     return Outcome(spec.ref, True, float(manifest.get("seconds") or 0.0))
 
 
+@no_secrets()
 def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) -> Outcome:
     """Run a step and write its artifact, unless the store has it.
 

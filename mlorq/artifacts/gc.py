@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mlorq.artifacts.store import MANIFEST, ArtifactRef, Store
-from mlorq.artifacts.transfer import Entry, hide_password, side_by_side
-from mlorq.errors import StoreError
+from mlorq.artifacts.transfer import Entry, side_by_side
+from mlorq.errors import StoreError, hide_secrets
 
 LEFT_OVER_AGE = datetime.timedelta(days=1)  # longer than any write of one artifact
 KEY = re.compile("[0-9a-f]{32}")
@@ -60,7 +60,7 @@ def folders(store: Store) -> list[Folder]:
     try:
         listing = store.files.listing(store.root)
     except OSError as error:
-        raise StoreError(f"cannot list the store {hide_password(store.url)}: {error}") from error
+        raise StoreError(f"cannot list the store {hide_secrets(store.url)}: {error}") from error
     found: dict[ArtifactRef, Folder] = {}
     for path, entry in listing.items():
         step, _, rest = path.partition("/")
@@ -107,7 +107,7 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
             manifest = store.manifest(folder.ref)
             assert manifest is not None
             for name in manifest["files"]:
-                findings.bytes += len(store.read_bytes(folder.ref, name, verify=True))
+                findings.bytes += len(store.read_bytes(folder.ref, name))
         except StoreError as error:
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                 raise  # the store is unreachable; the artifact is not damaged
@@ -136,7 +136,7 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
     for name in runs:
         if name not in known:
             raise StoreError(
-                f"no run {name!r} in the store {hide_password(store.url)}; known: {', '.join(sorted(known)) or 'none'}"
+                f"no run {name!r} in the store {hide_secrets(store.url)}; known: {', '.join(sorted(known)) or 'none'}"
             )
     kept = {ref for name, (ref, _) in known.items() if name in runs}
     kept |= {ArtifactRef.from_json(made) for name in runs for made in known[name][1].values()}
@@ -215,7 +215,7 @@ def remove_files(store: Store, gone: Sequence[Folder]) -> None:
             for name in folder.files:
                 store.files.remove(store.path(folder.ref, name))
     except OSError as error:
-        raise StoreError(f"cannot remove from the store {hide_password(store.url)}: {error}") from error
+        raise StoreError(f"cannot remove from the store {hide_secrets(store.url)}: {error}") from error
 
 
 def remove(store: Store, gone: Sequence[Folder], progress: Callable[[int, int], None] | None = None) -> None:
@@ -236,4 +236,4 @@ def remove(store: Store, gone: Sequence[Folder], progress: Callable[[int, int], 
             if progress is not None:
                 progress(done, len(gone))
     except OSError as error:
-        raise StoreError(f"cannot remove from the store {hide_password(store.url)}: {error}") from error
+        raise StoreError(f"cannot remove from the store {hide_secrets(store.url)}: {error}") from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 
-from mlorq.artifacts.transfer import hide_password
-from mlorq.errors import ConfigError
+from mlorq.errors import ConfigError, hide_secrets
 
 
 def resolve_location(location: str, folder: str) -> str:
@@ -51,7 +50,7 @@ def folder_of_url(url: str) -> str:
     """
     scheme, _, rest = url.partition("://")
     if "::" in rest:  # the neighbours of the file are in an archive
-        raise ConfigError(f"configuration {hide_password(url)} is behind a chained URL: give the URL of a plain file")
+        raise ConfigError(f"configuration {hide_secrets(url)} is behind a chained URL: give the URL of a plain file")
     return f"{scheme}://{posixpath.dirname(rest)}"
 
 
@@ -60,5 +59,5 @@ def _below(folder: str, path: str) -> str:
     joined = posixpath.normpath(posixpath.join(rest, path))
     root = rest.partition("/")[0]
     if joined.partition("/")[0] in ("", ".", "..") or (root and joined.partition("/")[0] != root):
-        raise ConfigError(f"path {path!r} leads out of {hide_password(folder)}: give a path inside it, or a full URL")
+        raise ConfigError(f"path {path!r} leads out of {hide_secrets(folder)}: give a path inside it, or a full URL")
     return f"{scheme}://{joined}"

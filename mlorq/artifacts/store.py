@@ -30,9 +30,9 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.cache import Cache, cache_folder
 from mlorq.artifacts.hashing import digest_bytes
-from mlorq.artifacts.transfer import Files, Traffic, hide_password
+from mlorq.artifacts.transfer import Files, Traffic
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
-from mlorq.errors import StoreError
+from mlorq.errors import StoreError, hide_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class Store:
                 storage_options.setdefault("use_listings_cache", False)
             self.fs, root = url_to_fs(self.url, **storage_options)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"store {hide_password(url)!r}: {error}") from error
+            raise StoreError(f"store {hide_secrets(url)!r}: {error}") from error
         self.root = root.rstrip("/")
         self.files = Files(self.fs)
         self.is_local = self.files.is_local
@@ -108,7 +108,16 @@ class Store:
     # -- names ------------------------------------------------------------------------------------------------
 
     def path(self, ref: ArtifactRef, *names: str) -> str:
-        """Path of an artifact, or of a file in it, in the file system of the store."""
+        """Path of an artifact, or of a file in it, in the file system of the store.
+
+        Raises:
+            StoreError: a name leads out of the folder that it belongs to.
+        """
+        for name in (ref.step, ref.key):
+            if "/" in name:
+                raise StoreError(f"{name!r} is not the name of a step or the key of an artifact")
+        for name in (ref.step, ref.key, *names):
+            check_inside(name)
         return posixpath.join(self.root, ref.step, ref.key, *names)
 
     def uri(self, ref: ArtifactRef, *names: str) -> str:
@@ -180,10 +189,13 @@ class Store:
             manifest: dict[str, Any] = json.loads(text)
             if manifest["format"] != MANIFEST_FORMAT or not isinstance(manifest["files"], dict):
                 raise ValueError(f"unknown manifest format {manifest['format']!r}")
+            if (manifest["step"], manifest["key"]) != (ref.step, ref.key):
+                raise ValueError(f"it is that of artifact {manifest['step']}/{manifest['key']}")
             for name, listed in manifest["files"].items():
+                check_inside(name)
                 if not isinstance(listed["bytes"], int) or not re.fullmatch("[0-9a-f]{32}", listed["digest"]):
                     raise ValueError(f"the size or digest of {name} is missing")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, StoreError) as error:
             raise self._damaged(ref, MANIFEST, str(error)) from error
         if self.is_remote:
             self._manifests[ref] = manifest
@@ -225,7 +237,7 @@ class Store:
         try:
             self.files.probe(self.root)
         except OSError as error:
-            raise StoreError(f"store {hide_password(self.url)} cannot be written: {error}") from error
+            raise StoreError(f"store {hide_secrets(self.url)} cannot be written: {error}") from error
 
     def write(
         self,
@@ -292,10 +304,8 @@ class Store:
 
     # -- reading ----------------------------------------------------------------------------------------------
 
-    def read_bytes(self, ref: ArtifactRef, name: str, *, verify: bool = False) -> bytes:
-        """The content of one file of an artifact.
-
-        The size is always checked; the digest is checked if ``verify``, or if the store has a cache.
+    def read_bytes(self, ref: ArtifactRef, name: str) -> bytes:
+        """The content of one file of an artifact, after a check of its size and digest.
 
         Raises:
             StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
@@ -303,23 +313,23 @@ class Store:
         manifest = self.manifest(ref)
         assert manifest is not None
         try:
-            return self._read(ref, name, manifest, verify)
+            return self._read(ref, name, manifest)
         except StoreError as error:
             unreachable = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
             if unreachable or not self._is_outdated(ref, manifest):
                 raise
-        return self.read_bytes(ref, name, verify=verify)
+        return self.read_bytes(ref, name)
 
-    def _read(self, ref: ArtifactRef, name: str, manifest: dict[str, Any], verify: bool) -> bytes:
+    def _read(self, ref: ArtifactRef, name: str, manifest: dict[str, Any]) -> bytes:
         if name not in manifest["files"]:
             raise StoreError(f"artifact {self.uri(ref)} has no file {name!r}")
         if self.cache is None:
-            return self._download(ref, name, manifest, verify)
+            return self._download(ref, name, manifest)
         listed = manifest["files"][name]
-        download = functools.partial(self._download, ref, name, manifest, True)
+        download = functools.partial(self._download, ref, name, manifest)
         return self.cache.fetch(listed["digest"], listed["bytes"], download)
 
-    def _download(self, ref: ArtifactRef, name: str, manifest: dict[str, Any], verify: bool) -> bytes:
+    def _download(self, ref: ArtifactRef, name: str, manifest: dict[str, Any]) -> bytes:
         listed = manifest["files"][name]
         try:
             data = self.files.read(self.path(ref, name), listed["bytes"])
@@ -328,7 +338,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot read {self.uri(ref, name)}: {error}") from error
         self._check_size(ref, name, len(data), manifest)
-        if verify and digest_bytes(data) != listed["digest"]:
+        if digest_bytes(data) != listed["digest"]:
             raise self._damaged(ref, name, "its digest differs from the manifest's")
         return data
 
@@ -391,6 +401,16 @@ class Store:
         return StoreError(
             f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete its folder, and it is computed again"
         )
+
+
+def check_inside(name: str) -> None:
+    """Check that a name of a step, key or file stays inside its folder.
+
+    Raises:
+        StoreError: it is empty or absolute, or has a part ``.`` or ``..``.
+    """
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise StoreError(f"{name!r} is not a name inside an artifact")
 
 
 # -- the three file formats of artifacts (never pickle) ------------------------------------------------------------

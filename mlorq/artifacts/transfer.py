@@ -16,7 +16,6 @@ import datetime
 import errno
 import inspect
 import os
-import re
 import sys
 import threading
 import time
@@ -386,11 +385,6 @@ def replace_file(path: str, data: bytes) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def hide_password(url: str) -> str:
-    """A URL with its password replaced by ``***``, for messages."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], limit: int = PARALLEL) -> list[T]:

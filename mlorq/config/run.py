@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Self, get_args, get_origin
 
 import fsspec
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location
-from mlorq.artifacts.transfer import hide_password
 from mlorq.codecs.base import Residency
 from mlorq.config.budget import Budget, budget_text, parse_budgets
 from mlorq.config.presets import DEFAULT_PRESET, PRESETS, Preset
@@ -49,7 +49,7 @@ from mlorq.config.sections import (
     source_section,
 )
 from mlorq.config.target import TargetConfig, target_section
-from mlorq.errors import ConfigError
+from mlorq.errors import ConfigError, hide_secrets
 from mlorq.registry import Settings
 
 __all__ = [
@@ -124,6 +124,17 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, description="seed of all random numbers")
     folder: str = Field("", exclude=True, description="folder that relative paths start from")
 
+    @model_validator(mode="after")
+    def _refuse_secrets(self) -> Self:
+        """Configurations are parameters of flows, which servers store and show."""
+        for key, text in _texts(self.model_dump(mode="json"), ""):
+            if (shown := hide_secrets(text)) != text:
+                raise ValueError(
+                    f"{key}: {shown} holds a secret, and configurations are stored: leave it out, and give it to the "
+                    "file system's driver by its environment variables or fsspec's configuration (docs/STORES.md)"
+                )
+        return self
+
     @property
     def budgets(self) -> list[Budget]:
         """The parsed budgets.
@@ -174,7 +185,7 @@ class RunConfig(Settings):
         try:
             return cls.from_mapping(values, folder)
         except ConfigError as error:
-            raise ConfigError(f"{hide_password(location)}: {error}") from None
+            raise ConfigError(f"{hide_secrets(location)}: {error}") from None
 
     def to_yaml(self) -> str:
         """The configuration as YAML, from which ``from_yaml`` restores an equal one."""
@@ -188,6 +199,15 @@ class RunConfig(Settings):
     def resolve(self, location: str) -> str:
         """The absolute path or URI of a location in the configuration."""
         return resolve_location(location, self.folder)
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """All texts of a configuration, with their dotted keys."""
+    if isinstance(value, str):
+        yield key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _texts(item, f"{key}.{name}" if key else str(name))
 
 
 def run_config() -> type[RunConfig]:
@@ -240,7 +260,7 @@ def read_values(location: str, overrides: dict[str, Any] | None = None) -> dict[
 
 def _read_mapping(location: str) -> dict[str, Any]:
     """The content of a YAML file at a path or an fsspec URL."""
-    shown = f"configuration {hide_password(location)}"
+    shown = f"configuration {hide_secrets(location)}"
     try:
         with fsspec.open(location, "rt") if "://" in location else open(location, encoding="utf-8") as file:
             values = yaml.safe_load(file.read())

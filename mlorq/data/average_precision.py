@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mlorq.data.packages import PYCOCOTOOLS
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
 from mlorq.models.detector import Detections
 
 KINDS = {"box": "bbox", "mask": "segm"}
@@ -81,18 +81,22 @@ def average_precisions(
                     figures = evaluation.stats[: len(FIGURES)]
                 found |= {f"{name}_{figure}": float(value) for figure, value in zip(FIGURES, figures, strict=True)}
     except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
-        text = f"{type(error).__name__}: {error}"
-        raise DataError(f"pycocotools cannot read the annotations: {' '.join(text.split())[:300]}") from error
+        text = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"pycocotools cannot read the annotations: {text}") from error
     return {name: value for name, value in found.items() if value >= 0}
 
 
 def _part(truth: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
-    """The annotations of some images, copied because pycocotools modifies them."""
+    """The annotations of some images, copied because pycocotools modifies them.
+
+    They are numbered from 1: pycocotools takes an object with the id 0 for none, and one of two with the same id away.
+    """
     wanted = set(images)
+    annotations = [row for row in truth["annotations"] if row["image_id"] in wanted]
     return {
         "info": {},
         "images": [dict(image) for image in truth["images"] if image["id"] in wanted],
-        "annotations": [dict(row) for row in truth["annotations"] if row["image_id"] in wanted],
+        "annotations": [{"iscrowd": 0, **row, "id": number} for number, row in enumerate(annotations, 1)],
         "categories": [dict(category) for category in truth["categories"]],
     }
 

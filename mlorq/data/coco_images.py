@@ -8,7 +8,6 @@ images would take gigabytes.
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from mlorq.data.choose import READERS, read_image, seeded_choice
 from mlorq.data.coco import CocoSettings
 from mlorq.data.metrics import DETECTION
 from mlorq.data.packages import PYCOCOTOOLS
+from mlorq.data.pixels import decoded
 from mlorq.data.source import ModelSettings, Role
 from mlorq.errors import DataError
 from mlorq.models.base import move_batch
@@ -91,6 +91,10 @@ def coco_dataset(
     if role == "calibration":
         return Dataset(batches, len(images), digest_json(described))
     PYCOCOTOOLS.require("the metric of source coco")
+    for number, row in enumerate(truth["annotations"], 1):
+        for key in ("bbox", "area", *(["segmentation"] if detector.masks else [])):
+            if row.get(key) is None:
+                raise DataError(f"annotations {location}: annotation {row.get('id', f'number {number}')} lacks {key!r}")
     names = {category["id"]: category["name"] for category in truth["categories"]}
     categories = detector.categories(names)
     chosen = {image.id for image in images}
@@ -188,21 +192,30 @@ def read_annotations(location: str) -> dict[str, Any]:
         if not isinstance(truth, dict) or not isinstance(truth.get(part), list):
             raise DataError(f"annotations {location} have no list {part!r}")
     try:
-        images = {row["id"] for row in truth["images"]}
-        categories = {row["id"]: row["name"] for row in truth["categories"]}
-        for row in truth["annotations"]:
+        images = _ids(truth["images"], "image", location)
+        categories = _ids(truth["categories"], "category", location)
+        for row in truth["categories"]:
+            row["name"]  # detectors match classes by name
+        for number, row in enumerate(truth["annotations"], 1):
+            where = f"annotations {location}: annotation {row.get('id', f'number {number}')}"
             if row["category_id"] not in categories:
-                raise DataError(
-                    f"annotations {location}: annotation {row['id']} has category {row['category_id']}, which is not "
-                    "listed"
-                )
+                raise DataError(f"{where} has category {row['category_id']}, which is not listed")
             if row["image_id"] not in images:
-                raise DataError(
-                    f"annotations {location}: annotation {row['id']} has image {row['image_id']}, which is not listed"
-                )
-    except (KeyError, TypeError) as error:
+                raise DataError(f"{where} has image {row['image_id']}, which is not listed")
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"annotations {location}: an entry lacks {error}") from error
     return truth
+
+
+def _ids(rows: Sequence[Mapping[str, Any]], kind: str, location: str) -> set[int]:
+    """The ids of images or categories: different integers, because results refer to them."""
+    found: set[int] = set()
+    for row in rows:
+        if not isinstance(row["id"], int) or row["id"] in found:
+            problem = "occurs twice" if row["id"] in found else "is not an integer"
+            raise DataError(f"annotations {location}: {kind} id {row['id']!r} {problem}")
+        found.add(row["id"])
+    return found
 
 
 def _image(row: Mapping[str, Any], location: str) -> _Image:
@@ -221,13 +234,7 @@ def _choose(images: list[_Image], samples: int | None, seed: int, location: str)
 
 
 def _decode(image: _Image) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image.data)) as opened:
-            found = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image {image.path} cannot be decoded: {error}") from error
+    found = decoded(image.data, image.path, "RGB")
     if found.size != (image.width, image.height):
         width, height = found.size
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from mlorq.data.delimited import read_rows
 from mlorq.errors import DataError
 
 
@@ -51,12 +51,7 @@ def _delimited(
     location: str, data: bytes, tabs: bool, names: Sequence[int | str]
 ) -> tuple[dict[int | str, list[Any]], list[int]]:
     # In tab-separated files (GLUE) quotes are part of the text; in comma-separated ones they delimit fields.
-    quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    try:
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig")), delimiter="\t" if tabs else ",", quoting=quoting)
-        rows = [(number, row) for number, row in enumerate(reader, 1) if row]  # skips blank lines
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"table {location} cannot be read: {error}") from error
+    rows = read_rows(data, f"table {location}", tabs=tabs, quotes=not tabs)
     if not rows:
         raise DataError(f"table {location} is empty")
     by_name = any(isinstance(name, str) for name in names)

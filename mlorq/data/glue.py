@@ -24,7 +24,7 @@ from mlorq.data.metrics import CLASSIFICATION, CORRELATION
 from mlorq.data.model_inputs import text_inputs
 from mlorq.data.packages import OptionalPackage
 from mlorq.data.source import SOURCES, DataSource, ModelSettings, PathSettings, Role, SplitSettings, TextSettings
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
 from mlorq.models.family import TextInputs
 from mlorq.registry import Settings
 
@@ -239,7 +239,7 @@ def _from_hub(name: str, split: str) -> pa.Table:
     try:
         found = datasets.load_dataset(HUB, name, split=split)
     except Exception as error:  # network, proxy and cache errors have many types
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise DataError(f"GLUE task {name!r}, split {split!r}: {HUB} cannot be loaded: {reason}; {instead}") from error
     finally:
         if not bars:
@@ -255,7 +255,7 @@ def _from_disk(location: str, path: str, split: str) -> pa.Table:
     try:
         found = datasets.load_from_disk(path)
     except Exception as error:  # errors of damaged files have many types
-        raise DataError(f"data set {location} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"data set {location} cannot be loaded: {one_line(error)}") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise DataError(f"data set {location} has no split {split!r}; it has {', '.join(found)}")

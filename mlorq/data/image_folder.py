@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import os
 import posixpath
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, indices_of, listed_samples, read_image, seeded_choice
+from mlorq.data.delimited import read_rows
 from mlorq.data.source import SOURCES, DataSource, ImageSettings, ModelSettings, Role, RootSettings, SplitSettings
-from mlorq.errors import DataError
+from mlorq.errors import DataError, hide_secrets
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx", ".tga", ".qoi"),
+)
+# Images that Pillow does not read by itself, or not as pictures: an error is better than a class without them.
+UNREADABLE = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
+    *(".rw2", ".raf", ".dcm"),
+)
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation", "calibration"}
 
 
 class ImageFolderSettings(ImageSettings, SplitSettings, RootSettings):
@@ -55,7 +66,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             raise DataError(
                 f"split {settings.split!r} of image folder {root}: give labels, a table with a column split"
             )
-        images = _listed(settings, folder) if settings.labels else _found(fs, path)
+        images = _listed(settings, folder) if settings.labels else _found(fs, path, hide_secrets(root))
         of_split = f" of split {settings.split!r}" if settings.split else ""
         if not images:
             raise DataError(f"image folder {root} has no images{of_split}")
@@ -90,42 +101,117 @@ def _listed(settings: ImageFolderSettings, folder: str) -> list[_Named]:
     location = resolve_location(settings.labels, folder)
     fs, path = url_to_fs(location)
     try:
-        text = fs.cat_file(path).decode("utf-8-sig")
+        data = fs.cat_file(path)
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"label table {location} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"label table {location} cannot be read: {error}") from error
-    rows = list(csv.DictReader(io.StringIO(text), delimiter="," if path.endswith(".csv") else "\t"))
-    wanted = ("file", "label", *(("split",) if settings.split else ()))
-    for column in wanted:
-        if not rows or column not in rows[0]:
+    rows = read_rows(data, f"label table {location}", tabs=not path.endswith(".csv"), quotes=True)
+    titles = rows[0][1] if rows else []
+    for column in ("file", "label", *(("split",) if settings.split else ())):
+        if column not in titles:
             raise DataError(f"label table {location} has no column {column!r}")
-    numbered = list(enumerate(rows, 2))
+    numbered = [(number, dict(zip(titles, row, strict=False))) for number, row in rows[1:]]
     if settings.split:
+        for number, row in numbered:
+            if "split" not in row:
+                raise DataError(f"label table {location}, row {number}: the split is missing")
+        splits = ", ".join(sorted({row["split"] for _, row in numbered}))
         numbered = [(number, row) for number, row in numbered if row["split"] == settings.split]
         if not numbered:
-            splits = ", ".join(sorted({str(row["split"]) for row in rows}))
             raise DataError(f"label table {location} has no split {settings.split!r}; it has {splits}")
-    images = []
+    found: dict[str, _Named] = {}
     for number, row in numbered:
-        try:
-            images.append(_Named(row["file"], int(row["label"]), f"label table {location}, row {number}"))
-        except (TypeError, ValueError):
+        image = _labelled(row, f"label table {location}, row {number}")
+        if found.setdefault(image.path, image).label != image.label:
+            first = found[image.path]
             raise DataError(
-                f"label table {location}, row {number}: label {row['label']!r} is not a class number"
-            ) from None
-    return images
+                f"{image.where}: file {image.path!r} has label {image.label}, but {first.label} in {first.where}"
+            )
+    return [_labelled(row, f"label table {location}, row {number}") for number, row in numbered]
 
 
-def _found(fs: Any, root: str) -> list[_Named]:
-    """Images under a folder; if all are in subfolders, the sorted subfolders are the classes."""
-    files = sorted(file for file in fs.find(root) if file.lower().endswith(SUFFIXES))
-    relative = [posixpath.relpath(file, root.rstrip("/")) for file in files]
-    parents = sorted({posixpath.dirname(name) for name in relative})
-    if "" in parents:
-        return [_Named(name, None) for name in relative]
-    classes = {parent: index for index, parent in enumerate(parents)}
-    return [_Named(name, classes[posixpath.dirname(name)], f"image {name} (its folder)") for name in relative]
+def _labelled(row: Mapping[str, str], where: str) -> _Named:
+    """The image and class number of a row."""
+    for column in ("file", "label"):
+        if not row.get(column):
+            raise DataError(f"{where}: the {column} is missing")
+    try:
+        return _Named(row["file"], int(row["label"]), where)
+    except ValueError:
+        raise DataError(f"{where}: label {row['label']!r} is not a class number") from None
+
+
+def _found(fs: Any, root: str, location: str) -> list[_Named]:
+    """Images under a folder. If they are in subfolders, these are the classes, numbered as torchvision does.
+
+    Every subfolder of the root is a class, in alphabetical order; what is below it has its label. Files and folders
+    whose names begin with a dot, which systems and editors create, do not count.
+    """
+    found, folders = _tree(fs, root)
+    files = sorted(filter(_visible, found))
+    unreadable = next((name for name in files if name.lower().endswith(UNREADABLE)), None)
+    if unreadable is not None:
+        raise DataError(f"image {unreadable} of image folder {location} is of a kind that cannot be read: convert it")
+    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    beside = [name for name in images if "/" not in name]
+    if len(beside) == len(images):
+        return [_Named(name, None) for name in images]
+    classes = sorted({name.partition("/")[0] for name in files if "/" in name} | set(filter(_visible, folders)))
+    _check_level(location, classes, {posixpath.dirname(name) for name in images if "/" in name})
+    if 2 * len(beside) > len(images):
+        raise DataError(
+            f"image folder {location} has {len(beside)} images beside {len(classes)} folders with "
+            f"{len(images) - len(beside)}: move one of them, or give labels"
+        )
+    if beside:
+        warnings.warn(
+            f"image folder {location}: its folders are the classes; left out beside them: {_some(beside)}", stacklevel=3
+        )
+    filled = {name.partition("/")[0] for name in images if "/" in name}
+    if empty := [name for name in classes if name not in filled]:
+        warnings.warn(
+            f"image folder {location}: no images in {_some(empty)}, which counts as a class all the same", stacklevel=3
+        )
+    numbers = {name: index for index, name in enumerate(classes)}
+    inside = [name for name in images if "/" in name]
+    return [_Named(name, numbers[name.partition("/")[0]], f"image {name} (its folder)") for name in inside]
+
+
+def _check_level(location: str, classes: Sequence[str], parents: set[str]) -> None:
+    """Refuse subfolders that are splits, or the one folder that holds those of the classes."""
+    if len(classes) > 1 and SPLITS.issuperset(name.lower() for name in classes):
+        raise DataError(f"image folder {location} has the splits {', '.join(classes)}: give the folder of one as root")
+    if len(classes) == 1 and len({parent.split("/")[1] for parent in parents if "/" in parent}) > 1:
+        raise DataError(
+            f"image folder {location} has one folder, {classes[0]!r}, with folders in it: give that folder as root, "
+            "or labels"
+        )
+
+
+def _visible(name: str) -> bool:
+    return not any(part.startswith(".") for part in name.split("/"))
+
+
+def _tree(fs: Any, root: str) -> tuple[list[str], list[str]]:
+    """Paths of all files below a folder, relative to it, and names of its subfolders.
+
+    Links to folders are followed, which fsspec does not. Empty folders exist in some file systems only.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        root = root.rstrip("/")
+        rows = fs.ls(root, detail=True)
+        folders = [posixpath.basename(row["name"].rstrip("/")) for row in rows if row["type"] == "directory"]
+        return [posixpath.relpath(file, root) for file in fs.find(root)], folders
+    files: list[str] = []
+    for folder, below, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        # A link to a folder above itself would never end.
+        below[:] = [each for each in below if not f"{here}/".startswith(f"{os.path.realpath(f'{folder}/{each}')}/")]
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+    return files, [entry.name for entry in os.scandir(root) if entry.is_dir()]
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 SOURCES.register(ImageFolderSource())

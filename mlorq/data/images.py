@@ -8,7 +8,6 @@ memory.
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -24,8 +23,9 @@ from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.metrics import top_k_accuracy
 from mlorq.data.model_inputs import image_inputs
+from mlorq.data.pixels import decoded
 from mlorq.data.source import ImageSettings, ModelSettings, Role
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,11 @@ def decode(image: Image, transform: Callable[[Any], Any], mode: str) -> Tensor:
     Raises:
         DataError: the image, which is named, cannot be decoded.
     """
-    from PIL import Image as Pillow
-
+    pixels = decoded(image.data, image.name, mode)
     try:
-        with Pillow.open(io.BytesIO(image.data)) as opened:
-            result: Tensor = transform(opened.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image {image.name} cannot be decoded: {error}") from error
+        result: Tensor = transform(pixels)
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {image.name} cannot be resized: {one_line(error)}") from error
     return result
 
 

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from mlorq.data.metrics import METRICS
 from mlorq.data.packages import OptionalPackage
+from mlorq.errors import no_secrets
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ class DataSource(ABC, Generic[Own]):
 SOURCES: Registry[DataSource[Any]] = Registry("data source")
 
 
+@no_secrets()
 def load_dataset(
     section: SourceSection, role: Role, model: FloatModel, model_settings: ModelSettings, folder: str, seed: int
 ) -> Dataset:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from mlorq.errors import ConfigError
+from mlorq.errors import ConfigError, no_secrets
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class ExportTarget(ABC, Generic[Config]):
 TARGETS: Registry[ExportTarget[Any]] = Registry("export target")
 
 
+@no_secrets()
 def export(
     checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], to: str | None = None, **options: Any
 ) -> list[str]:

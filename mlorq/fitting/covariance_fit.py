@@ -28,7 +28,7 @@ from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gptq import RowHessian, descend, gptq, refit_scale
-from mlorq.fitting.gram import leading_errors, principal_directions
+from mlorq.fitting.gram import damped, leading_errors, principal_directions
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.shared_hessian import shared_hessian
@@ -112,6 +112,7 @@ class Metric:
         b = torch.linalg.solve_triangular(self.right, sv / root.unsqueeze(1), upper=False, left=False)
         # Only the product matters: factors of equal magnitude stay in the range of float16 scales.
         level = (b.square().mean() / a.square().mean().clamp(min=torch.finfo(s.dtype).tiny)).sqrt().sqrt()
+        level = torch.where(level > 0, level, torch.ones_like(level))  # 0 if W is
         return ProductFactors(a * level, b / level, s)
 
 
@@ -245,9 +246,7 @@ class CovarianceFit:
         """The rounded least-squares left factor for a rounded right factor."""
         b = right.dequantize().double()
         weighted = b @ self.metric.inputs
-        gram = weighted @ b.T
-        level = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        gram = gram + RIDGE * level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        gram = damped(weighted @ b.T, RIDGE)
         a = torch.cholesky_solve(weighted @ target.T, torch.linalg.cholesky(gram)).T
         return {"a": self.round_rows(a, RowHessian(gram), bits_a), "b": right}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mlorq.codecs.affine import SMALLEST_SCALE, RowQuantizer
 from mlorq.fitting.cuda import has_kernels
+from mlorq.fitting.gram import damped
 
 DAMPING = 0.01  # added to the diagonal of H, relative to its mean
 BLOCK = 64  # columns per block; the columns after a block are updated once
@@ -43,10 +44,7 @@ class RowHessian:
     @cached_property
     def shares(self) -> Tensor:
         """Upper Cholesky factor of the damped H⁻¹ in that order, float32: spreads a column's error over later ones."""
-        h = self.matrix[self.order][:, self.order]
-        h = h + DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * torch.eye(
-            len(h), dtype=torch.float64, device=h.device
-        )
+        h = damped(self.matrix[self.order][:, self.order], DAMPING)
         inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(h))
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
         return factor.float()

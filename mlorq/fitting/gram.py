@@ -42,3 +42,16 @@ def principal_directions(gram: Tensor) -> Tensor:
     """
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
     return torch.where(vectors.pow(3).sum(0) < 0, -vectors, vectors)
+
+
+def damped(matrix: Tensor, share: float) -> Tensor:
+    """``M + share · tr(M)/n · I``, which has a Cholesky factor; ``M + I`` if M is zero.
+
+    Args:
+        matrix: M, ``(n, n)`` float64, positive semi-definite.
+        share: of the mean diagonal.
+    """
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    amount = share * matrix.diagonal().mean()
+    # Below the smallest normal number, factors lose all digits.
+    return matrix + torch.where(amount > torch.finfo(matrix.dtype).tiny, amount, torch.ones_like(amount)) * identity

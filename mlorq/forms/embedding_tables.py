@@ -20,6 +20,7 @@ from mlorq.fitting.scale_search import search_quantizer
 from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import compressed_class, get_layer, swap_module
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.weight_range import why_float
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _why_float(table: nn.Embedding, path: str, smallest: int, owners: Mapping[in
         return f"its weight is shared with {others[0]}"
     if table.weight.numel() < smallest:
         return f"{table.weight.numel()} entries, fewer than embeddings.smallest = {smallest}"
-    return None
+    return why_float(table.weight)
 
 
 def quantize_table(name: str, table: nn.Embedding, bits: int, percentiles: Sequence[float]) -> CompressedLayer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mlorq.artifacts.locations import is_remote
-from mlorq.errors import DataError, ModelError
+from mlorq.errors import DataError, ModelError, one_line
 from mlorq.models.family import Example, ModelFamily
 from mlorq.registry import Settings
 
@@ -166,4 +166,4 @@ def _forget_namesakes(package: str, folder: str) -> None:
 
 def describe_error(error: Exception) -> str:
     """Type and message of an exception of the user's code, in one line of at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -8,6 +8,7 @@ and shared inputs are observed during the pass, so they are correct for any modu
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.blocks import detect_blocks
 from mlorq.models.layer_list import CONVOLUTION, LINEAR, Layer, LayerList
+from mlorq.models.weight_range import small_rows, why_float
 
 
 def is_compressible(module: nn.Module) -> bool:
@@ -110,6 +112,7 @@ def find_layers(
 
     layers: list[Layer] = []
     skipped: list[tuple[str, str]] = []
+    small: list[str] = []
     by_weight: dict[int, list[str]] = {}
     for name, child in targets.items():
         by_weight.setdefault(id(child.weight), []).append(name)
@@ -123,6 +126,8 @@ def find_layers(
             continue
         first = min(seen, key=lambda call: call["order"])
         child = targets[names[0]]
+        if count := small_rows(child.weight):
+            small.append(f"{count} in {names[0]}")
         rows, columns = child.weight.shape[0], child.weight[0].numel()
         layers.append(
             Layer(
@@ -142,6 +147,12 @@ def find_layers(
         raise ModelError(
             "the model has no compressible layers"
             + (f" with include={list(include)} exclude={list(exclude)}" if targets else "")
+            + (f": {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
+        )
+    if small:
+        warnings.warn(
+            f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
+            stacklevel=2,
         )
     layers.sort(key=lambda layer: layer.order)
     return LayerList(layers, blocks, skipped)
@@ -159,7 +170,9 @@ def _reason_to_skip(
         return "never reached by a forward pass"
     if not matches(include) or matches(exclude):
         return "excluded by the configuration"
-    return None
+    weight = child.weight
+    assert isinstance(weight, Tensor)
+    return why_float(weight)
 
 
 UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")

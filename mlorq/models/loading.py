@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from mlorq.errors import CheckpointError, MlorqError, ModelError, one_line
+from mlorq.errors import CheckpointError, MlorqError, ModelError, no_secrets, one_line
 from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
 from mlorq.models.custom import own_architecture
 from mlorq.models.family import FAMILIES, ModelSection
 from mlorq.models.residual_rotation import rotate_residual_stream
 
 
+@no_secrets()
 def load_model(config: ModelSection, folder: str = "") -> FloatModel:
     """The float model of a configuration, with its weights, rotated if ``rotation`` is set.
 

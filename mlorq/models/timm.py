@@ -88,6 +88,8 @@ class Timm(ModelFamily[TimmSettings]):
         except CheckpointError as error:
             raise ModelError(f"model.arguments: {error}") from None
         architecture = {"family": NAME, "name": name, "arguments": arguments}
+        if preprocessing(settings) != preprocessing(_settings_of(architecture)):
+            raise ModelError("model.arguments: pretrained_cfg changes the preprocessing, which checkpoints do not hold")
         return FloatModel(module.to(as_dtype), NAME, architecture, blocks=block_names(module), dtype=as_dtype)
 
     def rebuild(self, architecture: Mapping[str, Any]) -> nn.Module:
@@ -186,7 +188,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     from torch import nn
 
     check_name(name)
-    file = sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__]
+    file = sys.modules[timm.model_entrypoint(current_name(name).split(".")[0]).__module__]
     classes = [found for found in vars(file).values() if isinstance(found, type) and issubclass(found, nn.Module)]
     known = {key for found in classes for key in inspect.signature(found.__init__).parameters}
     for key in arguments:
@@ -213,12 +215,10 @@ def check_name(name: str) -> None:
 def preprocessing(settings: TimmSettings) -> dict[str, Any]:
     """timm's preprocessing settings of a model: input size, interpolation, mean, std, crop."""
     import timm.data
-    from timm.models import get_pretrained_cfg
 
     assert settings.name is not None  # see check
-    known: Any = get_pretrained_cfg(settings.name)
     library: Any = timm.data
-    cfg = known.to_dict() if known else {}
+    cfg = _published(settings.name, settings.arguments)
     wanted = dict(settings.arguments)
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
     channels = wanted.pop("in_chans", None) or channels
@@ -232,6 +232,37 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
             wanted.setdefault(name, [sum(values) / len(values)] * channels)
     found = library.resolve_data_config(wanted, pretrained_cfg=cfg)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def current_name(name: str) -> str:
+    """The name to which timm maps a deprecated one; other names, and removed ones, unchanged."""
+    from timm.models import get_deprecated_models, split_model_name_tag
+
+    current = get_deprecated_models().get(name.split(".")[0])
+    if current is None:
+        return name
+    tag = split_model_name_tag(name)[1]
+    return f"{split_model_name_tag(current)[0]}.{tag}" if tag else current
+
+
+def _published(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's configuration of pretrained weights (size, mean, …) that ``create`` gives the model.
+
+    Raises:
+        ModelError: timm has no such model, or no weights of that tag.
+    """
+    import timm.models
+
+    library: Any = timm.models
+    check_name(name)
+    architecture, tag = library.split_model_name_tag(current_name(name))
+    # As in timm's factory: an argument wins over the name's tag.
+    given = [arguments.get("pretrained_cfg") or tag, arguments.get("pretrained_cfg_overlay")]
+    try:
+        found: dict[str, Any] = library.resolve_pretrained_cfg(architecture, *given).to_dict()
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"timm model {name!r}: {one_line(error)}") from error
+    return found
 
 
 def resized(described: Mapping[str, Any]) -> int | list[int] | None:

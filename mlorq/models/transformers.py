@@ -160,22 +160,21 @@ class Transformers(ModelFamily[TransformersSettings]):
 
 
 def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
-    """The tokenizer of a model.
+    """The tokenizer of a model; see ``mlorq.models.transformers_texts``.
 
     Raises:
-        ModelError: the tokenizer cannot be loaded.
+        ModelError: the tokenizer cannot be loaded, or lacks what batches of texts need.
     """
-    from transformers import AutoTokenizer
-
     from mlorq.models.sentence import read_embedding
+    from mlorq.models.transformers_texts import load_tokenizer
 
     try:
         with quiet():
             location = locate(settings, folder)
             if settings.task == PAIRS and os.path.isdir(location):
                 location = os.path.join(location, read_embedding(location, settings.name or "").inside)
-            return AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return load_tokenizer(location, settings.name or location)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"model {settings.name!r}: its tokenizer cannot be loaded: {one_line(error)}") from error
 
 

@@ -28,7 +28,7 @@ def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
     config = architecture["config"]
     if "input_ids" not in names:
         return {"kind": "image", "inputs": names, **_image_size(config)}
-    sizes = {"vocabulary": config.get("vocab_size"), "max_length": _longest(config)}
+    sizes = {"vocabulary": config.get("vocab_size"), "max_length": longest_text(config)}
     return {"kind": "text", "inputs": names, **sizes}
 
 
@@ -70,7 +70,7 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
     return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
 
 
-def _longest(config: Mapping[str, Any]) -> int | None:
+def longest_text(config: Mapping[str, Any]) -> int | None:
     """Tokens of the longest text; None if the architecture has no limit."""
     positions = config.get("max_position_embeddings")
     if positions is None or config.get("model_type") not in FROM_PADDING:

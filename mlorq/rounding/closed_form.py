@@ -43,10 +43,11 @@ class ClosedForm(RoundingMethod[ClosedFormSettings]):
         """Float matrices whose nearest rounding equals the closed form without feedback."""
         if task.moments is None:
             return None
-        from mlorq.rounding.error_feedback import fit_under
+        from mlorq.codecs.affine import Rounded
+        from mlorq.rounding.error_feedback import best_parts
 
-        parts = task.separate_parts(fit_under(task, task.fit.weight, task.moments))
-        return {name: (part.latent(), part.quantizer) for name, part in parts.items()}
+        parts = best_parts(task, task.fit.weight, task.moments).parts if task.form.separate else {}
+        return {name: (part.latent(), part.quantizer) for name, part in parts.items() if isinstance(part, Rounded)}
 
     def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
         return WORK * params * in_features

@@ -12,12 +12,15 @@ for the mean error: ``b̂ = b + W E[x] - Ŵ E[x̃]``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlorq.calibration.covariance import shrink
+from mlorq.codecs.base import FittedMatrix
 from mlorq.fitting.covariance_fit import CovarianceFit, Metric
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.rounding.base import RoundingResult, RoundingTask
@@ -25,13 +28,30 @@ from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # values of λ over the mean diagonal of Σ̃
+FAR = 1.25  # a closed form with more than this times the error of nearest rounding is not used
 DAMPINGS = (0.0, 1e-6, 1e-5, 1e-4)  # added to the diagonal of centred Σ̃, over the mean diagonal of Σ̃
+
+
+class Tried(NamedTuple):
+    """A rounded layer.
+
+    Attributes:
+        parts: its matrices by name.
+        layer: as it is stored.
+        error: its output error.
+        nearest: that of nearest rounding; None for codes that are found together.
+    """
+
+    parts: Mapping[str, FittedMatrix]
+    layer: CompressedLayer
+    error: float
+    nearest: float | None = None
 
 
 def round_without_feedback(task: RoundingTask) -> RoundingResult:
     """Round one layer by GPTQ under Σ̃; the task must have moments."""
     assert task.moments is not None
-    return _result(task, fit_under(task, task.fit.weight, task.moments), task.moments)
+    return _result(task, task.fit.weight, task.moments)
 
 
 def round_with_feedback(task: RoundingTask) -> RoundingResult:
@@ -48,8 +68,7 @@ def round_with_feedback(task: RoundingTask) -> RoundingResult:
 
 
 def _with_feedback(task: RoundingTask, used: InputMoments) -> RoundingResult:
-    target = corrected_weight(task.fit.weight, used)
-    return _result(task, fit_under(task, target, used), used)
+    return _result(task, corrected_weight(task.fit.weight, used), used)
 
 
 def _with_centred_feedback(task: RoundingTask, moments: InputMoments) -> RoundingResult:
@@ -126,15 +145,54 @@ def _error_change(change: Tensor, moments: InputMoments, cross: Tensor) -> float
 
 def fit_under(task: RoundingTask, target: Tensor, moments: InputMoments) -> CovarianceFit:
     """Closed forms of a target weight, ``(out_features, in_features)``, under shrunk Σ̃ and the task's output metric."""
-    metric = Metric(shrink(moments.compressed, moments.tokens), task.output_metric())
+    return _fit(task, target, shrink(moments.compressed, moments.tokens))
+
+
+def _fit(task: RoundingTask, target: Tensor, inputs: Tensor) -> CovarianceFit:
+    metric = Metric(inputs, task.output_metric())
     return CovarianceFit(target, metric, task.fit.percentiles, task.fit.zero_point, task.fit.settings.rotation)
 
 
-def _result(task: RoundingTask, fit: CovarianceFit, moments: InputMoments) -> RoundingResult:
-    layer = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded(fit))
+def balanced(moments: InputMoments, target: Tensor) -> Tensor:
+    """Σ̃ shrunk so that no column of a weight gains more than the mean power of a column.
+
+    ``shrink`` adds the same variance to every input. Where large weights make up for a small input, the errors of that
+    input alone would then decide scales and codes.
+
+    Args:
+        moments: with Σ̃, ``(in_features, in_features)``.
+        target: the weight, ``(out_features, in_features)``.
+    """
+    plain, own = shrink(moments.compressed, moments.tokens), moments.compressed.diagonal()
+    gained = (plain.diagonal() - own).clamp(min=0)
+    power = target.double().square().sum(0)
+    most = (power * own).mean() / power.clamp(min=torch.finfo(power.dtype).tiny)
+    return plain - torch.diag((gained - most).clamp(min=0))
+
+
+def best_parts(task: RoundingTask, target: Tensor, moments: InputMoments) -> Tried:
+    """The target weight rounded in closed form; if that is far behind nearest rounding, the best of further ways."""
+
+    def tried(fit: CovarianceFit | None) -> Tried:
+        parts = task.rounded(fit)
+        layer = CompressedLayer.of_rounded(task.layer, task.candidate, parts)
+        return Tried(parts, layer, output_error(weight, layer.dense().to(weight.device), moments))
+
     weight = task.fit.weight
-    before = None
-    if task.form.separate:  # there is no nearest rounding of codes that are found together
-        nearest = CompressedLayer.of_rounded(task.layer, task.candidate, task.rounded())
-        before = output_error(weight, nearest.dense().to(weight.device), moments)
-    return RoundingResult(layer, before, output_error(weight, layer.dense().to(weight.device), moments))
+    found = tried(fit_under(task, target, moments))
+    if task.form.separate:
+        nearest = tried(None)
+        found = found._replace(nearest=nearest.error)
+        if found.error <= FAR * nearest.error:
+            return found
+    else:  # there is no cheap nearest rounding of codes that are found together
+        if found.error <= output_error(weight, torch.zeros_like(weight), moments):
+            return found
+        nearest = tried(None)
+    others = (nearest, tried(_fit(task, target, balanced(moments, target))))
+    return min(found, *others, key=lambda one: one.error)._replace(nearest=found.nearest)
+
+
+def _result(task: RoundingTask, target: Tensor, moments: InputMoments) -> RoundingResult:
+    found = best_parts(task, target, moments)
+    return RoundingResult(found.layer, found.nearest, found.error)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from mlorq.codecs.affine import Rounded, RowQuantizer
 from mlorq.codecs.base import FittedMatrix
+from mlorq.fitting.gram import damped
 from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.rounding.base import RoundingResult, RoundingTask
-from mlorq.rounding.error_feedback import ridge_correction
+from mlorq.rounding.error_feedback import FAR, ridge_correction
 from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments
 
@@ -41,7 +42,8 @@ def round_by_ridges(task: RoundingTask) -> RoundingResult:
     assert moments is not None
     weight = task.fit.weight
     corrected = corrected_fit(task.fit, moments)
-    before = output_error(weight, _stored(task, task.rounded()).dense().to(weight.device), moments)
+    nearest = _stored(task, task.rounded())
+    before = output_error(weight, nearest.dense().to(weight.device), moments)
     parts = task.rounded(corrected)
     if not task.form.has_product:
         parts = {
@@ -52,7 +54,7 @@ def round_by_ridges(task: RoundingTask) -> RoundingResult:
         }
     layer = _stored(task, parts)
     after = output_error(weight, layer.dense().to(weight.device), moments)
-    return RoundingResult(layer, before, after)
+    return RoundingResult(nearest, before, before) if after > FAR * before else RoundingResult(layer, before, after)
 
 
 def _stored(task: RoundingTask, parts: Mapping[str, FittedMatrix]) -> CompressedLayer:
@@ -92,9 +94,7 @@ def round_in_halves(weight: Tensor, covariance: Tensor, quantizer: RowQuantizer)
         codes[:, part] = flipped(left[:, part], sigma[part, part], quantizer)
         if stop < columns:
             delta = quantizer.dequantize(codes[:, part]).double() - left[:, part]
-            rest = sigma[stop:, stop:]
-            ridge = WEIGHT_RIDGE * rest.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-            factor = torch.linalg.cholesky(rest + ridge * torch.eye(len(rest), dtype=rest.dtype, device=rest.device))
+            factor = torch.linalg.cholesky(damped(sigma[stop:, stop:], WEIGHT_RIDGE))
             left[:, stop:] -= torch.cholesky_solve((delta @ sigma[part, stop:]).T, factor).T
         start = stop
     return codes

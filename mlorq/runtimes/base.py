@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, Ty
 
 from pydantic import ValidationError
 
-from mlorq.errors import ConfigError
+from mlorq.errors import ConfigError, no_secrets
 from mlorq.export_targets.base import require
 from mlorq.registry import Registry, Settings
 
@@ -126,6 +126,7 @@ def load(
 def load(
     location: Location, model: nn.Module | None = None, device: Device = "cpu", *, runtime: str, **options: Any
 ) -> Any: ...
+@no_secrets()
 def load(
     location: Location,
     model: nn.Module | None = None,

@@ -12,6 +12,7 @@ from mlorq.calibration.covariance import LEAST_SHRINKAGE, Moments, OuterProducts
 from mlorq.codecs.affine import RowQuantizer
 from mlorq.fitting.covariance_fit import CovarianceFit, Metric, covariance_fit, product_costs
 from mlorq.fitting.gptq import DAMPING, RowHessian, descend, gptq, refit_scale
+from mlorq.fitting.gram import damped
 from mlorq.fitting.scale_search import search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms.base import FORMS, Candidate
@@ -239,3 +240,21 @@ def test_pooling_weighs_by_tokens_and_shrinking_keeps_the_trace(seed: int) -> No
     )
     assert torch.linalg.eigvalsh(shrink(torch.ones(4, 4), 10**9)).min() > 0.5 * LEAST_SHRINKAGE
     assert torch.equal(shrink(torch.zeros(3, 3), 5), torch.eye(3).double())
+
+
+@pytest.mark.parametrize(
+    "matrix", [torch.zeros(3, 3), torch.full((3, 3), 1e-310), torch.ones(3, 3), torch.eye(3) * 1e9]
+)
+def test_damped_matrices_have_cholesky_factors(matrix: Tensor) -> None:
+    found = damped(matrix.double(), 1e-2)
+    assert torch.linalg.cholesky(found).isfinite().all()
+    level = float(matrix.double().diagonal().mean())
+    shift = 1e-2 * level if level > 1e-300 else 1.0
+    torch.testing.assert_close(found, matrix.double() + shift * torch.eye(3, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_factors_of_a_zero_weight_are_finite_and_zero() -> None:
+    found = Metric(covariance(6, 0), covariance(4, 1)).svd(torch.zeros(4, 6))
+    assert found.a.isfinite().all()
+    assert found.b.isfinite().all()
+    assert not (found.a @ found.b).any()

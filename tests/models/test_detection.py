@@ -552,6 +552,12 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     )
     assert "category 77" in changed(annotations=lambda rows: rows[0].update(category_id=77))
     assert "image 99" in changed(annotations=lambda rows: rows[0].update(image_id=99))
+    unboxed = {"image_id": 10, "category_id": 5}
+    assert "image id 10 occurs twice" in changed(images=lambda rows: rows[1].update(id=10))
+    assert "image id '10' is not an integer" in changed(images=lambda rows: rows[0].update(id="10"))
+    assert "category id 5 occurs twice" in changed(categories=lambda rows: rows[0].update(id=5))
+    assert "annotation 1 lacks 'area'" in changed(annotations=lambda rows: rows[0].pop("area"))
+    assert "annotation number 2 lacks 'bbox'" in changed(annotations=lambda rows: rows.insert(1, unboxed))
     assert "'file_name'" in changed(images=lambda rows: rows[0].pop("file_name"))
     assert "7 samples are requested" in refusal(DataError, dataset, folder, samples=7)
     assert "choose box_ap or mask_ap" in refusal(DataError, dataset, folder, metric="accuracy")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import types
+import warnings
 
 import pytest
-import timm
+import timm.data
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -13,9 +14,9 @@ from transformers import BertConfig, BertModel
 import mlorq
 from mlorq.config.sections import model_section, source_section
 from mlorq.data import load_dataset
-from mlorq.errors import DataError
+from mlorq.errors import CheckpointError, DataError, ModelError
 from mlorq.models import from_module, load_model, rebuild
-from mlorq.models.timm import TimmSettings, preprocessing
+from mlorq.models.timm import TimmSettings, check_arguments, preprocessing
 
 ModelConfig = model_section()
 
@@ -105,6 +106,52 @@ def test_preprocessing_follows_the_arguments(arguments, size):
     found = preprocessing(TimmSettings(name="vit_tiny_patch16_224", arguments=arguments))
     assert found["input_size"] == size
     assert list(found["mean"]) == [0.5] * size[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224_in21k", {}),
+        ("swin_base_patch4_window7_224_in22k", {}),
+        ("vit_tiny_patch16_224.augreg_in21k", {}),
+        ("vit_tiny_patch16_224", {"pretrained_cfg": "augreg_in21k"}),
+        ("resnet18", {"pretrained_cfg_overlay": {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.7}}),
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 3}),
+    ],
+)
+def test_preprocessing_is_the_one_that_timm_gives_the_model(name, arguments):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm mentions names that it has changed
+        module = timm.create_model(name, **arguments)
+    wanted = timm.data.resolve_data_config({}, model=module)
+    found = preprocessing(TimmSettings(name=name, arguments=arguments))
+    assert found == {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}
+
+
+def test_names_and_tags_that_timm_does_not_have_are_refused():
+    for name in ("vit_tinny", "resnet18.no_such_tag"):
+        with pytest.raises(ModelError, match=name):
+            preprocessing(TimmSettings(name=name))
+
+
+def test_deprecated_names_take_the_arguments_of_the_current_ones():
+    check_arguments("vit_tiny_patch16_224_in21k", {"img_size": 32, "depth": 1})
+    with pytest.raises(CheckpointError, match="'checkpoint_path'"):
+        check_arguments("vit_tiny_patch16_224_in21k", {"checkpoint_path": "x"})
+
+
+def test_arguments_that_change_the_preprocessing_are_refused(tmp_path):
+    arguments = {"img_size": 32, "depth": 1, "embed_dim": 12, "num_heads": 1, "num_classes": 2}
+    module = timm.create_model("vit_tiny_patch16_224", **arguments)
+    torch.save(module.state_dict(), tmp_path / "w.pt")
+
+    def load(**more):
+        settings = {"name": "vit_tiny_patch16_224", "checkpoint": "w.pt", "arguments": arguments | more}
+        return load_model(ModelConfig(family="timm", **settings), str(tmp_path))
+
+    assert load(pretrained_cfg_overlay={"url": ""}).architecture["arguments"] == arguments
+    with pytest.raises(ModelError, match="changes the preprocessing"):
+        load(pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3)})
 
 
 def test_modules_of_one_name_in_two_folders(tmp_path):
