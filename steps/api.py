@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +114,7 @@ def compress(
     from mlorq.data.base import Dataset
     from mlorq.data.custom import IN_MEMORY as IN_MEMORY_DATA
     from mlorq.models import from_module
+    from mlorq.models.copying import copy_module
     from mlorq.models.custom import IN_MEMORY
     from steps.base import Outcome
     from steps.devices import devices
@@ -146,7 +146,7 @@ def compress(
         }
     )
     # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
-    float_model = from_module(deepcopy(model), forward)
+    float_model = from_module(copy_module(model), forward)
     calibration = from_batches(batches)
     held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
     wrapped = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -132,7 +131,9 @@ class Context:
             return model
         if self._folded is None or self._folded[0] != ref.activations:
             self._folded = None  # released before the next copy is made
-            module = deepcopy(model.module)
+            from mlorq.models.copying import copy_module
+
+            module = copy_module(model.module)
             plan = self.plan(ref)
             assert plan is not None
             plan.fold(module)

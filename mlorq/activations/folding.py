@@ -14,7 +14,6 @@ random r and b change neither the output nor the input of any other layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from mlorq.activations.plan import Fold
 from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uniform
 from mlorq.models.base import FloatModel, take_samples
+from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 
 UNCHANGED = 1e-4  # largest change of a tensor, relative to its norm, in float32
@@ -118,7 +118,7 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batches: Sequence[Any
     expected = [_seen(model, model.module, layers, batch) for batch in few]
 
     def holds(folds: Sequence[Fold]) -> bool:
-        module = deepcopy(model.module)
+        module = copy_module(model.module)
         generator = torch.Generator().manual_seed(seed)
         for fold in folds:
             weight = module.get_submodule(fold.norm).weight

@@ -69,8 +69,9 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
             build = _builder(description, header, model)
             # First by shapes alone, so that everything is compared with the file before memory is taken.
             with META:
-                names = sources(prepare(build(values=False), description), description, header.tensors)
-            module = prepare(build(values=True), description)
+                shapes = prepare(build(values=False), description, header.tensors)
+                names = sources(shapes, description, header.tensors)
+            module = prepare(build(values=True), description, header.tensors)
             fill(module, description, names, read, complete=model is None)
         return module.to(device).eval()
 

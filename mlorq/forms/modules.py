@@ -23,6 +23,8 @@ from mlorq.codecs.base import Codec, StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.layers import weight_identity
+from mlorq.models.left_float import own_code
 
 
 class CompressedModule(nn.Module):
@@ -415,19 +417,13 @@ def shared_names(
     by_weight: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, (nn.Linear, nn.Conv2d)):
-            by_weight.setdefault(_weight_identity(child), []).append(path)
+            by_weight.setdefault(weight_identity(child), []).append(path)
     result = {}
     for name in layers:
-        sharing = by_weight.get(_weight_identity(get_layer(module, name)), ())
+        sharing = by_weight.get(weight_identity(get_layer(module, name)), ())
         found = [*(aliases or {}).get(name, ()), *sharing]
         result[name] = [name, *(path for path in dict.fromkeys(found) if path not in layers)]
     return result
-
-
-def _weight_identity(layer: nn.Module) -> int:
-    # A parametrized weight is a new tensor at each access: its module identifies it.
-    weight = layer._parameters.get("weight")
-    return id(layer if weight is None else weight)
 
 
 def get_layer(module: nn.Module, name: str) -> nn.Module:
@@ -469,13 +465,11 @@ def _values(matrix: str) -> str:
 
 def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidate) -> str | None:
     """Reason why a layer cannot take a form, or None."""
-    cls = type(layer)
     if not isinstance(layer, float_class):
-        return f"it is a {cls.__name__}"
-    if any(
-        getattr(cls, method, None) is not getattr(float_class, method, None) for method in ("forward", "_conv_forward")
-    ):
-        return f"{cls.__name__} has a forward of its own"
+        return f"it is a {type(layer).__name__}"
+    reason = own_code(layer, float_class)
+    if reason is not None:
+        return reason
     if isinstance(layer, nn.Conv2d) and layer.groups != 1 and FORMS[candidate.form].has_product:
         return f"a convolution with {layer.groups} groups has no low-rank form"
     return None

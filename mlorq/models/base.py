@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
+from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
+from mlorq.models.passes import fresh, plain_passes
 
 Batch = Any  # inputs of a model: a tensor, a tuple or list of tensors, or a mapping of tensors
 Forward = Callable[[nn.Module, Batch], Tensor]
@@ -33,6 +35,15 @@ def call_module(module: nn.Module, batch: Batch) -> Tensor:
         output = module(*batch)
     else:
         output = module(batch)
+    return output_tensor(output)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor in what a model returns: itself, its ``logits``, or the first of a tuple.
+
+    Raises:
+        ModelError: there is none of these.
+    """
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -154,7 +165,7 @@ class FloatModel:
     """A float model in the form that the search uses.
 
     Attributes:
-        module: the module, in eval mode and without gradients.
+        module: the module, in eval mode, without gradients and with the values of weights that its layers compute.
         family: name in ``mlorq.models.FAMILIES``.
         architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights; if the
             family cannot rebuild modules, only its name and the class.
@@ -179,6 +190,7 @@ class FloatModel:
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
+        merge_computed_weights(self.module)
         if not self.key:
             self.key = digest_model(self.module, self.architecture)
 
@@ -188,8 +200,20 @@ class FloatModel:
         return FAMILIES[self.family].rebuilds
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        """f(x) of this model, or of a compressed copy of it, as ``(samples, outputs)`` float32."""
-        result = self.forward(module, batch)
+        """f(x) of this model, or of a compressed copy of it, as ``(samples, outputs)`` float32.
+
+        The batch is not changed, also by a model that writes into its inputs.
+
+        Raises:
+            ModelError: the forward returns no tensor, or a scalar.
+        """
+        with plain_passes():
+            result = output_tensor(self.forward(module, fresh(batch)))
+        if result.dim() == 0:
+            raise ModelError(
+                "the model returns a single number, not one output or more per sample: pass "
+                "forward=callable(model, batch) -> Tensor with the samples on its first axis"
+            )
         return result.reshape(result.shape[0], -1).float()
 
 

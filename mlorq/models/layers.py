@@ -19,11 +19,7 @@ from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples, move_batch
 from mlorq.models.blocks import detect_blocks
 from mlorq.models.layer_list import Layer, LayerList
-
-
-def is_compressible(module: nn.Module) -> bool:
-    """Whether a module has the forward of ``nn.Linear`` or ``nn.Conv2d``."""
-    return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+from mlorq.models.left_float import why_float
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
@@ -31,6 +27,13 @@ def weight_matrix(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().reshape(weight.shape[0], -1).to(torch.float32, copy=True)
+
+
+def weight_identity(layer: nn.Module) -> int:
+    """Equal for layers that share their weight, and only for these."""
+    # A weight that is computed is a new tensor at each access, whose address is soon reused: the layer identifies it.
+    weight = layer._parameters.get("weight")
+    return id(layer if weight is None else weight)
 
 
 def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
@@ -112,7 +115,7 @@ def find_layers(
     skipped: list[tuple[str, str]] = []
     by_weight: dict[int, list[str]] = {}
     for name, child in targets.items():
-        by_weight.setdefault(id(child.weight), []).append(name)
+        by_weight.setdefault(weight_identity(child), []).append(name)
     for names in by_weight.values():
         # A shared weight is named after the module that runs first; modules that never run come last.
         names.sort(key=lambda name: calls.get(id(targets[name]), {"order": len(targets)})["order"])
@@ -153,8 +156,9 @@ def _reason_to_skip(
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
-    if not is_compressible(child):
-        return f"{type(child).__name__} has a forward of its own"
+    reason = why_float(child)
+    if reason is not None:
+        return reason
     if not reached:
         return "never reached by a forward pass"
     if not matches(include) or matches(exclude):
