@@ -24,6 +24,7 @@ from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uni
 from mlorq.models.base import FloatModel, take_samples
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
+from mlorq.models.layers import first_argument
 
 UNCHANGED = 1e-4  # largest change of a tensor, relative to its norm, in float32
 FEW = 4  # samples per batch on which folds are tested
@@ -152,9 +153,12 @@ def _seen(model: FloatModel, module: nn.Module, layers: Sequence[Layer], batch: 
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda _, args: found.__setitem__(name, args[0].float())
+        return lambda _, args, kwargs: found.__setitem__(name, first_argument(args, kwargs).float())
 
-    handles = [module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name)) for layer in layers]
+    handles = [
+        module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name), with_kwargs=True)
+        for layer in layers
+    ]
     try:
         with torch.no_grad():
             found["output"] = model.outputs(module, batch)
@@ -186,11 +190,12 @@ def _by_channel(model: FloatModel, layers: Sequence[Layer], batch: Any) -> list[
     for layer in layers:
         if layer.kind == "linear" and not layer.aliases:
 
-            def before(_: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = layer.name) -> None:
                 calls[name] = calls.get(name, 0) + 1
-                inputs[name] = span(args[0])
+                inputs[name] = span(first_argument(args, kwargs))
 
-            handles.append(model.module.get_submodule(layer.name).register_forward_pre_hook(before))
+            child = model.module.get_submodule(layer.name)
+            handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
     try:
         with torch.no_grad():
             model.outputs(model.module, batch)

@@ -18,7 +18,7 @@ from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, batch_samples
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import input_tokens
+from mlorq.models.layers import first_argument, input_tokens
 from mlorq.models.prefetch import feed
 
 FLOAT16_LARGEST = 65504.0
@@ -106,8 +106,9 @@ def capture(
         def hook(
             name: str, start: int, count: int, mask: Tensor | None, seen: set[str], weights: Importance
         ) -> Callable[..., None]:
-            def record(child: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
-                if not torch.isfinite(args[0]).all():
+            def record(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+                inputs = first_argument(args, kwargs)
+                if not torch.isfinite(inputs).all():
                     raise ModelError(
                         f"layer {name!r}: its inputs contain NaN or infinite values; "
                         "check the model's weights and the calibration data"
@@ -115,7 +116,7 @@ def capture(
                 if name in seen:
                     return
                 seen.add(name)
-                tokens = input_tokens(child, args[0], count)
+                tokens = input_tokens(child, inputs, count)
                 kept[name].append(_choose(tokens, mask, share, start, generator))
                 if name in leading:
                     products[name].add(tokens, start, counting(mask, tokens), weights.get(name))
@@ -124,7 +125,7 @@ def capture(
 
         handles = [
             model.module.get_submodule(layer.name).register_forward_hook(
-                hook(layer.name, first, count, mask, seen, weights)
+                hook(layer.name, first, count, mask, seen, weights), with_kwargs=True
             )
             for layer in layers
         ]

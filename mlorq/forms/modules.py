@@ -261,13 +261,13 @@ class CompressedLinear(CompressedModule):
     def _copy_geometry(self, layer: nn.Module) -> None:
         self.out_features, self.in_features = self.weight_shape
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
 
         def multiply(name: str, value: Tensor, last: bool) -> Tensor:
             return F.linear(value, self.dense(name), self.bias if last else None)
 
-        result: Tensor = self.form.apply(multiply, inputs)
+        result: Tensor = self.form.apply(multiply, input)
         return result
 
     def _sizes_repr(self) -> list[str]:
@@ -287,7 +287,7 @@ class CompressedConv2d(CompressedModule):
         self.padding, self.padding_mode, self.groups = layer.padding, layer.padding_mode, layer.groups
         self._edges = _edges(layer)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` or ``(in_channels, H, W)`` to an output of the float layer's shape."""
         first = {term[-1] for term in self.form.terms}  # the factors applied to the input
 
@@ -297,7 +297,7 @@ class CompressedConv2d(CompressedModule):
                 return self._convolve(value, self.dense(name).unflatten(1, self.weight_shape[1:]), bias)
             return F.conv2d(value, self.dense(name)[:, :, None, None], bias)
 
-        result: Tensor = self.form.apply(multiply, inputs)
+        result: Tensor = self.form.apply(multiply, input)
         return result
 
     def _convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
@@ -324,14 +324,14 @@ class CompressedEmbedding(CompressedModule):
         self.num_embeddings, self.embedding_dim = self.weight_shape
         self.padding_idx = layer.padding_idx
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Rows of the table, ``(…, embedding_dim)``."""
         if torch.compiler.is_compiling():
-            return F.embedding(indices, self.weight)
+            return F.embedding(input, self.weight)
         (name,) = self.form.names
         _, columns, codec = self._matrices[name]
-        found = codec.dequantize_rows(self._tensors(name), indices.reshape(-1), columns)
-        return found.to(self.compute_dtype).view(*indices.shape, self.embedding_dim)
+        found = codec.dequantize_rows(self._tensors(name), input.reshape(-1), columns)
+        return found.to(self.compute_dtype).view(*input.shape, self.embedding_dim)
 
     def _sizes_repr(self) -> list[str]:
         sizes = [f"num_embeddings={self.num_embeddings}", f"embedding_dim={self.embedding_dim}"]

@@ -8,7 +8,7 @@ and shared inputs are observed during the pass, so they are correct for any modu
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ def weight_identity(layer: nn.Module) -> int:
     # A weight that is computed is a new tensor at each access, whose address is soon reused: the layer identifies it.
     weight = layer._parameters.get("weight")
     return id(layer if weight is None else weight)
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a call of a layer, also of one with keywords: ``layer(input=x)``."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
@@ -182,17 +187,18 @@ def _observe(
         nonlocal complete
         complete += 1
 
-    def on_layer(child: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         call = calls.get(id(child))
         if call is not None:
             call["outputs"] += output.numel()
             call["input_group"] = -call["order"] - 1  # called more than once: its own group
             return
-        inputs.append(args[0])
+        read = first_argument(args, kwargs)
+        inputs.append(read)
         # The version distinguishes a tensor from itself after a change in place.
         # Convolutions that unfold one tensor differently have different inputs of their matrix products.
         unfolding = tuple(str(getattr(child, name, None)) for name in UNFOLDING)
-        identity = (args[0].data_ptr(), args[0]._version, complete, tuple(args[0].shape), unfolding)
+        identity = (read.data_ptr(), read._version, complete, tuple(read.shape), unfolding)
         calls[id(child)] = {
             "order": len(calls),
             "block": complete,
@@ -200,7 +206,7 @@ def _observe(
             "input_group": groups.setdefault(identity, len(groups)),
         }
 
-    handles = [child.register_forward_hook(on_layer) for child in targets.values()]
+    handles = [child.register_forward_hook(on_layer, with_kwargs=True) for child in targets.values()]
     handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
     try:
         with torch.no_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.models.base import FloatModel
+from mlorq.models.layers import first_argument
 from mlorq.models.passes import fresh
 
 REPLACED = ("forward", "_forward_pre_hooks", "_forward_hooks")  # attributes of a block that is not run
@@ -82,10 +83,10 @@ class Segments:
     def layer_inputs(self, batch: Any, start: int, carry: Any, layer: str) -> Tensor:
         """Input of the first call of layer ``layer``, entered at block ``start``."""
 
-        def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Reached(args[0])
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(first_argument(args, kwargs))
 
-        handle = self.module.get_submodule(layer).register_forward_pre_hook(leave)
+        handle = self.module.get_submodule(layer).register_forward_pre_hook(leave, with_kwargs=True)
         result: Tensor = self._until(batch, start, carry, handle)
         return result
 
