@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from mlorq.config.run import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
+from mlorq.models.layer_list import LeftFloat
+
+MOST_NAMED = 5  # layers that a warning names
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,11 +38,13 @@ class CompressionResult:
         metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
             ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
             reused, ``solver``; with ``evaluate=``: ``float`` and ``compressed``, its results for the two models.
+        left_float: layers and other weights that stay float: name, reason, bytes.
     """
 
     model: nn.Module
     allocation: pa.Table
     metrics: dict[str, Any]
+    left_float: list[LeftFloat]
     _files: Mapping[str, bytes] = field(repr=False)
 
     def save(self, location: str) -> None:
@@ -197,7 +203,18 @@ def compress(
     }
     if evaluate is not None:
         metrics |= summary["metrics"]
-    return CompressionResult(compressed, allocation, metrics, files)
+    left_float = [LeftFloat(**row) for row in summary["left_float"]]
+    _warn(left_float)
+    return CompressionResult(compressed, allocation, metrics, left_float, files)
+
+
+def _warn(left_float: Sequence[LeftFloat]) -> None:
+    """Warn of layers that the caller might take for compressed."""
+    unforeseen = [one for one in left_float if not one.is_foreseen]
+    if unforeseen:
+        shown = "; ".join(f"{one.name!r} ({one.bytes} bytes): {one.reason}" for one in unforeseen[:MOST_NAMED])
+        more = f"; and {len(unforeseen) - MOST_NAMED} more" if len(unforeseen) > MOST_NAMED else ""
+        warnings.warn(f"layers stay float, see left_float of the result: {shown}{more}", stacklevel=3)
 
 
 def _numbers(

@@ -66,7 +66,7 @@ class Sources:
         Raises:
             DataError: it cannot be loaded, or is empty.
         """
-        data = self._load_calibration(self.model)
+        data = self._arranged(self._load_calibration(self.model))
         if not data.batches:
             raise DataError("the calibration data is empty")
         return data
@@ -78,7 +78,19 @@ class Sources:
         Raises:
             DataError: it cannot be loaded.
         """
-        return self._load_evaluation(self.model)
+        return self._arranged(self._load_evaluation(self.model))
+
+    def _arranged(self, data: Dataset) -> Dataset:
+        """The data with marks in batches that can be misread; batches that are loaded as they are read have no need."""
+        from mlorq.models.arrange import arranged
+        from mlorq.models.batches import batch_samples
+
+        if not isinstance(data.batches, list) or data.labels is not None:
+            return data
+        batches = arranged(self.model, data.batches, self.device)
+        if batches is data.batches:
+            return data
+        return replace(data, batches=batches, samples=sum(map(batch_samples, batches)))
 
 
 class Context:

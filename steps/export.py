@@ -97,14 +97,14 @@ def _digest(folder: str) -> str:
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
-    from mlorq.models.base import batch_samples, take_samples
+    from mlorq.models.batches import batch_samples, take_samples, unmarked
 
     target = TARGETS[params.to]
     require(f"export to {target.name}", target.packages, target.extra)
     settings = target.settings.model_validate(params.options)
     if inputs.model is not None and inputs.calibration is not None:
         batch = next(iter(context.calibration(inputs.calibration).batches))
-        example = take_samples(batch, slice(0, min(SAMPLES, batch_samples(batch))))
+        example = unmarked(take_samples(batch, slice(0, min(SAMPLES, batch_samples(batch)))))
         settings = target.with_model(settings, copy_module(context.model(inputs.model).module).to("cpu"), example)
     with TemporaryDirectory(prefix="mlorq-export-") as folder, context.artifacts.copied(inputs.checkpoint) as source:
         output = f"{folder}/model{target.suffixes[0]}" if target.suffixes else folder

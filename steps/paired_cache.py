@@ -10,7 +10,7 @@ from mlorq.artifacts.store import ArtifactRef
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.costs.measured import spread_batches
 from mlorq.forms.embedding_tables import set_tables
-from mlorq.models.base import split_batches
+from mlorq.models.batches import split_batches
 from mlorq.models.layer_list import LayerList
 from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.paired_forward import PairedForward

@@ -46,7 +46,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     import torch
 
     from mlorq.costs.output_cost import OutputCost
-    from mlorq.models.base import move_batch
+    from mlorq.models.batches import move_batch
     from mlorq.models.copying import copy_module
 
     model, plan = context.model(inputs.model), context.plan(inputs.model)

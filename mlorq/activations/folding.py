@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from mlorq.activations.plan import Fold
 from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uniform
-from mlorq.models.base import FloatModel, take_samples
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import take_samples
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import first_argument
+from mlorq.models.observe import first_argument
 
 UNCHANGED = 1e-4  # largest change of a tensor, relative to its norm, in float32
 FEW = 4  # samples per batch on which folds are tested

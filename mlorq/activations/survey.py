@@ -21,9 +21,11 @@ from mlorq.activations.products import ProductMode
 from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import first_argument, input_tokens
+from mlorq.models.layers import input_tokens
+from mlorq.models.observe import first_argument
 
 KEPT = 1 << 20  # numbers kept per tensor, over all batches
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997

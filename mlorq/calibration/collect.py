@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import first_argument, input_tokens
+from mlorq.models.layers import input_tokens
+from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
 
 FLOAT16_LARGEST = 65504.0

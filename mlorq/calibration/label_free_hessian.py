@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import first_argument, input_tokens, output_tokens
+from mlorq.models.layers import input_tokens, output_tokens
+from mlorq.models.observe import first_argument
 
 Mode = Literal["auto", "probes", "exact"]
 

@@ -19,7 +19,7 @@ from mlorq.registry import Settings
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.models.base import Batch
+    from mlorq.models.batches import Batch
 
 OPSET = 21  # the first with 4-bit integers
 LARGEST_FILE = 2**31 - 1  # bytes of a protobuf message

@@ -221,6 +221,14 @@ class CompressedModule(nn.Module):
     def _sizes_repr(self) -> list[str]:
         raise NotImplementedError
 
+    def use_values(self, matrices: Mapping[str, Tensor]) -> None:
+        """Compute with other matrices than the stored ones until the cache is dropped.
+
+        Args:
+            matrices: ``(rows, columns)`` in the compute dtype, by name.
+        """
+        self._kept = dict(matrices)
+
     # -- moving, casting, copying -------------------------------------------------------------------------
 
     def drop_cache(self) -> None:

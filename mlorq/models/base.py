@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
+from mlorq.models.batches import Batch, Listed, fresh
 from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
-from mlorq.models.passes import fresh, plain_passes
+from mlorq.models.passes import plain_passes
 
-Batch = Any  # inputs of a model: a tensor, a tuple or list of tensors, or a mapping of tensors
 Forward = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -31,7 +31,7 @@ def call_module(module: nn.Module, batch: Batch) -> Tensor:
     """
     if isinstance(batch, Mapping):
         output = module(**batch)
-    elif isinstance(batch, (tuple, list)):
+    elif isinstance(batch, (tuple, list)) and not isinstance(batch, Listed):
         output = module(*batch)
     else:
         output = module(batch)
@@ -54,75 +54,6 @@ def output_tensor(output: Any) -> Tensor:
     raise ModelError(
         f"the model returns {type(output).__name__}, not a tensor: pass forward=callable(model, batch) -> Tensor"
     )
-
-
-def move_batch(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-    """A batch on ``device``, with floating-point tensors cast to ``dtype`` unless it is None."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, dtype if dtype is not None and batch.is_floating_point() else None)
-    if isinstance(batch, Mapping):
-        return {name: move_batch(value, device, dtype) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move_batch(value, device, dtype) for value in batch)
-    return batch
-
-
-def batch_samples(batch: Batch) -> int:
-    """Number of samples in a batch: the leading size of its first tensor.
-
-    Raises:
-        ModelError: the batch contains no tensor.
-    """
-    values = (
-        [batch]
-        if isinstance(batch, Tensor)
-        else (
-            list(batch.values())
-            if isinstance(batch, Mapping)
-            else list(batch)
-            if isinstance(batch, (tuple, list))
-            else []
-        )
-    )
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return int(value.shape[0])
-    raise ModelError("a batch must be a tensor, or a tuple, list or mapping that contains one")
-
-
-def take_samples(batch: Batch, index: slice) -> Batch:
-    """A slice of the samples of a batch: of every tensor whose leading size is the number of samples."""
-    count = batch_samples(batch)
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[index] if value.dim() > 0 and value.shape[0] == count else value
-        if isinstance(value, Mapping):
-            return {name: take(item) for name, item in value.items()}
-        return type(value)(take(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-    return take(batch)
-
-
-def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """The same samples in batches of at most ``size``."""
-    return [
-        take_samples(batch, slice(start, start + size))
-        for batch in batches
-        for start in range(0, batch_samples(batch), size)
-    ]
-
-
-def fold_batches(batches: Sequence[Batch], fold: int, folds: int = 2) -> list[Batch]:
-    """Every ``folds``-th sample, counted across all batches, starting at sample ``fold``; empty batches are dropped."""
-    found, first = [], 0
-    for batch in batches:
-        count = batch_samples(batch)
-        start = (fold - first) % folds
-        if start < count:
-            found.append(take_samples(batch, slice(start, None, folds)))
-        first += count
-    return found
 
 
 def no_token_mask(batch: Batch) -> Tensor | None:

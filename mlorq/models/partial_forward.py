@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.models.base import FloatModel
-from mlorq.models.layers import first_argument
-from mlorq.models.passes import fresh
+from mlorq.models.batches import fresh
+from mlorq.models.observe import first_argument
 
 REPLACED = ("forward", "_forward_pre_hooks", "_forward_hooks")  # attributes of a block that is not run
 

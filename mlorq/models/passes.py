@@ -1,21 +1,19 @@
-"""Conditions under which a model runs in this library, so that hooks see every layer and inputs stay as they are.
+"""Conditions under which a model runs in this library, so that hooks see every layer.
 
 - Fused attention of ``nn.TransformerEncoder`` reads the weights of its layers without calling them; it is switched off.
 - Activation checkpointing would run parts of the model again in the backward pass, when our hooks are gone. It saves
   memory and changes no value; it is switched off.
-- A model may write into its inputs. It gets copies of them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
-from torch import Tensor
 
 _lock = threading.Lock()
 _running = 0  # passes of all threads: these settings belong to the process
@@ -68,14 +66,3 @@ def _nothing(*_: Any, **__: Any) -> Iterator[None]:
 def _called(function: Callable[..., Any], _: bool, *args: Any) -> Any:
     """In place of ``CheckpointFunction.apply``."""
     return function(*args)
-
-
-def fresh(value: Any) -> Any:
-    """The same nested value with copies of its tensors, which are never inference tensors."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {name: fresh(item) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(fresh(item) for item in value))
-    return type(value)(fresh(item) for item in value) if isinstance(value, (tuple, list)) else value

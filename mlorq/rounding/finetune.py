@@ -21,7 +21,8 @@ from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.base import FloatModel, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import move_batch
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters, set_parameters

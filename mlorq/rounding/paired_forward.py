@@ -21,13 +21,14 @@ from mlorq.calibration.covariance import FOLDS
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, fresh, move_batch
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
 from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import Segments, enters_cleanly
-from mlorq.models.passes import fresh, plain_passes
+from mlorq.models.passes import plain_passes
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def skipped(module: nn.Module) -> dict[str, str]:
-    return dict(find_layers(from_module(module), inputs()).skipped)
+    return {one.name: one.reason for one in find_layers(from_module(module), inputs()).skipped}
 
 
 def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:

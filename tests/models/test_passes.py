@@ -16,8 +16,9 @@ from mlorq.calibration.collect import capture
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.errors import ModelError
 from mlorq.models import from_module
+from mlorq.models.batches import fresh
 from mlorq.models.layers import find_layers
-from mlorq.models.passes import fresh, plain_passes
+from mlorq.models.passes import plain_passes
 
 QUICK: dict[str, Any] = {"preset": "quick", "rounding": "nearest", "search": {"sensitivity": "closed_form"}}
 
