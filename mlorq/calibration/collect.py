@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel
+from mlorq.models.base import FloatModel, join_outputs
 from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
@@ -118,7 +118,10 @@ def capture(
                 if name in seen:
                     return
                 seen.add(name)
-                tokens = input_tokens(child, inputs, count)
+                try:
+                    tokens = input_tokens(child, inputs, count)
+                except ModelError as error:
+                    raise ModelError(f"layer {name!r}: {error}; or exclude it (search.exclude)") from error
                 kept[name].append(_choose(tokens, mask, share, start, generator))
                 if name in leading:
                     products[name].add(tokens, start, counting(mask, tokens), weights.get(name))
@@ -150,7 +153,7 @@ def capture(
         name: InputSample(*(torch.cat([getattr(part, field) for part in parts]) for field in ("sample", "token", "x")))
         for name, parts in kept.items()
     }
-    return Captured(torch.cat(references), samples, products)
+    return Captured(join_outputs(references), samples, products)
 
 
 def counting(mask: Tensor | None, tokens: Tensor) -> Tensor | None:

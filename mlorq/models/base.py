@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
@@ -120,6 +122,7 @@ class FloatModel:
     key: str = ""
 
     def __post_init__(self) -> None:
+        check_readable(self.module)
         self.module.eval().requires_grad_(False)
         merge_computed_weights(self.module)
         if not self.key:
@@ -148,12 +151,53 @@ class FloatModel:
         return result.reshape(result.shape[0], -1).float()
 
 
+def join_outputs(parts: Sequence[Tensor]) -> Tensor:
+    """Outputs of several batches, ``(samples, outputs)``; shorter ones, of batches with fewer tokens, end in zeros."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def check_readable(module: nn.Module) -> None:
+    """Check that all of a module's state is in parameters and buffers that have values.
+
+    Raises:
+        ModelError: a tensor has no values yet, or a part keeps other state; the message says what to do.
+    """
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+            raise ModelError(
+                f"{name!r} of a lazy module has no size yet: run the model once on a batch before it is compressed"
+            )
+        if value.is_meta:
+            raise ModelError(
+                f"{name!r} is on the meta device and has no values: load the model's weights, onto a real device and "
+                "without offloading, before it is compressed"
+            )
+    for name, child in module.named_modules():
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            raise ModelError(
+                f"module {name!r} ({type(child).__name__}) keeps state outside its parameters and buffers "
+                "(get_extra_state), which a checkpoint cannot hold: register that state as buffers"
+            )
+
+
 def check_weights(module: nn.Module) -> None:
-    """Check that all parameters and buffers are finite.
+    """Check that all parameters and buffers are finite; buffers other than statistics of norms can have infinities.
+
+    Masks of attention are such buffers. Any other damage makes an output infinite, which calibration refuses.
 
     Raises:
         ModelError: a tensor contains NaN or infinity; the message names the first.
     """
+    statistics = {
+        f"{path}.{name}".lstrip(".")
+        for path, child in module.named_modules()
+        for name in ("running_mean", "running_var")
+        if name in child._buffers
+    }
+    masks = {name for name, _ in module.named_buffers(remove_duplicate=False)} - statistics
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or torch.isfinite(tensor).all():
+            continue
+        if name not in masks or tensor.isnan().any():
             raise ModelError(f"weight {name!r} contains NaN or infinite values")

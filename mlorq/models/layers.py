@@ -91,8 +91,8 @@ def _by_sample(values: Tensor, samples: int, axis: int = 0) -> Tensor:
         values = values.transpose(0, axis)
     if values.shape[0] % samples:
         raise ModelError(
-            f"a layer has {values.shape[0]} leading rows, not a multiple of {samples} samples: put samples on the "
-            "first axis"
+            f"its inputs have {values.shape[0]} rows, not a multiple of {samples} samples: put samples on the first "
+            "axis, or pass batches of one sample each"
         )
     return values.reshape(samples, -1, values.shape[-1])
 
