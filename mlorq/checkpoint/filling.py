@@ -20,6 +20,7 @@ from mlorq.checkpoint.tensor_file import StoredTensor
 from mlorq.errors import CheckpointError, one_line
 from mlorq.forms.modules import CompressedModule, compressed_class, install
 from mlorq.models.computed_weights import merge_computed_weights
+from mlorq.models.transposed import transpose_conv1d
 
 
 def prepare(module: nn.Module, description: Description, stored: Collection[str]) -> nn.Module:
@@ -33,6 +34,7 @@ def prepare(module: nn.Module, description: Description, stored: Collection[str]
     Raises:
         CheckpointError, ModelError: a layer is not in the model, or has another kind or shape there.
     """
+    transpose_conv1d(module, values=False, only=description.transposed)
     replaced = {f"{path}.weight" for entry in description.entries for path in (entry.layer, *entry.aliases)}
     merge_computed_weights(module, {*stored, *description.config["aliases"], *replaced})
     for entry in description.entries:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
-from mlorq.checkpoint.description import VERSION_KEY
+from mlorq.checkpoint.description import TRANSPOSED, VERSION_KEY
 from mlorq.checkpoint.entry import LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
+from mlorq.models.transposed import transposed_layers
 
 EMBEDDING = "embedding"  # kind of entry of embedding tables, which are not layers of the search
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra"}
@@ -90,6 +91,8 @@ def description_bytes(
         for name, buffer in module.named_buffers(remove_duplicate=False)
         if name not in persistent and buffer.is_floating_point()
     }
+    transposed = transposed_layers(module)
+    extra = (given.get("extra") or {}) | ({TRANSPOSED: transposed} if transposed else {})
     return json_lines(
         {
             VERSION_KEY: FORMAT_VERSION,
@@ -102,7 +105,7 @@ def description_bytes(
             "hashes": dict.fromkeys(HASH_KEYS) | (given.get("hashes") or {}),
             "aliases": dict(aliases),
             "buffers": buffers,
-            "extra": given.get("extra") or {},
+            "extra": extra,
             **({"activations": given["activations"]} if given.get("activations") else {}),
         }
     )

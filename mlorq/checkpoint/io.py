@@ -20,6 +20,7 @@ from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Locat
 from mlorq.checkpoint.tensor_file import Header, read_header, read_tensor
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
+from mlorq.models.transposed import transposed_back
 
 
 def save(files: Mapping[str, bytes], location: Location) -> None:
@@ -99,6 +100,7 @@ def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
             state |= {name: read(name) for name in header.tensors if name not in taken}
         aliases = description.config["aliases"]
         state |= {name: state[stored].clone() for name, stored in aliases.items() if stored in header.tensors}
+        state = transposed_back(state, description.transposed)
         found = {name: value for name, value in state.items() if not is_activation_quantizer(name)}
         return found, len(found) < len(state) or description.plan is not None
 

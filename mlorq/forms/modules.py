@@ -25,6 +25,7 @@ from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import weight_identity
 from mlorq.models.left_float import own_code
+from mlorq.models.transposed import is_transposed
 
 
 class CompressedModule(nn.Module):
@@ -268,6 +269,7 @@ class CompressedLinear(CompressedModule):
 
     def _copy_geometry(self, layer: nn.Module) -> None:
         self.out_features, self.in_features = self.weight_shape
+        self.transposed = is_transposed(layer)
 
     def forward(self, input: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""

@@ -17,6 +17,7 @@ from mlorq.models.batches import Batch, Listed, fresh
 from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
 from mlorq.models.passes import plain_passes
+from mlorq.models.transposed import transpose_conv1d
 
 Forward = Callable[[nn.Module, Batch], Tensor]
 
@@ -98,7 +99,8 @@ class FloatModel:
     """A float model in the form that the search uses.
 
     Attributes:
-        module: the module, in eval mode, without gradients and with the values of weights that its layers compute.
+        module: the module, in eval mode, without gradients, with the values of weights that its layers compute, and
+            with linear layers in the place of ``Conv1D`` of transformers.
         family: name in ``mlorq.models.FAMILIES``.
         architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights; if the
             family cannot rebuild modules, only its name and the class.
@@ -125,6 +127,7 @@ class FloatModel:
         check_readable(self.module)
         self.module.eval().requires_grad_(False)
         merge_computed_weights(self.module)
+        transpose_conv1d(self.module)
         if not self.key:
             self.key = digest_model(self.module, self.architecture)
 
