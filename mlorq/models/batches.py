@@ -98,14 +98,19 @@ def batch_samples(batch: Batch) -> int:
 
 
 def take_samples(batch: Batch, index: slice) -> Batch:
-    """A slice of the samples of a batch: of every tensor whose leading size is the number of samples."""
+    """A slice of the samples of a batch: of every tensor whose leading size is the number of samples.
+
+    Tensors of another leading size are marked ``Shared``: in the slice it could be taken for the number of samples.
+    """
     if isinstance(batch, Listed):
         return Listed(batch[index])
     count = batch_samples(batch)
 
     def take(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[index] if value.dim() > 0 and value.shape[0] == count else value
+            if value.dim() == 0:
+                return value
+            return value[index] if value.shape[0] == count else Shared(value)
         return _map_items(value, take)
 
     return take(batch)
