@@ -152,7 +152,9 @@ def compress(
         }
     )
     # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
-    float_model = from_module(copy_module(model), forward)
+    # Made outside of inference mode, in which a caller may be: its tensors could not take part in a backward pass.
+    with torch.inference_mode(False):
+        float_model = from_module(copy_module(model), forward)
     calibration = from_batches(batches)
     held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
     wrapped = None
@@ -173,13 +175,14 @@ def compress(
     executor = InProcess(session, _reporter(progress), outcomes.append)
     started = time.perf_counter()
     try:
-        (result,) = run_pipeline(session, executor, config.budgets)
-        summary = result_json(session, result)
-        assert result.checkpoint is not None
-        files = {name: opened.read_bytes(result.checkpoint, name) for name in FILES}
-        with session.artifacts.checkpoint(result.checkpoint) as location:
-            compressed = load(location, model=float_model.module, device=session.device)
-        allocation = opened.read_table(result.allocation, "allocation.parquet")
+        with torch.inference_mode(False), torch.enable_grad():
+            (result,) = run_pipeline(session, executor, config.budgets)
+            summary = result_json(session, result)
+            assert result.checkpoint is not None
+            files = {name: opened.read_bytes(result.checkpoint, name) for name in FILES}
+            with session.artifacts.checkpoint(result.checkpoint) as location:
+                compressed = load(location, model=float_model.module, device=session.device)
+            allocation = opened.read_table(result.allocation, "allocation.parquet")
     finally:
         if store is None and opened.fs.exists(opened.root):
             opened.fs.rm(opened.root, recursive=True)

@@ -6,6 +6,7 @@ lacks, or keeps a second reference to the layer. Such layers stay float.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ def changed_by_replacement(
 ) -> dict[str, str]:
     """Reasons why layers must stay float, by name: their replacement alone changes the outputs of a batch.
 
-    One more forward pass if there are none, else about ``log2(layers)`` for each.
+    One more forward pass if there are none, else about ``log2(layers)`` for each. A model with random outputs cannot be
+    tried; a warning says so.
 
     Args:
         model: the float model, on ``device``; it is not changed.
@@ -43,7 +45,12 @@ def changed_by_replacement(
         if _fault(model, layers, moved, wanted) is None:
             return {}
         if not _is_close(model.outputs(model.module, moved), wanted):
-            return {}  # outputs are random: a difference shows nothing
+            warnings.warn(
+                "the model has other outputs in every pass over the same batch: measured costs and the output NMSE "
+                "include these differences",
+                stacklevel=2,
+            )
+            return {}
         return _search(model, layers, moved, wanted)
 
 

@@ -66,7 +66,7 @@ def _readings(batch: Batch) -> Iterator[Reading]:
     yield lambda whole: [whole]
     for place, _ in sample_tensors(batch):
         yield _with_shared(place)
-    if isinstance(batch, (tuple, list)) and all(isinstance(item, Tensor) for item in batch):
+    if isinstance(batch, (tuple, list)):
         yield lambda whole: [Listed([item]) for item in whole]
 
 

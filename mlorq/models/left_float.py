@@ -54,6 +54,9 @@ def _own_tensors(layer: nn.Module) -> str | None:
         return f"its {computed[0] if computed else 'weight'} is computed on every access"
     if "bias" not in layer._parameters:
         return "its bias is computed on every access"
+    for name in ("weight", "bias"):  # a property of the class comes before the parameter
+        if hasattr(type(layer), name):
+            return f"its {name} is computed on every access"
     weight = layer._parameters["weight"]
     assert weight is not None
     if not weight.is_floating_point() or weight.is_sparse:

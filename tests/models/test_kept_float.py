@@ -218,3 +218,14 @@ def test_a_replacement_that_changes_nothing_is_accepted():
     model = from_module(Net())
     layers = find_layers(model, inputs()).layers
     assert changed_by_replacement(model, layers, inputs()) == {}
+
+
+def test_random_outputs_are_reported():
+    class Random(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, training=True))
+
+    model = from_module(Random())
+    layers = find_layers(model, inputs()).layers
+    with pytest.warns(UserWarning, match="other outputs in every pass over the same batch"):
+        assert changed_by_replacement(model, layers, inputs()) == {}

@@ -92,7 +92,8 @@ def test_the_compressed_model_has_the_function_of_the_given_one(change):
     module = three_layers()
     change(module)
     wanted = module(inputs()).detach()
-    result = mlorq.compress(module, [inputs(), inputs(2)], budget="40%", device="cpu", **QUICK)
+    with pytest.warns(UserWarning, match=r"layers stay float.*'2' \(1024 bytes\)"):
+        result = mlorq.compress(module, [inputs(), inputs(2)], budget="40%", device="cpu", **QUICK)
     assert error(result.model(inputs()), wanted) < 1e-2
     assert set(result.allocation["layer"].to_pylist()) == {"0", "4"}
     assert torch.equal(module(inputs()), wanted), "the given model is as it was"
@@ -202,3 +203,46 @@ def test_values_that_a_computation_left_are_copied():
         deepcopy(module)
     x = torch.randn(1, 2, 4)
     assert torch.equal(copy_module(module)(x), module(x))
+
+
+class PropertyWeight(nn.Linear):
+    @property
+    def weight(self) -> Tensor:
+        return 2 * self._parameters["weight"]
+
+
+def test_a_weight_that_is_a_property_of_the_class_is_computed():
+    module = three_layers()
+    module[2].__class__ = PropertyWeight
+    assert skipped(module)["2"] == "its weight is computed on every access"
+
+
+def test_functions_on_an_instance_work_on_the_copy():
+    torch.manual_seed(0)
+    module = nn.Sequential(Residual(), Residual(), Residual(), nn.Linear(12, 3)).eval()
+    first, second, third = module[0], module[1], module[2]
+    whole, part = first.forward, second.forward
+    first.forward = lambda x: 2 * whole(x)
+    second.forward = lambda x, inner=part: inner(x) - 1
+    third.register_forward_hook(lambda _, args, output: output + first.layer(args[0]))
+    twin = copy_module(module)
+    x = inputs()
+    assert torch.equal(twin(x), module(x))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(x).any(), "nothing of the copy computes with the original's weights"
+    wanted = module(x).detach()
+    assert wanted.any()
+    result = mlorq.compress(module, [x, inputs(2)], budget="40%", device="cpu", **QUICK)
+    assert len(result.allocation) == 4
+    assert error(result.model(x), wanted) < 1e-2
+
+
+def test_compression_works_inside_modes_without_gradients():
+    module = three_layers()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            result = mlorq.compress(module, [inputs(), inputs(2)], budget="40%", device="cpu", **QUICK)
+        assert len(result.allocation) == 3
+        assert not result.left_float
