@@ -109,7 +109,7 @@ class ArtifactReader:
         if ref.key not in self._layers:
             extra = self._store.read_json(ref, "model.json")
             layers = layers_from_table(self._store.read_table(ref, "layers.parquet"))
-            skipped, others = ([LeftFloat(*one) for one in extra[key]] for key in ("skipped", "others"))
+            skipped, others = ([LeftFloat(*one) for one in extra.get(key, ())] for key in ("skipped", "others"))
             self._layers[ref.key] = LayerList(layers, extra["blocks"], skipped, others)
         return self._layers[ref.key]
 
