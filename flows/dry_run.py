@@ -197,7 +197,8 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
             for layer in found.layers
         ],
         "embeddings": _embeddings(session),
-        "skipped": [{"layer": name, "reason": reason} for name, reason in found.skipped],
+        "skipped": [{"layer": one.name, "reason": one.reason, "bytes": one.bytes} for one in found.skipped],
+        "others": _others(session, found),
         "params": found.params,
         "float_bytes": 4 * found.params,
         "rest_bytes": rest,
@@ -250,6 +251,12 @@ def _embeddings(session: Session) -> dict[str, Any] | None:
     found = find_tables(session.model.module, settings.smallest)
     skipped = [{"table": name, "reason": reason} for name, reason in found.skipped]
     return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
+
+
+def _others(session: Session, found: LayerList) -> list[dict[str, Any]]:
+    """Weights of other modules that stay float."""
+    quantized = pack.tables(session)
+    return [one._asdict() for one in found.others if one.name not in quantized]
 
 
 def _walk(planner: Planner, budgets: Sequence[Budget]) -> None:

@@ -24,7 +24,7 @@ from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
 from mlorq.export_targets import TARGETS
 from mlorq.forms.base import FORMS, Form, Shape
-from mlorq.models.base import batch_samples, move_batch
+from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer, LayerList
 from mlorq.registry import Settings
 from mlorq.rounding import METHODS

@@ -17,6 +17,7 @@ from mlorq.forms.base import FORMS
 DEFAULT_WIDTH = 110  # columns, if the output is not a terminal
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 LONG_FACTS = ("seconds by step",)  # rows of a result with long values
+MOST_NAMED = 5  # weights that stay float, in the totals of a result
 
 
 def console(stream: IO[str] | None = None) -> Console:
@@ -102,6 +103,8 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("checkpoint on disk", size(result["file_bytes"])))
     if result.get("memory"):
         pairs.append((f"memory in {result['memory']['target']}", _memory(result["memory"])))
+    if result.get("left_float"):
+        pairs.append(("left float", _left_float(result["left_float"])))
     if result.get("activations"):
         pairs.append(("activations", _quantized(result["activations"])))
     pairs.append(("predicted cost", f"{result['predicted_cost']:.4e}"))
@@ -127,6 +130,14 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _memory(memory: Mapping[str, Any]) -> str:
     of = "" if memory["budget_bytes"] is None else f" of {size(memory['budget_bytes'])}"
     return f"{size(memory['bytes'])}{of}, of which the rest of the model {size(memory['rest'])}"
+
+
+def _left_float(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Weights that stay float: the largest by name, each with its bytes and the reason."""
+    ordered = sorted(rows, key=lambda row: -row["bytes"])
+    shown = [f"{row['name']} {size(row['bytes'])} ({row['reason']})" for row in ordered[:MOST_NAMED]]
+    more = [f"and {len(rows) - MOST_NAMED} more, in run.json"] if len(rows) > MOST_NAMED else []
+    return "; ".join([*shown, *more])
 
 
 def _written(files: Sequence[Mapping[str, Any]]) -> str:
@@ -261,7 +272,9 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     right = ("weights", "share", "smallest bytes")
     out.print(grid(("layer", "kind", "shape", "weights", "share", "smallest bytes"), cells, right=right))
     for row in plan["skipped"]:
-        out.print(f"skipped: {row['layer']} ({row['reason']})", markup=False)
+        out.print(f"skipped: {row['layer']} ({row['reason']}; {size(row['bytes'])})", markup=False)
+    for row in plan["others"]:
+        out.print(f"stays float: {row['name']} ({row['reason']}; {size(row['bytes'])})", markup=False)
     tables = plan["embeddings"] or {"tables": [], "skipped": []}
     for name in tables["tables"]:
         out.print(f"embedding table: {name} ({tables['bits']} bit)", markup=False)

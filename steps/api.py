@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from mlorq.config.run import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
+from mlorq.models.layer_list import LeftFloat
+
+MOST_NAMED = 5  # layers that a warning names
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,11 +39,13 @@ class CompressionResult:
             ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
             reused, ``solver``; with ``target``: ``memory``, its bytes there; with ``evaluate=``: ``float`` and
             ``compressed``, its results for the two models.
+        left_float: layers and other weights that stay float: name, reason, bytes.
     """
 
     model: nn.Module
     allocation: pa.Table
     metrics: dict[str, Any]
+    left_float: list[LeftFloat]
     _files: Mapping[str, bytes] = field(repr=False)
 
     def save(self, location: str) -> None:
@@ -118,6 +123,7 @@ def compress(
     from mlorq.data.base import Dataset
     from mlorq.data.custom import IN_MEMORY as IN_MEMORY_DATA
     from mlorq.models import from_module
+    from mlorq.models.copying import copy_module
     from mlorq.models.custom import IN_MEMORY
     from steps.base import Outcome
     from steps.devices import devices
@@ -150,7 +156,9 @@ def compress(
         }
     )
     # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
-    float_model = from_module(deepcopy(model), forward)
+    # Made outside of inference mode, in which a caller may be: its tensors could not take part in a backward pass.
+    with torch.inference_mode(False):
+        float_model = from_module(copy_module(model), forward)
     calibration = from_batches(batches)
     held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
     wrapped = None
@@ -171,13 +179,14 @@ def compress(
     executor = InProcess(session, _reporter(progress), outcomes.append)
     started = time.perf_counter()
     try:
-        (result,) = run_pipeline(session, executor, config.budgets)
-        summary = result_json(session, result)
-        assert result.checkpoint is not None
-        files = session.artifacts.files(result.checkpoint)
-        with session.artifacts.checkpoint(result.checkpoint) as location:
-            compressed = load(location, model=float_model.module, device=session.device)
-        allocation = opened.read_table(result.allocation, "allocation.parquet")
+        with torch.inference_mode(False), torch.enable_grad():
+            (result,) = run_pipeline(session, executor, config.budgets)
+            summary = result_json(session, result)
+            assert result.checkpoint is not None
+            files = session.artifacts.files(result.checkpoint)
+            with session.artifacts.checkpoint(result.checkpoint) as location:
+                compressed = load(location, model=float_model.module, device=session.device)
+            allocation = opened.read_table(result.allocation, "allocation.parquet")
     finally:
         if store is None and opened.fs.exists(opened.root):
             opened.fs.rm(opened.root, recursive=True)
@@ -203,7 +212,18 @@ def compress(
         metrics |= summary["metrics"]
     if "memory" in summary:
         metrics["memory"] = summary["memory"]
-    return CompressionResult(compressed, allocation, metrics, files)
+    left_float = [LeftFloat(**row) for row in summary["left_float"]]
+    _warn(left_float)
+    return CompressionResult(compressed, allocation, metrics, left_float, files)
+
+
+def _warn(left_float: Sequence[LeftFloat]) -> None:
+    """Warn of layers that the caller might take for compressed."""
+    unforeseen = [one for one in left_float if not one.is_foreseen]
+    if unforeseen:
+        shown = "; ".join(f"{one.name!r} ({one.bytes} bytes): {one.reason}" for one in unforeseen[:MOST_NAMED])
+        more = f"; and {len(unforeseen) - MOST_NAMED} more" if len(unforeseen) > MOST_NAMED else ""
+        warnings.warn(f"layers stay float, see left_float of the result: {shown}{more}", stacklevel=3)
 
 
 def _numbers(

@@ -15,7 +15,7 @@ from mlorq.activations.plan import ActivationPlan
 from mlorq.allocation.choices import SearchSpace
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.forms import Candidate, uniform_candidate
-from mlorq.models.layer_list import LayerList, layers_from_table
+from mlorq.models.layer_list import LayerList, LeftFloat, layers_from_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,8 +113,8 @@ class ArtifactReader:
         if ref.key not in self._layers:
             extra = self._store.read_json(ref, "model.json")
             layers = layers_from_table(self._store.read_table(ref, "layers.parquet"))
-            skipped = [(name, reason) for name, reason in extra["skipped"]]
-            self._layers[ref.key] = LayerList(layers, extra["blocks"], skipped)
+            skipped, others = ([LeftFloat(*one) for one in extra.get(key, ())] for key in ("skipped", "others"))
+            self._layers[ref.key] = LayerList(layers, extra["blocks"], skipped, others)
         return self._layers[ref.key]
 
     def moments(self, capture: ArtifactRef, layer: str) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -67,7 +66,7 @@ class Sources:
         Raises:
             DataError: it cannot be loaded, or is empty.
         """
-        data = self._load_calibration(self.model)
+        data = self._arranged(self._load_calibration(self.model))
         if not data.batches:
             raise DataError("the calibration data is empty")
         return data
@@ -79,7 +78,19 @@ class Sources:
         Raises:
             DataError: it cannot be loaded.
         """
-        return self._load_evaluation(self.model)
+        return self._arranged(self._load_evaluation(self.model))
+
+    def _arranged(self, data: Dataset) -> Dataset:
+        """The data with marks in batches that can be misread; batches that are loaded as they are read have no need."""
+        from mlorq.models.arrange import arranged
+        from mlorq.models.batches import batch_samples
+
+        if not isinstance(data.batches, list) or data.labels is not None:
+            return data
+        batches = arranged(self.model, data.batches, self.device)
+        if batches is data.batches:
+            return data
+        return replace(data, batches=batches, samples=sum(map(batch_samples, batches)))
 
 
 class Context:
@@ -132,7 +143,9 @@ class Context:
             return model
         if self._folded is None or self._folded[0] != ref.activations:
             self._folded = None  # released before the next copy is made
-            module = deepcopy(model.module)
+            from mlorq.models.copying import copy_module
+
+            module = copy_module(model.module)
             plan = self.plan(ref)
             assert plan is not None
             plan.fold(module)

@@ -7,7 +7,6 @@ They depend on the checkpoint alone: a model card has no metrics, which are meas
 from __future__ import annotations
 
 import os
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.errors import ConfigError
 from mlorq.export_targets import TARGETS
 from mlorq.export_targets.base import require
+from mlorq.models.copying import copy_module
 from mlorq.models.family import FAMILIES
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
@@ -97,15 +97,15 @@ def _digest(folder: str) -> str:
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
-    from mlorq.models.base import batch_samples, take_samples
+    from mlorq.models.batches import batch_samples, take_samples, unmarked
 
     target = TARGETS[params.to]
     require(f"export to {target.name}", target.packages, target.extra)
     settings = target.settings.model_validate(params.options)
     if inputs.model is not None and inputs.calibration is not None:
         batch = next(iter(context.calibration(inputs.calibration).batches))
-        example = take_samples(batch, slice(0, min(SAMPLES, batch_samples(batch))))
-        settings = target.with_model(settings, deepcopy(context.model(inputs.model).module).to("cpu"), example)
+        example = unmarked(take_samples(batch, slice(0, min(SAMPLES, batch_samples(batch)))))
+        settings = target.with_model(settings, copy_module(context.model(inputs.model).module).to("cpu"), example)
     with TemporaryDirectory(prefix="mlorq-export-") as folder, context.artifacts.copied(inputs.checkpoint) as source:
         output = f"{folder}/model{target.suffixes[0]}" if target.suffixes else folder
         about = target.summary(target.write(source, output, settings))

@@ -1,12 +1,13 @@
-"""Step ``layers``: the model's compressible layers (``layers.parquet``), its blocks and the skipped layers."""
+"""Step ``layers``: the model's compressible layers (``layers.parquet``), its blocks, and what stays float."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mlorq.artifacts.store import json_bytes, table_bytes
+from mlorq.forms.trial import changed_by_replacement
 from mlorq.models.layer_list import LayerList, layers_table
-from mlorq.models.layers import find_layers
+from mlorq.models.layers import check_any, find_layers
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef
@@ -47,13 +48,14 @@ def discover(session: Session) -> LayerList:
 
 
 def _discover(params: Params, inputs: Inputs, context: Context) -> LayerList:
-    return find_layers(
-        context.model(inputs.model),
-        context.calibration(inputs.calibration).batches[0],
-        include=params.include,
-        exclude=params.exclude,
-        device=context.device,
-    )
+    model, batch = context.model(inputs.model), context.calibration(inputs.calibration).batches[0]
+    found = find_layers(model, batch, include=params.include, exclude=params.exclude, device=context.device)
+    changed = changed_by_replacement(model, found.layers, batch, context.device)
+    if not changed:
+        return found
+    found = found.without(changed, lambda layer: layer.params * model.dtype.itemsize)
+    check_any(found.layers, found.skipped, params.include, params.exclude)
+    return found
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
@@ -65,9 +67,10 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
                 "architecture": context.model(inputs.model).architecture,
                 "blocks": found.blocks,
                 "skipped": [list(item) for item in found.skipped],
+                "others": [list(item) for item in found.others],
             }
         ),
     }
 
 
-STEP = Step("layers", 2, Params, Inputs, run)
+STEP = Step("layers", 3, Params, Inputs, run)

@@ -46,7 +46,7 @@ class Measuring:
             data: the calibration data.
         """
         from mlorq.costs.measured import spread_batches
-        from mlorq.models.base import fold_batches
+        from mlorq.models.batches import fold_batches
 
         def chosen(parts: Sequence[Any]) -> list[Any]:
             held_out = fold_batches(parts, 1) if self.held_out else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -24,6 +23,7 @@ from mlorq.forms.embedding_tables import find_tables, replace_tables
 from mlorq.forms.modules import replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
+from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import set_parameters
 from steps import embeddings
@@ -115,7 +115,7 @@ def _with_quantizers(session: Session, ref: ModelRef) -> nn.Module:
     """The float model with its activation quantizers, if it has any."""
     module, plan = session.worker.context.model(ref).module, session.artifacts.plan(ref.activations)
     if plan is not None:
-        module = deepcopy(module)
+        module = copy_module(module)
         plan.install(module)
     return module
 
@@ -183,7 +183,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         rest |= found.rest
         progress(len(read), len(layers.layers))
     compressed = {layer.name: read[layer.name] for layer in layers.layers}
-    module = deepcopy(model.module).to("cpu")
+    module = copy_module(model.module).to("cpu")
     set_parameters(module, rest)
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
     replace_tables(module, artifacts.tables(inputs.embeddings))

@@ -10,7 +10,7 @@ from mlorq.artifacts.store import ArtifactRef
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.costs.measured import spread_batches
 from mlorq.forms.embedding_tables import set_tables
-from mlorq.models.base import split_batches
+from mlorq.models.batches import split_batches, unmarked
 from mlorq.models.layer_list import LayerList
 from mlorq.rounding.base import TrainingSettings
 from mlorq.rounding.paired_forward import PairedForward
@@ -143,4 +143,4 @@ def rounding_batches(context: Context, state: PairedState) -> tuple[list[Any], S
         spread = spread_batches(parts, state.samples)
         return spread if state.batch_size is None else split_batches(spread, state.batch_size)
 
-    return chosen(data.batches), None if weights is None else chosen(weights)
+    return chosen(data.batches), None if weights is None else [unmarked(part) for part in chosen(weights)]

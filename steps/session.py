@@ -6,8 +6,7 @@ functions have no access to it.
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +91,11 @@ class Session:
 
     def worker_on(self, device: str) -> Worker:
         """Another worker, with its own copy of the model and the same data."""
-        config, model = self.config, deepcopy(self._model)
+        config, model = self.config, self._model
+        if model is not None:
+            from mlorq.models.copying import copy_module
+
+            model = replace(model, module=copy_module(model.module))
         sources = Sources(
             lambda: model or self._load_model(),
             lambda _: self._sources.calibration,

@@ -90,6 +90,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "file_bytes": sum(artifacts.sizes(inputs.checkpoint)[name] for name in FILES),  # without the tokenizer's
         "float_bytes": sizes["float_bytes"],
         **_embeddings(artifacts, inputs.embeddings, sizes),
+        "left_float": _left_float(artifacts, inputs),
         **_exports(artifacts, inputs.exports),
         "nmse": metrics["nmse"],
         "nmse_data": metrics["nmse_data"],
@@ -154,6 +155,15 @@ def _embeddings(artifacts: ArtifactReader, ref: ArtifactRef | None, sizes: dict[
     return {"embedding_bytes": sizes.get("embedding_bytes", 0), "embeddings": artifacts.json(ref, "embeddings.json")}
 
 
+def _left_float(artifacts: ArtifactReader, inputs: Inputs) -> list[dict[str, Any]]:
+    """Layers and other weights that stay float, each with its bytes and the reason."""
+    listed = artifacts.layers(inputs.layers)
+    quantized: set[str] = set()
+    if inputs.embeddings is not None:
+        quantized = {row["table"] for row in artifacts.json(inputs.embeddings, "embeddings.json")["tables"]}
+    return [one._asdict() for one in (*listed.skipped, *listed.others) if one.name not in quantized]
+
+
 def _exports(artifacts: ArtifactReader, refs: Sequence[ArtifactRef]) -> dict[str, Any]:
     """The exported files; empty if nothing is exported."""
     found = []
@@ -206,7 +216,7 @@ def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
         exported["uri"] = store.uri(ref, export.FILES)
         for file in exported["files"]:
             file["uri"] = store.uri(ref, export.FILES, file["name"])
-    return {"embedding_bytes": 0, "embeddings": None} | result
+    return {"embedding_bytes": 0, "embeddings": None, "left_float": []} | result
 
 
 def seconds_of(store: Store, ref: ArtifactRef) -> float:
@@ -215,4 +225,4 @@ def seconds_of(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 4, Params, Inputs, run)
+STEP = Step("summary", 5, Params, Inputs, run)

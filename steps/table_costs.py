@@ -57,7 +57,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
 
     from mlorq.costs.output_cost import OutputCost
     from mlorq.forms.embedding_tables import find_tables, quantize_table, table_size
-    from mlorq.models.base import move_batch
+    from mlorq.models.batches import move_batch
 
     model = context.model(inputs.model)
     names = find_tables(model.module, params.smallest).tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +46,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     import torch
 
     from mlorq.costs.output_cost import OutputCost
-    from mlorq.models.base import move_batch
+    from mlorq.models.batches import move_batch
+    from mlorq.models.copying import copy_module
 
     model, plan = context.model(inputs.model), context.plan(inputs.model)
     assert plan is not None
@@ -61,7 +61,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         total, done = sum(len(widths) for widths in todo.values()), 0
         found: dict[str, dict[str, float]] = {name: {} for name in groups}
         for width in sorted({width for widths in todo.values() for width in widths}):
-            module = deepcopy(model.module)
+            module = copy_module(model.module)
             chosen = {name: width for name, widths in todo.items() if width in widths}
             installed = plan.at(chosen).install(module)
             for quantizer in installed.values():

@@ -16,7 +16,8 @@ from mlorq.activations.quantizers import ActivationQuantizer, fit_uniform
 from mlorq.activations.settings import ActivationSettings
 from mlorq.activations.survey import Observed, survey
 from mlorq.calibration.token_importance import PASSES, token_importance
-from mlorq.models.base import FloatModel, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import move_batch
 from mlorq.models.layer_list import Layer
 
 WIDEST = 8  # largest bit-width under ``mixed``

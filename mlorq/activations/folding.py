@@ -14,7 +14,6 @@ random r and b change neither the output nor the input of any other layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,11 @@ from torch import Tensor, nn
 
 from mlorq.activations.plan import Fold
 from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uniform
-from mlorq.models.base import FloatModel, take_samples
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import take_samples
+from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
+from mlorq.models.observe import first_argument
 
 UNCHANGED = 1e-4  # largest change of a tensor, relative to its norm, in float32
 FEW = 4  # samples per batch on which folds are tested
@@ -118,7 +120,7 @@ def find_folds(model: FloatModel, layers: Sequence[Layer], batches: Sequence[Any
     expected = [_seen(model, model.module, layers, batch) for batch in few]
 
     def holds(folds: Sequence[Fold]) -> bool:
-        module = deepcopy(model.module)
+        module = copy_module(model.module)
         generator = torch.Generator().manual_seed(seed)
         for fold in folds:
             weight = module.get_submodule(fold.norm).weight
@@ -152,9 +154,12 @@ def _seen(model: FloatModel, module: nn.Module, layers: Sequence[Layer], batch: 
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda _, args: found.__setitem__(name, args[0].float())
+        return lambda _, args, kwargs: found.__setitem__(name, first_argument(args, kwargs).float())
 
-    handles = [module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name)) for layer in layers]
+    handles = [
+        module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name), with_kwargs=True)
+        for layer in layers
+    ]
     try:
         with torch.no_grad():
             found["output"] = model.outputs(module, batch)
@@ -186,11 +191,12 @@ def _by_channel(model: FloatModel, layers: Sequence[Layer], batch: Any) -> list[
     for layer in layers:
         if layer.kind == "linear" and not layer.aliases:
 
-            def before(_: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = layer.name) -> None:
                 calls[name] = calls.get(name, 0) + 1
-                inputs[name] = span(args[0])
+                inputs[name] = span(first_argument(args, kwargs))
 
-            handles.append(model.module.get_submodule(layer.name).register_forward_pre_hook(before))
+            child = model.module.get_submodule(layer.name)
+            handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
     try:
         with torch.no_grad():
             model.outputs(model.module, batch)

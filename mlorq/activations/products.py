@@ -122,4 +122,4 @@ def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
 def attach_input(module: nn.Module, quantizer: ActivationQuantizer) -> None:
     """Quantize a layer's input in all later calls, also of its copies."""
     module.input_quantizer = quantizer
-    module.register_forward_pre_hook(quantizer.hook)
+    module.register_forward_pre_hook(quantizer.hook, with_kwargs=True)

@@ -21,9 +21,11 @@ from mlorq.activations.products import ProductMode
 from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
+from mlorq.models.observe import first_argument
 
 KEPT = 1 << 20  # numbers kept per tensor, over all batches
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997
@@ -190,9 +192,12 @@ def _are_probabilities(values: Tensor) -> bool:
 @contextmanager
 def _layers_seen(module: nn.Module, layers: Sequence[Layer], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     def hook(name: str) -> Callable[..., None]:
-        return lambda _, args: seen(name, args[0])
+        return lambda _, args, kwargs: seen(name, first_argument(args, kwargs))
 
-    handles = [module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name)) for layer in layers]
+    handles = [
+        module.get_submodule(layer.name).register_forward_pre_hook(hook(layer.name), with_kwargs=True)
+        for layer in layers
+    ]
     try:
         yield
     finally:

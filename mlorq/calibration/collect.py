@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples
+from mlorq.models.base import FloatModel, join_outputs
+from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
+from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
 
 FLOAT16_LARGEST = 65504.0
@@ -106,8 +108,9 @@ def capture(
         def hook(
             name: str, start: int, count: int, mask: Tensor | None, seen: set[str], weights: Importance
         ) -> Callable[..., None]:
-            def record(child: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
-                if not torch.isfinite(args[0]).all():
+            def record(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+                inputs = first_argument(args, kwargs)
+                if not torch.isfinite(inputs).all():
                     raise ModelError(
                         f"layer {name!r}: its inputs contain NaN or infinite values; "
                         "check the model's weights and the calibration data"
@@ -115,7 +118,10 @@ def capture(
                 if name in seen:
                     return
                 seen.add(name)
-                tokens = input_tokens(child, args[0], count)
+                try:
+                    tokens = input_tokens(child, inputs, count)
+                except ModelError as error:
+                    raise ModelError(f"layer {name!r}: {error}; or exclude it (search.exclude)") from error
                 kept[name].append(_choose(tokens, mask, share, start, generator))
                 if name in leading:
                     products[name].add(tokens, start, counting(mask, tokens), weights.get(name))
@@ -124,7 +130,7 @@ def capture(
 
         handles = [
             model.module.get_submodule(layer.name).register_forward_hook(
-                hook(layer.name, first, count, mask, seen, weights)
+                hook(layer.name, first, count, mask, seen, weights), with_kwargs=True
             )
             for layer in layers
         ]
@@ -147,7 +153,7 @@ def capture(
         name: InputSample(*(torch.cat([getattr(part, field) for part in parts]) for field in ("sample", "token", "x")))
         for name, parts in kept.items()
     }
-    return Captured(torch.cat(references), samples, products)
+    return Captured(join_outputs(references), samples, products)
 
 
 def counting(mask: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ cheaper than probing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens, output_tokens
+from mlorq.models.observe import first_argument
 
 Mode = Literal["auto", "probes", "exact"]
 
@@ -77,8 +79,7 @@ def label_free_hessian(
         moved = move_batch(batch, device, model.dtype)
         count = batch_samples(batch)
         mask = model.token_mask(moved)
-        with _Recording(model, layers, modules) as record, torch.enable_grad():
-            outputs = model.outputs(model.module, moved)
+        record, outputs = _recorded(model, layers, moved)
         exact = mode == "exact" or (mode == "auto" and outputs.shape[1] <= probes)
         passes = outputs.shape[1] if exact else probes
         batch_total = {name: torch.zeros_like(value) for name, value in total.items()}
@@ -120,30 +121,64 @@ def _vectors(outputs: Tensor, exact: bool, passes: int, generator: torch.Generat
         yield vector
 
 
-class _Recording:
-    """Records the inputs and outputs of all calls of the layers in one forward pass, within one autograd graph."""
+Call = tuple[str, Tensor, Tensor]  # of a layer: its name, its input, its output
 
-    def __init__(self, model: FloatModel, layers: Sequence[Layer], modules: dict[str, nn.Module]) -> None:
-        self.calls: list[tuple[str, Tensor, Tensor]] = []
+
+def _recorded(model: FloatModel, layers: Sequence[Layer], batch: Any) -> tuple[list[Call], Tensor]:
+    """All calls of the layers in one forward pass, and the model's outputs."""
+    copied: set[str] = set()
+    while True:
+        recording = _Recording(model, layers, copied)
+        with recording as record, torch.enable_grad():
+            outputs = model.outputs(model.module, batch)
+        overwritten = recording.overwritten()
+        if not overwritten:
+            return record, outputs
+        copied |= overwritten  # the model wrote into inputs after they were read: once more, with copies of these
+
+
+class _Recording:
+    """Records the inputs and outputs of all calls of the layers in one forward pass, within one autograd graph.
+
+    Args:
+        model: the model.
+        layers: the layers to record.
+        copied: names of the layers whose inputs are copied.
+    """
+
+    def __init__(self, model: FloatModel, layers: Sequence[Layer], copied: Collection[str]) -> None:
+        self.calls: list[Call] = []
+        self._copied = copied
+        self._versions: list[int] = []
         self._targets: dict[int, tuple[str, nn.Module]] = {}
         for layer in layers:
             for name in (layer.name, *layer.aliases):
                 child = model.module.get_submodule(name)
                 self._targets[id(child)] = (layer.name, child)
 
-    def __enter__(self) -> list[tuple[str, Tensor, Tensor]]:
-        self._handles = [child.register_forward_hook(self._hook(name)) for name, child in self._targets.values()]
+    def overwritten(self) -> set[str]:
+        """Names of the layers whose inputs have changed since they were read."""
+        pairs = zip(self.calls, self._versions, strict=True)
+        return {name for (name, inputs, _), version in pairs if inputs._version != version}
+
+    def __enter__(self) -> list[Call]:
+        self._handles = [
+            child.register_forward_hook(self._hook(name), with_kwargs=True) for name, child in self._targets.values()
+        ]
         return self.calls
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _hook(self, name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
-            self.calls.append((name, args[0].detach(), output))
+            inputs = first_argument(args, kwargs).detach()
+            inputs = inputs.clone() if name in self._copied else inputs
+            self.calls.append((name, inputs, output))
+            self._versions.append(inputs._version)
             # Return a copy: an in-place activation must not overwrite the tensor that is differentiated.
             return output.clone()
 
@@ -151,7 +186,7 @@ class _Recording:
 
 
 def _add_pass(
-    record: list[tuple[str, Tensor, Tensor]],
+    record: list[Call],
     modules: dict[str, nn.Module],
     outputs: Tensor,
     vectors: Tensor,

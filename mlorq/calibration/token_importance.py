@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.models.base import FloatModel, batch_samples
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import output_tokens
 from mlorq.models.prefetch import feed

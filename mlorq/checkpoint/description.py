@@ -18,6 +18,7 @@ from mlorq.checkpoint.tensor_file import FORMAT_VERSION, Header, digest
 from mlorq.errors import CheckpointError, ConfigError, one_line
 
 VERSION_KEY = "format_version"
+TRANSPOSED = "transposed"  # key in ``extra``: layers whose weight the original class stores transposed
 OBJECTS = ("architecture", "sizes", "aliases", "buffers")
 OPTIONAL_OBJECTS = ("budget", "hashes", "extra", "preparation")
 
@@ -41,6 +42,11 @@ class Description:
     file: str
     digest: str | None
     bytes: int
+
+    @property
+    def transposed(self) -> list[str]:
+        """Names of the layers whose weight the original class stores transposed."""
+        return list((self.config.get("extra") or {}).get(TRANSPOSED) or ())
 
     @property
     def version(self) -> int:
@@ -120,6 +126,9 @@ def _checked(config: Mapping[str, Any], file: str, text: bytes) -> Description:
         raise ValueError(f"{', '.join(wrong)} must be an object")
     if not isinstance(config["layers"], list):
         raise ValueError("layers must be a list")
+    transposed = (config.get("extra") or {}).get(TRANSPOSED) or []
+    if not isinstance(transposed, list) or not all(isinstance(name, str) for name in transposed):
+        raise ValueError(f"extra.{TRANSPOSED} must be a list of names")
     for name, stored in config["aliases"].items():
         if not isinstance(stored, str):
             raise ValueError(f"the alias of {name!r} must be a name")

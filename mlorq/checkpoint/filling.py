@@ -6,7 +6,7 @@ its state. Both look at names, shapes and dtypes only, so that all of a checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,24 @@ from mlorq.checkpoint.places import TENSORS
 from mlorq.checkpoint.tensor_file import StoredTensor
 from mlorq.errors import CheckpointError, one_line
 from mlorq.forms.modules import CompressedModule, compressed_class, install
+from mlorq.models.computed_weights import merge_computed_weights
+from mlorq.models.transposed import transpose_conv1d
 
 
-def prepare(module: nn.Module, description: Description) -> nn.Module:
+def prepare(module: nn.Module, description: Description, stored: Collection[str]) -> nn.Module:
     """A float model with its compressed layers and activation quantizers, all empty; the module is changed in place.
+
+    Args:
+        module: the float model.
+        description: of the checkpoint.
+        stored: names of the stored tensors.
 
     Raises:
         CheckpointError, ModelError: a layer is not in the model, or has another kind or shape there.
     """
+    transpose_conv1d(module, values=False, only=description.transposed)
+    replaced = {f"{path}.weight" for entry in description.entries for path in (entry.layer, *entry.aliases)}
+    merge_computed_weights(module, {*stored, *description.config["aliases"], *replaced})
     for entry in description.entries:
         _install(module, entry)
     if description.plan is not None:

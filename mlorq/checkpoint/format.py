@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
-from mlorq.checkpoint.description import VERSION_KEY
+from mlorq.checkpoint.description import TRANSPOSED, VERSION_KEY
 from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
+from mlorq.models.transposed import transposed_layers
 
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra", "preparation"}
 BUDGET_KEYS = ("asked", "budget_bytes", "accounting")
@@ -94,6 +95,8 @@ def description_bytes(
         for name, buffer in module.named_buffers(remove_duplicate=False)
         if name not in persistent and buffer.is_floating_point()
     }
+    transposed = transposed_layers(module)
+    extra = (given.get("extra") or {}) | ({TRANSPOSED: transposed} if transposed else {})
     return json_lines(
         {
             VERSION_KEY: FORMAT_VERSION,
@@ -106,7 +109,7 @@ def description_bytes(
             "hashes": dict.fromkeys(HASH_KEYS) | (given.get("hashes") or {}),
             "aliases": dict(aliases),
             "buffers": buffers,
-            "extra": given.get("extra") or {},
+            "extra": extra,
             **{key: given[key] for key in ("activations", "preparation") if given.get(key)},
         }
     )

@@ -23,6 +23,7 @@ from mlorq.checkpoint.preparation import ALLOWED, FOLDER
 from mlorq.checkpoint.tensor_file import Header, read_header, read_tensor
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
+from mlorq.models.transposed import transposed_back
 
 
 def save(files: Mapping[str, bytes], location: Location) -> None:
@@ -78,8 +79,9 @@ def load(location: Location, model: nn.Module | None = None, device: torch.devic
             build = _builder(description, header, model)
             # First by shapes alone, so that everything is compared with the file before memory is taken.
             with META:
-                names = sources(prepare(build(values=False), description), description, header.tensors)
-            module = prepare(build(values=True), description)
+                shapes = prepare(build(values=False), description, header.tensors)
+                names = sources(shapes, description, header.tensors)
+            module = prepare(build(values=True), description, header.tensors)
             fill(module, description, names, read, complete=model is None)
         return module.to(device).eval()
 
@@ -107,6 +109,7 @@ def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
             state |= {name: read(name) for name in header.tensors if name not in taken}
         aliases = description.config["aliases"]
         state |= {name: state[stored].clone() for name, stored in aliases.items() if stored in header.tensors}
+        state = transposed_back(state, description.transposed)
         found = {name: value for name, value in state.items() if not is_activation_quantizer(name)}
         return found, len(found) < len(state) or description.plan is not None
 

@@ -60,10 +60,9 @@ def check_overrides(search: SearchConfig, found: LayerList) -> None:
     for pattern in search.layers:
         if any(_matches(pattern, own) for own in names):
             continue
-        left_alone = [(name, reason) for name, reason in found.skipped if _matches(pattern, (name,))]
+        left_alone = [one for one in found.skipped if _matches(pattern, (one.name,))]
         if left_alone:
-            name, reason = left_alone[0]
-            hint = f": layer {name!r} is not compressed ({reason})"
+            hint = f": layer {left_alone[0].name!r} is not compressed ({left_alone[0].reason})"
         else:
             near = difflib.get_close_matches(pattern, [own[0] for own in names], n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""

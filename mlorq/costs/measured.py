@@ -22,7 +22,8 @@ from mlorq.costs.local import spread
 from mlorq.costs.output_cost import CostName, OutputCost
 from mlorq.fitting.base import LayerFit
 from mlorq.forms.base import FORMS, Candidate
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
 

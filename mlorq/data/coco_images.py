@@ -30,7 +30,7 @@ from mlorq.data.packages import PYCOCOTOOLS
 from mlorq.data.pixels import decoded
 from mlorq.data.source import ModelSettings, Role
 from mlorq.errors import DataError
-from mlorq.models.base import move_batch
+from mlorq.models.batches import move_batch
 from mlorq.models.detector import Detector
 
 NMSE_SAMPLES = 128  # rounded down to whole batches, at least one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from mlorq.artifacts.hashing import digest_batch, digest_json
 from mlorq.data.base import Dataset
 from mlorq.data.source import Role
 from mlorq.errors import DataError
-from mlorq.models.base import batch_samples
+from mlorq.models.batches import batch_samples, sample_tensors
 
 FEWEST_SAMPLES = 2
 
@@ -21,7 +21,8 @@ def from_batches(batches: Iterable[Any], role: Role = "calibration") -> Dataset:
     """A data set of batches in memory.
 
     Args:
-        batches: each a tensor, or a tuple or mapping of tensors; the first axis of a tensor counts samples.
+        batches: each a tensor, or a tuple or mapping of tensors; the first axis of a tensor counts samples. Batches
+            without samples are left out.
         role: names the data in errors.
 
     Raises:
@@ -30,16 +31,19 @@ def from_batches(batches: Iterable[Any], role: Role = "calibration") -> Dataset:
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise DataError("batches must be a sequence of batches, each a tensor, a tuple or a mapping of tensors")
-    listed = list(batches)
+    listed: list[Any] = []
     samples = 0
-    for index, batch in enumerate(listed):
+    for index, batch in enumerate(batches):
         try:
-            samples += batch_samples(batch)
+            count = batch_samples(batch)
         except Exception as error:
             raise DataError(f"{role} batch {index}: {error}") from error
-        for name, tensor in _tensors(batch):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        for place, tensor in sample_tensors(batch):
+            if tensor.is_floating_point() and not (torch.isfinite(tensor).all() or _is_mask(tensor)):
+                name = f"entry {'.'.join(map(str, place))!r}" if place else "the tensor"
                 raise DataError(f"{role} batch {index}: {name} contains NaN or infinite values")
+        samples += count
+        listed += [batch] if count else []
     check_size(samples, role)
     return Dataset(listed, samples, digest_json([digest_batch(batch) for batch in listed]))
 
@@ -54,8 +58,6 @@ def check_size(samples: int, role: Role) -> None:
         raise DataError(f"the {role} data has {samples} samples; give at least {FEWEST_SAMPLES}")
 
 
-def _tensors(batch: Any) -> Sequence[tuple[str, Tensor]]:
-    if isinstance(batch, Tensor):
-        return [("the tensor", batch)]
-    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-    return [(f"entry {name!r}", value) for name, value in items if isinstance(value, Tensor)]
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is added to scores: 0 where attention is allowed, else minus infinity."""
+    return bool(((tensor == 0) | (tensor == -torch.inf)).all())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import DataError
-from mlorq.models.base import FloatModel
+from mlorq.models.base import FloatModel, join_outputs
 from mlorq.models.prefetch import feed
 
 
@@ -36,7 +36,7 @@ def model_outputs(
             outputs.append(model.outputs(module, batch).cpu())
             if progress is not None:
                 progress(index + 1, len(batches))
-    return torch.cat(outputs)
+    return join_outputs(outputs)
 
 
 def output_nmse(outputs: Tensor, reference: Tensor) -> float:

@@ -16,7 +16,7 @@ from mlorq.registry import Registry, Settings
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.models.base import Batch
+    from mlorq.models.batches import Batch
 
 Config = TypeVar("Config", bound=Settings)
 

@@ -7,13 +7,15 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from mlorq.checkpoint.description import TRANSPOSED
+from mlorq.checkpoint.io import inspect
 from mlorq.codecs.packing import pack_rows
 from mlorq.errors import CheckpointError
 from mlorq.forms.base import uniform_candidate
@@ -34,7 +36,7 @@ def pack_quantized(model: Any, checkpoint: str) -> dict[str, Tensor]:
         CheckpointError: the format cannot hold the model.
     """
     layers = compressed_modules(model)
-    reason = _why_not(model, layers)
+    reason = _why_not(model, layers, inspect(checkpoint))
     if reason:
         raise CheckpointError(
             f"checkpoint {checkpoint}: {reason}, which the format of compressed-tensors cannot hold: "
@@ -87,8 +89,11 @@ def _words(rows: Tensor) -> Tensor:
     return pad(rows, (0, -rows.shape[1] % WORD)).contiguous().view(torch.int32)
 
 
-def _why_not(model: Any, layers: Sequence[CompressedModule]) -> str | None:
-    """What the format cannot hold, or None."""
+def _why_not(model: Any, layers: Sequence[CompressedModule], info: Mapping[str, Any]) -> str | None:
+    """What the format cannot hold, or None; ``info`` is the result of ``inspect``."""
+    transposed = info["extra"].get(TRANSPOSED)
+    if transposed:
+        return f"layer {transposed[0]!r} is a Conv1D of transformers"
     config = model.hf_quantizer.quantization_config
     if config.activations:
         return "its activations are quantized"

@@ -20,7 +20,7 @@ from mlorq.registry import Settings
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.models.base import Batch
+    from mlorq.models.batches import Batch
 
 NONE = "none"  # value of ``tokenizer``
 

@@ -23,6 +23,9 @@ from mlorq.codecs.base import Codec, StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.layers import weight_identity
+from mlorq.models.left_float import own_code
+from mlorq.models.transposed import is_transposed
 
 
 class CompressedModule(nn.Module):
@@ -219,6 +222,14 @@ class CompressedModule(nn.Module):
     def _sizes_repr(self) -> list[str]:
         raise NotImplementedError
 
+    def use_values(self, matrices: Mapping[str, Tensor]) -> None:
+        """Compute with other matrices than the stored ones until the cache is dropped.
+
+        Args:
+            matrices: ``(rows, columns)`` in the compute dtype, by name.
+        """
+        self._kept = dict(matrices)
+
     # -- moving, casting, copying -------------------------------------------------------------------------
 
     def drop_cache(self) -> None:
@@ -258,14 +269,15 @@ class CompressedLinear(CompressedModule):
 
     def _copy_geometry(self, layer: nn.Module) -> None:
         self.out_features, self.in_features = self.weight_shape
+        self.transposed = is_transposed(layer)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
 
         def multiply(name: str, value: Tensor, last: bool) -> Tensor:
             return F.linear(value, self.dense(name), self.bias if last else None)
 
-        result: Tensor = self.form.apply(multiply, inputs)
+        result: Tensor = self.form.apply(multiply, input)
         return result
 
     def _sizes_repr(self) -> list[str]:
@@ -285,7 +297,7 @@ class CompressedConv2d(CompressedModule):
         self.padding, self.padding_mode, self.groups = layer.padding, layer.padding_mode, layer.groups
         self._edges = _edges(layer)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` or ``(in_channels, H, W)`` to an output of the float layer's shape."""
         first = {term[-1] for term in self.form.terms}  # the factors applied to the input
 
@@ -295,7 +307,7 @@ class CompressedConv2d(CompressedModule):
                 return self._convolve(value, self.dense(name).unflatten(1, self.weight_shape[1:]), bias)
             return F.conv2d(value, self.dense(name)[:, :, None, None], bias)
 
-        result: Tensor = self.form.apply(multiply, inputs)
+        result: Tensor = self.form.apply(multiply, input)
         return result
 
     def _convolve(self, inputs: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
@@ -322,14 +334,14 @@ class CompressedEmbedding(CompressedModule):
         self.num_embeddings, self.embedding_dim = self.weight_shape
         self.padding_idx = layer.padding_idx
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Rows of the table, ``(…, embedding_dim)``."""
         if torch.compiler.is_compiling():
-            return F.embedding(indices, self.weight)
+            return F.embedding(input, self.weight)
         (name,) = self.form.names
         _, columns, codec = self._matrices[name]
-        found = codec.dequantize_rows(self._tensors(name), indices.reshape(-1), columns)
-        return found.to(self.compute_dtype).view(*indices.shape, self.embedding_dim)
+        found = codec.dequantize_rows(self._tensors(name), input.reshape(-1), columns)
+        return found.to(self.compute_dtype).view(*input.shape, self.embedding_dim)
 
     def _sizes_repr(self) -> list[str]:
         sizes = [f"num_embeddings={self.num_embeddings}", f"embedding_dim={self.embedding_dim}"]
@@ -415,19 +427,13 @@ def shared_names(
     by_weight: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, (nn.Linear, nn.Conv2d)):
-            by_weight.setdefault(_weight_identity(child), []).append(path)
+            by_weight.setdefault(weight_identity(child), []).append(path)
     result = {}
     for name in layers:
-        sharing = by_weight.get(_weight_identity(get_layer(module, name)), ())
+        sharing = by_weight.get(weight_identity(get_layer(module, name)), ())
         found = [*(aliases or {}).get(name, ()), *sharing]
         result[name] = [name, *(path for path in dict.fromkeys(found) if path not in layers)]
     return result
-
-
-def _weight_identity(layer: nn.Module) -> int:
-    # A parametrized weight is a new tensor at each access: its module identifies it.
-    weight = layer._parameters.get("weight")
-    return id(layer if weight is None else weight)
 
 
 def get_layer(module: nn.Module, name: str) -> nn.Module:
@@ -469,13 +475,11 @@ def _values(matrix: str) -> str:
 
 def _why_not(layer: nn.Module, float_class: type[nn.Module], candidate: Candidate) -> str | None:
     """Reason why a layer cannot take a form, or None."""
-    cls = type(layer)
     if not isinstance(layer, float_class):
-        return f"it is a {cls.__name__}"
-    if any(
-        getattr(cls, method, None) is not getattr(float_class, method, None) for method in ("forward", "_conv_forward")
-    ):
-        return f"{cls.__name__} has a forward of its own"
+        return f"it is a {type(layer).__name__}"
+    reason = own_code(layer, float_class)
+    if reason is not None:
+        return reason
     if isinstance(layer, nn.Conv2d) and layer.groups != 1 and FORMS[candidate.form].has_product:
         return f"a convolution with {layer.groups} groups has no low-rank form"
     return None

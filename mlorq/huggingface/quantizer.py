@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.huggingface.placement import compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.models.transposed import transpose_conv1d
 
 METHOD = "mlorq"
 FORMAT_VERSION = 1
@@ -103,6 +104,7 @@ class MlorqQuantizer(HfQuantizer):
             ValueError: the configuration is malformed, or no layer is in the model.
             ModelError: a layer has another class or shape.
         """
+        transpose_conv1d(model, values=False)
         config, rename = self.quantization_config, renaming(model)
         config.absent = [name for name in map(rename, config.absent) if name is not None]
         for name in config.absent:

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
+from mlorq.models.batches import Batch, Listed, fresh
+from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
+from mlorq.models.passes import plain_passes
+from mlorq.models.transposed import transpose_conv1d
 
-Batch = Any  # inputs of a model: a tensor, a tuple or list of tensors, or a mapping of tensors
 Forward = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -29,10 +34,19 @@ def call_module(module: nn.Module, batch: Batch) -> Tensor:
     """
     if isinstance(batch, Mapping):
         output = module(**batch)
-    elif isinstance(batch, (tuple, list)):
+    elif isinstance(batch, (tuple, list)) and not isinstance(batch, Listed):
         output = module(*batch)
     else:
         output = module(batch)
+    return output_tensor(output)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor in what a model returns: itself, its ``logits``, or the first of a tuple.
+
+    Raises:
+        ModelError: there is none of these.
+    """
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -43,75 +57,6 @@ def call_module(module: nn.Module, batch: Batch) -> Tensor:
     raise ModelError(
         f"the model returns {type(output).__name__}, not a tensor: pass forward=callable(model, batch) -> Tensor"
     )
-
-
-def move_batch(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-    """A batch on ``device``, with floating-point tensors cast to ``dtype`` unless it is None."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, dtype if dtype is not None and batch.is_floating_point() else None)
-    if isinstance(batch, Mapping):
-        return {name: move_batch(value, device, dtype) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move_batch(value, device, dtype) for value in batch)
-    return batch
-
-
-def batch_samples(batch: Batch) -> int:
-    """Number of samples in a batch: the leading size of its first tensor.
-
-    Raises:
-        ModelError: the batch contains no tensor.
-    """
-    values = (
-        [batch]
-        if isinstance(batch, Tensor)
-        else (
-            list(batch.values())
-            if isinstance(batch, Mapping)
-            else list(batch)
-            if isinstance(batch, (tuple, list))
-            else []
-        )
-    )
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return int(value.shape[0])
-    raise ModelError("a batch must be a tensor, or a tuple, list or mapping that contains one")
-
-
-def take_samples(batch: Batch, index: slice) -> Batch:
-    """A slice of the samples of a batch: of every tensor whose leading size is the number of samples."""
-    count = batch_samples(batch)
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[index] if value.dim() > 0 and value.shape[0] == count else value
-        if isinstance(value, Mapping):
-            return {name: take(item) for name, item in value.items()}
-        return type(value)(take(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-    return take(batch)
-
-
-def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """The same samples in batches of at most ``size``."""
-    return [
-        take_samples(batch, slice(start, start + size))
-        for batch in batches
-        for start in range(0, batch_samples(batch), size)
-    ]
-
-
-def fold_batches(batches: Sequence[Batch], fold: int, folds: int = 2) -> list[Batch]:
-    """Every ``folds``-th sample, counted across all batches, starting at sample ``fold``; empty batches are dropped."""
-    found, first = [], 0
-    for batch in batches:
-        count = batch_samples(batch)
-        start = (fold - first) % folds
-        if start < count:
-            found.append(take_samples(batch, slice(start, None, folds)))
-        first += count
-    return found
 
 
 def no_token_mask(batch: Batch) -> Tensor | None:
@@ -154,7 +99,8 @@ class FloatModel:
     """A float model in the form that the search uses.
 
     Attributes:
-        module: the module, in eval mode and without gradients.
+        module: the module, in eval mode, without gradients, with the values of weights that its layers compute, and
+            with linear layers in the place of ``Conv1D`` of transformers.
         family: name in ``mlorq.models.FAMILIES``.
         architecture: JSON description from which ``mlorq.models.rebuild`` builds the module without weights; if the
             family cannot rebuild modules, only its name and the class.
@@ -180,7 +126,10 @@ class FloatModel:
     preparation: Callable[[], dict[str, bytes]] = dict
 
     def __post_init__(self) -> None:
+        check_readable(self.module)
         self.module.eval().requires_grad_(False)
+        merge_computed_weights(self.module)
+        transpose_conv1d(self.module)
         if not self.key:
             self.key = digest_model(self.module, self.architecture)
 
@@ -190,17 +139,70 @@ class FloatModel:
         return FAMILIES[self.family].rebuilds
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        """f(x) of this model, or of a compressed copy of it, as ``(samples, outputs)`` float32."""
-        result = self.forward(module, batch)
+        """f(x) of this model, or of a compressed copy of it, as ``(samples, outputs)`` float32.
+
+        The batch is not changed, also by a model that writes into its inputs.
+
+        Raises:
+            ModelError: the forward returns no tensor, or a scalar.
+        """
+        with plain_passes():
+            result = output_tensor(self.forward(module, fresh(batch)))
+        if result.dim() == 0:
+            raise ModelError(
+                "the model returns a single number, not one output or more per sample: pass "
+                "forward=callable(model, batch) -> Tensor with the samples on its first axis"
+            )
         return result.reshape(result.shape[0], -1).float()
 
 
+def join_outputs(parts: Sequence[Tensor]) -> Tensor:
+    """Outputs of several batches, ``(samples, outputs)``; shorter ones, of batches with fewer tokens, end in zeros."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def check_readable(module: nn.Module) -> None:
+    """Check that all of a module's state is in parameters and buffers that have values.
+
+    Raises:
+        ModelError: a tensor has no values yet, or a part keeps other state; the message says what to do.
+    """
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+            raise ModelError(
+                f"{name!r} of a lazy module has no size yet: run the model once on a batch before it is compressed"
+            )
+        if value.is_meta:
+            raise ModelError(
+                f"{name!r} is on the meta device and has no values: load the model's weights, onto a real device and "
+                "without offloading, before it is compressed"
+            )
+    for name, child in module.named_modules():
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            raise ModelError(
+                f"module {name!r} ({type(child).__name__}) keeps state outside its parameters and buffers "
+                "(get_extra_state), which a checkpoint cannot hold: register that state as buffers"
+            )
+
+
 def check_weights(module: nn.Module) -> None:
-    """Check that all parameters and buffers are finite.
+    """Check that all parameters and buffers are finite; buffers other than statistics of norms can have infinities.
+
+    Masks of attention are such buffers. Any other damage makes an output infinite, which calibration refuses.
 
     Raises:
         ModelError: a tensor contains NaN or infinity; the message names the first.
     """
+    statistics = {
+        f"{path}.{name}".lstrip(".")
+        for path, child in module.named_modules()
+        for name in ("running_mean", "running_var")
+        if name in child._buffers
+    }
+    masks = {name for name, _ in module.named_buffers(remove_duplicate=False)} - statistics
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or torch.isfinite(tensor).all():
+            continue
+        if name not in masks or tensor.isnan().any():
             raise ModelError(f"weight {name!r} contains NaN or infinite values")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
 from mlorq.errors import CheckpointError
+from mlorq.models.copying import copy_module
 
 META = torch.device("meta")
 SLACK_BYTES = 1 << 28  # of a tensor that is not stored: masks and tables of positions
@@ -73,7 +73,7 @@ def without_values(build: Callable[[], nn.Module], limits: Limits) -> nn.Module:
 def shapes_copy(module: nn.Module) -> nn.Module:
     """A deep copy of a module with its parameters and buffers on the meta device; shared ones stay shared."""
     values = [*module.parameters(), *module.buffers()]
-    return deepcopy(module, {id(value): _like(value, value.detach().to(META)) for value in values if _plain(value)})
+    return copy_module(module, {id(value): _like(value, value.detach().to(META)) for value in values if _plain(value)})
 
 
 def blank_copy(module: nn.Module, stated: Collection[Tensor]) -> nn.Module:
@@ -85,7 +85,7 @@ def blank_copy(module: nn.Module, stated: Collection[Tensor]) -> nn.Module:
     """
     known = {id(value) for value in stated}
     blank = [value for value in module.parameters() if id(value) in known and _plain(value)]
-    return deepcopy(module, {id(value): _like(value, torch.empty_like(value, device="cpu")) for value in blank})
+    return copy_module(module, {id(value): _like(value, torch.empty_like(value, device="cpu")) for value in blank})
 
 
 def _plain(value: Tensor) -> bool:

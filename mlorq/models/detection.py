@@ -13,7 +13,8 @@ from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
 if TYPE_CHECKING:
     from torch import nn
 
-    from mlorq.models.base import Batch, FloatModel
+    from mlorq.models.base import FloatModel
+    from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
 
 NAME = "detection"

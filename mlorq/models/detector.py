@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.models.base import Batch
+from mlorq.models.batches import Batch
 
 Size = tuple[int, int]  # height, width
 

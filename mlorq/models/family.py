@@ -29,7 +29,8 @@ from mlorq.registry import Registry, Settings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mlorq.models.base import Batch, FloatModel
+    from mlorq.models.base import FloatModel
+    from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
 
 InputKind = Literal["images", "texts", "objects"]  # objects: images for object detection
@@ -225,9 +226,9 @@ class ModelFamily(ABC, Generic[Own]):
         """
         if batch is None:
             return self._made_input(architecture, samples)
-        from mlorq.models.base import take_samples
+        from mlorq.models.batches import take_samples, unmarked
 
-        return take_samples(batch, slice(0, samples))
+        return unmarked(take_samples(batch, slice(0, samples)))
 
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Batch | None:
         """Random inputs from a fixed seed."""

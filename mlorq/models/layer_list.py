@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -48,6 +48,30 @@ class Layer:
         return self.out_features * self.in_features
 
 
+EXCLUDED = "excluded by the configuration"
+UNUSED = "never reached by a forward pass"
+OTHER = ("a parameter of ", "an embedding table")
+
+
+class LeftFloat(NamedTuple):
+    """A part of the model that stays float.
+
+    Attributes:
+        name: of a linear layer, convolution or embedding table; of the parameter, for weights of other modules.
+        reason: why it stays float.
+        bytes: of its weights; counted once if several layers share them.
+    """
+
+    name: str
+    reason: str
+    bytes: int = 0
+
+    @property
+    def is_foreseen(self) -> bool:
+        """Whether the caller or the kind of the weight decides this: patterns, layers that never run, other modules."""
+        return self.reason in (EXCLUDED, UNUSED) or self.reason.startswith(OTHER)
+
+
 @dataclass(frozen=True)
 class LayerList:
     """The compressible layers of a model.
@@ -55,17 +79,33 @@ class LayerList:
     Attributes:
         layers: the layers in execution order.
         blocks: names of the modules in the chain of blocks; empty if the model has none.
-        skipped: ``(name, reason)`` of linear layers and convolutions that are not compressed.
+        skipped: linear layers and convolutions that are not compressed.
+        others: weights of other modules: embedding tables, and parameters of at least two axes.
     """
 
     layers: list[Layer]
     blocks: list[str]
-    skipped: list[tuple[str, str]]
+    skipped: list[LeftFloat]
+    others: list[LeftFloat] = field(default_factory=list)
 
     @property
     def params(self) -> int:
         """Number of weights of all compressible layers."""
         return sum(layer.params for layer in self.layers)
+
+    def without(self, reasons: Mapping[str, str], bytes_of: Callable[[Layer], int]) -> LayerList:
+        """The list with some layers left float.
+
+        Args:
+            reasons: by name of the layer.
+            bytes_of: bytes of a layer's weight.
+        """
+        skipped = list(self.skipped)
+        for layer in self.layers:
+            if layer.name in reasons:
+                skipped.append(LeftFloat(layer.name, reasons[layer.name], bytes_of(layer)))
+                skipped += [LeftFloat(name, reasons[layer.name]) for name in layer.aliases]
+        return replace(self, layers=[one for one in self.layers if one.name not in reasons], skipped=skipped)
 
     def __getitem__(self, name: str) -> Layer:
         return next(layer for layer in self.layers if layer.name == name)

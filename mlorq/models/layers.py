@@ -1,4 +1,4 @@
-"""The compressible layers of a model in execution order, found by hooks on one forward pass.
+"""The compressible layers of a model in execution order, found by running it on one batch.
 
 A compressible layer is ``y = W x + b``: ``nn.Linear``, or ``nn.Conv2d`` on its unfolded input
 (``in_features = in_channels / groups · kh · kw``). Grouped convolutions are quantize-only. Order, multiply-accumulates
@@ -7,25 +7,35 @@ and shared inputs are observed during the pass, so they are correct for any modu
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.errors import ModelError
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.errors import ConfigError, MlorqError, ModelError, one_line
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, describe_batch, move_batch
 from mlorq.models.blocks import detect_blocks
-from mlorq.models.layer_list import CONVOLUTION, LINEAR, Layer, LayerList
-from mlorq.models.weight_range import small_rows, why_float
+from mlorq.models.computed_weights import KINDS
+from mlorq.models.gradient_flow import without_gradient
+from mlorq.models.layer_list import CONVOLUTION, EXCLUDED, LINEAR, Layer, LayerList, LeftFloat
+from mlorq.models.left_float import (
+    NO_GRADIENT,
+    left_float,
+    other_weights,
+    rows_that_stay,
+    why_float,
+    why_not_used,
+)
+from mlorq.models.observe import LayerCalls, Observed, observe
+from mlorq.models.weight_range import small_rows
 
-
-def is_compressible(module: nn.Module) -> bool:
-    """Whether a module has the forward of ``nn.Linear`` or ``nn.Conv2d``."""
-    return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+MOST_NAMED = 5  # layers that a message names with their reasons
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
@@ -33,6 +43,13 @@ def weight_matrix(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().reshape(weight.shape[0], -1).to(torch.float32, copy=True)
+
+
+def weight_identity(layer: nn.Module) -> int:
+    """Equal for layers that share their weight, and only for these."""
+    # A weight that is computed is a new tensor at each access, whose address is soon reused: the layer identifies it.
+    weight = layer._parameters.get("weight")
+    return id(layer if weight is None else weight)
 
 
 def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
@@ -76,8 +93,8 @@ def _by_sample(values: Tensor, samples: int, axis: int = 0) -> Tensor:
         values = values.transpose(0, axis)
     if values.shape[0] % samples:
         raise ModelError(
-            f"a layer has {values.shape[0]} leading rows, not a multiple of {samples} samples: put samples on the "
-            "first axis"
+            f"its inputs have {values.shape[0]} rows, not a multiple of {samples} samples: put samples on the first "
+            "axis, or pass batches of one sample each"
         )
     return values.reshape(samples, -1, values.shape[-1])
 
@@ -90,7 +107,9 @@ def find_layers(
     exclude: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> LayerList:
-    """The compressible layers of a model, found by one forward pass.
+    """The compressible layers of a model, found by forward passes and a backward pass.
+
+    A layer that cannot be compressed stays float and is listed with the reason; it does not refuse the model.
 
     Args:
         model: the float model, on ``device``.
@@ -100,121 +119,129 @@ def find_layers(
         device: device that the batch is moved to.
 
     Raises:
-        ModelError: no compressible layer runs, or the patterns exclude all.
+        ModelError: the model cannot be run on the batch, or no layer can be compressed.
+        ConfigError: a pattern matches no layer.
     """
     module = model.module
-    named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
-    kinds = (nn.Linear, nn.Conv2d)
-    targets = {name: child for name, child in named.items() if isinstance(child, kinds)}
     moved = move_batch(batch, device, model.dtype)
-    blocks = model.blocks or detect_blocks(module, lambda: model.outputs(module, moved))
-    calls = _observe(model, moved, {id(child): child for child in targets.values()}, blocks)
-
-    layers: list[Layer] = []
-    skipped: list[tuple[str, str]] = []
-    small: list[str] = []
-    by_weight: dict[int, list[str]] = {}
-    for name, child in targets.items():
-        by_weight.setdefault(id(child.weight), []).append(name)
-    for names in by_weight.values():
-        # A shared weight is named after the module that runs first; modules that never run come last.
-        names.sort(key=lambda name: calls.get(id(targets[name]), {"order": len(targets)})["order"])
-        seen = [calls[id(targets[name])] for name in names if id(targets[name]) in calls]
-        reason = _reason_to_skip(names, targets[names[0]], bool(seen), include, exclude)
-        if reason:
-            skipped.extend((name, reason) for name in names)
-            continue
-        first = min(seen, key=lambda call: call["order"])
-        child = targets[names[0]]
-        if count := small_rows(child.weight):
-            small.append(f"{count} in {names[0]}")
-        rows, columns = child.weight.shape[0], child.weight[0].numel()
-        layers.append(
-            Layer(
-                name=names[0],
-                kind=CONVOLUTION if isinstance(child, nn.Conv2d) else LINEAR,
-                out_features=rows,
-                in_features=columns,
-                groups=getattr(child, "groups", 1),
-                macs=sum(call["outputs"] for call in seen) * columns // batch_samples(batch),
-                order=first["order"],
-                block=first["block"],
-                input_group=first["input_group"],
-                aliases=tuple(names[1:]),
-            )
-        )
-    if not layers:
+    named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
+    targets = {name: child for name, child in named.items() if isinstance(child, KINDS)}
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        _check_patterns(key, patterns, list(targets), named)
+    try:
+        blocks = model.blocks or detect_blocks(module, lambda: model.outputs(module, moved))
+        seen = observe(model, moved, list({id(child): child for child in targets.values()}.values()), blocks)
+    except (MlorqError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise ModelError(_cannot_run(batch, error)) from error
+    samples = batch_samples(batch)
+    if seen.rows % samples:
         raise ModelError(
-            "the model has no compressible layers"
-            + (f" with include={list(include)} exclude={list(exclude)}" if targets else "")
-            + (f": {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
+            f"the model returns {seen.rows} rows for {samples} samples: pass forward=callable(model, batch) -> Tensor "
+            "with the samples on its first axis, or batches of one sample each"
         )
+    groups: dict[int, list[str]] = {}
+    for name, child in targets.items():
+        groups.setdefault(weight_identity(child), []).append(name)
+    layers: list[Layer] = []
+    reasons: dict[str, str] = {}
+    fixed = rows_that_stay(model, moved, targets, seen)
+    for names in groups.values():
+        # A shared weight is named after the module that runs first; modules that never run come last.
+        names.sort(key=lambda name: _order(seen, targets[name], len(targets)))
+        children = [targets[name] for name in names]
+        calls = [seen.calls[id(child)] for child in children if id(child) in seen.calls]
+        if not _matches(names, include) or _matches(names, exclude):
+            reason: str | None = EXCLUDED
+        else:
+            reason = next((found for child in children if (found := why_float(child))), None)
+            reason = (
+                reason or why_not_used(seen, children) or next((fixed[name] for name in names if name in fixed), None)
+            )
+        if reason:
+            reasons |= dict.fromkeys(names, reason)
+        else:
+            layers.append(_layer(names, children, calls, samples))
+    layers.sort(key=lambda layer: layer.order)
+    modules = {layer.name: [targets[name] for name in (layer.name, *layer.aliases)] for layer in layers}
+    reasons |= dict.fromkeys(without_gradient(model, modules, moved) if modules else (), NO_GRADIENT)
+    skipped = left_float(targets, groups.values(), reasons)
+    layers = [layer for layer in layers if layer.name not in reasons]
+    check_any(layers, skipped, include, exclude)
+    small = [f"{count} in {layer.name}" for layer in layers if (count := small_rows(targets[layer.name].weight))]
     if small:
         warnings.warn(
             f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
             stacklevel=2,
         )
-    layers.sort(key=lambda layer: layer.order)
-    return LayerList(layers, blocks, skipped)
+    return LayerList(layers, blocks, skipped, other_weights(module, seen))
 
 
-def _reason_to_skip(
-    names: list[str], child: nn.Module, reached: bool, include: Sequence[str], exclude: Sequence[str]
-) -> str | None:
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+def check_any(
+    layers: Sequence[Layer], skipped: Sequence[LeftFloat], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> None:
+    """Check that there is a layer to compress.
 
-    if not is_compressible(child):
-        return f"{type(child).__name__} has a forward of its own"
-    if not reached:
-        return "never reached by a forward pass"
-    if not matches(include) or matches(exclude):
-        return "excluded by the configuration"
+    Raises:
+        ModelError: there is none; the message has the reasons.
+    """
+    if layers:
+        return
+    reasons = [f"{one.name!r}: {one.reason}" for one in skipped[:MOST_NAMED]]
+    chosen = f" with include={list(include)} exclude={list(exclude)}" if skipped else ""
+    listed = f" ({'; '.join(reasons)}{' …' if len(skipped) > MOST_NAMED else ''})" if reasons else ""
+    raise ModelError(f"the model has no compressible layers{chosen}{listed}")
+
+
+def _layer(names: Sequence[str], children: Sequence[nn.Module], calls: Sequence[LayerCalls], samples: int) -> Layer:
+    first, child = min(calls, key=lambda call: call.order), children[0]
     weight = child.weight
     assert isinstance(weight, Tensor)
-    return why_float(weight)
+    columns = weight[0].numel()
+    return Layer(
+        name=names[0],
+        kind=CONVOLUTION if isinstance(child, nn.Conv2d) else LINEAR,
+        out_features=weight.shape[0],
+        in_features=columns,
+        groups=getattr(child, "groups", 1),
+        macs=sum(call.outputs for call in calls) * columns // samples,
+        order=first.order,
+        block=first.block,
+        input_group=first.input_group,
+        aliases=tuple(names[1:]),
+    )
 
 
-UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+def _order(seen: Observed, child: nn.Module, last: int) -> int:
+    return seen.calls[id(child)].order if id(child) in seen.calls else last
 
 
-def _observe(
-    model: FloatModel, batch: Any, targets: dict[int, nn.Module], blocks: list[str]
-) -> dict[int, dict[str, int]]:
-    """Order, completed blocks, output entries and input group of the calls in one forward pass, by id of the layer."""
-    calls: dict[int, dict[str, int]] = {}
-    complete = 0
-    inputs: list[Tensor] = []  # kept alive so that no address is reused during the pass
-    groups: dict[tuple[Any, ...], int] = {}
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
-    def on_block(*_: Any) -> None:
-        nonlocal complete
-        complete += 1
 
-    def on_layer(child: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        call = calls.get(id(child))
-        if call is not None:
-            call["outputs"] += output.numel()
-            call["input_group"] = -call["order"] - 1  # called more than once: its own group
-            return
-        inputs.append(args[0])
-        # The version distinguishes a tensor from itself after a change in place.
-        # Convolutions that unfold one tensor differently have different inputs of their matrix products.
-        unfolding = tuple(str(getattr(child, name, None)) for name in UNFOLDING)
-        identity = (args[0].data_ptr(), args[0]._version, complete, tuple(args[0].shape), unfolding)
-        calls[id(child)] = {
-            "order": len(calls),
-            "block": complete,
-            "outputs": output.numel(),
-            "input_group": groups.setdefault(identity, len(groups)),
-        }
+def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a pattern that matches no linear layer or convolution, unless there are none at all."""
+    for pattern in patterns:
+        if not names or _matches(names, [pattern]):
+            continue
+        inside = [name for name in names if name.startswith(f"{pattern}.")]
+        near = difflib.get_close_matches(pattern, [*names, *modules], n=1, cutoff=0.4)
+        hint = f"; for all layers inside it: {pattern + '.*'!r}" if inside else ""
+        hint = hint or (f"; did you mean {near[0]!r}?" if near else "")
+        raise ConfigError(
+            f"search.{key}: pattern {pattern!r} matches no linear layer or convolution of the model{hint}"
+        )
 
-    handles = [child.register_forward_hook(on_layer) for child in targets.values()]
-    handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
-    try:
-        with torch.no_grad():
-            model.outputs(model.module, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+
+def _cannot_run(batch: Any, error: Exception) -> str:
+    """Message for a model that fails on its first batch."""
+    hint = ""
+    if isinstance(error, TypeError) and isinstance(batch, (tuple, list)):
+        hint = (
+            "; the entries of a tuple or list are passed as one argument each: leave labels out, as in "
+            "[inputs for inputs, labels in loader], or pass forward=callable(model, batch) -> Tensor"
+        )
+    problem = f"{type(error).__name__}: {one_line(error)}"
+    return f"the model cannot be run on the first calibration batch ({describe_batch(batch)}): {problem}{hint}"

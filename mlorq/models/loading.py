@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mlorq.errors import CheckpointError, MlorqError, ModelError, no_secrets, one_line
-from mlorq.models.base import FloatModel, Forward, attention_mask, call_module
+from mlorq.models.base import FloatModel, Forward, attention_mask, call_module, check_readable
 from mlorq.models.custom import own_architecture
 from mlorq.models.family import FAMILIES, ModelSection
 from mlorq.models.residual_rotation import rotate_residual_stream
@@ -54,24 +56,29 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def from_module(module: nn.Module, forward: Forward | None = None) -> FloatModel:
-    """A float model around a module; device and dtype of its parameters stay.
+    """A float model around a module; device and dtypes of its parameters stay.
+
+    Inputs are cast to the dtype that most of the parameters' entries have.
 
     Args:
         module: any ``nn.Module``.
         forward: ``forward(module, batch)`` returns the output tensor, samples first; default: call the module.
 
     Raises:
-        ModelError: the module has no floating-point parameters.
+        ModelError: the module has no floating-point parameters, or its state cannot be read (``check_readable``).
     """
-    floating = [value for value in module.parameters() if value.is_floating_point()]
-    if not floating:
+    check_readable(module)
+    entries: Counter[torch.dtype] = Counter()
+    for value in module.parameters():
+        if value.is_floating_point():
+            entries[value.dtype] += value.numel()
+    if not entries:
         raise ModelError("the model has no floating-point parameters")
+    dtype, _ = entries.most_common(1)[0]
     families = list(FAMILIES)
     for family in families:
         family.mark(module)
     # Instances of a library's models get the library's architecture, so that checkpoints load without an instance.
     described = (family.describe(module) for family in families)
     architecture = next((found for found in described if found is not None), None) or own_architecture(module)
-    return FloatModel(
-        module, architecture["family"], architecture, forward or call_module, attention_mask, dtype=floating[0].dtype
-    )
+    return FloatModel(module, architecture["family"], architecture, forward or call_module, attention_mask, dtype=dtype)

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import DataError, ModelError, one_line
-from mlorq.models.base import Batch, FloatModel
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import Batch
 from mlorq.models.detection import NAME
 from mlorq.models.detection_keys import converted
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side, spread_points

@@ -8,6 +8,7 @@ model form a chain.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.models.base import FloatModel
+from mlorq.models.batches import fresh
+from mlorq.models.observe import first_argument
+
+REPLACED = ("forward", "_forward_pre_hooks", "_forward_hooks")  # attributes of a block that is not run
 
 
 class _Reached(Exception):
@@ -78,10 +83,10 @@ class Segments:
     def layer_inputs(self, batch: Any, start: int, carry: Any, layer: str) -> Tensor:
         """Input of the first call of layer ``layer``, entered at block ``start``."""
 
-        def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Reached(args[0])
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(first_argument(args, kwargs))
 
-        handle = self.module.get_submodule(layer).register_forward_pre_hook(leave)
+        handle = self.module.get_submodule(layer).register_forward_pre_hook(leave, with_kwargs=True)
         result: Tensor = self._until(batch, start, carry, handle)
         return result
 
@@ -98,14 +103,20 @@ class Segments:
     @contextmanager
     def _entered_at(self, start: int, carry: Any) -> Iterator[None]:
         skipped = self.blocks[:start]
+        before = [{name: vars(block)[name] for name in REPLACED if name in vars(block)} for block in skipped]
         try:
             for block in skipped:
-                # An instance attribute overrides the method of the class until it is deleted.
+                # An instance attribute overrides the method of the class until it is deleted. The hooks of the block
+                # have run when the carry was made.
                 block.forward = lambda *_, **__: carry
+                block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
+            if skipped:
+                skipped[-1].forward = lambda *_, **__: fresh(carry)  # the next block may write into its input
             yield
         finally:
-            for block in skipped:
+            for block, own in zip(skipped, before, strict=True):
                 block.__dict__.pop("forward", None)
+                block.__dict__.update(own)
 
 
 def enters_cleanly(segments: Segments, batch: Any, start: int, carry: Any, expected: Tensor) -> bool:
@@ -127,5 +138,5 @@ def enters_cleanly(segments: Segments, batch: Any, start: int, carry: Any, expec
         return bool((found - expected).norm() <= 1e-5 * expected.norm())
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # a later part reads an earlier block and got a tensor of another shape
+    except Exception:  # a later part reads an earlier block and got a tensor of another shape, or none
         return False

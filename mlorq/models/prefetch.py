@@ -6,15 +6,14 @@ its memory. The caller's thread then only starts the copy, which is asynchronous
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlorq.models.base import Batch
+from mlorq.models.batches import Batch, map_tensors
 
 
 def feed(
@@ -37,7 +36,7 @@ def feed(
     def ready(index: int) -> Batch:
         # Pinning needs a device context: without this, the thread would create one on the first device.
         with torch.cuda.device(target) if on_cuda else nullcontext():
-            return _each_tensor(batches[index], prepared)
+            return map_tensors(batches[index], prepared)
 
     with ThreadPoolExecutor(1, thread_name_prefix="mlorq-feed") as pool:
         coming = pool.submit(ready, 0) if len(batches) else None
@@ -45,15 +44,4 @@ def feed(
             assert coming is not None
             batch = coming.result()
             coming = pool.submit(ready, index + 1) if index + 1 < len(batches) else None
-            yield _each_tensor(batch, lambda tensor: tensor.to(target, non_blocking=on_cuda))
-
-
-def _each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: _each_tensor(value, change) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        changed: Any = [_each_tensor(value, change) for value in batch]
-        return type(batch)(changed)
-    return batch
+            yield map_tensors(batch, lambda tensor: tensor.to(target, non_blocking=on_cuda))

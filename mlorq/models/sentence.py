@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError
-from mlorq.models.base import Batch
+from mlorq.models.batches import Batch
 from mlorq.models.sentence_dense import Dense, DenseSettings, load_weights, read_settings
 from mlorq.models.sentence_files import read_json
 

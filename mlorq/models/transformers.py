@@ -17,7 +17,8 @@ from mlorq.models.family import load as load
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mlorq.models.base import Batch, FloatModel
+    from mlorq.models.base import FloatModel
+    from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
 
 NAME = "transformers"

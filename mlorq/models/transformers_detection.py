@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.errors import DataError, ModelError, one_line
-from mlorq.models.base import Batch
+from mlorq.models.batches import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
 from mlorq.models.transformers import TransformersSettings
 

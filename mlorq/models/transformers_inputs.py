@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mlorq.errors import CheckpointError
-from mlorq.models.base import Batch
+from mlorq.models.batches import Batch
 from mlorq.models.transformers_modules import auto_class
 
 TOKENS = 16  # length of a random text

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import CheckpointError, ModelError, one_line
-from mlorq.models.base import Batch, FloatModel, attention_mask, same_construction
+from mlorq.models.base import FloatModel, attention_mask, same_construction
+from mlorq.models.batches import Batch
 from mlorq.models.plain import ORIGIN, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense

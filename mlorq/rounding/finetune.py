@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,9 @@ from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.base import FloatModel, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import move_batch
+from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters, set_parameters
 from mlorq.rounding.base import Progress
@@ -67,7 +68,7 @@ def tune(
         The trained layers and norms, or the given ones if the loss on held-out batches did not fall. ``Trained.rest``
         includes the given ``rest``.
     """
-    module = deepcopy(model.module)
+    module = copy_module(model.module)
     if activations is not None:
         activations.install(module)
     set_tables(module, tables or {})

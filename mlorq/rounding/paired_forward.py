@@ -9,7 +9,6 @@ all layers does not take a forward pass of the whole model per layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +21,14 @@ from mlorq.calibration.covariance import FOLDS
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.base import FloatModel, batch_samples, move_batch
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import batch_samples, fresh, move_batch
+from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
 from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import Segments, enters_cleanly
+from mlorq.models.passes import plain_passes
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class PairedForward:
         self._block_names = list(blocks)
         self._leaders = leaders or {}
         self._importance: Sequence[Importance] = importance or [{}] * len(self.batches)
-        self.compressed = deepcopy(model.module)
+        self.compressed = copy_module(model.module)
         if activations is not None:
             activations.install(self.compressed)
         self._float = Segments(model, model.module, blocks)
@@ -295,7 +297,8 @@ class PairedForward:
 
     def run_block(self, block: int, call: BlockCall) -> Any:
         """Output of a block of the compressed copy, differentiable."""
-        return self._changed.blocks[block](*call.args, **call.kwargs)
+        with plain_passes():
+            return self._changed.blocks[block](*fresh(call.args), **fresh(call.kwargs))
 
     def block_name(self, block: int) -> str:
         """Name of a block in the model."""

@@ -31,7 +31,7 @@ from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import CompressedLinear, replace_layers
 from mlorq.models import detection_keys, load_model, mask_rcnn, rebuild
-from mlorq.models.base import move_batch
+from mlorq.models.batches import move_batch
 from mlorq.models.detection_parts import AlignedRegions, ExactAnchors, PadFirstBlock
 from mlorq.models.layers import find_layers, input_tokens
 from mlorq.models.partial_forward import Segments, enters_cleanly

@@ -24,7 +24,7 @@ from mlorq.data import load_dataset
 from mlorq.data.base import classes_of
 from mlorq.errors import CheckpointError, ConfigError, DataError
 from mlorq.models import FAMILIES, FloatModel, ModelFamily, from_module, load_model, rebuild
-from mlorq.models.base import batch_samples
+from mlorq.models.batches import batch_samples
 from mlorq.models.family import Example
 from mlorq.registry import Settings
 from tests import detectors, zoo

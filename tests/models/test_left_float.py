@@ -79,7 +79,7 @@ def test_what_stays_float_is_counted_by_kind(kind, tmp_path):
 
 def _biased(module: nn.Module, found: LayerList) -> list[str]:
     names = [name for layer in found.layers for name in (layer.name, *layer.aliases)]
-    names += [name for name, _ in found.skipped]
+    names += [one.name for one in found.skipped]
     unique = {id(module.get_submodule(name)): name for name in names}
     return [name for name in unique.values() if module.get_submodule(name).bias is not None]
 
@@ -104,7 +104,7 @@ def test_shared_weights_are_stored_once_and_unreached_layers_named(tmp_path):
     assert [row["layer"] for row in info["layers"]] == ["first", "twice"]
     assert info["sizes"]["bytes"] == 2 * 6 * (3 + 2 + 1)
     _, _, unused, _ = packed("unused", tmp_path / "unused")
-    assert unused.skipped == [("unused", "never reached by a forward pass")]
+    assert unused.skipped == [("unused", "never reached by a forward pass", 4 * 8 * 8)]
 
 
 def test_people_are_told_what_stays_float(tmp_path, capsys):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from mlorq.models.base import move_batch
+from mlorq.models.batches import move_batch
 from mlorq.models.prefetch import feed
 from tests.nets import images
 

@@ -12,7 +12,8 @@ from mlorq.errors import ModelError
 from mlorq.fitting.hessian_fit import HessianFit
 from mlorq.forms.base import Candidate
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.base import FloatModel, fold_batches, split_batches, take_samples
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import fold_batches, split_batches, take_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import find_layers, weight_matrix
 from mlorq.rounding.block import ReconstructionSettings

@@ -207,7 +207,9 @@ def test_progress_is_reported(capsys):
         (ConfigError, "cuda:99", {"device": "cuda:99"}),
         (BudgetError, "three bits", {"budget": "three bits"}),
         (BudgetError, "smallest possible", {"budget": "0.1bit"}),
-        (ModelError, "no compressible layers", {"include": ["nothing"]}),
+        (ConfigError, "include: pattern 'nothing' matches no linear layer", {"include": ["nothing"]}),
+        (ConfigError, "exclude: pattern 'blcks.*' .*did you mean 'blocks", {"exclude": ["blcks.*"]}),
+        (ModelError, "no compressible layers", {"exclude": ["*"]}),
     ],
 )
 def test_wrong_options_are_named(error, words, options):

@@ -62,9 +62,13 @@ class ActivationQuantizer(nn.Module, ABC):
         """``Σ (x̄ - x)²`` over all entries of x."""
         return float((self.rounded(x)[1] - x).double().square().sum())
 
-    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A forward pre-hook that quantizes a module's first argument."""
-        return (self(args[0]), *args[1:])
+    def hook(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook that quantizes a module's first argument, by position or keyword."""
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {name: self(value) for name, value in kwargs.items()}
 
     def describe(self) -> dict[str, Any]:
         """The arguments of ``build`` beside the tensors, as JSON: ``{"kind": …, "bits": …}`` and keys of the kind."""

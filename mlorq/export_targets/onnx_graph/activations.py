@@ -55,9 +55,13 @@ class QuantizeDequantize(nn.Module):
         found: Tensor = torch.ops.mlorq.quantize_dequantize(x, self.scale, self.zero, -1 if self.scale.dim() else 0)
         return found - self.shift if self.shifts else found
 
-    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A forward pre-hook that quantizes a module's first argument."""
-        return (self(args[0]), *args[1:])
+    def hook(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook that quantizes a module's first argument, by position or keyword."""
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {name: self(value) for name, value in kwargs.items()}
 
 
 @torch.library.custom_op("mlorq::quantize_dequantize", mutates_args=())

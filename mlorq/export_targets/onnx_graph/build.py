@@ -18,7 +18,7 @@ from mlorq.export_targets.onnx_graph.float_graph import OPSET, float_graph, floa
 from mlorq.export_targets.onnx_graph.layers import replace_weights
 from mlorq.export_targets.onnx_graph.stages import STAGES
 from mlorq.models import FAMILIES
-from mlorq.models.base import batch_samples, move_batch
+from mlorq.models.batches import batch_samples, move_batch
 
 METADATA = "mlorq"  # key of the metadata: one JSON object
 PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well

@@ -10,7 +10,6 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import onnx
@@ -28,6 +27,7 @@ from mlorq.forms.modules import (
     CompressedModule,
     swap_module,
 )
+from mlorq.models.copying import copy_module
 
 OPSET = 21  # the first with 4-bit integers
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -39,7 +39,7 @@ def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule
 
     Quantizers of activations are replaced by modules that exporters write as operators.
     """
-    twin = deepcopy(module).float()
+    twin = copy_module(module).float()
     found: dict[str, CompressedModule] = {}
     for path, child in list(twin.named_modules()):
         if isinstance(child, CompressedModule):

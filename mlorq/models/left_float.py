@@ -1,0 +1,172 @@
+"""What keeps a layer from being replaced by a compressed one.
+
+A compressed layer computes ``y = W x + b`` from its own copy of W and b. It can stand for a layer that does the same
+and nothing else. A layer is more than its class: hooks run with it, an instance can have a ``forward`` of its own, and
+a weight may be computed at every access. The model must also call it, on rows that belong to samples, and the output's
+gradient must reach it. Other layers stay float, and are named with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import Batch, Listed, batch_samples, take_samples
+from mlorq.models.computed_weights import KINDS, computed_tensors
+from mlorq.models.layer_list import OTHER, UNUSED, LeftFloat
+from mlorq.models.observe import Observed, observe
+from mlorq.models.weight_range import why_float as out_of_range
+
+NO_GRADIENT = (
+    "it affects the model's output, but no gradient of the output reaches it (no_grad, detach, rounding): its errors "
+    "cannot be weighed"
+)
+_METHODS = ("forward", "_conv_forward", "__call__")
+
+
+def why_float(layer: nn.Module) -> str | None:
+    """Reason why a linear layer or convolution cannot be replaced, apart from how the model uses it; or None."""
+    kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
+    if kind is None:
+        return f"it is a {type(layer).__name__}"
+    return own_code(layer, kind) or _own_tensors(layer)
+
+
+def own_code(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a layer runs beside, or instead of, the code of ``kind``; None if nothing."""
+    name = type(layer).__name__
+    for method in _METHODS:
+        if getattr(type(layer), method, None) is not getattr(kind, method, None):
+            return f"{name} has a {method.strip('_')} of its own"
+        if method in vars(layer):
+            return f"its {method.strip('_')} was replaced on the instance"
+    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    if hooks:
+        return f"a hook runs with it: {_described(hooks[0])}"
+    return None
+
+
+def _own_tensors(layer: nn.Module) -> str | None:
+    computed = computed_tensors(layer)
+    if computed or not isinstance(layer._parameters.get("weight"), Tensor):
+        return f"its {computed[0] if computed else 'weight'} is computed on every access"
+    if "bias" not in layer._parameters:
+        return "its bias is computed on every access"
+    for name in ("weight", "bias"):  # a property of the class comes before the parameter
+        if hasattr(type(layer), name):
+            return f"its {name} is computed on every access"
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if not weight.is_floating_point() or weight.is_sparse:
+        return f"its weight is {'sparse' if weight.is_sparse else str(weight.dtype).removeprefix('torch.')}"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return out_of_range(weight)
+
+
+def _described(hook: object) -> str:
+    named = getattr(hook, "__qualname__", None) or type(hook).__qualname__
+    return str(named).rpartition("<locals>.")[2]
+
+
+def why_not_used(seen: Observed, children: Sequence[nn.Module]) -> str | None:
+    """Reason why layers with one weight cannot be replaced that a forward pass shows; or None.
+
+    Args:
+        seen: what the pass showed.
+        children: the layers with that weight.
+    """
+    if any(id(child) in seen.calls for child in children):
+        return None
+    reader = next(
+        (found for child in children if (found := seen.readers.get(id(child._parameters.get("weight"))))), None
+    )
+    return UNUSED if reader is None else f"never called: its weight is read directly, by {reader}"
+
+
+def rows_that_stay(model: FloatModel, batch: Batch, layers: Mapping[str, nn.Module], seen: Observed) -> dict[str, str]:
+    """Reasons for layers whose inputs do not have the same number of rows for every sample, by name.
+
+    Statistics are means over samples. Rows of a table of positions, or of all tokens without padding, belong to none.
+
+    Args:
+        model: the float model.
+        batch: the observed batch, on the model's device.
+        layers: layers by name.
+        seen: what the pass on the batch showed.
+    """
+    samples = batch_samples(batch)
+    fewer = None if samples == 1 or isinstance(batch, Listed) else _seen_without_one(model, batch, layers, seen)
+    found = {}
+    for name, child in layers.items():
+        rows = seen.calls[id(child)].rows if id(child) in seen.calls else []
+        # Rows that belong to samples become fewer with these.
+        others = [count * (samples - 1) // samples for count in rows]
+        if fewer is not None:
+            others = fewer.calls[id(child)].rows if id(child) in fewer.calls else []
+        if [count * (samples - 1) for count in rows] != [count * samples for count in others]:
+            found[name] = (
+                f"its inputs have {rows[0]} rows for {samples} samples, not the same number for each; batches of one "
+                "sample each have no such limit"
+            )
+    return found
+
+
+def _seen_without_one(
+    model: FloatModel, batch: Batch, layers: Mapping[str, nn.Module], seen: Observed
+) -> Observed | None:
+    """What a pass on all samples but the last shows; None if the model does not take these."""
+    samples = batch_samples(batch)
+    try:
+        fewer = observe(model, take_samples(batch, slice(0, samples - 1)), list(layers.values()), [])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model may insist on the size of its batches
+        return None
+    return fewer if fewer.rows * samples == seen.rows * (samples - 1) else None
+
+
+def left_float(
+    layers: Mapping[str, nn.Module], groups: Iterable[Sequence[str]], reasons: Mapping[str, str]
+) -> list[LeftFloat]:
+    """The records of layers that stay float.
+
+    Args:
+        layers: layers by name.
+        groups: names of layers that share a weight.
+        reasons: by name.
+    """
+    found = []
+    for names in groups:
+        size = sum(
+            value.nbytes for key, value in layers[names[0]]._parameters.items() if value is not None and key != "bias"
+        )
+        for index, name in enumerate(names):
+            reason = reasons.get(name) or reasons.get(names[0])
+            if reason:
+                found.append(LeftFloat(name, reason, 0 if index else size))
+    return found
+
+
+def other_weights(module: nn.Module, seen: Observed) -> list[LeftFloat]:
+    """Parameters of at least two axes that belong neither to linear layers nor to convolutions of two axes."""
+    found: list[LeftFloat] = []
+    done = {id(value) for child in module.modules() if isinstance(child, KINDS) for value in child._parameters.values()}
+    for path, child in module.named_modules():
+        for key, value in child._parameters.items():
+            if value is None or id(value) in done or sum(size > 1 for size in value.shape) < 2:
+                continue
+            done.add(id(value))
+            name = path if isinstance(child, nn.Embedding) and key == "weight" else f"{path}.{key}".lstrip(".")
+            reader = seen.readers.get(id(value))
+            parameter, table = OTHER
+            reason = f"{parameter}{type(child).__name__}" + (f", read by {reader}" if reader else "")
+            if isinstance(child, nn.Embedding):
+                reason = f"{table} (option embeddings quantizes tables)"
+            found.append(LeftFloat(name, reason, value.nbytes))
+    return found

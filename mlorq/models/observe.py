@@ -1,0 +1,152 @@
+"""One forward pass with hooks: which layers run, in which order, on which inputs; which weights are read directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mlorq.models.base import FloatModel
+from mlorq.models.batches import Batch
+
+UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a call of a layer, also of one with keywords: ``layer(input=x)``."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@dataclass
+class LayerCalls:
+    """The calls of a layer in one forward pass.
+
+    Attributes:
+        order: number of layers that ran before its first call.
+        block: number of complete blocks before its first call.
+        input_group: equal for layers that read the same tensor; negative if the layer is called more than once.
+        outputs: entries of all outputs.
+        rows: leading size of the input of each call.
+    """
+
+    order: int
+    block: int
+    input_group: int
+    outputs: int = 0
+    rows: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one forward pass shows.
+
+    Attributes:
+        calls: by id of the layer.
+        readers: ``{id of a parameter: name of the function}`` that read it outside the layers' own calls.
+        rows: number of rows of the model's outputs.
+    """
+
+    calls: dict[int, LayerCalls]
+    readers: dict[int, str]
+    rows: int
+
+
+def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks: Sequence[str]) -> Observed:
+    """Observe one forward pass.
+
+    Args:
+        model: the float model.
+        batch: a batch on its device.
+        layers: the layers to observe.
+        blocks: names of the model's blocks.
+    """
+    calls: dict[int, LayerCalls] = {}
+    complete = 0
+    inputs: list[Tensor] = []  # kept alive so that no address is reused during the pass
+    groups: dict[tuple[Any, ...], int] = {}
+    reading = _Readers(model.module)
+
+    def on_block(*_: Any) -> None:
+        nonlocal complete
+        complete += 1
+
+    def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        reading.inside -= 1
+        read = first_argument(args, kwargs)
+        call = calls.get(id(child))
+        if call is None:
+            inputs.append(read)
+            # The version distinguishes a tensor from itself after a change in place.
+            # Convolutions that unfold one tensor differently have different inputs of their matrix products.
+            unfolding = tuple(str(getattr(child, name, None)) for name in UNFOLDING)
+            identity = (read.data_ptr(), read._version, complete, tuple(read.shape), unfolding)
+            call = calls[id(child)] = LayerCalls(len(calls), complete, groups.setdefault(identity, len(groups)))
+        else:
+            call.input_group = -call.order - 1  # called more than once: its own group
+        call.outputs += output.numel()
+        call.rows.append(int(read.shape[getattr(child, "samples_axis", 0)]) if read.dim() > 1 else 1)
+
+    def enter(*_: Any) -> None:
+        reading.inside += 1
+
+    handles = [child.register_forward_pre_hook(enter) for child in layers]
+    handles += [child.register_forward_hook(on_layer, with_kwargs=True) for child in layers]
+    handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
+    try:
+        with torch.no_grad(), reading:
+            rows = model.outputs(model.module, batch).shape[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Observed(calls, reading.found, rows)
+
+
+class _Readers(TorchFunctionMode):
+    """Records the functions that read parameters, also through views, while no observed layer runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inside = 0
+        self.found: dict[int, str] = {}
+        self._by_place = {_place(value): id(value) for value in module.parameters() if value.numel()}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self.inside == 0 and name != "__get__" and isinstance(result, (Tensor, tuple, list)):
+            for value in _tensors((args, kwargs or {})):
+                known = self._by_place.get(_place(value))
+                if known is not None and not (isinstance(result, Tensor) and _place(result) == _place(value)):
+                    self.found.setdefault(known, name)
+        return result
+
+
+def _place(value: Tensor) -> tuple[Any, ...]:
+    return value.device, value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+@contextmanager
+def outputs_changed(modules: Sequence[nn.Module], change: Any) -> Iterator[None]:
+    """Change the outputs of layers while this is active: ``change(output)`` takes the place of each."""
+    handles = [child.register_forward_hook(lambda _, __, output: change(output)) for child in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

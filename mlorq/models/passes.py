@@ -1,0 +1,68 @@
+"""Conditions under which a model runs in this library, so that hooks see every layer.
+
+- Fused attention of ``nn.TransformerEncoder`` reads the weights of its layers without calling them; it is switched off.
+- Activation checkpointing would run parts of the model again in the backward pass, when our hooks are gone. It saves
+  memory and changes no value; it is switched off.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpointing
+
+_lock = threading.Lock()
+_running = 0  # passes of all threads: these settings belong to the process
+_settings = ExitStack()
+
+
+@contextmanager
+def plain_passes() -> Iterator[None]:
+    """Run models without fused layers and without activation checkpointing, in all threads, until the last one ends."""
+    global _running, _settings
+    with _lock:
+        _running += 1
+        if _running == 1:
+            _settings = ExitStack()
+            _settings.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            _settings.enter_context(_instead(checkpointing, "_checkpoint_without_reentrant_generator", _nothing))
+            _settings.enter_context(_instead(checkpointing.CheckpointFunction, "apply", _called))
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                _settings.close()
+
+
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute, if there is one of that name, and restore it at the end."""
+    if not hasattr(owner, name):  # a version of torch that has it elsewhere
+        yield
+        return
+    own, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _nothing(*_: Any, **__: Any) -> Iterator[None]:
+    """In place of what ``checkpoint`` does before and after its function."""
+    yield
+
+
+def _called(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+    """In place of ``CheckpointFunction.apply``."""
+    return function(*args)
