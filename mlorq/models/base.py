@@ -179,6 +179,8 @@ def check_readable(module: nn.Module) -> None:
                 "without offloading, before it is compressed"
             )
     for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise ModelError(f"module {name!r} is compiled by torch.jit: pass the module that it was made from")
         if type(child).get_extra_state is not nn.Module.get_extra_state:
             raise ModelError(
                 f"module {name!r} ({type(child).__name__}) keeps state outside its parameters and buffers "

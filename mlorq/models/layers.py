@@ -243,5 +243,10 @@ def _cannot_run(batch: Any, error: Exception) -> str:
             "; the entries of a tuple or list are passed as one argument each: leave labels out, as in "
             "[inputs for inputs, labels in loader], or pass forward=callable(model, batch) -> Tensor"
         )
+    if isinstance(error, TypeError) and isinstance(batch, Mapping):
+        hint = (
+            "; the entries of a mapping are passed as keyword arguments: leave out those that the model does not take, "
+            "or pass forward=callable(model, batch) -> Tensor"
+        )
     problem = f"{type(error).__name__}: {one_line(error)}"
     return f"the model cannot be run on the first calibration batch ({describe_batch(batch)}): {problem}{hint}"

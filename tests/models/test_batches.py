@@ -163,6 +163,13 @@ def test_a_model_that_fails_on_its_batch_is_one_line():
         mlorq.compress(module, [torch.randn(4, 11)], device="cpu", **QUICK)
 
 
+def test_keys_that_a_model_does_not_take_are_named_with_advice():
+    module = nn.Sequential(nn.Linear(12, 3))
+    words = "unexpected keyword argument 'x'; the entries of a mapping are passed as keyword arguments"
+    with pytest.raises(ModelError, match=words):
+        mlorq.compress(module, [{"x": torch.randn(4, 12)}], device="cpu", **QUICK)
+
+
 def test_rows_that_are_no_samples_are_refused():
     class Across(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +231,9 @@ def test_models_that_cannot_be_read_say_what_to_do():
         empty = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
     lazy = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3))
     stateful = nn.Sequential(OwnState(12, 8), nn.Linear(8, 3))
+    scripted = nn.Sequential(torch.jit.trace(nn.Linear(12, 8), torch.randn(1, 12)), nn.Linear(8, 3))
     for module, words in (
+        (scripted, r"module '0' is compiled by torch\.jit: pass the module that it was made from"),
         (empty, "'0.weight' is on the meta device and has no values: load the model's weights"),
         (lazy, "'0.weight' of a lazy module has no size yet: run the model once"),
         (stateful, r"module '0' \(OwnState\) keeps state outside its parameters and buffers"),
