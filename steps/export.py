@@ -18,7 +18,6 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.errors import ConfigError
 from mlorq.export_targets import TARGETS
 from mlorq.export_targets.base import require
-from mlorq.models.copying import copy_module
 from mlorq.models.family import FAMILIES
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
@@ -103,6 +102,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     require(f"export to {target.name}", target.packages, target.extra)
     settings = target.settings.model_validate(params.options)
     if inputs.model is not None and inputs.calibration is not None:
+        from mlorq.models.copying import copy_module
+
         batch = next(iter(context.calibration(inputs.calibration).batches))
         example = unmarked(take_samples(batch, slice(0, min(SAMPLES, batch_samples(batch)))))
         settings = target.with_model(settings, copy_module(context.model(inputs.model).module).to("cpu"), example)

@@ -73,7 +73,7 @@ def test_a_child_makes_the_same_artifacts_and_serves_many_steps(tmp_path: Path) 
 def test_a_childs_error_comes_back_as_what_it_was(tmp_path: Path) -> None:
     config = project(tmp_path)
     layers, capture = first_steps(config)
-    broken = project(tmp_path, search={"include": ["nothing"]})
+    broken = project(tmp_path, search={"exclude": ["*"]})
     child = ChildRunner(broken, "cpu")
     try:
         with pytest.raises(ModelError, match="no compressible layers with include"):
