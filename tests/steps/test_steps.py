@@ -58,7 +58,8 @@ def specs_of(made: Session, budgets: Sequence[str]) -> list[StepSpec]:
 
 
 def test_records_of_every_step_go_through_a_message_whole(folder, tmp_path_factory):  # noqa: F811
-    runs = [EVERYTHING, {**BEST, **WIDTHS, "rounding__tuning": 0}, {"rounding__method": "nearest", **EXPORT}]
+    chosen = {"embeddings": {"bits": "auto"}}
+    runs = [EVERYTHING, {**BEST, **WIDTHS, "rounding__tuning": 0}, {"rounding__method": "nearest", **EXPORT, **chosen}]
     specs = [(made, spec) for made in (session(folder, **one) for one in runs) for spec in specs_of(made, ["4bit"])]
     assert {spec.step for _, spec in specs} == set(REGISTRY)
     path = tmp_path_factory.mktemp("message") / "step.json"
