@@ -189,7 +189,7 @@ def test_modules_of_the_user(tmp_path: Path) -> None:
 def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    with pytest.raises(ConfigError, match="known: .*tokenizer"):
+    with pytest.raises(ConfigError, match=r"known: .*tokenizer"):
         mlorq.export(tmp_path, tmp_path / "model.xml", precison="fast")
     with pytest.raises(ConfigError, match=r"does not end with \.xml"):
         mlorq.export(tmp_path, tmp_path / "model.bin", to="openvino")
