@@ -23,15 +23,22 @@ def _threads() -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 
+_looked_at: set[str] = set()
+
+
 @pytest.fixture(autouse=True)
 def _only_its_own_modules() -> Iterator[None]:
     """Forget modules in folders of other tests: a search has no index if the file of an imported module has changed."""
 
     def forget() -> None:
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
+        # Only names that came since the last look, for there are thousands; their dictionary, for a lazy module of
+        # transformers answers an attribute that it lacks only after a search through all that it could import.
+        for name in sys.modules.keys() - _looked_at:
+            file = getattr(sys.modules[name], "__dict__", {}).get("__file__")
             if isinstance(file, str) and f"{os.sep}pytest-of-" in file:
                 del sys.modules[name]
+            else:
+                _looked_at.add(name)
 
     forget()
     yield
