@@ -155,10 +155,11 @@ def user_code(known: Iterable[str]) -> list[str] | None:
     """
     known, found, watch = set(known), set(), _watch()
     for name, module in sys.modules.copy().items():
-        file = getattr(module, "__file__", None)
-        if name.partition(".")[0] in known or not isinstance(file, str) or not os.path.isfile(file):
+        # Not `getattr`: a lazy module searches all that it could import for a name that it lacks.
+        file = getattr(module, "__dict__", {}).get("__file__")
+        if name.partition(".")[0] in known or not isinstance(file, str) or _is_installed(file):
             continue
-        if not _is_installed(file):
+        if os.path.isfile(file):
             if os.stat(file).st_mtime_ns > watch.executed.get(file, watch.since):
                 return None
             found.add(os.path.abspath(file))
@@ -167,6 +168,7 @@ def user_code(known: Iterable[str]) -> list[str] | None:
     return sorted(found)
 
 
+@cache
 def _is_installed(path: str) -> bool:
     real = os.path.realpath(path)
     return any(real.startswith(folder + os.sep) for folder in _installed_folders())

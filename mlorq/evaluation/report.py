@@ -73,17 +73,31 @@ def front_picture(
         label = f"{form.name}, {form.label} ({len(chosen)})"
         right.scatter([bits[i] for i in chosen], cost, color=form.colour, s=22, label=label, zorder=2)
     if right.lines:  # empty if no layer affects the output
-        right.set_yscale("log")
+        _logarithmic(right)
     right.set_xlabel("bits per weight")
     right.set_ylabel("global cost: output NMSE with only this layer compressed")
     right.set_title("fronts of all layers (grey) and chosen candidates")
     right.legend()
-    figure.tight_layout()
+    # Margins in inches from the longest name: measuring the text, as a layout engine does, would draw all of it twice.
+    width, height = figure.get_size_inches()
+    names, between = _NAME_INCHES * max(len(row["layer"]) for row in rows) + 0.2, 1.0
+    axis = (width - names - between - 0.15) / 2
+    figure.subplots_adjust(names / width, 0.55 / height, 1 - 0.15 / width, 1 - 0.35 / height, wspace=between / axis)
     buffer = io.BytesIO()
     # No metadata: equal results give equal bytes.
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
+
+
+_NAME_INCHES = 0.058  # width of a letter of 6.5 points
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis y with plain labels such as 1e-05; formulas would take longer to set than all else to draw."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:.0e}")
+    axis.yaxis.set_minor_formatter("")
 
 
 def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, highlight: str | None = None) -> bytes:
@@ -126,7 +140,7 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
         axes[0, 0].axhline(metric["float"], color="0.35", linestyle="--", linewidth=1, label=label)
         axes[0, 0].legend(loc="best", fontsize=8)
     if all(value > 0 for value in nmse):
-        axes[0, -1].set_yscale("log")
+        _logarithmic(axes[0, -1])
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     buffer = io.BytesIO()
