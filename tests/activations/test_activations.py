@@ -35,6 +35,7 @@ from mlorq.models.base import FloatModel, attention_mask
 from mlorq.models.layers import find_layers
 from mlorq.models.sentence import SentenceEmbedding
 from tests import zoo
+from tests.long import few
 
 PERCENTILES = (0.99, 0.999, 1.0)
 
@@ -415,8 +416,8 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", [zoo.VIT, zoo.SWIN])
-@pytest.mark.parametrize("rounding", ["nearest", "block"])
+@pytest.mark.parametrize("name", few([zoo.VIT, zoo.SWIN], zoo.VIT))
+@pytest.mark.parametrize("rounding", few(["nearest", "block"], "block"))
 def test_the_checkpoint_carries_the_quantizers(name, rounding, tmp_path, seed):
     module = zoo.timm_model(name, zoo.VIT_ARGUMENTS if name == zoo.VIT else zoo.SWIN_ARGUMENTS, seed)
     batches = [zoo.pixels(6, seed + index) for index in range(2)]

@@ -29,6 +29,7 @@ from tests.export_targets.graph_cases import (
     text_batch,
     trellis_folder,
 )
+from tests.long import few
 from tests.nets import SharedNet, TokenNet, images
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -40,7 +41,7 @@ def operators(file: str | Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(file).graph.node)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(CASES, "vit", "bert"))
 def test_families(case: str, tmp_path: Path) -> None:
     """At other numbers of samples and tokens than the example's; outputs of the same class."""
     module, architecture, batch = CASES[case]()
@@ -56,7 +57,7 @@ def test_families(case: str, tmp_path: Path) -> None:
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("case", ["swin", "bert"])
+@pytest.mark.parametrize("case", few(["swin", "bert"], "bert"))
 def test_fast_adds_the_error_that_it_reports(case: str, tmp_path: Path) -> None:
     module, architecture, batch = CASES[case]()
     module = compressed(module)
@@ -121,9 +122,10 @@ def test_tokenizer_files_are_written_beside_the_file(tmp_path: Path) -> None:
         mlorq.export(folder, tmp_path / "model.onnx", tokenizer=str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("bits", "method"), [(8, "uniform"), (4, "uniform"), (6, "repq"), (4, "adalog")])
-def test_quantizers_of_activations(bits: int, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", few([(8, "uniform"), (4, "uniform"), (6, "repq"), (4, "adalog")], (8, "uniform")))
+def test_quantizers_of_activations(quantizer: tuple[int, str], tmp_path: Path) -> None:
     """Ranges per tensor and per channel, of inputs and of products, are Q/DQ pairs; logarithms stay arithmetic."""
+    bits, method = quantizer
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS)
     batches = [zoo.pixels(4, seed) for seed in range(2)]
     result = mlorq.compress(
@@ -140,6 +142,7 @@ def test_quantizers_of_activations(bits: int, method: str, tmp_path: Path) -> No
     assert nmse(found, expected) < 1e-3
 
 
+@pytest.mark.long
 def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
     module = compressed(detectors.mask_rcnn())
     architecture = {"family": "detection", "name": detectors.NAME, "arguments": detectors.ARGUMENTS}

@@ -27,6 +27,7 @@ from tests.export_targets.graph_cases import (
     text_batch,
     trellis_folder,
 )
+from tests.long import few
 from tests.nets import TokenNet, images
 
 openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
@@ -38,7 +39,7 @@ def size_of(files: list[str]) -> int:
     return sum(Path(file).stat().st_size for file in files)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(CASES, "vit"))
 def test_families(case: str, tmp_path: Path) -> None:
     """At other numbers of samples and tokens than the example's; outputs of the same class; both precisions."""
     module, architecture, batch = CASES[case]()
@@ -60,7 +61,7 @@ def test_families(case: str, tmp_path: Path) -> None:
     assert nmse(call(fast, batch), expected) < max(1e-9, 5 * fast.nmse_added), "of other inputs than at export"
 
 
-@pytest.mark.parametrize("case", ["swin", "bert", "vit"])
+@pytest.mark.parametrize("case", few(["swin", "bert", "vit"], "bert"))
 def test_openvino_alone_computes_the_same(case: str, tmp_path: Path) -> None:
     """Without the decoding of this software: the files are an ordinary model."""
     module, architecture, batch = CASES[case]()
@@ -160,8 +161,9 @@ def test_tokenizer_files_and_the_embedding_of_sentence_encoders(tmp_path: Path) 
         assert_close(found["sentence_embedding"], SentenceEmbedding(("cls", "mean"), False)(module, batch))
 
 
-@pytest.mark.parametrize(("bits", "method"), [(8, "uniform"), (4, "uniform"), (4, "adalog")])
-def test_quantizers_of_activations(bits: int, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", few([(8, "uniform"), (4, "uniform"), (4, "adalog")], (8, "uniform")))
+def test_quantizers_of_activations(quantizer: tuple[int, str], tmp_path: Path) -> None:
+    bits, method = quantizer
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS)
     batches = [zoo.pixels(4, seed) for seed in range(2)]
     result = mlorq.compress(

@@ -28,11 +28,13 @@ from mlorq.models import load_model
 from tests import detectors, zoo
 from tests.checkpoint.test_checkpoint import ALLOCATION, DESCRIPTION, Everything, compress, random_compressed
 from tests.export_targets.models import CASES, arguments_of, outputs
+from tests.long import few
 
 FILES = ("config.json", "model.safetensors")
+DEFAULT = ("bert", "timm vit", "tied language model", "quantized activations, repq")
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+@pytest.fixture(scope="module", params=few(sorted(CASES), *DEFAULT))
 def exported(request, tmp_path_factory):
     """A case with the folders of its checkpoint and of its export."""
     folder = tmp_path_factory.mktemp("exported")

@@ -38,6 +38,7 @@ from mlorq.models.partial_forward import Segments, enters_cleanly
 from mlorq.models.transformers_detection import match_names
 from tests import detectors, zoo
 from tests.forms.test_modules import random_compressed
+from tests.long import few
 
 ModelConfig = model_section()
 
@@ -632,7 +633,7 @@ BEST = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, BEST], ids=["quick", "best"])
+@pytest.mark.parametrize("settings", few([{}, BEST], {}), ids=["quick", "best"])
 def test_mask_rcnn_is_compressed_saved_and_loaded(settings, folder, tmp_path):
     # As published: background's rows of the predictors are zeros.
     torch.save(detectors.published_state(detectors.mask_rcnn(3), "mmdetection", DEPTHS), tmp_path / "published.pth")
@@ -647,7 +648,7 @@ def test_mask_rcnn_is_compressed_saved_and_loaded(settings, folder, tmp_path):
     assert [path.stat().st_mtime_ns for path in before] == times, "nothing is computed twice"
 
 
-@pytest.mark.parametrize("task", ["object-detection", "instance-segmentation"])
+@pytest.mark.parametrize("task", few(["object-detection", "instance-segmentation"], "object-detection"))
 def test_transformers_detectors_are_compressed_saved_and_loaded(task, folder, tmp_path):
     detectors.save_transformers_detector(tmp_path / "model", task, 2)
     model = {"family": "transformers", "name": str(tmp_path / "model"), "task": task}
