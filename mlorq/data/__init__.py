@@ -2,9 +2,9 @@
 
 ``source`` defines sources and the keys that several of them share; ``base`` defines ``Dataset``, the result of loading
 one. ``images`` builds batches of images for classifiers, ``coco_images`` builds them for detectors, ``texts`` builds
-batches of tokens, and ``memory`` wraps batches that exist already. ``choose`` selects samples, ``model_inputs`` gets
-preprocessing and tokenizers from the model's family, and ``metrics`` and ``average_precision`` compare outputs with
-labels.
+batches of tokens, ``language`` cuts running text into pieces, and ``memory`` wraps batches that exist already.
+``choose`` selects samples, ``model_inputs`` gets preprocessing and tokenizers from the model's family, and ``metrics``
+and ``average_precision`` compare outputs with labels.
 
 Every command imports the modules of the sources; they import torch only when they load data.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # Registered in the order in which a configuration lists them.
-from mlorq.data import image_folder, image_parquet, coco, table, glue, custom  # noqa: F401  # isort: skip
+from mlorq.data import image_folder, image_parquet, coco, table, text_file, glue, custom  # noqa: F401  # isort: skip
 from mlorq.data.source import SOURCES, DataSource, SourceSettings, load_dataset
 from mlorq.lazy import lazy_exports
 

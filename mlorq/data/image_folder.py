@@ -56,7 +56,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
         """Load the chosen images of a folder; other files are not read. See ``DataSource.load``."""
         from mlorq.data.images import Image, check_images, image_dataset
 
-        described = check_images(settings, model, self.name)
+        described = check_images(settings, model, folder, self.name)
         assert settings.root is not None
         root = resolve_location(settings.root, folder)
         fs, path = url_to_fs(root)

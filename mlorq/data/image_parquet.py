@@ -51,7 +51,7 @@ class ImageParquetSource(DataSource[ImageParquetSettings]):
         from mlorq.data.images import check_images, image_dataset
         from mlorq.data.parquet_images import read_images
 
-        described = check_images(settings, model, self.name)
+        described = check_images(settings, model, folder, self.name)
         return image_dataset(read_images(settings, role, folder, seed), settings, role, described)
 
 

@@ -1,9 +1,9 @@
-"""Batches of encoded images for a timm model, decoded once on first use; used by all sources of images for classifiers.
+"""Batches of encoded images, decoded once on first use; used by all sources of images for classifiers and encoders.
 
-Worker threads decode a batch (decoding and resampling release Python's global lock) and start on the next one at once,
-so that it is ready when the model needs it. The cropped pixels are kept at one byte per value; scaling and
-normalisation are repeated at every use, which costs little beside a forward pass and saves three quarters of the
-memory.
+For models of timm, worker threads decode a batch (decoding and resampling release Python's global lock) and start on
+the next one at once, so that it is ready when the model needs it. The cropped pixels are kept at one byte per value;
+scaling and normalisation are repeated at every use, which costs little beside a forward pass and saves three quarters
+of the memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.data.base import Dataset, LabelCheck
-from mlorq.data.metrics import top_k_accuracy
-from mlorq.data.model_inputs import image_inputs
+from mlorq.data.metrics import NEIGHBOURS, nearest_neighbours, top_k_accuracy
+from mlorq.data.model_inputs import ImageInputs, image_inputs
 from mlorq.data.pixels import decoded
 from mlorq.data.source import ImageSettings, ModelSettings, Role
 from mlorq.errors import DataError, one_line
@@ -47,37 +47,51 @@ class Image:
     identity: str | None = None
 
 
-def check_images(settings: ImageSettings, model: ModelSettings, source: str) -> dict[str, Any]:
+def check_images(settings: ImageSettings, model: ModelSettings, folder: str, source: str) -> ImageInputs:
     """The model's image preprocessing, after checking that model and metric fit images.
 
     Raises:
-        DataError: the model does not take images, or the metric is not ``accuracy``.
+        DataError: the model does not take images, or the metric does not fit its outputs.
+        ModelError: its image processor cannot be loaded.
     """
-    described = image_inputs(model, source)
-    if settings.metric not in (None, "accuracy"):
-        raise DataError(f"metric {settings.metric!r} does not fit image labels; choose accuracy")
-    return described
+    inputs = image_inputs(model, folder, source)
+    usual = NEIGHBOURS if inputs.features else "accuracy"
+    if settings.metric not in (None, usual, NEIGHBOURS):
+        kind = "features" if inputs.features else "image labels"
+        raise DataError(f"metric {settings.metric!r} does not fit {kind}; choose {usual}")
+    return inputs
 
 
-def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, described: dict[str, Any]) -> Dataset:
+def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, inputs: ImageInputs) -> Dataset:
     """A data set of batches ``(samples, channels, height, width)``, preprocessed for the model.
 
     Args:
         images: the chosen images, in order.
         settings: with the batch size.
         role: calibration or evaluation; the latter has metrics.
-        described: the model's preprocessing.
+        inputs: the model's preprocessing.
     """
     named = [
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
         for image in images
     ]
-    key = digest_json({"images": named, "preprocessing": described, "batch_size": settings.batch_size})
-    batches = ImageBatches(images, described, settings.batch_size)
+    neighbours = inputs.features or settings.metric == NEIGHBOURS
+    key = digest_json(
+        {"images": named, "preprocessing": inputs.described, "batch_size": settings.batch_size}
+        | ({"metric": NEIGHBOURS} if neighbours and role == "evaluation" else {})
+    )
+    batches: Sequence[Any]
+    if inputs.prepare is None:
+        batches = ImageBatches(images, inputs.described, settings.batch_size)
+    else:
+        batches = PreparedBatches(images, inputs.prepare, settings.batch_size)
     labels = [image.label for image in images if image.label is not None]
     if len(labels) < len(images):
         return Dataset(batches, len(images), key)
     values = np.array(labels)
+    if neighbours:
+        metric = _Neighbours(values) if role == "evaluation" else None
+        return Dataset(batches, len(images), key, NEIGHBOURS if metric else None, metric)
     check = LabelCheck(values, lambda index: images[index].where)
     if role == "evaluation":
         return Dataset(batches, len(images), key, "accuracy", _Accuracy(values), label_check=check)
@@ -157,6 +171,32 @@ class ImageBatches(Sequence[Tensor]):
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
+class PreparedBatches(Sequence[Any]):
+    """Batches that an image processor prepares on first use, and that are kept.
+
+    Args:
+        images: the images of all batches.
+        prepare: makes a batch from images of Pillow.
+        size: images per batch.
+    """
+
+    def __init__(self, images: Sequence[Image], prepare: Callable[[Sequence[Any]], Any], size: int) -> None:
+        self._images, self._prepare, self._size = images, prepare, size
+        self._kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // self._size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        if place not in self._kept:
+            part = self._images[place * self._size : (place + 1) * self._size]
+            self._kept[place] = self._prepare([decoded(image.data, image.name, "RGB") for image in part])
+        return self._kept[place]
+
+
 def decoder(described: dict[str, Any]) -> tuple[Callable[[Any], Any], str]:
     """timm's evaluation transform without normalisation, and the mode of its images (``RGB`` or ``L``)."""
     from timm.data.transforms_factory import create_transform
@@ -191,3 +231,11 @@ class _Accuracy:
         if len(bad):
             raise DataError(f"image label {bad[0]} is out of range: the model has {logits.shape[1]} classes")
         return {"accuracy": top_k_accuracy(logits, self.labels, 1), "top5": top_k_accuracy(logits, self.labels, 5)}
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    labels: np.ndarray
+
+    def __call__(self, outputs: Tensor) -> dict[str, float]:
+        return {NEIGHBOURS: nearest_neighbours(outputs.flatten(1).numpy(), self.labels)}

@@ -63,8 +63,38 @@ def spearman(values: np.ndarray, labels: np.ndarray) -> float:
     return float(scipy.stats.spearmanr(values, labels).statistic)
 
 
+def nearest_neighbours(features: np.ndarray, labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> float:
+    """Share of samples whose class has the largest vote of the ``k`` most similar other samples.
+
+    A vote weighs ``exp(cosine / temperature)`` (Caron et al., arXiv 2104.14294, section 4.1: k = 20, T = 0.07). Of
+    classes with equal votes the one with the smallest number counts.
+
+    Args:
+        features: ``(samples, width)``.
+        labels: ``(samples,)`` class numbers.
+        k: number of neighbours; at most all other samples.
+        temperature: of the votes.
+    """
+    import numpy as np
+
+    values = features.astype(np.float64)
+    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    classes, own = np.unique(labels, return_inverse=True)
+    hits = 0
+    for start in range(0, len(values), 1024):  # a matrix of all pairs of 50,000 images would take 20 GB
+        cosine = values[start : start + 1024] @ values.T
+        rows = np.arange(len(cosine))
+        cosine[rows, start + rows] = -np.inf
+        near = np.argsort(-cosine, axis=1, kind="stable")[:, : min(k, len(values) - 1)]
+        votes = np.zeros((len(cosine), len(classes)))
+        np.add.at(votes, (rows[:, None], own[near]), np.exp(np.take_along_axis(cosine, near, 1) / temperature))
+        hits += int((votes.argmax(1) == own[start : start + 1024]).sum())
+    return hits / len(values)
+
+
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
-METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION)
+NEIGHBOURS, PERPLEXITY = "knn", "perplexity"
+METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY)

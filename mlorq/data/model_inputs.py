@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlorq.errors import DataError
-from mlorq.models.family import FAMILIES, InputKind, TextInputs, takers
+from mlorq.models.family import FAMILIES, TextInputs, takers
+from mlorq.models.tasks import InputKind
 
 if TYPE_CHECKING:
     from mlorq.data.source import ModelSettings
@@ -15,13 +18,35 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 
-def image_inputs(model: ModelSettings, source: str) -> dict[str, Any]:
-    """Image preprocessing of a classifier: input size, interpolation, mean, std, crop.
+@dataclass(frozen=True)
+class ImageInputs:
+    """Preprocessing of images.
+
+    Attributes:
+        described: timm's settings (input size, interpolation, mean, std, crop), or those of ``prepare``.
+        prepare: a batch from images of Pillow; None: timm's transform.
+        features: whether the model's outputs are features, not scores of classes.
+    """
+
+    described: dict[str, Any]
+    prepare: Callable[[Sequence[Any]], Any] | None = None
+    features: bool = False
+
+
+def image_inputs(model: ModelSettings, folder: str, source: str) -> ImageInputs:
+    """Image preprocessing of a classifier or encoder.
 
     Raises:
         DataError: the model does not take images.
+        ModelError: its image processor cannot be loaded.
     """
-    return required(FAMILIES[model.family].image_inputs(model.own), source, "images")
+    family = FAMILIES[model.family]
+    features = family.features(model.own)
+    described = family.image_inputs(model.own)
+    if described is not None:
+        return ImageInputs(described, None, features)
+    processor = required(family.image_processor(model.own, folder), source, "images")
+    return ImageInputs(processor.described, processor.prepare, features)
 
 
 def text_inputs(model: ModelSettings, folder: str, source: str) -> TextInputs:

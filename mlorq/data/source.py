@@ -118,10 +118,18 @@ class BatchSettings(SourceSettings):
     batch_size: int = Field(32, ge=1, description="samples per forward pass")
 
 
-class TextSettings(BatchSettings, ListSettings, MetricSettings):
-    """Sources of texts, which are tokenized."""
+class TokenSettings(BatchSettings):
+    """Sources that tokenize."""
 
     max_length: int = Field(128, ge=8, description="maximum number of tokens per sequence; longer ones are truncated")
+
+
+class TextSettings(TokenSettings, ListSettings, MetricSettings):
+    """Sources of texts, which are tokenized."""
+
+
+class LanguageSettings(TokenSettings, SamplesSettings, MetricSettings):
+    """Sources of running text alone, which is cut into pieces of ``max_length`` tokens."""
 
 
 class ImageSettings(BatchSettings, ListSettings, MetricSettings):

@@ -47,6 +47,7 @@ class TableSource(DataSource[TableSettings]):
     def load(self, settings: TableSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
         """Load the texts as batches of tokens; see ``DataSource.load``."""
         from mlorq.data.columns import read_columns
+        from mlorq.data.language import language_dataset
         from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 
         inputs = text_inputs(model, folder, self.name)
@@ -63,6 +64,10 @@ class TableSource(DataSource[TableSettings]):
             return f"table {location}, row {numbers[index]}, column {column!r}"
 
         texts = [checked_texts(columns[name], partial(where, name)) for name in settings.text]
+        if inputs.predicts is not None:
+            if settings.label is not None or settings.list is not None or len(texts) > 1:
+                raise DataError("source table: a language model takes one text column, and no label and no list")
+            return language_dataset(texts[0], f"table {location}", settings, role, inputs, seed)
         metric = settings.metric or _usual_metric(settings, inputs)
         labels = None
         if settings.label is not None and (role == "evaluation" or not pairs):

@@ -12,7 +12,8 @@ import yaml
 from mlorq.errors import ConfigError
 from mlorq.models.preparation import preparation_files, read_file
 from mlorq.models.sentence import KEYS, MODULES, SentenceEmbedding
-from mlorq.models.transformers import PAIRS, TransformersSettings, locate
+from mlorq.models.tasks import PAIRS
+from mlorq.models.transformers import TransformersSettings, locate
 
 CARD = "README.md"
 CARD_KEYS = ("license", "license_name", "license_link", "language")  # also true of the compressed model

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.errors import CheckpointError
+from mlorq.models.tasks import TASKS, InputKind
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from mlorq.models.base import FloatModel
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
+    from mlorq.models.image_processor import ImageProcessor
 
-InputKind = Literal["images", "texts", "objects"]  # objects: images for object detection
-Task = Literal[
-    "image-classification", "text-classification", "sentence-similarity", "object-detection", "instance-segmentation"
-]
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
+
 Own = TypeVar("Own", bound=Settings)
 
 
@@ -74,7 +76,7 @@ class LibrarySettings(Settings):
         None, description="name in the family's library or on its hub; or a folder, also one inside a package"
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor")
-    task: Task | None = Field(None, description="task of the model, if the library has models for several tasks")
+    task: TaskName | None = Field(None, description="task of the model, if the library has models for several tasks")
 
     def require_name(self, family: str) -> str:
         """The name.
@@ -113,11 +115,13 @@ class TextInputs:
         class_names: returns the names of its classes in the order of its outputs (a single one: a regressor); raises
             ModelError.
         pairs: True for a sentence encoder, which is evaluated on pairs of texts; False for a classifier.
+        predicts: which tokens a language model predicts: the next or masked ones; None for other models.
     """
 
     tokenizer: Callable[[], Any]
     class_names: Callable[[], list[str]]
     pairs: bool
+    predicts: Literal["next", "masked"] | None = None
 
 
 class ModelFamily(ABC, Generic[Own]):
@@ -191,6 +195,18 @@ class ModelFamily(ABC, Generic[Own]):
     def image_inputs(self, settings: Own) -> dict[str, Any] | None:
         """Preprocessing of images, as arguments of timm's evaluation transform; None if it is not an image model."""
         return None
+
+    def image_processor(self, settings: Own, folder: str = "") -> ImageProcessor | None:
+        """Preprocessing of images by code of the library; None if ``image_inputs`` describes it.
+
+        Raises:
+            ModelError: the model's image processor cannot be loaded.
+        """
+        return None
+
+    def features(self, settings: Own) -> bool:
+        """Whether the model's outputs are features, not scores of classes."""
+        return False
 
     def text_inputs(self, settings: Own, folder: str = "") -> TextInputs | None:
         """Tokenizer and classes of the model; None if it is not a text model."""

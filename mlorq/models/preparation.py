@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mlorq.models.sentence_files import find_file
+from mlorq.models.tasks import PAIRS
 
 if TYPE_CHECKING:
     from mlorq.models.transformers import TransformersSettings
@@ -42,7 +43,7 @@ def preparation_files(settings: TransformersSettings, folder: str = "") -> dict[
         ModelError: the folder does not exist, or the hub refuses a request.
     """
     from mlorq.models.sentence import read_embedding
-    from mlorq.models.transformers import PAIRS, locate
+    from mlorq.models.transformers import locate
 
     location, name = locate(settings, folder), settings.name or ""
     inside = read_embedding(location, name).inside if settings.task == PAIRS else ""

@@ -40,6 +40,7 @@ class TimmSettings(LibrarySettings):
 
     checkpoint: str | None = Field(None, description="fsspec URI of a safetensors or PyTorch state dict")
     pretrained: bool = Field(False, description="fetch the weights from the family's hub")
+    features: bool = Field(False, description="leave the classifier out: the outputs are features of the image")
 
     def check(self) -> None:
         """Check that there are a name and weights.
@@ -81,8 +82,12 @@ class Timm(ModelFamily[TimmSettings]):
         module = create(name, settings.arguments, pretrained=settings.fetched)
         if settings.checkpoint:
             load_weights(module, resolve_location(settings.checkpoint, folder))
+        if settings.features:
+            module = without_classifier(module, name)
         as_dtype = getattr(torch, dtype)
         arguments = {key: value for key, value in settings.arguments.items() if key not in WEIGHTS}
+        if settings.features:
+            arguments["num_classes"] = 0
         try:
             check_arguments(name, arguments)
         except CheckpointError as error:
@@ -120,6 +125,10 @@ class Timm(ModelFamily[TimmSettings]):
                 "evaluation": _IMAGES | {"split": "evaluation"},
             },
         )
+
+    def features(self, settings: TimmSettings) -> bool:
+        """Whether the model has no classifier."""
+        return settings.features or settings.arguments.get("num_classes") == 0
 
     def image_inputs(self, settings: TimmSettings) -> dict[str, Any]:
         """timm's preprocessing settings of the model."""
@@ -232,6 +241,19 @@ def preprocessing(settings: TimmSettings) -> dict[str, Any]:
             wanted.setdefault(name, [sum(values) / len(values)] * channels)
     found = library.resolve_data_config(wanted, pretrained_cfg=cfg)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def without_classifier(module: nn.Module, name: str) -> nn.Module:
+    """The model without its classifier, as with ``num_classes=0``.
+
+    Raises:
+        ModelError: timm does not say where its classifier is.
+    """
+    reset: Any = getattr(module, "reset_classifier", None)
+    if reset is None:
+        raise ModelError(f"timm model {name!r} has no classifier that can be left out: features does not apply")
+    reset(0)
+    return module
 
 
 def current_name(name: str) -> str:

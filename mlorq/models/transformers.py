@@ -1,4 +1,4 @@
-"""The family of models from transformers: text classifiers, sentence encoders and detectors."""
+"""The family of models from transformers: classifiers and encoders of images and texts, language models, detectors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
 from mlorq.models.family import DerivedOutput, Example, InputKind, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
+from mlorq.models.tasks import CLASSES, FEATURES, MASKED, NEXT, PAIRS, TASKS, tasks_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from mlorq.models.base import FloatModel
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
+    from mlorq.models.image_processor import ImageProcessor
 
 NAME = "transformers"
-PAIRS, CLASSES = "sentence-similarity", "text-classification"
-OBJECTS = ("object-detection", "instance-segmentation")
+PREDICTED: dict[str, Literal["next", "masked"]] = {NEXT: "next", MASKED: "masked"}
 
 
 class TransformersSettings(LibrarySettings):
@@ -36,22 +37,26 @@ class TransformersSettings(LibrarySettings):
             ValueError: ``name`` is missing, or ``task`` is missing or not supported.
         """
         self.require_name(NAME)
-        if self.task not in (PAIRS, CLASSES, *OBJECTS):
-            raise ValueError(
-                f"family {NAME} needs task: text-classification, sentence-similarity, object-detection or "
-                "instance-segmentation"
-            )
+        if self.task is None:
+            raise ValueError(f"family {NAME} needs task: {', '.join(TASKS)}")
+
+    @property
+    def inputs(self) -> InputKind:
+        """The kind of the model's inputs."""
+        return TASKS[self.task or CLASSES].inputs
 
 
 class Transformers(ModelFamily[TransformersSettings]):
-    """BERT and similar encoders, DETR, Mask2Former."""
+    """Encoders and classifiers of texts and images, language models, DETR, Mask2Former."""
 
     name = NAME
     settings = TransformersSettings
     rebuilds = True
     inputs: ClassVar[Mapping[InputKind, str]] = {
-        "texts": f"with task {CLASSES} or {PAIRS}",
-        "objects": f"with task {' or '.join(OBJECTS)}",
+        "texts": f"with task {tasks_of('texts')}",
+        "language": f"with task {tasks_of('language')}",
+        "images": f"with task {tasks_of('images')}",
+        "objects": f"with task {tasks_of('objects')}",
     }
 
     def load(self, settings: TransformersSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
@@ -88,8 +93,8 @@ class Transformers(ModelFamily[TransformersSettings]):
         mark_samples(module)
 
     def classes(self, model: FloatModel) -> int | None:
-        """``num_labels`` of a text classifier; None for other tasks."""
-        if model.architecture.get("task") != CLASSES:
+        """``num_labels`` of a classifier; None for other tasks."""
+        if model.architecture.get("task") not in (CLASSES, "image-classification"):
             return None
         return int(model.module.config.num_labels)  # type: ignore[union-attr, arg-type]
 
@@ -106,16 +111,32 @@ class Transformers(ModelFamily[TransformersSettings]):
         )
 
     def text_inputs(self, settings: TransformersSettings, folder: str = "") -> TextInputs | None:
-        """Tokenizer and classes of the model; None for detectors."""
-        if settings.task not in (PAIRS, CLASSES):
+        """Tokenizer and classes of the model; None for models of images."""
+        if settings.inputs not in ("texts", "language"):
             return None
         return TextInputs(
-            partial(tokenizer, settings, folder), partial(class_names, settings, folder), settings.task == PAIRS
+            partial(tokenizer, settings, folder),
+            partial(class_names, settings, folder),
+            settings.task == PAIRS,
+            PREDICTED.get(settings.task or ""),
         )
+
+    def image_processor(self, settings: TransformersSettings, folder: str = "") -> ImageProcessor | None:
+        """The image processor of a classifier or encoder of images; None for other models."""
+        if settings.inputs != "images":
+            return None
+        from mlorq.models.image_processor import load_processor
+
+        with quiet():
+            return load_processor(locate(settings, folder), settings.name or "")
+
+    def features(self, settings: TransformersSettings) -> bool:
+        """Whether the task is to encode images."""
+        return settings.task == FEATURES
 
     def detector(self, settings: TransformersSettings, folder: str = "") -> Detector | None:
         """Image processor and post-processing of the model; None for text models."""
-        if settings.task not in OBJECTS:
+        if settings.inputs != "objects":
             return None
         from mlorq.models.transformers_detection import detector
 

@@ -7,9 +7,7 @@ model's image processor prepares images and pads a batch to one size; the lattic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +16,11 @@ from torch import Tensor, nn
 from mlorq.errors import DataError, ModelError, one_line
 from mlorq.models.batches import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
+from mlorq.models.image_processor import load_processor
 from mlorq.models.transformers import TransformersSettings
 
 POINTS = 12  # lattice points of the masks in f(x), per side
 DETECTIONS = 100  # maximum per image
-# Entries of an image processor's configuration that do not affect its function.
-NOT_PREPROCESSING = ("_processor_class", "image_processor_type", "processor_class")
 
 
 def box_outputs(module: nn.Module, batch: Batch) -> Tensor:
@@ -41,9 +38,6 @@ def mask_outputs(module: nn.Module, batch: Batch) -> Tensor:
         tuple(max(1, round(part * size)) for part, size in zip(row, maps.shape[-2:], strict=True)) for row in parts
     ]
     return side_by_side([found.class_queries_logits, at_points(maps, sizes, POINTS)])
-
-
-OUTPUTS = {"object-detection": box_outputs, "instance-segmentation": mask_outputs}
 
 
 def mark_samples(module: nn.Module) -> None:
@@ -64,37 +58,31 @@ def detector(settings: TransformersSettings, location: str) -> Detector:
     Raises:
         ModelError: its image processor cannot be loaded.
     """
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoConfig
 
+    preparation = load_processor(location, settings.name or "", ("pixel_values", "pixel_mask"))
     try:
-        processor = AutoImageProcessor.from_pretrained(location)
         named = AutoConfig.from_pretrained(location).id2label
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         text = one_line(error)
-        raise ModelError(f"model {settings.name!r}: its image processor cannot be loaded: {text}") from error
-
-    def prepare(images: Sequence[Any]) -> Batch:
-        found = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        return {name: found[name] for name in ("pixel_values", "pixel_mask") if name in found}
+        raise ModelError(f"model {settings.name!r}: its configuration cannot be loaded: {text}") from error
 
     def boxes(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:
         outputs = module(**batch)
         sizes = torch.tensor(list(originals), device=outputs.logits.device)
-        rows = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        rows = preparation.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
         found = []
         for row in rows:
             best = row["scores"].float().sort(descending=True, stable=True).indices[:DETECTIONS]
             found.append(Detections(*(row[name][best] for name in ("boxes", "scores", "labels"))))
         return found
 
-    described = json.loads(processor.to_json_string())
-    described = {name: value for name, value in described.items() if name not in NOT_PREPROCESSING}
     masks = settings.task == "instance-segmentation"
     return Detector(
-        prepare,
+        preparation.prepare,
         masks_of if masks else boxes,
         lambda names: match_names({int(label): name for label, name in named.items()}, names),
-        {**described, "points": POINTS},
+        {**preparation.described, "points": POINTS},
         masks,
     )
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import FloatModel, attention_mask, same_construction
-from mlorq.models.batches import Batch
 from mlorq.models.plain import ORIGIN, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
-from mlorq.models.transformers import CLASSES, NAME, PAIRS, TransformersSettings, locate, quiet
-from mlorq.models.transformers_detection import OUTPUTS, mark_samples
+from mlorq.models.tasks import PAIRS, TASKS
+from mlorq.models.transformers import NAME, TransformersSettings, locate, quiet
+from mlorq.models.transformers_detection import mark_samples
 from mlorq.models.transformers_rebuild import ATTENTION, LABELS, rebuild
 
 # Entries of a configuration that do not affect the function of the model.
@@ -38,6 +38,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
     Raises:
         ModelError: the model does not exist, or its weights do not fit.
     """
+    task = TASKS[settings.task or PAIRS]
     location = encoder = locate(settings, folder)
     embedding = None
     if settings.task == PAIRS and os.path.isdir(location):
@@ -49,7 +50,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
     try:
         with quiet():
             options: dict[str, Any] = {"dtype": as_dtype, "output_loading_info": True}
-            if settings.task in OUTPUTS:
+            if task.eager:
                 # Convolutional backbones have no fused attention and raise an error if it is requested.
                 options["attn_implementation"] = "eager"
             module, info = auto.from_pretrained(location, **options, **arguments)
@@ -87,7 +88,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         module,
         NAME,
         architecture,
-        embedding or OUTPUTS.get(settings.task or "", classification_logits),
+        embedding or task.forward(),
         attention_mask,
         block_names(module),
         as_dtype,
@@ -119,12 +120,6 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     return architecture if same_construction(module, twin) else None
 
 
-def classification_logits(module: nn.Module, batch: Batch) -> Tensor:
-    """f(x) of a classifier: logits, ``(samples, classes)``."""
-    logits: Tensor = module(**batch).logits
-    return logits
-
-
 def block_names(module: nn.Module) -> list[str]:
     """Names of the encoder's layers in execution order; empty if there is no list of layers with a known name."""
     for name, child in module.named_modules():
@@ -150,12 +145,7 @@ def auto_class(task: str | None) -> Any:
     """The class of transformers that builds the models of a task."""
     import transformers
 
-    names = {
-        CLASSES: "AutoModelForSequenceClassification",
-        "object-detection": "AutoModelForObjectDetection",
-        "instance-segmentation": "AutoModelForUniversalSegmentation",
-    }
-    return getattr(transformers, names.get(task or "", "AutoModel"))
+    return getattr(transformers, TASKS[task].auto if task in TASKS else "AutoModel")
 
 
 def _plain(value: Any) -> Any:

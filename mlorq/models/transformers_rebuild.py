@@ -19,7 +19,8 @@ from mlorq.models import timm
 from mlorq.models.plain import check_keys, faults, without_origin
 from mlorq.models.sentence import POOLINGS, rebuilt
 from mlorq.models.sentence_dense import ACTIVATIONS
-from mlorq.models.transformers import CLASSES, OBJECTS, PAIRS, quiet
+from mlorq.models.tasks import TASKS
+from mlorq.models.transformers import quiet
 
 OPTIONAL = ("class", "arguments", "pooling", "normalised", "dense")
 # Computed by torch alone. Others import packages, or fetch a kernel from the hub.
@@ -61,7 +62,7 @@ def check(architecture: Mapping[str, Any]) -> None:
         CheckpointError: an entry is missing, unknown or refused; the message names it.
     """
     check_keys(architecture, {"family": str, "task": object, "attention": object, "config": dict}, OPTIONAL)
-    if architecture["task"] not in (None, PAIRS, CLASSES, *OBJECTS):
+    if architecture["task"] not in (None, *TASKS):
         raise CheckpointError(f"architecture.task {architecture['task']!r:.60} is unknown")
     if architecture["attention"] not in ATTENTION:
         raise CheckpointError(f"architecture.attention {architecture['attention']!r:.60} is refused")

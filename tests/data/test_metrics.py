@@ -88,6 +88,24 @@ def test_every_metric_of_a_configuration_exists():
     from mlorq.config.sections import source_section
 
     named = get_args(get_args(source_section().model_fields["metric"].annotation)[0])
-    detection = {"box_ap", "mask_ap"}  # of pycocotools
-    assert set(named) - detection == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
+    others = {"box_ap", "mask_ap", metrics.NEIGHBOURS, metrics.PERPLEXITY}  # not of predictions and labels alone
+    assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)
+
+
+def test_votes_of_neighbours_are_those_of_each_sample_alone(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for samples, k in ((40, 20), (7, 20), (30, 1)):
+        features, labels = draw.normal(size=(samples, 5)), draw.integers(0, 4, samples) * 3
+        hits = 0
+        for own in range(samples):
+            votes: dict[int, float] = {}
+            cosines = []
+            for other in range(samples):
+                if other != own:
+                    pair = features[own], features[other]
+                    cosines.append((pair[0] @ pair[1] / np.linalg.norm(pair[0]) / np.linalg.norm(pair[1]), other))
+            for cosine, other in sorted(cosines, reverse=True)[:k]:
+                votes[labels[other]] = votes.get(labels[other], 0.0) + np.exp(cosine / 0.07)
+            hits += max(sorted(votes), key=lambda label: votes[label]) == labels[own]
+        assert metrics.nearest_neighbours(features, labels, k) == hits / samples

@@ -151,7 +151,7 @@ def test_data_of_other_kinds_of_inputs_is_refused(tmp_path: Path) -> None:
         config = chain_config()
         model = load_model(config.model)
         for source, wanted in (
-            ({"source": "image_folder", "root": "."}, "family timm;"),
+            ({"source": "image_folder", "root": "."}, "family timm, or family transformers with task image-class"),
             ({"source": "table", "path": "t.tsv", "text": [0]}, "family transformers with task text-classification"),
             ({"source": "coco", "root": ".", "annotations": "a.json"}, "or family detection"),
         ):

@@ -1,0 +1,69 @@
+"""Tasks of models from transformers: what they read, the Auto class that loads them, and their f(x).
+
+Add a row to ``TASKS`` for a new task. Every command imports this module; f(x) is looked up when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+InputKind = Literal["images", "texts", "language", "objects"]
+"""``objects``: images for object detection; ``language``: running text, whose tokens the model predicts."""
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """A task of models from transformers.
+
+    Attributes:
+        name: ``task`` of the ``model`` section; the hub's name of it.
+        inputs: kind of the inputs.
+        auto: name of the Auto class.
+        output: module and name of ``f(module, batch)``, the outputs that are compared; empty: an embedding of
+            sentences, which depends on the model's folder.
+        eager: whether attention is not fused, because some of the architectures cannot do it.
+    """
+
+    name: str
+    inputs: InputKind
+    auto: str
+    output: tuple[str, str] = ("", "")
+    eager: bool = False
+
+    def forward(self) -> Callable[[nn.Module, Mapping[str, Any]], Tensor]:
+        """f(x) of the task: ``forward(module, batch)`` returns ``(samples, outputs)``."""
+        module, name = self.output
+        found: Callable[[nn.Module, Mapping[str, Any]], Tensor] = getattr(importlib.import_module(module), name)
+        return found
+
+
+PAIRS, CLASSES = "sentence-similarity", "text-classification"
+NEXT, MASKED = "text-generation", "fill-mask"
+FEATURES = "image-feature-extraction"
+_OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
+TASKS = {
+    task.name: task
+    for task in (
+        ModelTask(CLASSES, "texts", "AutoModelForSequenceClassification", (_OUTPUTS, "logits")),
+        ModelTask(PAIRS, "texts", "AutoModel"),
+        ModelTask(NEXT, "language", "AutoModelForCausalLM", (_OUTPUTS, "sketched_logits")),
+        ModelTask(MASKED, "language", "AutoModelForMaskedLM", (_OUTPUTS, "sketched_logits")),
+        ModelTask("image-classification", "images", "AutoModelForImageClassification", (_OUTPUTS, "logits")),
+        ModelTask(FEATURES, "images", "AutoModel", (_OUTPUTS, "image_features")),
+        ModelTask("object-detection", "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
+        ModelTask(
+            "instance-segmentation", "objects", "AutoModelForUniversalSegmentation", (_DETECTION, "mask_outputs"), True
+        ),
+    )
+}
+
+
+def tasks_of(kind: InputKind) -> str:
+    """The tasks with a kind of inputs, for messages: ``a or b``."""
+    return " or ".join(task.name for task in TASKS.values() if task.inputs == kind)
