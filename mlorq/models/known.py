@@ -91,11 +91,11 @@ KNOWN = [
         "transformers", "RobertaForSequenceClassification", TEXTS, WHOLE, "", _run("roberta_small", "roberta_base"),
     ),
     KnownModel(
-        "transformers", "language models: any AutoModelForCausalLM or AutoModelForMaskedLM", "text-generation, fill-mask",
+        "transformers", "any AutoModelForCausalLM or AutoModelForMaskedLM", "text-generation, fill-mask",
         f"{RANDOM}: GPT-2, BERT",
     ),
     KnownModel(
-        "transformers", "classifiers and encoders of images: any AutoModelForImageClassification, or AutoModel",
+        "transformers", "any AutoModelForImageClassification, or AutoModel of images",
         "image-classification, image-feature-extraction", f"{RANDOM}: ViT, DINOv2, CLIP's image tower",
     ),
     KnownModel(

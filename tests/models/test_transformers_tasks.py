@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from torch import nn
 
 import mlorq
@@ -274,3 +276,11 @@ def test_every_task_names_a_class_of_transformers_and_has_its_outputs() -> None:
     for task in TASKS.values():
         assert hasattr(transformers, task.auto), task
         assert task.name == "sentence-similarity" or callable(task.forward())
+
+
+def test_the_configurations_of_the_page_are_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "MODELS.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    tasks = [RunConfig.from_mapping(yaml.safe_load(block), "/anywhere").model.own for block in blocks]
+    assert [getattr(own, "task", None) or own.features for own in tasks] == ["text-generation", True]
+    assert all(f"| `{name}` | `{task.auto}`" in page for name, task in TASKS.items())
