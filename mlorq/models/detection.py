@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
+from mlorq.models.family import Example, LibrarySettings, ModelFamily
+from mlorq.models.tasks import InputKind
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,9 +16,10 @@ from pydantic import Field
 from mlorq.artifacts.locations import resolve_location
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.lazy import lazy_exports
-from mlorq.models.family import Example, InputKind, LibrarySettings, ModelFamily
+from mlorq.models.family import Example, LibrarySettings, ModelFamily
 from mlorq.models.family import load as load
 from mlorq.models.plain import check_keys, faults, is_name
+from mlorq.models.tasks import InputKind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
-from mlorq.models.family import DerivedOutput, Example, InputKind, LibrarySettings, ModelFamily, TextInputs
+from mlorq.models.family import DerivedOutput, Example, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
-from mlorq.models.tasks import CLASSES, FEATURES, MASKED, NEXT, PAIRS, TASKS, tasks_of
+from mlorq.models.tasks import CLASSES, FEATURES, MASKED, NEXT, PAIRS, TASKS, InputKind, tasks_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
