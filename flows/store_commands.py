@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -118,15 +119,21 @@ def gc(arguments: argparse.Namespace) -> Finish:
     if not arguments.keep:
         raise ConfigError("store gc: name the runs to keep with --keep RUN (mlorq runs lists them)")
     found = named_store(arguments)
-    # Listed before the needed artifacts are determined: artifacts written in the meantime are not removed.
-    everything = folders(found)
-    gone = removable(everything, needed_by(found, arguments.keep))
-    refs = {folder.ref for folder in gone}
-    in_kept = [folder for folder in temporaries(everything) if folder.ref not in refs]
     if not arguments.dry_run:
         found.check_writable()
-        remove(found, gone, _progress("removed"))
-        remove_files(found, in_kept)
+    with contextlib.nullcontext() if arguments.dry_run else found.leases.hold("gc", "mlorq store gc") as own:
+        if not arguments.dry_run and (runs := found.leases.holders("runs", own)):
+            raise StoreError(
+                f"store gc: {' and '.join(map(str, runs))} may need any artifact: try again when it has ended"
+            )
+        # Listed before the needed artifacts are determined: artifacts written in the meantime are not removed.
+        everything = folders(found)
+        gone = removable(everything, needed_by(found, arguments.keep))
+        refs = {folder.ref for folder in gone}
+        in_kept = [folder for folder in temporaries(everything) if folder.ref not in refs]
+        if not arguments.dry_run:
+            remove(found, gone, _progress("removed"))
+            remove_files(found, in_kept)
     freed = sum(folder.bytes for folder in (*gone, *in_kept))
     row = {"artifacts": sum(folder.is_artifact for folder in gone), "bytes": freed}
     row["left_over"] = len(gone) - row["artifacts"] + sum(len(folder.files) for folder in in_kept)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlorq.allocation.choices import TableBudget, smallest_bytes, smallest_memory, smallest_tables
+from mlorq.artifacts.leases import running
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.errors import BudgetError
@@ -284,6 +285,11 @@ def run_allocations(
 
 def allocate_budgets(session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]) -> Allocated:
     """Solve the integer program of every possible budget; all budgets are checked before the first is solved."""
+    with running(session.store.leases, f"a run of {session.config.model.display_name}"):
+        return _allocate_budgets(session, executor, search, budgets)
+
+
+def _allocate_budgets(session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]) -> Allocated:
     space = session.artifacts.search_space(search.names, search.candidates, search.sensitivity)
     smallest = Least(
         search.params,

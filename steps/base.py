@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import TypeAdapter
 
 from mlorq.artifacts.hashing import digest_json
+from mlorq.artifacts.leases import once
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.errors import ConfigError, no_secrets
 from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
@@ -226,12 +227,17 @@ def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) ->
             f"step {spec.step} has version {step.version} here, but version {spec.version} was requested: install the "
             "flow's version of mlorq in the process or image that runs the step"
         )
-    params, inputs = step.read(spec)
-    worker.context.use_threads()
-    started = time.perf_counter()
-    files = step.run(params, inputs, worker.context, progress or (lambda done, total: None))
-    # Rounded before it is used: the outcome and the manifest then have the same number.
-    seconds = round(time.perf_counter() - started, 3)
-    details = {"layer": spec.layer, "params": spec.params, "inputs": spec.to_json()["inputs"]}
-    ref = worker.store.write(spec.step, spec.key, files, details=details, seconds=seconds)
-    return Outcome(ref, False, seconds)
+
+    def compute() -> Outcome:
+        params, inputs = step.read(spec)
+        worker.context.use_threads()
+        started = time.perf_counter()
+        files = step.run(params, inputs, worker.context, progress or (lambda done, total: None))
+        # Rounded before it is used: the outcome and the manifest then have the same number.
+        seconds = round(time.perf_counter() - started, 3)
+        details = {"layer": spec.layer, "params": spec.params, "inputs": spec.to_json()["inputs"]}
+        ref = worker.store.write(spec.step, spec.key, files, details=details, seconds=seconds)
+        return Outcome(ref, False, seconds)
+
+    kind, store = f"{spec.step}/{spec.key}", worker.store
+    return once(store.leases, kind, spec.label, lambda: find(spec, store), compute)

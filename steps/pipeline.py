@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlorq.artifacts.leases import running
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
@@ -234,12 +235,13 @@ def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]
         ConfigError: an export target needs a package or a folder that is missing.
     """
     export.check(session)
-    search = run_search(session, executor)
-    search_index.keep(session, search)
-    results = run_allocations(session, executor, search, budgets)
-    executor.phase("baseline", 1)
-    float_evaluation = executor.run(baseline.spec(session)).ref
-    return [run_budget(session, executor, search, result, float_evaluation) for result in results]
+    with running(session.store.leases, f"a run of {session.config.model.display_name}"):
+        search = run_search(session, executor)
+        search_index.keep(session, search)
+        results = run_allocations(session, executor, search, budgets)
+        executor.phase("baseline", 1)
+        float_evaluation = executor.run(baseline.spec(session)).ref
+        return [run_budget(session, executor, search, result, float_evaluation) for result in results]
 
 
 def result_json(session: Session, result: Compressed) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.cache import Cache, cache_folder
 from mlorq.artifacts.hashing import digest_bytes
+from mlorq.artifacts.leases import Leases
 from mlorq.artifacts.transfer import Files, Traffic
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
 from mlorq.errors import StoreError, hide_secrets
@@ -65,6 +66,7 @@ class Store:
         fs: fsspec file system.
         root: path of the store in the file system.
         files: transfers whole files.
+        leases: who uses the store at present.
         is_local: whether the store is a local folder.
         is_remote: whether the store is on a network, that is, neither a local folder nor in memory.
         traffic: counts of the transfers of this object.
@@ -93,6 +95,7 @@ class Store:
             raise StoreError(f"store {hide_secrets(url)!r}: {error}") from error
         self.root = root.rstrip("/")
         self.files = Files(self.fs)
+        self.leases = Leases(self.files, self.root)
         self.is_local = self.files.is_local
         self.is_remote = not self.is_local and not isinstance(self.fs, fsspec.get_filesystem_class("memory"))
         folder = cache_folder(cache, self.url) if self.is_remote else None
