@@ -95,7 +95,7 @@ class Store:
             raise StoreError(f"store {hide_secrets(url)!r}: {error}") from error
         self.root = root.rstrip("/")
         self.files = Files(self.fs)
-        self.leases = Leases(self.files, self.root)
+        self.leases = Leases(Files(self.fs), self.root)  # transfers of artifacts alone are counted
         self.is_local = self.files.is_local
         self.is_remote = not self.is_local and not isinstance(self.fs, fsspec.get_filesystem_class("memory"))
         folder = cache_folder(cache, self.url) if self.is_remote else None
