@@ -118,10 +118,14 @@ class BatchSettings(SourceSettings):
     batch_size: int = Field(32, ge=1, description="samples per forward pass")
 
 
-class TextSettings(BatchSettings, ListSettings, MetricSettings):
-    """Sources of texts, which are tokenized."""
+class LengthSettings(SourceSettings):
+    """Sources whose samples can be texts."""
 
     max_length: int = Field(128, ge=8, description="maximum number of tokens per sequence; longer ones are truncated")
+
+
+class TextSettings(LengthSettings, BatchSettings, ListSettings, MetricSettings):
+    """Sources of texts, which are tokenized."""
 
 
 class ImageSettings(BatchSettings, ListSettings, MetricSettings):
