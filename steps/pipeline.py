@@ -1,9 +1,9 @@
 """The order of a run's steps, independent of the executor that runs them.
 
 ``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate → round (ℓ in order)
-→ pack → evaluate → calibration (→ export) → summary``; steps that do not depend on the budget come first and are shared by all
-budgets. An executor runs single steps and fan-outs: that of the Python API calls them in this process, that of the
-flows runs them as Prefect tasks.
+→ pack → evaluate → calibration (→ export) → summary``; steps that do not depend on the budget come first and are shared
+by all budgets. An executor runs single steps and fan-outs: that of the Python API calls them in this process, that of
+the flows runs them as Prefect tasks.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def run_budget(
     result.evaluation = executor.run(evaluate.spec(session, result.checkpoint, float_evaluation)).ref
     executor.phase("calibration", 1)
     checked = executor.run(
-        calibration.spec(session, result.model, search.layers_ref, search.capture, result.checkpoint, result.evaluation)
+        calibration.spec(session, search.model, search.layers_ref, search.capture, result.checkpoint, result.evaluation)
     ).ref
     # After the evaluation: a checkpoint that a target cannot hold is then measured all the same.
     exports = export.specs(session, result.checkpoint)

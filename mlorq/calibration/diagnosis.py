@@ -12,8 +12,8 @@ from typing import Any
 
 from mlorq.calibration.coverage import Coverage
 
-FEW_RATIO = 20.0  # error ratio between the folds, median over layers
-OTHER_RATIO = 2.0  # error ratio of evaluation data to held-out calibration data, median over layers
+FEW_RATIO = 3.0  # error ratio between the folds, median over layers
+OTHER_RATIO = 1.8  # error ratio of evaluation data to held-out calibration data, median over layers
 GAP_RATIO = 2.0  # output NMSE on evaluation data over that on calibration data
 SMALLEST_NMSE = 1e-4  # below, errors are too small for their ratio to matter
 MOST_NAMED = 3

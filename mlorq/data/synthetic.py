@@ -163,7 +163,7 @@ def _texts(given: _Given, inputs: Any) -> Dataset:
     columns = 1 + settings.pairs
     longest = settings.max_length // columns
     made = random_texts(inputs.tokenizer(), columns * given.samples, longest, given.seed)
-    texts = [made[column :: columns] for column in range(columns)]
+    texts = [made[column::columns] for column in range(columns)]
     rows = Rows("source synthetic", texts, None, str, range(1, given.samples + 1))
     own = TextSettings(batch_size=settings.batch_size, samples=given.samples, max_length=settings.max_length)
     # No labels, so no metric is computed; its name only decides how labels are read.

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.nets import TokenNet, float_model
 
 ANY_MODEL = float_model(TokenNet())
-VIT = {"family": "timm", "name": "vit_tiny_patch16_224"}
+VIT = {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "vit.safetensors"}
 CUSTOM = {"family": "custom", "factory": "net:build"}
 
 

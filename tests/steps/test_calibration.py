@@ -1,4 +1,4 @@
-"""Step ``calibration`` in whole runs: few samples and samples of another kind are reported, enough good ones are not."""
+"""Step ``calibration`` in whole runs: few samples and samples of another kind are reported, enough good ones not."""
 
 from __future__ import annotations
 
