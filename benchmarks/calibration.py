@@ -58,18 +58,11 @@ def white(batches: Any) -> list[Any]:
 
 
 def noise(batches: Any) -> list[Any]:
-    """Images with spectrum 1/f (source ``synthetic``), black and white as the extremes of the data."""
-    low, high = (float(pick([pick(batch) for batch in batches])) for pick in (_least, _largest))
-    made = natural_images(SAMPLES, tuple(batches[0].shape[1:]), 0).float() / 255
+    """Images as source ``synthetic`` makes them, black and white at the extremes of the data."""
+    values = torch.cat(list(batches))
+    low, high = float(values.min()), float(values.max())
+    made = natural_images(SAMPLES, tuple(values.shape[1:]), 0).float() / 255
     return list((low + (high - low) * made).split(len(batches[0])))
-
-
-def _least(values: Any) -> Any:
-    return torch.as_tensor(values).min()
-
-
-def _largest(values: Any) -> Any:
-    return torch.as_tensor(values).max()
 
 
 IMAGES: dict[str, Callable[[Any], list[Any]]] = {"shuffled": shuffled, "white": white}

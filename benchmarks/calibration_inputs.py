@@ -1,7 +1,8 @@
 """Inputs of layers on calibration data of several sizes and kinds, against those on evaluation data: no compression.
 
-    .venv/bin/python benchmarks/calibration_inputs.py examples/minilm.yaml --every 4 --samples 4 --samples 16 --samples 64 --samples 256
-    .venv/bin/python benchmarks/calibration_inputs.py examples/minilm.yaml --every 4 --calibration '{source: synthetic, samples: 256, batch_size: 16}'
+    .venv/bin/python benchmarks/calibration_inputs.py examples/minilm.yaml --samples 4 --samples 256
+    .venv/bin/python benchmarks/calibration_inputs.py examples/minilm.yaml \\
+        --calibration '{source: synthetic, samples: 256, batch_size: 16}'
 
 Error ratios of ``mlorq/calibration/coverage.py``, tokens weighted alike: least, median and largest over the layers.
 """
