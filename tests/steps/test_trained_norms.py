@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_elsewhere_gives_the_same_norms(folder: Path, kind: s
     assert after
     for ref in [*after, by_depth[-1]]:
         shutil.rmtree(store / ref.step / ref.key)
-    for step in ("tune", "compressed", "evaluate", "summary"):
+    for step in ("tune", "compressed", "evaluate", "calibration", "summary"):
         shutil.rmtree(store / step)
     again, computed, _ = run(folder, kind, rounding={"tuning": 12})
     assert computed == {"round", "reconstruct", "tune", "compressed", "evaluate", "calibration", "summary"}
