@@ -1,7 +1,8 @@
 """Source ``synthetic``: made inputs, for calibration where there is no data.
 
 Images have the amplitude spectrum of natural images, texts are random tokens of the model's vocabulary
-(``mlorq.data.noise``). Accuracy suffers: benchmarks/README.md has figures. A few hundred real samples are better.
+(``mlorq.data.noise``).
+A few hundred real samples are better: benchmarks/README.md compares the inputs of layers.
 """
 
 from __future__ import annotations
