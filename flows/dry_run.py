@@ -34,7 +34,7 @@ from steps.session import Session
 from steps.table_costs import WIDTHS
 
 SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity", "table_costs")
-BY_BUDGET = ("allocate", "embeddings", "round", "tune", "pack", "evaluate", "export", "summary")
+BY_BUDGET = ("allocate", "embeddings", "round", "tune", "pack", "evaluate", "calibration", "export", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"

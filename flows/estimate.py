@@ -37,6 +37,7 @@ MEASURED = 0.7  # measured fraction of the points: the fronts of some bit pairs 
 BACKWARD = 3.5  # cost of a backward pass with squared weight gradients, in forward passes
 FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "pack": 0.3}
 SUMMARY_SECONDS = 2.0  # drawing the report
+CHECKED = 64  # samples of each kind that step calibration runs
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Estimate:
             return passes * self.speed.forward * activations.samples
         if step in ("baseline", "evaluate"):
             return self.speed.forward * self._evaluated() * (1.5 if step == "evaluate" else 1.0)
+        if step == "calibration":
+            return self.speed.forward * 5 * CHECKED
         if step == "round":
             return self._reconstruct()
         if step == "tune":

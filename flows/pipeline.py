@@ -113,6 +113,8 @@ def run_on(
         found = results_json(workers.ledger, results, started, lambda result: result_json(session, result))
     for compressed, result in zip(results, found["results"], strict=True):
         log.info("%s", result_line(result))
+        for warning in (result.get("calibration") or {}).get("warnings", ()):
+            log.warning("%s: %s", result["run"], warning)
         _show_result(session, compressed, result)
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))

@@ -113,6 +113,8 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     metric = result.get("metric")
     if metric:
         pairs.append((metric["name"], f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"))
+    for line in (result.get("calibration") or {}).get("warnings", ()):
+        pairs.append(("warning", line))
     for exported in result.get("exports") or ():
         pairs.append((f"export to {exported['to']}", f"{size(exported['bytes'])}, {_written(exported['files'])}"))
     solver = result["solver"]

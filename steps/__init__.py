@@ -28,6 +28,7 @@ _MODULES = {
     "compressed": "pack",
     "baseline": "baseline",
     "evaluate": "evaluate",
+    "calibration": "calibration",
     "export": "export",
     "summary": "summary",
 }

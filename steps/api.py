@@ -37,8 +37,9 @@ class CompressionResult:
             global_cost.
         metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
             ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
-            reused, ``solver``; with ``target``: ``memory``, its bytes there; with ``evaluate=``: ``float`` and
-            ``compressed``, its results for the two models.
+            reused, ``solver``; ``calibration``: the calibration data against held-out data, with ``warnings``; with
+            ``target``: ``memory``, its bytes there; with ``evaluate=``: ``float`` and ``compressed``, its results for
+            the two models.
         left_float: layers and other weights that stay float: name, reason, bytes.
     """
 
@@ -201,6 +202,7 @@ def compress(
         "file_bytes",
         "predicted_cost",
         "seconds",
+        "calibration",
     )
     metrics: dict[str, Any] = {name: summary[name] for name in names}
     metrics |= {
@@ -214,6 +216,8 @@ def compress(
         metrics["memory"] = summary["memory"]
     left_float = [LeftFloat(**row) for row in summary["left_float"]]
     _warn(left_float)
+    for line in summary["calibration"]["warnings"]:
+        warnings.warn(line, stacklevel=2)
     return CompressionResult(compressed, allocation, metrics, left_float, files)
 
 

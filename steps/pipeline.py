@@ -1,9 +1,9 @@
 """The order of a run's steps, independent of the executor that runs them.
 
 ``layers (→ activations) → capture → candidates[ℓ] → sensitivity[ℓ] → allocate → round (ℓ in order)
-→ pack → evaluate (→ export) → summary``; steps that do not depend on the budget come first and are shared by all
-budgets. An executor runs single steps and fan-outs: that of the Python API calls them in this process, that of the
-flows runs them as Prefect tasks.
+→ pack → evaluate → calibration (→ export) → summary``; steps that do not depend on the budget come first and are shared
+by all budgets. An executor runs single steps and fan-outs: that of the Python API calls them in this process, that of
+the flows runs them as Prefect tasks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlorq.rounding import METHODS
 from steps import (
     activations,
     baseline,
+    calibration,
     candidates,
     capture,
     embeddings,
@@ -194,6 +195,10 @@ def run_budget(
     result.checkpoint = executor.run(packed).ref
     executor.phase("evaluate", 1)
     result.evaluation = executor.run(evaluate.spec(session, result.checkpoint, float_evaluation)).ref
+    executor.phase("calibration", 1)
+    checked = executor.run(
+        calibration.spec(session, search.model, search.layers_ref, search.capture, result.checkpoint, result.evaluation)
+    ).ref
     # After the evaluation: a checkpoint that a target cannot hold is then measured all the same.
     exports = export.specs(session, result.checkpoint)
     if exports:
@@ -211,6 +216,7 @@ def run_budget(
         checkpoint=result.checkpoint,
         baseline=float_evaluation,
         evaluation=result.evaluation,
+        calibration=checked,
         candidates=search.candidates,
         sensitivity=search.sensitivity,
         round=rounded.layers,

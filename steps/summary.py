@@ -15,7 +15,7 @@ from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.checkpoint.places import DESCRIPTION, FILES
 from mlorq.evaluation.report import front_picture, render_report
 from steps import export
-from steps.artifacts import ArtifactReader
+from steps.artifacts import CALIBRATION, ArtifactReader
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import roles_of
@@ -53,6 +53,7 @@ class Inputs:
     checkpoint: ArtifactRef
     baseline: ArtifactRef
     evaluation: ArtifactRef
+    calibration: ArtifactRef
     candidates: Mapping[str, ArtifactRef]
     sensitivity: Mapping[str, ArtifactRef]
     round: Mapping[str, ArtifactRef]
@@ -96,6 +97,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         "nmse_data": metrics["nmse_data"],
         "metric": _metric(float_info, metrics),
         "metrics": {"float": float_info["metrics"], "compressed": metrics["metrics"]},
+        "calibration": artifacts.json(inputs.calibration, CALIBRATION),
         "artifacts": {role: ref.to_json() for role, ref in roles_of(inputs).items() if isinstance(ref, ArtifactRef)},
     }
     fronts = {
@@ -216,7 +218,7 @@ def read(store: Store, ref: ArtifactRef) -> dict[str, Any]:
         exported["uri"] = store.uri(ref, export.FILES)
         for file in exported["files"]:
             file["uri"] = store.uri(ref, export.FILES, file["name"])
-    return {"embedding_bytes": 0, "embeddings": None, "left_float": []} | result
+    return {"embedding_bytes": 0, "embeddings": None, "left_float": [], "calibration": None} | result
 
 
 def seconds_of(store: Store, ref: ArtifactRef) -> float:
@@ -225,4 +227,4 @@ def seconds_of(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 5, Params, Inputs, run)
+STEP = Step("summary", 6, Params, Inputs, run)

@@ -14,7 +14,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # Registered in the order in which a configuration lists them.
-from mlorq.data import image_folder, image_parquet, coco, table, text_file, glue, custom  # noqa: F401  # isort: skip
+from mlorq.data import (  # noqa: F401  # isort: skip
+    image_folder,
+    image_parquet,
+    coco,
+    table,
+    text_file,
+    glue,
+    synthetic,
+    custom,
+)
 from mlorq.data.source import SOURCES, DataSource, SourceSettings, load_dataset
 from mlorq.lazy import lazy_exports
 

@@ -166,9 +166,34 @@ class ImageBatches(Sequence[Tensor]):
     def _normalised(self, pixels: Tensor) -> Tensor:
         if pixels.is_floating_point():
             return pixels
-        mean, std = (torch.tensor(self._described[name])[:, None, None] for name in ("mean", "std"))
-        # Same operations and order as torchvision's ToTensor and Normalize.
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+        return normalised(pixels, self._described["mean"], self._described["std"])
+
+
+class PixelBatches(Sequence[Tensor]):
+    """Batches of pixels in memory, scaled and normalised at every use.
+
+    Args:
+        pixels: batches ``(samples, channels, height, width)`` uint8.
+        mean, std: per channel, for pixels between 0 and 1.
+    """
+
+    def __init__(self, pixels: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
+        self._pixels, self._mean, self._std = pixels, mean, std
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return normalised(self._pixels[index], self._mean, self._std)
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """``(pixels / 255 - mean) / std`` per channel, float32; ``pixels`` are ``(…, channels, height, width)`` uint8."""
+    means, stds = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    # Same operations and order as torchvision's ToTensor and Normalize.
+    return pixels.to(torch.float32).div_(255).sub_(means).div_(stds)
 
 
 class PreparedBatches(Sequence[Any]):

@@ -118,10 +118,14 @@ class BatchSettings(SourceSettings):
     batch_size: int = Field(32, ge=1, description="samples per forward pass")
 
 
-class TokenSettings(BatchSettings):
-    """Sources that tokenize."""
+class LengthSettings(SourceSettings):
+    """Sources whose samples can be texts."""
 
     max_length: int = Field(128, ge=8, description="maximum number of tokens per sequence; longer ones are truncated")
+
+
+class TokenSettings(LengthSettings, BatchSettings):
+    """Sources that tokenize."""
 
 
 class TextSettings(TokenSettings, ListSettings, MetricSettings):

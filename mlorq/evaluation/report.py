@@ -199,6 +199,8 @@ def render_report(
     }
     if metric is not None:
         totals[metric["name"]] = f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"
+    found = (result.get("calibration") or {}).get("warnings")
+    totals |= {"warnings": "; ".join(found)} if found else {}
     columns = ("layer", "candidate_id", "bytes", "global_cost")
     head = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(

@@ -159,7 +159,7 @@ def test_a_run_with_quantized_embeddings(folder):
         result, done, session = run(folder, embeddings={"bits": bits, "smallest": 700})
         computed = {step for step, reused in done if not reused}
         # The search is that of the float model: nothing of it is computed anew.
-        assert computed == {"embeddings", "round", "compressed", "evaluate", "summary"}
+        assert computed == {"embeddings", "round", "compressed", "evaluate", "calibration", "summary"}
         assert [row["table"] for row in result["embeddings"]["tables"]] == [f"bert.{name}" for name in TABLES]
         assert [row["table"] for row in result["embeddings"]["skipped"]] == ["bert.embeddings.token_type_embeddings"]
         assert result["embedding_bytes"] == sum(row["bytes"] for row in result["embeddings"]["tables"])

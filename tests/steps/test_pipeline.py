@@ -151,6 +151,7 @@ ALL = set(REGISTRY) - {
     "tune",
     "width_costs",
 }  # which other settings bring
+AFTER_ROUNDING = ("compressed", "evaluate", "calibration", "summary")
 FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
 
 
@@ -161,9 +162,21 @@ FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
         ({"search__points": 3}, {"sensitivity", "allocate"}, ALL - {"layers", "capture", "candidates", "baseline"}),
         ({"search__hessian_samples": 4}, {"capture", *FROM_CANDIDATES}, ALL - {"layers", "baseline"}),
         ({"search__exclude": ["head"]}, {"layers", "capture", *FROM_CANDIDATES}, ALL - {"baseline"}),
-        ({"search__objective": "sqnr"}, {"allocate"}, {"allocate", "round", "compressed", "evaluate", "summary"}),
-        ({"rounding__iterations": 21}, {"round", "compressed"}, {"round", "compressed", "evaluate", "summary"}),
-        ({"rounding__method": "nearest"}, {"round", "compressed"}, {"round", "compressed", "evaluate", "summary"}),
+        (
+            {"search__objective": "sqnr"},
+            {"allocate"},
+            {"allocate", "round", *AFTER_ROUNDING},
+        ),
+        (
+            {"rounding__iterations": 21},
+            {"round", "compressed"},
+            {"round", *AFTER_ROUNDING},
+        ),
+        (
+            {"rounding__method": "nearest"},
+            {"round", "compressed"},
+            {"round", *AFTER_ROUNDING},
+        ),
         ({"seed": 5}, {"capture"}, ALL - {"layers", "baseline"}),
         ({"engine__threads": 2}, set(), set()),
         ({"model__arguments": {"seed": 1}}, ALL, ALL),
@@ -192,7 +205,7 @@ def test_a_changed_evaluation_recomputes_no_search(folder, monkeypatch):
     (folder / "small_model.py").write_text(MODEL.replace("images(8, 9)", "images(8, 10)"))
     _forget(monkeypatch)
     _, done = run(folder)
-    assert computed(done) == {"baseline", "evaluate", "summary"}
+    assert computed(done) == {"baseline", "evaluate", "calibration", "summary"}
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -209,11 +222,12 @@ def test_a_step_of_a_new_version_recomputes_it_and_what_reads_it(folder, name, m
         "capture": ALL - {"layers", "baseline"},
         "candidates": ALL - {"layers", "capture", "baseline"},
         "sensitivity": ALL - {"layers", "capture", "candidates", "baseline"},
-        "allocate": {"allocate", "compressed", "evaluate", "summary"},
-        "round": {"round", "compressed", "evaluate", "summary"},
-        "compressed": {"compressed", "evaluate", "summary"},
-        "baseline": {"baseline", "evaluate", "summary"},
-        "evaluate": {"evaluate", "summary"},
+        "allocate": {"allocate", *AFTER_ROUNDING},
+        "round": {"round", *AFTER_ROUNDING},
+        "compressed": {*AFTER_ROUNDING},
+        "baseline": {"baseline", "evaluate", "calibration", "summary"},
+        "evaluate": {"evaluate", "calibration", "summary"},
+        "calibration": {"calibration", "summary"},
         "summary": {"summary"},
     }[name]
     if name in ("candidates", "sensitivity"):
@@ -249,11 +263,11 @@ def test_the_best_preset_reconstructs_blocks_and_goes_on_where_it_was_stopped(fo
     before = fingerprint(store)
     # The second block and all after it are gone: float and compressed model are rebuilt from what is there.
     by_age = sorted(store.glob("reconstruct/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
-    for step in ("tune", "compressed", "evaluate", "summary"):
+    for step in ("tune", *AFTER_ROUNDING):
         shutil.rmtree(store / step)
     shutil.rmtree(by_age[-1].parent)
     _, done = run(folder, **BEST)
-    assert computed(done) == {"reconstruct", "tune", "compressed", "evaluate", "summary"}
+    assert computed(done) == {"reconstruct", "tune", *AFTER_ROUNDING}
     after = fingerprint(store)
     for name, (_, digest) in before.items():
         if name.endswith((".safetensors", ".parquet")):
@@ -296,7 +310,7 @@ def test_other_costs_of_the_output_change_costs_and_nothing_before_them(folder):
 def test_another_budget_computes_only_what_depends_on_it(folder):
     run(folder)
     results, done = run(folder, ["4bit", "30%", "3.5bit"])
-    assert computed(done) <= {"allocate", "round", "compressed", "evaluate", "summary"}
+    assert computed(done) <= {"allocate", "round", *AFTER_ROUNDING}
     assert [result["budget"] for result in results] == ["4bit", "30%", "3.5bit"]
     for result in results:
         assert result["bytes"] <= result["budget_bytes"]

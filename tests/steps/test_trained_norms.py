@@ -201,10 +201,10 @@ def test_a_run_that_goes_on_elsewhere_gives_the_same_norms(folder: Path, kind: s
     assert after
     for ref in [*after, by_depth[-1]]:
         shutil.rmtree(store / ref.step / ref.key)
-    for step in ("tune", "compressed", "evaluate", "summary"):
+    for step in ("tune", "compressed", "evaluate", "calibration", "summary"):
         shutil.rmtree(store / step)
     again, computed, _ = run(folder, kind, rounding={"tuning": 12})
-    assert computed == {"round", "reconstruct", "tune", "compressed", "evaluate", "summary"}
+    assert computed == {"round", "reconstruct", "tune", "compressed", "evaluate", "calibration", "summary"}
     assert {**again, "seconds": None} == {**first, "seconds": None}
     for path, digest in digests.items():
         assert hashlib.sha256((store / path).read_bytes()).hexdigest() == digest, path
