@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mlorq.models.base import FloatModel
-from mlorq.models.batches import Batch
+from mlorq.models.batches import Batch, batch_samples
+from mlorq.models.output_tensors import weighed_outputs
 
 UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
@@ -49,11 +50,13 @@ class Observed:
         calls: by id of the layer.
         readers: ``{id of a parameter: name of the function}`` that read it outside the layers' own calls.
         rows: number of rows of the model's outputs.
+        weighed: names of the tensors that make up the outputs, if the model returns several.
     """
 
     calls: dict[int, LayerCalls]
     readers: dict[int, str]
     rows: int
+    weighed: Sequence[str] = ()
 
 
 def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks: Sequence[str]) -> Observed:
@@ -99,11 +102,12 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
     handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
     try:
         with torch.no_grad(), reading:
-            rows = model.outputs(model.module, batch).shape[0]
+            returned = model.returned(model.module, batch)
+            rows = model.joined(returned, batch).shape[0]
     finally:
         for handle in handles:
             handle.remove()
-    return Observed(calls, reading.found, rows)
+    return Observed(calls, reading.found, rows, weighed_outputs(returned, batch_samples(batch)))
 
 
 class _Readers(TorchFunctionMode):
