@@ -109,8 +109,8 @@ def measure(kind: str, name: str, depth: str = "whole") -> dict[str, Any]:
 
     Returns:
         ``status``: ``ok``, ``refused`` (an error in one line), ``traceback``, ``not built``; ``share`` of the weights
-        of linear layers and convolutions that are compressed; ``share_run``: of those that the pass reaches and that are
-        not read directly; ``left``: weights that stay float, by reason.
+        of linear layers and convolutions that are compressed; ``share_run``: of those that the pass reaches and that
+        are not read directly; ``left``: weights that stay float, by reason.
     """
     started = time.process_time()
     row: dict[str, Any] = {"name": name, "depth": depth}
@@ -247,6 +247,14 @@ def run_all(
         time.sleep(0.05)
 
 
+def _import_all(kind: str) -> None:
+    """Import what every child needs: before the first of them is made, once for all."""
+    _, module, batch = LISTS[kind][1]({"timm": "resnet", "transformers": "bert"}[kind])
+    model = from_module(module)
+    with torch.no_grad():
+        model.outputs(model.module, batch)
+
+
 def _child(kind: str, name: str, depth: str, file: Any) -> None:
     try:
         warnings.simplefilter("ignore")
@@ -317,6 +325,8 @@ def main() -> None:
         rows = [json.loads(text) for text in arguments.json.read_text().splitlines()]
     known = {row["name"] for row in rows}
     todo = [name for name in names if name not in known]
+    if len(todo) > 1:
+        _import_all(arguments.list)
     for row in run_all(
         arguments.list, todo, arguments.depth, arguments.timeout, arguments.memory, min(arguments.jobs, 2)
     ):

@@ -16,6 +16,7 @@ from mlorq.errors import ModelError
 from mlorq.models.batches import Batch, Listed, batch_samples, fresh
 from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
+from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.output_tensors import output_tensor
 from mlorq.models.passes import plain_passes
 from mlorq.models.transposed import transpose_conv1d
@@ -107,6 +108,7 @@ class FloatModel:
         check_readable(self.module)
         self.module.eval().requires_grad_(False)
         merge_computed_weights(self.module)
+        simplify_library_layers(self.module)
         transpose_conv1d(self.module)
         if not self.key:
             self.key = digest_model(self.module, self.architecture)
