@@ -79,5 +79,5 @@ def test_a_checkpoint_with_computed_weights_loads_into_the_original_classes(excl
     assert (result.model(x) - wanted).norm() < 0.05 * wanted.norm()
     result.save(str(tmp_path))
     assert torch.equal(mlorq.load(str(tmp_path), model=Net())(x), result.model(x))
-    with pytest.raises(CheckpointError, match="'.*' computes its weight from its parameters"):
+    with pytest.raises(CheckpointError, match="computes its weight from its parameters"):
         mlorq.export(str(tmp_path), str(tmp_path / "dense.safetensors"))
