@@ -97,6 +97,7 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
     def enter(*_: Any) -> None:
         reading.inside += 1
 
+    layers = list({id(child): child for child in layers}.values())  # a layer with two names has its hooks once
     handles = [child.register_forward_pre_hook(enter) for child in layers]
     handles += [child.register_forward_hook(on_layer, with_kwargs=True) for child in layers]
     handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]

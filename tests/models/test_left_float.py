@@ -143,3 +143,22 @@ def test_kinds_are_told_by_names_and_shapes():
     found = rest_by_kind({name: TensorSize(shape, 1) for name, shape in sizes.items()})
     named = {"embeddings": 1, "position_tables": 2, "norms": 4, "biases": 2, "layers": 2}
     assert found == named | {"activation_quantizers": 2, "other": 1}
+
+
+class TwoNames(nn.Module):
+    """A layer that is called by two parts of the model, as the position encodings of CoaT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.first, self.second = nn.ModuleDict({"used": self.shared}), nn.ModuleDict({"used": self.shared})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second["used"](torch.relu(self.first["used"](x))))
+
+
+def test_a_layer_with_several_names_has_the_rows_of_its_samples() -> None:
+    found = find_layers(from_module(TwoNames()), torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    assert found.skipped == []
+    assert {layer.name: len(layer.aliases) for layer in found.layers} == {"shared": 2, "head": 0}
