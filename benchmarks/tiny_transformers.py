@@ -25,7 +25,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"max_.*position|n_positions|max_seq_len|max_.*length", 160),
     (r"(num|n)_.*(heads|head)$|^(n|num)_head$|heads$", 2),
     (r"head_dim|^d_kv$|qk_nope_head_dim|v_head_dim|kv_channels", 16),
-    (r"(^|_)layers?$|^depth$|^n_layers?$|num_.*layers|num_.*blocks$|num_stages$", 2),
+    (r"(^|_)layers?$|^depth$|^n_layers?$|num_.*layers|num_.*blocks$", 2),
     (r"intermediate_size|ffn_dim|ffn_hidden|d_ff$|n_inner|mlp_dim|feedforward|feed_forward|hidden_dim$", 64),
     (r"q_lora_rank|kv_lora_rank|lora", 16),
     (r"num_experts_per_tok|top_k|topk", 2),
@@ -36,7 +36,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_queries|num_proposals", 10),
     (r"state_size|d_state", 8),
 )
-KEPT = re.compile(r"rotary|rope|pad_|num_labels|drop|_factor|per_block|num_attention_layers|conv_kernel|conv_dim")
+KEPT = re.compile(r"rotary|rope|pad_|num_labels|drop|_factor|per_block|feat_extract|num_stages|conv_kernel|conv_dim")
 SPECIAL = re.compile(r"(_token_id|_token_index|_token)$|^(image|video|audio)_token")
 
 
@@ -102,9 +102,9 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]
     """A tiny model of ``AutoModel`` with random weights in eval mode, and a batch of two that it takes.
 
     Raises:
-        ValueError: there is no such configuration, or no such batch; the message has the last error.
+        ValueError: there is no such configuration, or no such batch; the message has the first error.
     """
-    kind, failed = CONFIG_MAPPING[model_type], "no attempt"
+    kind, failed = CONFIG_MAPPING[model_type], ""  # the first failure says most
     for only_depth in (False, True):
         try:
             config = small_config(kind, only_depth)
@@ -117,7 +117,7 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]
             torch.manual_seed(seed)
             model = cls(config).eval()
         except Exception as error:  # models raise anything at sizes that they do not foresee
-            failed = f"{type(error).__name__}: {error}"
+            failed = failed or f"{type(error).__name__}: {error}"
             continue
         for batch in batches(model, config, seed):
             with torch.no_grad():
@@ -125,8 +125,9 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]
                     try:
                         model(**batch)
                     except Exception as error:
-                        failed = f"{type(error).__name__}: {error}"
-                        if not _place_images(batch, config, failed):
+                        problem = f"{type(error).__name__}: {error}"
+                        failed = failed or problem
+                        if not _place_images(batch, config, problem):
                             break
                     else:
                         return model, batch

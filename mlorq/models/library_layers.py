@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def _plain(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     """The class with the forward of its kind; it keeps its name and its other methods."""
     methods = ("forward", "_conv_forward")
     own = {name: getattr(kind, name) for name in methods if hasattr(kind, name)}
-    return type(cls.__name__, (cls,), own | {"__module__": cls.__module__})
+    return cast("type[nn.Module]", type(cls.__name__, (cls,), own | {"__module__": cls.__module__}))
 
 
 class _Products(TorchFunctionMode):
