@@ -408,6 +408,8 @@ def install(
     made: dict[int, CompressedModule] = {}
     for path in paths:
         layer = get_layer(module, path)
+        if any(layer is new for new in made.values()):
+            continue  # a module that contains it has several names, too
         new = made.get(id(layer))
         if new is None:
             new = make(layer, path)

@@ -9,7 +9,6 @@ its kind and that weight. Layers of users stay as they are: a few inputs do not 
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -31,22 +30,23 @@ def simplify_library_layers(module: nn.Module, only: Collection[str] | None = No
         only: names of the layers of a checkpoint, whose weights are still to be read, so that the layers cannot be run.
             None: all layers that compute no more than their kind.
     """
+    made: dict[type[nn.Module], type[nn.Module]] = {}
     for path, layer in list(module.named_modules()):
         kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
         if kind is None or not _has_library_code(layer, kind):
             continue
         if only is not None:
             if path in only:
-                _simplify(layer, kind)
+                _simplify(layer, kind, made)
             continue
         weight = _used_weight(layer, kind)
         if weight is None:
             continue
         has_own = weight is layer.weight
-        _simplify(layer, kind)
+        _simplify(layer, kind, made)
         if not has_own:
             layer.weight = nn.Parameter(weight, requires_grad=False)
-            layer.computed_by_class = True  # type: ignore[assignment]
+            layer.computed_by_class = True
 
 
 def is_computed_by_class(layer: nn.Module) -> bool:
@@ -69,13 +69,13 @@ def _has_library_code(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return own and not computed_tensors(layer) and "weight" in layer._parameters and "bias" in layer._parameters
 
 
-def _simplify(layer: nn.Module, kind: type[nn.Module]) -> None:
-    layer.__class__ = _plain(type(layer), kind)
+def _simplify(layer: nn.Module, kind: type[nn.Module], made: dict[type[nn.Module], type[nn.Module]]) -> None:
+    cls = type(layer)
+    layer.__class__ = made[cls] = made.get(cls) or _plain(cls, kind)
     for name in [name for name in layer._parameters if name not in ("weight", "bias")]:
         del layer._parameters[name]  # such as the gain of a scaled weight: its effect is in the value
 
 
-@cache
 def _plain(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     """The class with the forward of its kind; it keeps its name and its other methods."""
     methods = ("forward", "_conv_forward")

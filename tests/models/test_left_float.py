@@ -17,6 +17,7 @@ from mlorq.checkpoint.io import inspect, load, save
 from mlorq.checkpoint.size_bound import float_rest
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import replace_layers
+from mlorq.forms.trial import changed_by_replacement
 from mlorq.models import from_module
 from mlorq.models.layer_list import LayerList
 from mlorq.models.layers import find_layers, weight_matrix
@@ -153,12 +154,15 @@ class TwoNames(nn.Module):
         torch.manual_seed(0)
         self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
         self.first, self.second = nn.ModuleDict({"used": self.shared}), nn.ModuleDict({"used": self.shared})
+        self.third = self.second
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.second["used"](torch.relu(self.first["used"](x))))
 
 
 def test_a_layer_with_several_names_has_the_rows_of_its_samples() -> None:
-    found = find_layers(from_module(TwoNames()), torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    model, x = from_module(TwoNames()), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    found = find_layers(model, x)
     assert found.skipped == []
-    assert {layer.name: len(layer.aliases) for layer in found.layers} == {"shared": 2, "head": 0}
+    assert {layer.name: len(layer.aliases) for layer in found.layers} == {"shared": 3, "head": 0}
+    assert changed_by_replacement(model, found.layers, x) == {}
