@@ -132,7 +132,10 @@ class _Readers(TorchFunctionMode):
 
 
 def _place(value: Tensor) -> tuple[Any, ...]:
-    return value.device, value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+    try:
+        return value.device, value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+    except (NotImplementedError, RuntimeError):  # inside torch.vmap, by which models make their masks
+        return value.device, id(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

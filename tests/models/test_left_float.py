@@ -166,3 +166,19 @@ def test_a_layer_with_several_names_has_the_rows_of_its_samples() -> None:
     assert found.skipped == []
     assert {layer.name: len(layer.aliases) for layer in found.layers} == {"shared": 3, "head": 0}
     assert changed_by_replacement(model, found.layers, x) == {}
+
+
+class Mapped(nn.Module):
+    """Makes a mask by ``torch.vmap``, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * torch.vmap(lambda row: (row > 0).float())(x))
+
+
+def test_a_model_may_use_vmap() -> None:
+    found = find_layers(from_module(Mapped()), torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    assert [layer.name for layer in found.layers] == ["layer"]
