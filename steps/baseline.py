@@ -60,4 +60,4 @@ def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) 
     }
 
 
-STEP = Step("baseline", 2, NoParams, Inputs, run)
+STEP = Step("baseline", 3, NoParams, Inputs, run)

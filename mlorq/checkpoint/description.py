@@ -19,6 +19,7 @@ from mlorq.errors import CheckpointError, ConfigError, one_line
 
 VERSION_KEY = "format_version"
 TRANSPOSED = "transposed"  # key in ``extra``: layers whose weight the original class stores transposed
+COMPUTED = "computed_by_class"  # key in ``extra``: layers whose class computes their weight; the file has its value
 OBJECTS = ("architecture", "sizes", "aliases", "buffers")
 OPTIONAL_OBJECTS = ("budget", "hashes", "extra", "preparation")
 
@@ -47,6 +48,11 @@ class Description:
     def transposed(self) -> list[str]:
         """Names of the layers whose weight the original class stores transposed."""
         return list((self.config.get("extra") or {}).get(TRANSPOSED) or ())
+
+    @property
+    def computed(self) -> list[str]:
+        """Names of the layers whose original class computes their weight, and whose value the file has."""
+        return list((self.config.get("extra") or {}).get(COMPUTED) or ())
 
     @property
     def version(self) -> int:
@@ -126,9 +132,10 @@ def _checked(config: Mapping[str, Any], file: str, text: bytes) -> Description:
         raise ValueError(f"{', '.join(wrong)} must be an object")
     if not isinstance(config["layers"], list):
         raise ValueError("layers must be a list")
-    transposed = (config.get("extra") or {}).get(TRANSPOSED) or []
-    if not isinstance(transposed, list) or not all(isinstance(name, str) for name in transposed):
-        raise ValueError(f"extra.{TRANSPOSED} must be a list of names")
+    for key in (TRANSPOSED, COMPUTED):
+        names = (config.get("extra") or {}).get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"extra.{key} must be a list of names")
     for name, stored in config["aliases"].items():
         if not isinstance(stored, str):
             raise ValueError(f"the alias of {name!r} must be a name")

@@ -20,6 +20,7 @@ from mlorq.checkpoint.tensor_file import StoredTensor
 from mlorq.errors import CheckpointError, one_line
 from mlorq.forms.modules import CompressedModule, compressed_class, install
 from mlorq.models.computed_weights import merge_computed_weights
+from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
 
 
@@ -37,6 +38,8 @@ def prepare(module: nn.Module, description: Description, stored: Collection[str]
     transpose_conv1d(module, values=False, only=description.transposed)
     replaced = {f"{path}.weight" for entry in description.entries for path in (entry.layer, *entry.aliases)}
     merge_computed_weights(module, {*stored, *description.config["aliases"], *replaced})
+    paths = {path for entry in description.entries for path in (entry.layer, *entry.aliases)}
+    simplify_library_layers(module, paths | set(description.computed))
     for entry in description.entries:
         _install(module, entry)
     if description.plan is not None:

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
-from mlorq.checkpoint.description import TRANSPOSED, VERSION_KEY
+from mlorq.checkpoint.description import COMPUTED, TRANSPOSED, VERSION_KEY
 from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
+from mlorq.models.library_layers import computed_by_class
 from mlorq.models.transposed import transposed_layers
 
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra", "preparation"}
@@ -95,8 +96,8 @@ def description_bytes(
         for name, buffer in module.named_buffers(remove_duplicate=False)
         if name not in persistent and buffer.is_floating_point()
     }
-    transposed = transposed_layers(module)
-    extra = (given.get("extra") or {}) | ({TRANSPOSED: transposed} if transposed else {})
+    lists = {TRANSPOSED: transposed_layers(module), COMPUTED: computed_by_class(module)}
+    extra = (given.get("extra") or {}) | {key: names for key, names in lists.items() if names}
     return json_lines(
         {
             VERSION_KEY: FORMAT_VERSION,

@@ -98,6 +98,12 @@ def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
     """
     with _naming(location):
         description = read_description(location)
+        if description.computed:
+            raise CheckpointError(
+                f"layer {description.computed[0]!r} computes its weight from its parameters (weight standardisation): "
+                "no state dict of the original class has the same outputs; load the checkpoint with mlorq.load, or "
+                "export it to onnx"
+            )
         state: dict[str, Tensor] = {}
         with _tensors(location, description, whole=True) as (header, read):
             taken: set[str] = set()

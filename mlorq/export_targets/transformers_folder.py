@@ -13,6 +13,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from mlorq.artifacts.store import put_file
+from mlorq.checkpoint.description import COMPUTED
 from mlorq.checkpoint.preparation import read_preparation
 from mlorq.errors import CheckpointError, ConfigError, one_line
 from mlorq.export_targets.model_card import CardFacts, model_card
@@ -82,6 +83,12 @@ def write_folder(
 def folder_files(checkpoint: str, settings: TransformersSettings, convert: Convert | None = None) -> dict[str, bytes]:
     """The contents of the folder's files, by name. Arguments and errors as in ``write_folder``."""
     module, info = pretrained_model(checkpoint)
+    computed = (info.get("extra") or {}).get(COMPUTED)
+    if computed:
+        raise CheckpointError(
+            f"layer {computed[0]!r} computes its weight from its parameters (weight standardisation), and the "
+            "checkpoint has the value: the original class cannot hold it; load the checkpoint with mlorq.load"
+        )
     architecture = info["architecture"]
     state = None if convert is None else convert(module, checkpoint)
     files = _saved(module, state, checkpoint) | sentence_modules(architecture)

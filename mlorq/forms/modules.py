@@ -25,6 +25,7 @@ from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layers import weight_identity
 from mlorq.models.left_float import own_code
+from mlorq.models.library_layers import is_computed_by_class
 from mlorq.models.transposed import is_transposed
 
 
@@ -75,6 +76,7 @@ class CompressedModule(nn.Module):
         if bias is not None:
             assert isinstance(bias, Tensor)
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.computed_by_class = is_computed_by_class(layer)
         self._copy_geometry(layer)
 
     def _copy_geometry(self, layer: nn.Module) -> None:
@@ -406,6 +408,8 @@ def install(
     made: dict[int, CompressedModule] = {}
     for path in paths:
         layer = get_layer(module, path)
+        if any(layer is new for new in made.values()):
+            continue  # a module that contains it has several names, too
         new = made.get(id(layer))
         if new is None:
             new = make(layer, path)

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.huggingface.placement import compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
 
 METHOD = "mlorq"
@@ -114,6 +115,7 @@ class MlorqQuantizer(HfQuantizer):
         entries = [entry for entry in found if entry is not None]
         if not entries:
             raise ValueError(f"quantization_config: {type(model).__name__} has none of the compressed layers")
+        simplify_library_layers(model, {path for entry in entries for path in (entry.layer, *entry.aliases)})
         saved_dtype = model.dtype == dtype_of(config.dtype)
         for entry in entries:
             install_entry(model, entry, own_dtype=saved_dtype)

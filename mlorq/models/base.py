@@ -13,50 +13,29 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
-from mlorq.models.batches import Batch, Listed, fresh
+from mlorq.models.batches import Batch, Listed, batch_samples, fresh
 from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
+from mlorq.models.library_layers import simplify_library_layers
+from mlorq.models.output_tensors import output_tensor
 from mlorq.models.passes import plain_passes
 from mlorq.models.transposed import transpose_conv1d
 
-Forward = Callable[[nn.Module, Batch], Tensor]
+Forward = Callable[[nn.Module, Batch], Any]  # returns a tensor, or what holds one (``output_tensors``)
 
 
-def call_module(module: nn.Module, batch: Batch) -> Tensor:
-    """The output tensor of a module: the tensor it returns, its ``logits``, or the first of a tuple.
+def call_module(module: nn.Module, batch: Batch) -> Any:
+    """What a module returns for a batch.
 
     Args:
         module: the module.
         batch: a tensor is passed as one argument, a tuple or list as several, a mapping as keyword arguments.
-
-    Raises:
-        ModelError: the module returns none of these.
     """
     if isinstance(batch, Mapping):
-        output = module(**batch)
-    elif isinstance(batch, (tuple, list)) and not isinstance(batch, Listed):
-        output = module(*batch)
-    else:
-        output = module(batch)
-    return output_tensor(output)
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor in what a model returns: itself, its ``logits``, or the first of a tuple.
-
-    Raises:
-        ModelError: there is none of these.
-    """
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise ModelError(
-        f"the model returns {type(output).__name__}, not a tensor: pass forward=callable(model, batch) -> Tensor"
-    )
+        return module(**batch)
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, Listed):
+        return module(*batch)
+    return module(batch)
 
 
 def no_token_mask(batch: Batch) -> Tensor | None:
@@ -129,6 +108,7 @@ class FloatModel:
         check_readable(self.module)
         self.module.eval().requires_grad_(False)
         merge_computed_weights(self.module)
+        simplify_library_layers(self.module)
         transpose_conv1d(self.module)
         if not self.key:
             self.key = digest_model(self.module, self.architecture)
@@ -138,16 +118,24 @@ class FloatModel:
         """Whether the module can be rebuilt from its architecture; else checkpoints need an instance to load into."""
         return FAMILIES[self.family].rebuilds
 
+    def returned(self, module: nn.Module, batch: Batch) -> Any:
+        """What the forward returns; the batch is not changed, also by a model that writes into its inputs."""
+        with plain_passes():
+            return self.forward(module, fresh(batch))
+
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
         """f(x) of this model, or of a compressed copy of it, as ``(samples, outputs)`` float32.
 
-        The batch is not changed, also by a model that writes into its inputs.
+        Several tensors are joined in each sample's row (``output_tensors``).
 
         Raises:
             ModelError: the forward returns no tensor, or a scalar.
         """
-        with plain_passes():
-            result = output_tensor(self.forward(module, fresh(batch)))
+        return self.joined(self.returned(module, batch), batch)
+
+    def joined(self, returned: Any, batch: Batch) -> Tensor:
+        """What the forward returned for a batch as ``(samples, outputs)`` float32; raises as ``outputs``."""
+        result = output_tensor(returned, batch_samples(batch))
         if result.dim() == 0:
             raise ModelError(
                 "the model returns a single number, not one output or more per sample: pass "

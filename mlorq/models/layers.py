@@ -136,6 +136,12 @@ def find_layers(
     except Exception as error:  # the user's forward may raise anything
         raise ModelError(_cannot_run(batch, error)) from error
     samples = batch_samples(batch)
+    if len(seen.weighed) > 1 or (seen.weighed and not seen.weighed[0].isdigit()):
+        warnings.warn(
+            f"the model returns several tensors: errors are weighed in {_listed(seen.weighed)}, joined; "
+            "forward=callable(model, batch) -> Tensor chooses another output",
+            stacklevel=2,
+        )
     if seen.rows % samples:
         raise ModelError(
             f"the model returns {seen.rows} rows for {samples} samples: pass forward=callable(model, batch) -> Tensor "
@@ -211,6 +217,11 @@ def _layer(names: Sequence[str], children: Sequence[nn.Module], calls: Sequence[
         input_group=first.input_group,
         aliases=tuple(names[1:]),
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(map(repr, names[:MOST_NAMED])) + more
 
 
 def _order(seen: Observed, child: nn.Module, last: int) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mlorq.models.base import FloatModel
-from mlorq.models.batches import Batch
+from mlorq.models.batches import Batch, batch_samples
+from mlorq.models.output_tensors import weighed_outputs
 
 UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
@@ -49,11 +50,13 @@ class Observed:
         calls: by id of the layer.
         readers: ``{id of a parameter: name of the function}`` that read it outside the layers' own calls.
         rows: number of rows of the model's outputs.
+        weighed: names of the tensors that make up the outputs, if the model returns several.
     """
 
     calls: dict[int, LayerCalls]
     readers: dict[int, str]
     rows: int
+    weighed: Sequence[str] = ()
 
 
 def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks: Sequence[str]) -> Observed:
@@ -94,16 +97,18 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
     def enter(*_: Any) -> None:
         reading.inside += 1
 
+    layers = list({id(child): child for child in layers}.values())  # a layer with two names has its hooks once
     handles = [child.register_forward_pre_hook(enter) for child in layers]
     handles += [child.register_forward_hook(on_layer, with_kwargs=True) for child in layers]
     handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
     try:
         with torch.no_grad(), reading:
-            rows = model.outputs(model.module, batch).shape[0]
+            returned = model.returned(model.module, batch)
+            rows = model.joined(returned, batch).shape[0]
     finally:
         for handle in handles:
             handle.remove()
-    return Observed(calls, reading.found, rows)
+    return Observed(calls, reading.found, rows, weighed_outputs(returned, batch_samples(batch)))
 
 
 class _Readers(TorchFunctionMode):
@@ -127,7 +132,10 @@ class _Readers(TorchFunctionMode):
 
 
 def _place(value: Tensor) -> tuple[Any, ...]:
-    return value.device, value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+    try:
+        return value.device, value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+    except (NotImplementedError, RuntimeError):  # inside torch.vmap, by which models make their masks
+        return value.device, id(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

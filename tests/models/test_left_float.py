@@ -17,6 +17,7 @@ from mlorq.checkpoint.io import inspect, load, save
 from mlorq.checkpoint.size_bound import float_rest
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import replace_layers
+from mlorq.forms.trial import changed_by_replacement
 from mlorq.models import from_module
 from mlorq.models.layer_list import LayerList
 from mlorq.models.layers import find_layers, weight_matrix
@@ -143,3 +144,41 @@ def test_kinds_are_told_by_names_and_shapes():
     found = rest_by_kind({name: TensorSize(shape, 1) for name, shape in sizes.items()})
     named = {"embeddings": 1, "position_tables": 2, "norms": 4, "biases": 2, "layers": 2}
     assert found == named | {"activation_quantizers": 2, "other": 1}
+
+
+class TwoNames(nn.Module):
+    """A layer that is called by two parts of the model, as the position encodings of CoaT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.first, self.second = nn.ModuleDict({"used": self.shared}), nn.ModuleDict({"used": self.shared})
+        self.third = self.second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second["used"](torch.relu(self.first["used"](x))))
+
+
+def test_a_layer_with_several_names_has_the_rows_of_its_samples() -> None:
+    model, x = from_module(TwoNames()), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    found = find_layers(model, x)
+    assert found.skipped == []
+    assert {layer.name: len(layer.aliases) for layer in found.layers} == {"shared": 3, "head": 0}
+    assert changed_by_replacement(model, found.layers, x) == {}
+
+
+class Mapped(nn.Module):
+    """Makes a mask by ``torch.vmap``, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * torch.vmap(lambda row: (row > 0).float())(x))
+
+
+def test_a_model_may_use_vmap() -> None:
+    found = find_layers(from_module(Mapped()), torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    assert [layer.name for layer in found.layers] == ["layer"]

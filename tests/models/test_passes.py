@@ -180,8 +180,8 @@ def test_a_forward_can_return_what_a_model_can():
     for wrap in (lambda y: {"logits": y}, lambda y: (y, None), lambda y: y):
         model = from_module(module, lambda m, batch, wrap=wrap: wrap(m(batch)))
         assert torch.equal(model.outputs(module, inputs()), wanted)
-    model = from_module(module, lambda m, batch: {"values": m(batch)})
-    with pytest.raises(ModelError, match="the model returns dict, not a tensor: pass forward="):
+    model = from_module(module, lambda m, batch: {"values": m(batch).int()})
+    with pytest.raises(ModelError, match="the model returns dict without a tensor of floating-point numbers"):
         model.outputs(module, inputs())
 
 

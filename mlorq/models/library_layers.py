@@ -1,0 +1,144 @@
+"""Layers of libraries with a forward of their own that computes no more than ``nn.Linear`` or ``nn.Conv2d`` does.
+
+``timm.layers.Linear`` only casts while it is scripted; ``StdConv2d`` and ``ScaledStdConv2d`` standardise their weight
+first (arXiv 1903.10520, 2101.08692). Such a layer is run on a few inputs. If each time it makes one product of
+this very input, with a weight that does not depend on it, and returns the result, then it is given the forward of
+its kind and that weight. Layers of users stay as they are: a few inputs do not prove what unknown code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mlorq.models.computed_weights import KINDS, computed_tensors
+
+LIBRARIES = ("timm", "torchvision", "transformers")
+_SIZES = 4  # of images; a forward that pads its input does not do so at every size
+
+
+def simplify_library_layers(module: nn.Module, only: Collection[str] | None = None) -> None:
+    """Give layers of libraries the forward of their kind, and the weight that they compute, in place.
+
+    Args:
+        module: the model, in eval mode.
+        only: names of the layers of a checkpoint, whose weights are still to be read, so that the layers cannot be run.
+            None: all layers that compute no more than their kind.
+    """
+    made: dict[type[nn.Module], type[nn.Module]] = {}
+    for path, layer in list(module.named_modules()):
+        kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
+        if kind is None or not _has_library_code(layer, kind):
+            continue
+        if only is not None:
+            if path in only:
+                _simplify(layer, kind, made)
+            continue
+        weight = _used_weight(layer, kind)
+        if weight is None:
+            continue
+        has_own = weight is layer.weight
+        _simplify(layer, kind, made)
+        if not has_own:
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.computed_by_class = True
+
+
+def is_computed_by_class(layer: nn.Module) -> bool:
+    """Whether the class of a layer, float or compressed, computes its weight, and the layer now holds the value."""
+    return bool(getattr(layer, "computed_by_class", False))
+
+
+def computed_by_class(module: nn.Module) -> list[str]:
+    """Names of the layers, float or compressed, that hold a weight which their class computes."""
+    return [name for name, child in module.named_modules(remove_duplicate=False) if is_computed_by_class(child)]
+
+
+def _has_library_code(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    cls: Any = type(layer)
+    if cls.__module__.partition(".")[0] not in LIBRARIES or "forward" in vars(layer) or cls.__call__ != kind.__call__:
+        return False
+    own = cls.forward is not kind.forward or getattr(cls, "_conv_forward", None) is not getattr(
+        kind, "_conv_forward", None
+    )
+    return own and not computed_tensors(layer) and "weight" in layer._parameters and "bias" in layer._parameters
+
+
+def _simplify(layer: nn.Module, kind: type[nn.Module], made: dict[type[nn.Module], type[nn.Module]]) -> None:
+    cls = type(layer)
+    layer.__class__ = made[cls] = made.get(cls) or _plain(cls, kind)
+    for name in [name for name in layer._parameters if name not in ("weight", "bias")]:
+        del layer._parameters[name]  # such as the gain of a scaled weight: its effect is in the value
+
+
+def _plain(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """The class with the forward of its kind; it keeps its name and its other methods."""
+    methods = ("forward", "_conv_forward")
+    own = {name: getattr(kind, name) for name in methods if hasattr(kind, name)}
+    return cast("type[nn.Module]", type(cls.__name__, (cls,), own | {"__module__": cls.__module__}))
+
+
+class _Products(TorchFunctionMode):
+    """Records products: function, arguments by name, result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, dict[str, Any], Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        names = {F.linear: ("input", "weight", "bias"), F.conv2d: _CONVOLUTION}.get(func)
+        if names is not None:
+            self.found.append((func, dict(zip(names, args, strict=False)) | (kwargs or {}), result))
+        return result
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def _used_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+    """The weight that a layer multiplies its input by; None if it does anything else."""
+    weight: Any = layer.weight
+    used: Tensor | None = None
+    generator = torch.Generator().manual_seed(0)
+    for step in range(_SIZES):
+        if isinstance(layer, nn.Conv2d):
+            sides = [
+                width * (size - 1) + 1 + step for width, size in zip(layer.dilation, layer.kernel_size, strict=True)
+            ]
+            shape = (1, layer.in_channels, *sides)
+        else:
+            shape = (2 + step, weight.shape[1])
+        given = torch.randn(shape, generator=generator).to(weight)
+        products = _Products()
+        try:
+            with torch.no_grad(), products:
+                result = layer.forward(given)
+        except Exception:  # a layer may refuse such inputs
+            return None
+        if len(products.found) != 1:
+            return None
+        function, arguments, output = products.found[0]
+        if function is not (F.conv2d if kind is nn.Conv2d else F.linear) or output is not result:
+            return None
+        if arguments["input"] is not given or arguments.get("bias") is not layer.bias or not _as_set(layer, arguments):
+            return None
+        if used is not None and not torch.equal(used, arguments["weight"]):
+            return None
+        used = arguments["weight"]
+    return used if used is weight or used is None else used.detach().clone()
+
+
+def _as_set(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a convolution has the stride, padding, dilation and groups of its attributes."""
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    if layer.padding_mode != "zeros":
+        return False
+    defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    return all(arguments.get(name, default) == getattr(layer, name) for name, default in defaults.items())
