@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
-from mlorq.checkpoint.description import TRANSPOSED, VERSION_KEY
+from mlorq.checkpoint.description import ARRANGED, TRANSPOSED, VERSION_KEY
 from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
+from mlorq.models.direct_weights import arrangement_of
 from mlorq.models.transposed import transposed_layers
 
 DESCRIPTION_KEYS = {"architecture", "dtype", "budget", "hashes", "activations", "extra", "preparation"}
@@ -96,7 +97,9 @@ def description_bytes(
         if name not in persistent and buffer.is_floating_point()
     }
     transposed = transposed_layers(module)
+    arranged = arrangement_of(module).to_json()
     extra = (given.get("extra") or {}) | ({TRANSPOSED: transposed} if transposed else {})
+    extra |= {ARRANGED: arranged} if arranged else {}
     return json_lines(
         {
             VERSION_KEY: FORMAT_VERSION,
