@@ -295,7 +295,7 @@ class CompressedDirect(DirectlyRead, CompressedLinear):
     float_class = DirectLinear
 
     @property
-    def matrix(self) -> Tensor:  # type: ignore[override]
+    def own_weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight, ``(out_features, in_features)``."""
         return self._dense_weight()
 

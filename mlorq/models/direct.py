@@ -55,7 +55,7 @@ class WeightView(_TensorLike):
     @property
     def dense(self) -> Tensor:
         """The values."""
-        weight: Tensor = self.layer.matrix
+        weight: Tensor = self.layer.own_weight
         return weight.T if self.flipped else weight
 
     def __getattr__(self, name: str) -> Any:
@@ -80,13 +80,13 @@ class WeightView(_TensorLike):
 
 
 class DirectlyRead(_TensorLike):
-    """A linear layer that passes a ``WeightView`` for its weight. Its weight itself is ``matrix``.
+    """A linear layer that passes a ``WeightView`` for its weight. Its weight itself is ``own_weight``.
 
     Attributes:
-        matrix: the weight, ``(out_features, in_features)``.
+        own_weight: the weight, ``(out_features, in_features)``.
     """
 
-    matrix: Tensor
+    own_weight: Tensor
 
     @property
     def view(self) -> WeightView:
@@ -100,7 +100,7 @@ class DirectLinear(DirectlyRead, nn.Linear):
     """
 
     @property
-    def matrix(self) -> Tensor:  # type: ignore[override]
+    def own_weight(self) -> Tensor:  # type: ignore[override]
         found = vars(self).get("weight", self._parameters.get("weight"))  # training sets a tensor
         assert isinstance(found, Tensor)
         return found
@@ -121,7 +121,7 @@ class DirectLinear(DirectlyRead, nn.Linear):
             input: x.
             given: a bias in place of the layer's own; None: no bias.
         """
-        return F.linear(input, self.matrix, given[0] if given else self.bias)
+        return F.linear(input, self.own_weight, given[0] if given else self.bias)
 
 
 class ParameterLike(_TensorLike):
@@ -131,7 +131,7 @@ class ParameterLike(_TensorLike):
         try:
             return nn.Module.__getattr__(self, name)  # type: ignore[arg-type]
         except AttributeError:
-            if name.startswith("_"):
+            if name.startswith("_") or not hasattr(Tensor, name):
                 raise
         return getattr(self.view, name)
 
@@ -169,7 +169,7 @@ class ParameterLinear(ParameterLike, DirectLinear):
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight tensor of a layer, also of one whose ``weight`` is a ``WeightView``."""
-    weight = layer.matrix if isinstance(layer, DirectlyRead) else layer.weight
+    weight = layer.own_weight if isinstance(layer, DirectlyRead) else layer.weight
     assert isinstance(weight, Tensor)
     return weight
 

@@ -11,7 +11,7 @@ original classes can be made from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,6 +80,11 @@ class Arrangement:
         """The inverse of ``items``."""
         found = list(items)
         return cls(*(tuple(name for one in found for name in getattr(one, key)) for key in cls.__dataclass_fields__))
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Arrangement:
+        """The arrangement with other names; parts without a new name are left out."""
+        parts = ((new for name in getattr(self, key) if (new := rename(name))) for key in self.__dataclass_fields__)
+        return Arrangement(*map(tuple, parts))
 
     def to_json(self) -> dict[str, list[str]]:
         """Lists of names, without empty ones."""
