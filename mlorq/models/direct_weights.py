@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mlorq.errors import CheckpointError, MlorqError
+from mlorq.errors import CheckpointError
 from mlorq.models.attention import OLD_BIAS, OLD_WEIGHTS, PROJECTIONS, ProjectedAttention, split
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import Batch, move_batch
@@ -200,7 +200,7 @@ def arrange_direct_weights(model: FloatModel, batch: Batch, device: torch.device
                 uses.close()
             found = uses.arrangement()
             kept = _kept(model, found.items(), moved, wanted) if found else []
-    except (MlorqError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception:  # the user's forward may raise anything: reported where layers are searched
         return
