@@ -46,7 +46,7 @@ class ProjectedAttention(nn.MultiheadAttention):
     @property
     def is_packed(self) -> bool:
         """Whether ``nn.MultiheadAttention`` has one weight for query, key and value."""
-        return self.kdim == self.embed_dim and self.vdim == self.embed_dim
+        return bool(self.kdim == self.embed_dim and self.vdim == self.embed_dim)
 
     def forward(
         self,
@@ -153,7 +153,7 @@ def split(attention: nn.MultiheadAttention, *, values: bool = True) -> None:
         layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
         attention.add_module(name, layer.train(attention.training))
     # ``nn.TransformerEncoder`` takes its fused kernels only if no weight is a stand-in.
-    attention.out_proj.__class__ = DirectLinear
+    attention.out_proj.__class__ = DirectLinear  # type: ignore[assignment]
     attention._qkv_same_embed_dim = False
 
 
