@@ -100,7 +100,13 @@ READ = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(BUILD))
+SOME = ("own", "encoder", "beit_base_patch16_224")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*SOME, *(pytest.param(kind, marks=pytest.mark.long) for kind in sorted({*BUILD} - {*SOME}))],
+)
 def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, str]:
     module, x = BUILD[request.param]()
     result = mlorq.compress(module, [x[: len(x) // 2], x[len(x) // 2 :]], budget="8bit", device="cpu", **QUICK)
