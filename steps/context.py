@@ -60,6 +60,18 @@ class Sources:
         return model
 
     @cached_property
+    def prepared(self) -> FloatModel:
+        """The float model, with layers in place of weights that it reads directly (``mlorq.models.direct_weights``).
+
+        Raises:
+            ModelError, DataError: the model or the calibration data cannot be loaded.
+        """
+        from mlorq.models.direct_weights import arrange_direct_weights
+
+        arrange_direct_weights(self.model, self.calibration.batches[0], self.device)
+        return self.model
+
+    @cached_property
     def calibration(self) -> Dataset:
         """The calibration data.
 
@@ -137,7 +149,7 @@ class Context:
         Raises:
             ConfigError: this worker loads another model.
         """
-        model = self._sources.model
+        model = self._sources.prepared
         _require_same("float model", ref.key, model.key)
         if ref.activations is None:
             return model

@@ -24,6 +24,7 @@ from mlorq.activations.quantizers import UniformQuantizer, fit_channels, fit_uni
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import take_samples
 from mlorq.models.copying import copy_module
+from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
 from mlorq.models.observe import first_argument
 
@@ -89,8 +90,7 @@ def fold_norm(module: nn.Module, fold: Fold, scale: Tensor, shift: Tensor) -> No
         bias.copy_(bias.double() / r - b)
         for name in fold.layers:
             layer = module.get_submodule(name)
-            matrix, own = layer.weight, layer.bias
-            assert isinstance(matrix, Tensor)
+            matrix, own = weight_of(layer), layer.bias
             moved = matrix.double() * r
             matrix.copy_(moved)
             if isinstance(own, Tensor):

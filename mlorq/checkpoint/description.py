@@ -16,10 +16,12 @@ from mlorq.checkpoint.entry import LayerEntry, dtype_name, dtype_of
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, Header, digest
 from mlorq.errors import CheckpointError, ConfigError, one_line
+from mlorq.models.direct_weights import Arrangement
 
 VERSION_KEY = "format_version"
 TRANSPOSED = "transposed"  # key in ``extra``: layers whose weight the original class stores transposed
 COMPUTED = "computed_by_class"  # key in ``extra``: layers whose class computes their weight; the file has its value
+ARRANGED = "arranged"  # key in ``extra``: weights that the original classes read directly
 OBJECTS = ("architecture", "sizes", "aliases", "buffers")
 OPTIONAL_OBJECTS = ("budget", "hashes", "extra", "preparation")
 
@@ -53,6 +55,11 @@ class Description:
     def computed(self) -> list[str]:
         """Names of the layers whose original class computes their weight, and whose value the file has."""
         return list((self.config.get("extra") or {}).get(COMPUTED) or ())
+
+    @property
+    def arranged(self) -> Arrangement:
+        """Weights that the original classes hold otherwise, because they read them directly."""
+        return Arrangement.from_json((self.config.get("extra") or {}).get(ARRANGED) or {})
 
     @property
     def version(self) -> int:
@@ -136,6 +143,7 @@ def _checked(config: Mapping[str, Any], file: str, text: bytes) -> Description:
         names = (config.get("extra") or {}).get(key) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"extra.{key} must be a list of names")
+    Arrangement.from_json((config.get("extra") or {}).get(ARRANGED) or {})
     for name, stored in config["aliases"].items():
         if not isinstance(stored, str):
             raise ValueError(f"the alias of {name!r} must be a name")

@@ -20,6 +20,8 @@ from mlorq.checkpoint.tensor_file import StoredTensor
 from mlorq.errors import CheckpointError, one_line
 from mlorq.forms.modules import CompressedModule, compressed_class, install
 from mlorq.models.computed_weights import merge_computed_weights
+from mlorq.models.direct import weight_of
+from mlorq.models.direct_weights import arrange
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
 
@@ -36,6 +38,7 @@ def prepare(module: nn.Module, description: Description, stored: Collection[str]
         CheckpointError, ModelError: a layer is not in the model, or has another kind or shape there.
     """
     transpose_conv1d(module, values=False, only=description.transposed)
+    arrange(module, description.arranged, values=False)
     replaced = {f"{path}.weight" for entry in description.entries for path in (entry.layer, *entry.aliases)}
     merge_computed_weights(module, {*stored, *description.config["aliases"], *replaced})
     paths = {path for entry in description.entries for path in (entry.layer, *entry.aliases)}
@@ -124,8 +127,7 @@ def _install(module: nn.Module, entry: LayerEntry) -> None:
 
     def make(layer: nn.Module, path: str) -> CompressedModule:
         cls = compressed_class(layer, path)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(layer)
         if cls.kind != entry.kind or tuple(weight.shape) != entry.shape:
             raise CheckpointError(
                 f"layer {path!r} is {cls.kind} {tuple(weight.shape)} in the model, "

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
-from mlorq.checkpoint.description import COMPUTED, TRANSPOSED, VERSION_KEY
+from mlorq.checkpoint.description import ARRANGED, COMPUTED, TRANSPOSED, VERSION_KEY
 from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedModule, get_layer
+from mlorq.models.direct_weights import arrangement_of
 from mlorq.models.library_layers import computed_by_class
 from mlorq.models.transposed import transposed_layers
 
@@ -98,6 +99,8 @@ def description_bytes(
     }
     lists = {TRANSPOSED: transposed_layers(module), COMPUTED: computed_by_class(module)}
     extra = (given.get("extra") or {}) | {key: names for key, names in lists.items() if names}
+    arranged = arrangement_of(module).to_json()
+    extra |= {ARRANGED: arranged} if arranged else {}
     return json_lines(
         {
             VERSION_KEY: FORMAT_VERSION,

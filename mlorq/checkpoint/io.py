@@ -23,6 +23,7 @@ from mlorq.checkpoint.preparation import ALLOWED, FOLDER
 from mlorq.checkpoint.tensor_file import Header, read_header, read_tensor
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
+from mlorq.models.direct_weights import original_state
 from mlorq.models.transposed import transposed_back
 
 
@@ -116,6 +117,7 @@ def dense_state(location: Location) -> tuple[dict[str, Tensor], bool]:
         aliases = description.config["aliases"]
         state |= {name: state[stored].clone() for name, stored in aliases.items() if stored in header.tensors}
         state = transposed_back(state, description.transposed)
+        state = original_state(state, description.arranged)
         found = {name: value for name, value in state.items() if not is_activation_quantizer(name)}
         return found, len(found) < len(state) or description.plan is not None
 

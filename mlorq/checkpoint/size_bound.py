@@ -20,6 +20,7 @@ from mlorq.checkpoint.tensor_file import ALIGNED, DTYPES, compact, digest, heade
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import compressed_class, get_layer, shared_names
+from mlorq.models.direct import weight_of
 
 MOST = 10**15  # has at least as many digits as any number of bytes or multiply-accumulates
 LONGEST_DTYPE = max(DTYPES, key=len)
@@ -80,8 +81,7 @@ def rest_upper_bound(
 def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> LayerEntry:
     """The entry with the longest description, over all forms that suit the layer."""
     layer = get_layer(module, name)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(layer)
     kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
     shape = Shape(weight.shape[0], weight[0].numel())
     entries = [

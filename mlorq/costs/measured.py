@@ -24,6 +24,7 @@ from mlorq.fitting.base import LayerFit
 from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
+from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
 from mlorq.models.partial_forward import Segments, enters_cleanly
 
@@ -59,7 +60,7 @@ class LayerProbe:
         labels: Sequence[Tensor] | None = None,
     ) -> None:
         self.model = model
-        self.parameter: Tensor = model.module.get_submodule(layer.name).weight  # type: ignore[assignment]
+        self.parameter: Tensor = weight_of(model.module.get_submodule(layer.name))
         self.original = self.parameter.detach().clone()
         self.segments = Segments(model, model.module, blocks)
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]

@@ -95,6 +95,9 @@ def _why_not(model: Any, layers: Sequence[CompressedModule], info: Mapping[str, 
     if transposed:
         return f"layer {transposed[0]!r} is a Conv1D of transformers"
     config = model.hf_quantizer.quantization_config
+    if config.arranged:
+        name = next(iter(config.arranged.values()))[0]
+        return f"the weight of {name!r} is read directly by the model's code"
     if config.activations:
         return "its activations are quantized"
     if config.dtypes:

@@ -14,6 +14,7 @@ from mlorq.checkpoint.io import inspect, load
 from mlorq.errors import CheckpointError, one_line
 from mlorq.export_targets.timm_wrapper import wrap
 from mlorq.huggingface.quantizer import MlorqConfig, MlorqQuantizer
+from mlorq.models.direct_weights import arrangement_of
 from mlorq.models.sentence import SentenceEncoder
 
 
@@ -48,6 +49,7 @@ def pretrained_model(checkpoint: str) -> tuple[Any, dict[str, Any]]:
         dtype=dtype_name(module.dtype),
         attention=architecture.get("attention"),
         activations=_prefixed_plan(info.get("activations"), prefix),
+        arranged=arrangement_of(module).to_json() or None,
     )
     _complete(module, config, checkpoint)
     model: Any = module

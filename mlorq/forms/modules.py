@@ -23,6 +23,7 @@ from mlorq.codecs.base import Codec, StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.direct import DirectLinear, DirectlyRead, ParameterLike, ParameterLinear, WeightView, weight_of
 from mlorq.models.layers import weight_identity
 from mlorq.models.left_float import own_code
 from mlorq.models.library_layers import is_computed_by_class
@@ -53,8 +54,7 @@ class CompressedModule(nn.Module):
     def __init__(self, layer: nn.Module, name: str, candidate: Candidate, zero_point: ZeroPoint, cache: bool) -> None:
         """Use ``from_layer`` or ``placeholder``, which check their arguments."""
         super().__init__()
-        weight, bias = layer.weight, getattr(layer, "bias", None)
-        assert isinstance(weight, Tensor)
+        weight, bias = weight_of(layer), getattr(layer, "bias", None)
         self.layer_name = name
         self.candidate = candidate
         self.zero_point: ZeroPoint = zero_point
@@ -210,9 +210,12 @@ class CompressedModule(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight in the float layer's shape and the compute dtype.
 
-        For code that reads ``layer.weight`` directly (``nn.MultiheadAttention``; models that cast their input to the
-        weight's dtype). Forms with factors compute A B at every access.
+        For code that reads ``layer.weight`` (models that cast their input to its dtype). Forms with factors compute A B
+        at every access.
         """
+        return self._dense_weight()
+
+    def _dense_weight(self) -> Tensor:
         return self.form.combine({name: self.dense(name) for name in self._matrices}).view(self.weight_shape)
 
     def extra_repr(self) -> str:
@@ -275,15 +278,43 @@ class CompressedLinear(CompressedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
+        return self._product(input, self.bias)
 
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         def multiply(name: str, value: Tensor, last: bool) -> Tensor:
-            return F.linear(value, self.dense(name), self.bias if last else None)
+            return F.linear(value, self.dense(name), bias if last else None)
 
         result: Tensor = self.form.apply(multiply, input)
         return result
 
     def _sizes_repr(self) -> list[str]:
         return [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+
+
+class CompressedDirect(DirectlyRead, CompressedLinear):
+    """``CompressedLinear`` whose weight other code multiplies with; replaces a ``DirectLinear``."""
+
+    float_class = DirectLinear
+
+    @property
+    def own_weight(self) -> Tensor:  # type: ignore[override]
+        """The dense weight, ``(out_features, in_features)``."""
+        return self._dense_weight()
+
+    @property
+    def weight(self) -> Any:
+        """The weight, for other code: torch's products with it call the layer."""
+        return WeightView(self)
+
+    def forward(self, input: Tensor, *given: Tensor | None) -> Tensor:
+        """``(…, in_features)`` to ``(…, out_features)``; ``given`` is a bias in place of the layer's own."""
+        return self._product(input, given[0] if given else self.bias)
+
+
+class CompressedParameter(ParameterLike, CompressedDirect):
+    """A compressed layer in the place of a parameter; replaces a ``ParameterLinear``."""
+
+    float_class = ParameterLinear
 
 
 class CompressedConv2d(CompressedModule):
@@ -359,7 +390,7 @@ def compressed_class(layer: nn.Module, name: str) -> type[CompressedModule]:
     Raises:
         ModelError: the layer is not an ``nn.Linear``, ``nn.Conv2d`` or ``nn.Embedding``.
     """
-    for cls in (CompressedLinear, CompressedConv2d, CompressedEmbedding):
+    for cls in (CompressedParameter, CompressedDirect, CompressedLinear, CompressedConv2d, CompressedEmbedding):
         if isinstance(layer, cls.float_class):
             return cls
     raise ModelError(

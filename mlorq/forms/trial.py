@@ -19,6 +19,7 @@ from mlorq.forms.modules import CompressedModule, compressed_class, install
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import move_batch
 from mlorq.models.copying import copy_module
+from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
 
 CLOSE = 1e-3  # largest difference of the outputs, relative to their norm; in float32 there is none
@@ -86,9 +87,7 @@ def _stand_in(layer: nn.Module, path: str) -> CompressedModule:
     candidate = uniform_candidate(BITS)
     new = compressed_class(layer, path).placeholder(layer, path, candidate, "codes")
     (name,) = new.form.names
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    new.use_values({name: weight.detach().flatten(1)})
+    new.use_values({name: weight_of(layer).detach().flatten(1)})
     return new
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mlorq.activations.plan import ActivationPlan, Site
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.errors import ModelError
 from mlorq.forms.modules import CompressedModule, compressed_class, install
+from mlorq.models.direct import weight_of
 
 Rename = Callable[[str], str | None]
 
@@ -68,8 +69,7 @@ def install_entry(model: nn.Module, entry: LayerEntry, *, own_dtype: bool) -> No
     """
 
     def make(layer: nn.Module, path: str) -> CompressedModule:
-        kind, weight = compressed_class(layer, path), layer.weight
-        assert isinstance(weight, Tensor)
+        kind, weight = compressed_class(layer, path), weight_of(layer)
         if kind.kind != entry.kind or tuple(weight.shape) != entry.shape:
             raise ModelError(
                 f"layer {path!r} is {kind.kind} {tuple(weight.shape)} in the model, "

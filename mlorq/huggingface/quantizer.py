@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.huggingface.placement import compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.models.direct_weights import Arrangement, arrange
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
 
@@ -43,6 +44,7 @@ class MlorqConfig(QuantizationConfigMixin):
             another; None: the default of transformers.
         absent: modules that the constructor builds but the model does not have, such as an unused pooler.
         activations: quantized activations (``ActivationPlan.to_json``), or None.
+        arranged: weights that the model's classes read directly (``Arrangement.to_json``), or None.
         format_version: version of this object.
     """
 
@@ -54,6 +56,7 @@ class MlorqConfig(QuantizationConfigMixin):
         attention: str | None = None,
         absent: Sequence[str] = (),
         activations: Mapping[str, Any] | None = None,
+        arranged: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -70,6 +73,7 @@ class MlorqConfig(QuantizationConfigMixin):
         self.attention = attention
         self.absent = list(absent)
         self.activations = dict(activations) if activations else None
+        self.arranged = dict(arranged) if arranged else None
 
     def entries(self) -> list[LayerEntry]:
         """The compressed layers; ValueError if one is malformed."""
@@ -106,7 +110,12 @@ class MlorqQuantizer(HfQuantizer):
             ModelError: a layer has another class or shape.
         """
         transpose_conv1d(model, values=False)
-        config, rename = self.quantization_config, renaming(model)
+        config = self.quantization_config
+        if config.arranged:
+            arranged = Arrangement.from_json(config.arranged).renamed(renaming(model))
+            arrange(model, arranged, values=False)
+            config.arranged = arranged.to_json()
+        rename = renaming(model)
         config.absent = [name for name in map(rename, config.absent) if name is not None]
         for name in config.absent:
             *parents, attribute = name.split(".")

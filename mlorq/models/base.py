@@ -92,6 +92,7 @@ class FloatModel:
         dtype: dtype to which floating-point inputs are cast.
         key: hash of the architecture and the weights.
         preparation: reads the files of the tokenizer or image processor, by name, for the checkpoint.
+        arranged: whether weights that the module reads directly were looked for (``mlorq.models.direct_weights``).
     """
 
     module: nn.Module
@@ -103,6 +104,7 @@ class FloatModel:
     dtype: torch.dtype = torch.float32
     key: str = ""
     preparation: Callable[[], dict[str, bytes]] = dict
+    arranged: bool = False
 
     def __post_init__(self) -> None:
         check_readable(self.module)

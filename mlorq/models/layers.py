@@ -22,6 +22,8 @@ from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, describe_batch, move_batch
 from mlorq.models.blocks import detect_blocks
 from mlorq.models.computed_weights import KINDS
+from mlorq.models.direct import weight_of
+from mlorq.models.direct_weights import arrange_direct_weights
 from mlorq.models.gradient_flow import without_gradient
 from mlorq.models.layer_list import CONVOLUTION, EXCLUDED, LINEAR, Layer, LayerList, LeftFloat
 from mlorq.models.left_float import (
@@ -40,8 +42,7 @@ MOST_NAMED = 5  # layers that a message names with their reasons
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """A copy of the weight W of a layer, ``(out_features, in_features)`` float32."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     return weight.detach().reshape(weight.shape[0], -1).to(torch.float32, copy=True)
 
 
@@ -112,7 +113,8 @@ def find_layers(
     A layer that cannot be compressed stays float and is listed with the reason; it does not refuse the model.
 
     Args:
-        model: the float model, on ``device``.
+        model: the float model, on ``device``; weights that it reads directly become layers
+            (``mlorq.models.direct_weights``).
         batch: one batch of calibration data.
         include: glob patterns of the names of layers to compress.
         exclude: glob patterns of the names of layers not to compress; wins over ``include``.
@@ -122,6 +124,7 @@ def find_layers(
         ModelError: the model cannot be run on the batch, or no layer can be compressed.
         ConfigError: a pattern matches no layer.
     """
+    arrange_direct_weights(model, batch, device)
     module = model.module
     moved = move_batch(batch, device, model.dtype)
     named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
@@ -175,7 +178,7 @@ def find_layers(
     skipped = left_float(targets, groups.values(), reasons)
     layers = [layer for layer in layers if layer.name not in reasons]
     check_any(layers, skipped, include, exclude)
-    small = [f"{count} in {layer.name}" for layer in layers if (count := small_rows(targets[layer.name].weight))]
+    small = [f"{count} in {layer.name}" for layer in layers if (count := small_rows(weight_of(targets[layer.name])))]
     if small:
         warnings.warn(
             f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
@@ -202,8 +205,7 @@ def check_any(
 
 def _layer(names: Sequence[str], children: Sequence[nn.Module], calls: Sequence[LayerCalls], samples: int) -> Layer:
     first, child = min(calls, key=lambda call: call.order), children[0]
-    weight = child.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(child)
     columns = weight[0].numel()
     return Layer(
         name=names[0],

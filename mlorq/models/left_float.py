@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import Batch, Listed, batch_samples, take_samples
 from mlorq.models.computed_weights import KINDS, computed_tensors
+from mlorq.models.direct import DirectLinear
 from mlorq.models.layer_list import OTHER, UNUSED, LeftFloat
 from mlorq.models.observe import Observed, observe
 from mlorq.models.weight_range import why_float as out_of_range
@@ -32,6 +33,7 @@ def why_float(layer: nn.Module) -> str | None:
     kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
     if kind is None:
         return f"it is a {type(layer).__name__}"
+    kind = DirectLinear if isinstance(layer, DirectLinear) else kind
     return own_code(layer, kind) or _own_tensors(layer)
 
 
@@ -56,7 +58,7 @@ def _own_tensors(layer: nn.Module) -> str | None:
     if "bias" not in layer._parameters:
         return "its bias is computed on every access"
     for name in ("weight", "bias"):  # a property of the class comes before the parameter
-        if hasattr(type(layer), name):
+        if hasattr(type(layer), name) and not isinstance(layer, DirectLinear):
             return f"its {name} is computed on every access"
     weight = layer._parameters["weight"]
     assert weight is not None

@@ -118,35 +118,42 @@ class _Readers(TorchFunctionMode):
         super().__init__()
         self.inside = 0
         self.found: dict[int, str] = {}
-        self._by_place = {_place(value): id(value) for value in module.parameters() if value.numel()}
+        self._by_place = by_place(module)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if self.inside == 0 and name != "__get__" and isinstance(result, (Tensor, tuple, list)):
-            for value in _tensors((args, kwargs or {})):
-                known = self._by_place.get(_place(value))
-                if known is not None and not (isinstance(result, Tensor) and _place(result) == _place(value)):
+            for value in tensors_in((args, kwargs or {})):
+                known = self._by_place.get(place(value))
+                if known is not None and not (isinstance(result, Tensor) and place(result) == place(value)):
                     self.found.setdefault(known, name)
         return result
 
 
-def _place(value: Tensor) -> tuple[Any, ...]:
+def by_place(module: nn.Module) -> dict[tuple[Any, ...], int]:
+    """Ids of a module's parameters, by the places of their values in memory."""
+    return {place(value): id(value) for value in module.parameters() if value.numel()}
+
+
+def place(value: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values are in memory; equal for views of one tensor."""
     try:
         return value.device, value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
     except (NotImplementedError, RuntimeError):  # inside torch.vmap, by which models make their masks
         return value.device, id(value)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among arguments, also inside mappings, tuples and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, fresh, move_batch
 from mlorq.models.copying import copy_module
+from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
 from mlorq.models.norms import set_parameters
@@ -191,8 +192,7 @@ class PairedForward:
 
     def set(self, layer: Layer, compressed: CompressedLayer) -> None:
         """Put a rounded layer into the compressed copy."""
-        parameter = self.compressed.get_submodule(layer.name).weight
-        assert isinstance(parameter, Tensor)
+        parameter = weight_of(self.compressed.get_submodule(layer.name))
         with torch.no_grad():
             parameter.copy_(compressed.dense().reshape(parameter.shape))
             if compressed.bias is not None:

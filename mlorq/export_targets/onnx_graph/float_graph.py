@@ -22,12 +22,14 @@ from mlorq.export_targets.onnx_graph.activations import registered, replaced, tr
 from mlorq.export_targets.onnx_graph.calls import Flat
 from mlorq.forms.modules import (
     CompressedConv2d,
+    CompressedDirect,
     CompressedEmbedding,
     CompressedLinear,
     CompressedModule,
     swap_module,
 )
 from mlorq.models.copying import copy_module
+from mlorq.models.direct import weight_of
 
 OPSET = 21  # the first with 4-bit integers
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -69,9 +71,12 @@ def float_layer(layer: CompressedModule) -> nn.Module:
     else:
         assert isinstance(layer, CompressedEmbedding), layer
         made = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
-    made.weight = nn.Parameter(layer.weight.detach().float().clone(), requires_grad=False)
+    made.weight = nn.Parameter(weight_of(layer).detach().float().clone(), requires_grad=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().float().clone(), requires_grad=False)
+    if isinstance(layer, CompressedDirect):  # other code multiplies with its weight
+        made.__class__ = layer.float_class
+        made.transposed = layer.transposed
     layer.drop_cache()
     return made
 

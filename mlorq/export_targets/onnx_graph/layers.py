@@ -19,6 +19,7 @@ from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS, GraphBuilder
 from mlorq.export_targets.onnx_graph.stages import STAGES, staged
 from mlorq.forms.base import Shape
 from mlorq.forms.modules import CompressedEmbedding, CompressedModule
+from mlorq.models.direct import weight_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _find(graph: onnx.GraphProto, layers: Mapping[str, CompressedModule]) -> dic
     """The constants of a graph that are weights of layers, by name."""
     known: dict[tuple[tuple[int, ...], bytes], Found] = {}
     for layer in layers.values():
-        weight = layer.weight.detach().float().numpy()
+        weight = weight_of(layer).detach().float().numpy()
         known[_fingerprint(weight)] = Found(layer, False)
         if weight.ndim == 2:
             known.setdefault(_fingerprint(weight.T), Found(layer, True))
