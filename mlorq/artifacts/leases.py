@@ -92,9 +92,7 @@ class Leases:
         path = posixpath.join(self._root, kind, name)
         described = {"created": time.time(), "place": _place(), "process": _process(os.getpid()), "what": what}
         data = json.dumps(described).encode()
-        try:
-            self._files.write(path, data)
-        except OSError:
+        if not self._write(path, data):
             yield None
             return
         self._keep(path, data)
@@ -134,6 +132,29 @@ class Leases:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def _write(self, path: str, data: bytes) -> bool:
+        """Write a lease; False if the store cannot be written."""
+        for _ in range(10):
+            try:
+                self._files.write(path, data)
+                return True
+            except FileNotFoundError:  # another process has just removed the empty folder
+                continue
+            except OSError:
+                return False
+        return False
+
+    def _remove(self, path: str) -> None:
+        """Remove a lease, and the folders that are empty without it: a run that computes nothing leaves nothing."""
+        with contextlib.suppress(OSError):
+            self._files.remove(path)
+            folder = posixpath.dirname(path)
+            while self._files.is_local and len(folder) >= len(posixpath.dirname(self._root)):
+                os.rmdir(folder)
+                folder = posixpath.dirname(folder)
+
     # -- renewal ----------------------------------------------------------------------------------------------
 
     def _keep(self, path: str, data: bytes) -> None:
@@ -155,8 +176,7 @@ class Leases:
                 self._renewal = None
         if ended is not None:
             ended.join()  # it could otherwise write the file again
-        with contextlib.suppress(OSError):
-            self._files.remove(path)
+        self._remove(path)
 
     def _renew(self, end: threading.Event) -> None:
         while not end.wait(RENEWAL_SECONDS):

@@ -32,6 +32,7 @@ class KnownModel:
 
 IMAGES, TEXTS, PAIRS = "image-classification", "text-classification", "sentence-similarity"
 RANDOM = "random weights, tiny sizes, in the tests"
+TASKS_TESTED = "tests/models/test_transformers_tasks.py"  # run by pytest
 WHOLE = "random weights, at full size"
 
 
@@ -91,12 +92,17 @@ KNOWN = [
         "transformers", "RobertaForSequenceClassification", TEXTS, WHOLE, "", _run("roberta_small", "roberta_base"),
     ),
     KnownModel(
-        "transformers", "any AutoModelForCausalLM or AutoModelForMaskedLM", "text-generation, fill-mask",
-        f"{RANDOM}: GPT-2, BERT",
+        "transformers", "any AutoModelForCausalLM", "text-generation", f"{RANDOM}: GPT-2", "", TASKS_TESTED,
     ),
     KnownModel(
-        "transformers", "any AutoModelForImageClassification, or AutoModel of images",
-        "image-classification, image-feature-extraction", f"{RANDOM}: ViT, DINOv2, CLIP's image tower",
+        "transformers", "any AutoModelForMaskedLM", "fill-mask", f"{RANDOM}: BERT", "", TASKS_TESTED,
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForImageClassification", IMAGES, f"{RANDOM}: ViT", "", TASKS_TESTED,
+    ),
+    KnownModel(
+        "transformers", "any AutoModel of images", "image-feature-extraction",
+        f"{RANDOM}: DINOv2, CLIP's image tower", "", TASKS_TESTED,
     ),
     KnownModel(
         "detection", "mask_rcnn_swin_tiny, mask_rcnn_swin_small", "instance-segmentation",

@@ -141,7 +141,8 @@ def find_layers(
     samples = batch_samples(batch)
     if len(seen.weighed) > 1 or (seen.weighed and not seen.weighed[0].isdigit()):
         warnings.warn(
-            f"the model returns several tensors: errors are weighed in {_listed(seen.weighed)}, joined; "
+            f"the model returns no single tensor: errors are weighed in {_listed(seen.weighed)}"
+            f"{', joined' if len(seen.weighed) > 1 else ''}; "
             "forward=callable(model, batch) -> Tensor chooses another output",
             stacklevel=2,
         )

@@ -304,7 +304,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert all(row["model"][:8] in out and row["command"].split()[-1] in out for row in rows)
-    assert "top-1 0.7455" in out
+    assert "top-1 0.8114" in out
 
 
 def test_runs_of_an_empty_store(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
