@@ -73,7 +73,7 @@ class Leases:
     def __init__(self, files: Files, root: str) -> None:
         self._files, self._root = files, posixpath.join(root, FOLDER)
         self._held: dict[str, bytes] = {}  # contents by path
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._renewal: threading.Thread | None = None
         self._end = threading.Event()
 
@@ -111,7 +111,8 @@ class Leases:
         folder = posixpath.join(self._root, kind)
         try:
             found = self._files.listing(folder)
-            read = [self._holder(folder, name, entry.modified) for name, entry in found.items() if "/" not in name]
+            named = [(name, entry.modified) for name, entry in found.items() if "/" not in name]
+            read = [self._holder(posixpath.join(folder, name), modified) for name, modified in named]
         except OSError:  # without leases work goes on
             return []
         known = [holder for holder in read if holder is not None]
@@ -122,12 +123,13 @@ class Leases:
         # counts in seconds, the holders' clocks and the names decide.
         return sorted(alive, key=lambda holder: (holder.modified or now, holder.created, holder.name))
 
-    def _holder(self, folder: str, name: str, modified: datetime.datetime | None) -> Holder | None:
+    def _holder(self, path: str, modified: datetime.datetime | None) -> Holder | None:
         """The holder that a file describes; None if the file has gone, or is another's."""
         try:
-            read = json.loads(self._files.read(posixpath.join(folder, name)))
+            read = json.loads(self._held.get(path) or self._files.read(path))
             number, started = read["process"]
             place, what = str(read["place"]), str(read["what"])
+            name = posixpath.basename(path)
             return Holder(name, modified, float(read["created"]), place, (int(number), str(started)), what)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -175,16 +177,17 @@ class Leases:
                 self._end.set()
                 self._renewal = None
         if ended is not None:
-            ended.join()  # it could otherwise write the file again
-        self._remove(path)
+            ended.join()
+        with self._writing:  # it may be being renewed
+            self._remove(path)
 
     def _renew(self, end: threading.Event) -> None:
         while not end.wait(RENEWAL_SECONDS):
             with self._lock:
                 held = dict(self._held)
             for path, data in held.items():
-                with contextlib.suppress(OSError), self._lock:
-                    if path in self._held and not end.is_set():
+                with contextlib.suppress(OSError), self._writing:
+                    if path in self._held:
                         self._files.write(path, data)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+LEASE_PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ class Store:
             raise StoreError(f"store {hide_secrets(url)!r}: {error}") from error
         self.root = root.rstrip("/")
         self.files = Files(self.fs)
-        self.leases = Leases(Files(self.fs), self.root)  # transfers of artifacts alone are counted
+        # Transfers of artifacts alone are counted. Work goes on without leases, so that a store that is down is not
+        # waited for here.
+        self.leases = Leases(Files(self.fs, patience=LEASE_PATIENCE_SECONDS), self.root)
         self.is_local = self.files.is_local
         self.is_remote = not self.is_local and not isinstance(self.fs, fsspec.get_filesystem_class("memory"))
         folder = cache_folder(cache, self.url) if self.is_remote else None
