@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,7 +100,34 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
     return Dataset(batches, len(images), key, labels=known, label_check=check)
 
 
-class ImageBatches(Sequence[Tensor]):
+class EncodedBatches(Sequence[Any], ABC):
+    """Batches made from encoded images when they are asked for.
+
+    Args:
+        images: the images of all batches.
+        size: images per batch.
+    """
+
+    def __init__(self, images: Sequence[Image], size: int) -> None:
+        self._images, self._size = images, size
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // self._size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._batch(range(len(self))[index])
+
+    def _part(self, place: int) -> Sequence[Image]:
+        return self._images[place * self._size : (place + 1) * self._size]
+
+    @abstractmethod
+    def _batch(self, place: int) -> Any:
+        """The batch at a place from 0 on."""
+
+
+class ImageBatches(EncodedBatches):
     """Batches that are decoded on first use, each together with the next one.
 
     Args:
@@ -112,7 +140,8 @@ class ImageBatches(Sequence[Tensor]):
     def __init__(
         self, images: Sequence[Image], described: dict[str, Any], size: int, workers: int | None = None
     ) -> None:
-        self._images, self._described, self._size = images, described, size
+        super().__init__(images, size)
+        self._described = described
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._workers = workers or cores or 1
         self._lock = threading.Lock()
@@ -120,13 +149,7 @@ class ImageBatches(Sequence[Tensor]):
         self._begun: dict[int, list[Future[Tensor]]] = {}
         self._kept: dict[int, Tensor] = {}
 
-    def __len__(self) -> int:
-        return -(-len(self._images) // self._size)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def _batch(self, place: int) -> Tensor:
         return self._normalised(self._pixels(place))
 
     def _pixels(self, place: int) -> Tensor:
@@ -159,8 +182,8 @@ class ImageBatches(Sequence[Tensor]):
             if self._pool is None:
                 self._transform, self._mode = decoder(self._described)
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="mlorq-decode")
-            part = self._images[place * self._size : (place + 1) * self._size]
-            self._begun[place] = [self._pool.submit(decode, image, self._transform, self._mode) for image in part]
+            decoding = [self._pool.submit(decode, each, self._transform, self._mode) for each in self._part(place)]
+            self._begun[place] = decoding
         return self._begun[place]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
@@ -196,7 +219,7 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return pixels.to(torch.float32).div_(255).sub_(means).div_(stds)
 
 
-class PreparedBatches(Sequence[Any]):
+class PreparedBatches(EncodedBatches):
     """Batches that an image processor prepares on first use, and that are kept.
 
     Args:
@@ -206,19 +229,14 @@ class PreparedBatches(Sequence[Any]):
     """
 
     def __init__(self, images: Sequence[Image], prepare: Callable[[Sequence[Any]], Any], size: int) -> None:
-        self._images, self._prepare, self._size = images, prepare, size
+        super().__init__(images, size)
+        self._prepare = prepare
         self._kept: dict[int, Any] = {}
 
-    def __len__(self) -> int:
-        return -(-len(self._images) // self._size)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def _batch(self, place: int) -> Any:
         if place not in self._kept:
-            part = self._images[place * self._size : (place + 1) * self._size]
-            self._kept[place] = self._prepare([decoded(image.data, image.name, "RGB") for image in part])
+            pictures = [decoded(image.data, image.name, "RGB") for image in self._part(place)]
+            self._kept[place] = self._prepare(pictures)
         return self._kept[place]
 
 
