@@ -110,8 +110,8 @@ def measure(kind: str, name: str, depth: str = "whole") -> dict[str, Any]:
 
     Returns:
         ``status``: ``ok``, ``refused`` (an error in one line), ``traceback``, ``not built``; ``share`` of the weights
-        of linear layers and convolutions that are compressed; ``share_run``: of those that the pass reaches and that
-        are not read directly; ``left``: weights that stay float, by reason.
+        of linear layers and convolutions that are compressed; ``share_run``: of those that the pass reaches; ``left``:
+        weights that stay float, by reason.
     """
     started = time.process_time()
     row: dict[str, Any] = {"name": name, "depth": depth}
@@ -183,7 +183,6 @@ def _shares(module: nn.Module, compressed: Iterable[str], left: Iterable[tuple[s
             reason = reasons.get(path) or reasons.get(f"{path}.weight") or "not listed"
             by_reason[_reason(reason)] += size
     total = sum(sizes.values())
-    apart = sum(size for reason, size in by_reason.items() if reason in (UNUSED, DIRECT))
     others: Counter[str] = Counter()
     for name, reason in reasons.items():
         if name not in sizes and name.removesuffix(".weight") not in sizes and "embedding table" not in reason:
@@ -192,7 +191,7 @@ def _shares(module: nn.Module, compressed: Iterable[str], left: Iterable[tuple[s
         "layers": len(names),
         "weights": total,
         "share": round(done / max(total, 1), 4),
-        "share_run": round(done / max(total - apart, 1), 4),
+        "share_run": round(done / max(total - by_reason[UNUSED], 1), 4),
         "left": dict(by_reason),
         "others": dict(others),
     }
@@ -302,7 +301,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{len(rows)} architectures: " + ", ".join(f"{count} {state}" for state, count in states.most_common())]
     lines.append(
         f"of {len(built)} built: {len(share)} have {GOAL:.0%} of their linear and convolution weights compressed, "
-        f"{len(run)} of those that run and are not read directly"
+        f"{len(run)} of those that run"
     )
     return lines + [f"  {count:4} {reason}" for reason, count in reasons.most_common()]
 

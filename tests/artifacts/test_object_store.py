@@ -27,6 +27,7 @@ from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session, open_store
 from tests.flows.test_cli import prints_json, write_project
+from tests.long import few
 from tests.s3 import KEY as USER
 from tests.s3 import SECRET, S3Server, changed_environment, s3_server
 
@@ -223,6 +224,7 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(server: S3Server, url: s
     assert Store(url).exists(ArtifactRef("step", KEY[::-1]))
 
 
+@pytest.mark.long
 def test_patience_ends(server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(url)
     ref = store.write("step", KEY, {"a": b"1"})
@@ -282,8 +284,11 @@ def test_the_same_run_on_a_folder_and_on_s3(url: str, tmp_path: Path) -> None:
     assert store.traffic.files.read_bytes == 0
 
 
-@pytest.mark.parametrize("step", ["candidates", "compressed"])  # then comes a fan-out, then a checkpoint is loaded
+@pytest.mark.parametrize(
+    "step", few(["candidates", "compressed"], "candidates")
+)  # then comes a fan-out, then a checkpoint is loaded
 def test_a_run_gets_over_a_store_that_is_down(step: str, server: S3Server, url: str, tmp_path: Path) -> None:
+    """After ``candidates`` comes a fan-out, after ``compressed`` a checkpoint is loaded."""
     path = write_project(tmp_path, store=url, engine={"devices": "cpu", "threads": 1, "cache": None})
     config = RunConfig.from_yaml(path)
     session = Session(config, open_store(config))

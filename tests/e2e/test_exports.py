@@ -51,6 +51,7 @@ def path_of(uri: str) -> str:
     return uri.removeprefix("file://")
 
 
+@pytest.mark.long
 def test_a_flow_ends_in_deployable_files(
     project: Path, capsys: pytest.CaptureFixture[str], prefect_server: str
 ) -> None:

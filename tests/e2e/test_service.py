@@ -25,6 +25,7 @@ from mlorq.data.images import ImageBatches
 from mlorq.models.timm import TimmSettings, preprocessing
 from tests import zoo
 from tests.compressed import compressed, folder_of
+from tests.long import few
 
 pytest.importorskip("onnx", reason="needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -92,7 +93,7 @@ def encoded(width: int, height: int, seed: int, kind: str = "PNG", mode: str = "
     return file.getvalue()
 
 
-@pytest.mark.parametrize("settings", [{}, {"in_chans": 1}], ids=["colour", "grey"])
+@pytest.mark.parametrize("settings", few([{}, {"in_chans": 1}], {}), ids=["colour", "grey"])
 def test_images(settings: dict[str, Any], tmp_path: Path) -> None:
     arguments = {**zoo.VIT_ARGUMENTS, **settings}
     architecture = {"family": "timm", "name": zoo.VIT, "arguments": arguments}
@@ -122,7 +123,7 @@ def test_images(settings: dict[str, Any], tmp_path: Path) -> None:
         assert refused(f"{url}/embed", {"texts": ["a dog"]}) == "Not Found"
 
 
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", few(["bert", "mpnet"], "bert"))
 def test_texts(kind: str, tmp_path: Path) -> None:
     from mlorq.models.sentence import SentenceEmbedding
     from mlorq.models.transformers_modules import describe

@@ -77,6 +77,7 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     assert "give --pairs" in alone(file).stderr
 
 
+@pytest.mark.long
 def test_images(tmp_path: Path) -> None:
     architecture = {"family": "timm", "name": zoo.VIT, "arguments": zoo.VIT_ARGUMENTS}
     folder = folder_of(tmp_path / "out", compressed(zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS)), architecture)

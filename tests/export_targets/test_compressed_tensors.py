@@ -18,6 +18,7 @@ from mlorq.errors import CheckpointError
 from mlorq.forms.modules import CompressedLinear
 from tests import zoo
 from tests.export_targets.models import CASES, first_output, outputs, texts
+from tests.long import few
 
 
 def uniform(folder: Path, bits: list[int], model: nn.Module | None = None, **options: Any) -> Path:
@@ -38,7 +39,7 @@ def uniform(folder: Path, bits: list[int], model: nn.Module | None = None, **opt
     return folder
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", few([2, 3, 4, 6, 8], 3))
 def test_transformers_dequantizes_the_checkpoint_s_weights(bits, tmp_path):
     pytest.importorskip("compressed_tensors")
     checkpoint = uniform(tmp_path / "checkpoint", [bits])

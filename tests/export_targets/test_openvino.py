@@ -117,6 +117,7 @@ def test_codes_stay_packed(tmp_path: Path) -> None:
     assert_close(mlorq.load(files[0], runtime="openvino")(x), call(module, x))
 
 
+@pytest.mark.long
 def test_the_files_have_the_checkpoints_size(tmp_path: Path) -> None:
     """The codes within 2 %; the operators, which do not grow with the layers, take less than 10 % here."""
     folder = trellis_folder(tmp_path / "out")
@@ -132,6 +133,7 @@ def test_the_files_have_the_checkpoints_size(tmp_path: Path) -> None:
     assert max(constants.values()) == 1, "equal constants are written once"
 
 
+@pytest.mark.long
 def test_what_is_in_the_metadata(tmp_path: Path) -> None:
     module, architecture, _ = CASES["vit"]()
     folder = folder_of(tmp_path / "out", compressed(module), architecture)
@@ -145,6 +147,7 @@ def test_what_is_in_the_metadata(tmp_path: Path) -> None:
     assert about["nmse_added"]["exact"] < about["nmse_added"]["fast"]
 
 
+@pytest.mark.long
 def test_tokenizer_files_and_the_embedding_of_sentence_encoders(tmp_path: Path) -> None:
     from mlorq.models.sentence import SentenceEmbedding
 
@@ -161,7 +164,8 @@ def test_tokenizer_files_and_the_embedding_of_sentence_encoders(tmp_path: Path) 
         assert_close(found["sentence_embedding"], SentenceEmbedding(("cls", "mean"), False)(module, batch))
 
 
-@pytest.mark.parametrize("quantizer", few([(8, "uniform"), (4, "uniform"), (4, "adalog")], (8, "uniform")))
+@pytest.mark.long
+@pytest.mark.parametrize("quantizer", [(8, "uniform"), (4, "uniform"), (4, "adalog")])
 def test_quantizers_of_activations(quantizer: tuple[int, str], tmp_path: Path) -> None:
     bits, method = quantizer
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS)
@@ -204,6 +208,7 @@ def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mlorq.load(tmp_path, runtime="openvino")
 
 
+@pytest.mark.long
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from flows.cli import main
 

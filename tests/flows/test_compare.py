@@ -20,8 +20,11 @@ from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from tests.flows.test_cli import fails, write_project
 from tests.flows.test_flows import flow_runs
+from tests.long import few
 
 NAMES = list(known_methods())
+# Of every kind one: uniform, published, mixed, trained.
+SOME = ["nearest", "gptq", "erq", "brecq", "repq", "mlorq+lra", "best"]
 SETTINGS = {
     "search": {"points": 2, "hessian_probes": 4, "samples": 8, "factor_bits": [4], "sum_ranks": [2]},
     "rounding": {"iterations": 6, "tuning": 2},
@@ -29,19 +32,20 @@ SETTINGS = {
 
 
 class Compared:
-    """A project with one comparison of all methods, made once for the tests that only read it."""
+    """A project with one comparison of several methods, made once for the tests that only read it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.names = names
         self.config = write_project(folder, **SETTINGS)
         self.output = folder / "table"
         self.result: dict[str, Any] = {}
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Compared:
-    project = Compared(tmp_path_factory.mktemp("compared"))
+@pytest.fixture(scope="module", params=few([SOME, NAMES], SOME), ids=["some", "all"])
+def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Compared:
+    project = Compared(tmp_path_factory.mktemp("compared"), request.param)
     output = project.config.parent / "result.json"
-    argv = ["compare", project.config, "--methods", ",".join(NAMES), "--budget", "4bit", "--activations", "6"]
+    argv = ["compare", project.config, "--methods", ",".join(project.names), "--budget", "4bit", "--activations", "6"]
     with pytest.MonkeyPatch.context() as patch, output.open("w") as file:
         patch.setattr(sys, "stdout", file)
         assert main([*map(str, argv), "--output", str(project.output), "--json"]) == 0
@@ -51,7 +55,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> C
 
 def test_every_method_has_its_row_at_the_same_size(compared: Compared) -> None:
     rows = {row["method"]: row for row in compared.result["rows"]}
-    assert list(rows) == NAMES
+    assert list(rows) == compared.names
     uniform = {row["bytes"] for row in rows.values() if row["weights"] == "uniform"}
     assert len(uniform) == 1
     assert {row["budget_bytes"] for row in rows.values()} == uniform, "the very same bytes for all"
@@ -67,7 +71,7 @@ def test_every_method_has_its_row_at_the_same_size(compared: Compared) -> None:
         assert row["seconds"] > 0
     counts = {row["Q / LR / QLR / TCQ"] for row in rows.values() if row["weights"] == "uniform"}
     assert counts == {"6 / 0 / 0 / 0"}
-    assert len({row["nmse"] for row in rows.values()}) >= len(NAMES) - 2, "they are different methods"
+    assert len({row["nmse"] for row in rows.values()}) >= len(compared.names) - 2, "they are different methods"
     assert rows["best"]["nmse"] < rows["nearest"]["nmse"]
     assert len(flow_runs("compare tiny_project 4bit")) >= 1
     assert flow_runs("brecq")[0].state_name == "Completed"
@@ -79,7 +83,7 @@ def test_the_table_is_in_the_store_and_where_it_was_asked_for(compared: Compared
         stored = Path(files[kind].removeprefix("file://"))
         assert stored.read_bytes() == (compared.output / name).read_bytes()
     table = pq.read_table(compared.output / TABLE)
-    assert table["method"].to_pylist() == NAMES
+    assert table["method"].to_pylist() == compared.names
     assert json.loads((compared.output / ROWS).read_text())["rows"] == compared.result["rows"]
     assert "<td>BRECQ (2102.05426)</td>" in (compared.output / PAGE).read_text()
 

@@ -469,6 +469,7 @@ def test_ctrl_c_and_the_same_command_again(
     assert result["steps"] == {"computed": STEPS - done, "reused": done}
 
 
+@pytest.mark.long
 def test_kill_and_the_same_command_again_with_an_embedded_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_every_engine_makes_the_same_bytes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prefect_server: str

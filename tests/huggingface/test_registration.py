@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.long import few
+
 FIND = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table; print(table['mlorq'].__name__)"
 
 
@@ -18,15 +20,19 @@ def printed(code: str) -> str:
 
 @pytest.mark.parametrize(
     "imports",
-    [
-        "import mlorq, transformers",
-        "import transformers, mlorq",
-        "from transformers import AutoModel; import mlorq",
+    few(
+        [
+            "import mlorq, transformers",
+            "import transformers, mlorq",
+            "from transformers import AutoModel; import mlorq",
+            "import mlorq; from transformers import AutoModel",
+            "import transformers.quantizers.auto, mlorq",
+            "import mlorq.huggingface.quantizer",  # its own import of transformers triggers the registration
+            "import mlorq, importlib; importlib.reload(mlorq); import transformers; importlib.reload(mlorq)",
+        ],
         "import mlorq; from transformers import AutoModel",
-        "import transformers.quantizers.auto, mlorq",
-        "import mlorq.huggingface.quantizer",  # its own import of transformers triggers the registration
-        "import mlorq, importlib; importlib.reload(mlorq); import transformers; importlib.reload(mlorq)",
-    ],
+        "from transformers import AutoModel; import mlorq",
+    ),
 )
 def test_the_quantizer_is_registered_in_every_order_of_imports(imports):
     assert printed(f"{imports}; {FIND}") == "MlorqQuantizer"

@@ -30,6 +30,7 @@ def test_a_tiny_model_goes_all_the_way(tmp_path: Path) -> None:
     assert row.endswith("| yes |")
 
 
+@pytest.mark.long
 def test_a_tiny_detector_goes_all_the_way(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     arguments = detectors.ARGUMENTS | {"num_classes": 81}
@@ -39,6 +40,7 @@ def test_a_tiny_detector_goes_all_the_way(tmp_path: Path) -> None:
     assert found["layers"] > 20
 
 
+@pytest.mark.long
 def test_methods_side_by_side_without_prefect(tmp_path: Path) -> None:
     recipe = Recipe("tiny", "timm", zoo.VIT, zoo.VIT_ARGUMENTS | {"depth": 1})
     module = build(recipe)

@@ -29,11 +29,11 @@ def test_a_checkpoint_in_torch(folder: Path) -> None:
         str(folder),
         ["torch"],
         batches=(1, 3),
-        turns=2,
+        turns=1,
         seconds=0.01,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls == [(done, 6) for done in range(1, 7)]
+    assert calls == [(done, 3) for done in range(1, 4)]
     about, rows = inspect(folder), {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["float", "dense", "packed"]
     assert rows["dense"]["bytes"] == rows["packed"]["bytes"] == about["file_bytes"]
@@ -61,6 +61,7 @@ def test_statistics_of_turns() -> None:
     assert found["throughput"] == {"4": pytest.approx(4 / 3)}
 
 
+@pytest.mark.long
 def test_the_command_prints_every_runtime(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="needs the extra onnx")

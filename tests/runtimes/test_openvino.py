@@ -12,6 +12,7 @@ import mlorq
 from mlorq.errors import CheckpointError, ConfigError, ModelError
 from tests import zoo
 from tests.compressed import compressed, folder_of
+from tests.long import few
 from tests.nets import TokenNet, images
 
 openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
@@ -31,7 +32,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("precision", few(["exact", "fast"], "fast"))
 def test_a_checkpoint(precision: str, folder: Path) -> None:
     model = mlorq.load(folder, runtime="openvino", precision=precision, threads=1)
     pixels = zoo.pixels(3, 1)
@@ -47,6 +48,7 @@ def test_a_checkpoint(precision: str, folder: Path) -> None:
     assert model.session.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
 
 
+@pytest.mark.long
 def test_outputs_do_not_change_with_later_calls(folder: Path) -> None:
     model = mlorq.load(folder, runtime="openvino")
     first = model(zoo.pixels(2, 1))
@@ -89,6 +91,7 @@ def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     assert "\n" not in str(failed.value)
 
 
+@pytest.mark.long
 def test_files_from_any_file_system(folder: Path, tmp_path: Path) -> None:
     files = mlorq.export(folder, f"file://{tmp_path}/model.xml", to="openvino")
     pixels = zoo.pixels(3, 1)
@@ -96,6 +99,7 @@ def test_files_from_any_file_system(folder: Path, tmp_path: Path) -> None:
     assert difference(found, mlorq.load(folder)(pixels)) < 1e-5
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_it(folder: Path) -> None:
     from mlorq.runtimes.benchmark import benchmark
 

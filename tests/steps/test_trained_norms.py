@@ -25,6 +25,7 @@ from steps.pipeline import result_json, run_pipeline
 from steps.reconstruct import trained_files
 from steps.session import Session
 from tests import zoo
+from tests.long import few
 
 VIT = """
 import torch
@@ -124,8 +125,8 @@ def float_norms(session: Session) -> dict[str, Tensor]:
     return {parameter.name: parameter.tensor.detach().clone() for parameter in norm_parameters(session.model.module)}
 
 
-@pytest.mark.parametrize("kind", ["vit", "bert"])
-@pytest.mark.parametrize("tuning", [0, 60])
+@pytest.mark.parametrize("kind", few(["vit", "bert"], "bert"))
+@pytest.mark.parametrize("tuning", few([0, 60], 60))
 def test_trained_norms_reach_the_checkpoint(folder: Path, kind: str, tuning: int) -> None:
     result, _, session = run(folder, kind, rounding={"tuning": tuning})
     refs, before = chain(session, result), float_norms(session)
@@ -185,7 +186,7 @@ def test_folded_norms_are_trained_in_the_folded_model(folder: Path) -> None:
     assert result["nmse"] < 2 * fixed["nmse"]
 
 
-@pytest.mark.parametrize("kind", ["vit", "bert"])
+@pytest.mark.parametrize("kind", few(["vit", "bert"], "vit"))
 def test_a_run_that_goes_on_elsewhere_gives_the_same_norms(folder: Path, kind: str) -> None:
     """After the first block: the next layer, block and the tuning read its norms from the store."""
     first, _, session = run(folder, kind, rounding={"tuning": 12})
