@@ -130,7 +130,8 @@ def uniform(bits: int, common: dict[str, Any], path: str) -> dict[str, tuple[Bud
     room = parse_budget(f"{bits + 1}bit")
     one = common | {"search.sensitivity": "local"}
     codes = one | {"search.bits": [bits], "search.forms": ["Q"]}
-    trellis = one | {"preset": "fast", "search.trellis_bits": [bits], "search.forms": ["Q", "TCQ"]}
+    # Layers with too few rows for a trellis have affine codes of the same bits.
+    trellis = codes | {"preset": "fast", "search.trellis_bits": [bits], "search.forms": ["Q", "TCQ"]}
     settings = RunConfig.from_yaml(path, trellis).search
     smallest = sum(
         smallest_size(shape, settings.form_settings, settings.storage).bytes for shape in shapes_of(path, common)
