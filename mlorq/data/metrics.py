@@ -5,6 +5,9 @@ Configurations need the names alone, so the functions import numpy themselves.
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,9 +95,34 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray, k: int = 20, te
     return hits / len(values)
 
 
+def spoken_words(text: str) -> list[str]:
+    """The words of a transcript: lower case, without punctuation; words with an apostrophe stay one."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub("['’]", "", text)
+    return "".join(" " if unicodedata.category(letter)[0] == "P" else letter for letter in text).split()
+
+
+def word_errors(words: Sequence[str], reference: Sequence[str]) -> int:
+    """Least number of substitutions, deletions and insertions that make ``reference`` of ``words``.
+
+    The rows of the table of Levenshtein distances are computed one from the other: ``row[j]`` is the distance of the
+    first j words from the reference's first ones.
+    """
+    import numpy as np
+
+    found = np.array(words, dtype=object)
+    places = np.arange(len(found) + 1)
+    row = places
+    for word in reference:
+        best = row + 1  # the word is missing
+        best[1:] = np.minimum(best[1:], row[:-1] + (found != word))
+        row = places + np.minimum.accumulate(best - places)  # further words are too many
+    return int(row[-1])
+
+
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
-NEIGHBOURS, PERPLEXITY = "knn", "perplexity"
-METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY)
+NEIGHBOURS, PERPLEXITY, WORD_ERRORS = "knn", "perplexity", "wer"
+METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY, WORD_ERRORS)

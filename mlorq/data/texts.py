@@ -96,6 +96,8 @@ def text_dataset(
     Raises:
         DataError: there are too few rows, or a metric does not fit the model.
     """
+    if inputs.predicts == "target":
+        raise DataError(f"{rows.origin}: the model generates texts from texts: use source table with two text columns")
     rows = rows.listed(settings, folder)
     pairs = inputs.pairs
     samples: list[Text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -88,7 +89,13 @@ def test_every_metric_of_a_configuration_exists():
     from mlorq.config.sections import source_section
 
     named = get_args(get_args(source_section().model_fields["metric"].annotation)[0])
-    others = {"box_ap", "mask_ap", metrics.NEIGHBOURS, metrics.PERPLEXITY}  # not of predictions and labels alone
+    others = {
+        "box_ap",
+        "mask_ap",
+        metrics.NEIGHBOURS,
+        metrics.PERPLEXITY,
+        metrics.WORD_ERRORS,
+    }  # not of predictions and labels alone
     assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)
 
@@ -109,3 +116,45 @@ def test_votes_of_neighbours_are_those_of_each_sample_alone(seed: int) -> None:
                 votes[labels[other]] = votes.get(labels[other], 0.0) + np.exp(cosine / 0.07)
             hits += max(sorted(votes), key=lambda label: votes[label]) == labels[own]
         assert metrics.nearest_neighbours(features, labels, k) == hits / samples
+
+
+def _least_edits(words: tuple[str, ...], reference: tuple[str, ...]) -> int:
+    """Every way to begin: the last words are matched or substituted, one is too many, or one is missing."""
+
+    @cache
+    def least(left: int, right: int) -> int:
+        if not left or not right:
+            return left + right
+        both = least(left - 1, right - 1) + (words[left - 1] != reference[right - 1])
+        return min(both, least(left - 1, right) + 1, least(left, right - 1) + 1)
+
+    return least(len(words), len(reference))
+
+
+def test_word_errors_are_the_least_number_of_edits(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for _ in range(60):
+        words, reference = (tuple(draw.choice(["the", "dog", "runs"], draw.integers(0, 9))) for _ in range(2))
+        assert metrics.word_errors(words, reference) == _least_edits(words, reference)
+        assert metrics.word_errors(reference, words) == metrics.word_errors(words, reference)
+
+
+@pytest.mark.parametrize(
+    ("heard", "spoken", "errors"),
+    [
+        ("the dog runs", "the dog runs", 0),
+        ("a dog runs", "the dog runs", 1),  # a substitution
+        ("dog runs", "the dog runs", 1),  # a deletion
+        ("the big dog runs", "the dog runs", 1),  # an insertion
+        ("", "the dog runs", 3),
+        ("the dog", "", 2),
+    ],
+)
+def test_word_errors_by_hand(heard: str, spoken: str, errors: int) -> None:
+    assert metrics.word_errors(heard.split(), spoken.split()) == errors
+
+
+def test_case_punctuation_and_spaces_are_not_heard() -> None:
+    assert metrics.spoken_words("  “Don't” —\tshe said; WELL-known…\n") == ["dont", "she", "said", "well", "known"]
+    assert metrics.spoken_words("Ein Pfund kostet £3") == ["ein", "pfund", "kostet", "£3"]
+    assert metrics.spoken_words("?!") == []
