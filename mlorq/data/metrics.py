@@ -95,6 +95,33 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray, k: int = 20, te
     return hits / len(values)
 
 
+def ndcg(scores: np.ndarray, grades: np.ndarray, k: int = 10) -> float:
+    """Mean over the queries of the normalised discounted cumulative gain of their first ``k`` documents.
+
+    The gain of a document is its grade, divided by ``log2(rank + 1)``; the sum is divided by that of the best order
+    (Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, 2002, with the discount that BEIR uses).
+    Of documents with equal scores the one with the smaller index comes first. Queries without a grade above zero do not
+    count; 0 if there are no others.
+
+    Args:
+        scores: ``(queries, documents)``, larger for documents that fit better.
+        grades: ``(queries, documents)``; grades below zero count as zero.
+        k: number of documents; at most all of them.
+    """
+    import numpy as np
+
+    gains = np.maximum(grades.astype(np.float64), 0.0)
+    rated = gains.max(axis=1) > 0
+    if not rated.any():
+        return 0.0
+    gains, scores = gains[rated], scores[rated]
+    k = min(k, gains.shape[1])
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    found = np.take_along_axis(gains, np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    best = -np.sort(-gains, axis=1)[:, :k]
+    return float(((found @ discount) / (best @ discount)).mean())
+
+
 def spoken_words(text: str) -> list[str]:
     """The words of a transcript: lower case, without punctuation; words with an apostrophe stay one."""
     text = unicodedata.normalize("NFKC", text).lower()
@@ -124,5 +151,5 @@ CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
-NEIGHBOURS, PERPLEXITY, WORD_ERRORS = "knn", "perplexity", "wer"
-METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY, WORD_ERRORS)
+NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
+METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING)

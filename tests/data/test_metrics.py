@@ -93,6 +93,7 @@ def test_every_metric_of_a_configuration_exists():
         "box_ap",
         "mask_ap",
         metrics.NEIGHBOURS,
+        metrics.RANKING,
         metrics.PERPLEXITY,
         metrics.WORD_ERRORS,
     }  # not of predictions and labels alone
@@ -158,3 +159,31 @@ def test_case_punctuation_and_spaces_are_not_heard() -> None:
     assert metrics.spoken_words("  “Don't” —\tshe said; WELL-known…\n") == ["dont", "she", "said", "well", "known"]
     assert metrics.spoken_words("Ein Pfund kostet £3") == ["ein", "pfund", "kostet", "£3"]
     assert metrics.spoken_words("?!") == []
+
+
+def test_gains_of_rankings_are_those_of_each_query_alone(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for documents, k in ((30, 10), (6, 10), (12, 1)):
+        scores = draw.integers(0, 8, (9, documents)).astype(float)  # with ties
+        grades = draw.integers(-1, 4, (9, documents)) * (draw.random((9, documents)) < 0.3)
+        grades[4] = -np.abs(grades[4])
+        found = []
+        for own, judged in zip(scores.tolist(), grades.tolist(), strict=True):
+            order = sorted(range(documents), key=lambda place: (-own[place], place))
+            gains = [max(judged[place], 0) for place in order]
+            sums = [
+                sum(gain / np.log2(rank + 1) for rank, gain in enumerate(ranked[:k], 1))
+                for ranked in (gains, sorted(gains, reverse=True))
+            ]
+            if sums[1]:
+                found.append(sums[0] / sums[1])
+        assert metrics.ndcg(scores, grades, k) == pytest.approx(np.mean(found))
+
+
+def test_gains_of_rankings_by_hand() -> None:
+    scores, grades = np.array([[0.9, 0.5, 0.7]]), np.array([[0, 1, 3]])
+    best = 3 / np.log2(2) + 1 / np.log2(3)
+    assert metrics.ndcg(scores, grades) == pytest.approx((3 / np.log2(3) + 1 / np.log2(4)) / best)
+    assert metrics.ndcg(scores, grades, 1) == 0.0
+    assert metrics.ndcg(grades.astype(float), grades) == 1.0
+    assert metrics.ndcg(scores, np.zeros_like(grades)) == 0.0

@@ -164,7 +164,7 @@ def test_a_missing_package_is_named_with_what_installs_it():
 def test_sources_are_registered_without_torch():
     code = (
         "import sys, mlorq.data, mlorq.config.run\n"
-        "assert len(mlorq.data.SOURCES.names()) == 9\n"
+        "assert len(mlorq.data.SOURCES.names()) == 10\n"
         "heavy = {'torch', 'pyarrow', 'PIL', 'pycocotools', 'transformers', 'datasets', 'timm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "mlorq.data.from_batches\n"
