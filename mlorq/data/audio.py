@@ -28,7 +28,7 @@ from mlorq.data.source import (
     Role,
     RootSettings,
 )
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -108,6 +108,8 @@ def _read(root: str, file: str) -> bytes:
         data: Any = fs.cat_file(path)
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"recording {file} does not exist in {root}") from None
+    except OSError as error:
+        raise DataError(f"recording {file} in {root} cannot be read: {one_line(error)}") from error
     found: bytes = data
     return found
 

@@ -57,7 +57,10 @@ def recogniser(settings: TransformersSettings, location: str, language: str | No
     if language is not None:
         if not getattr(generation, "is_multilingual", False):
             raise ModelError(f"model {name!r} does not take a language: leave out language")
-        tokenizer.set_prefix_tokens(language=language, task="transcribe")
+        try:
+            tokenizer.set_prefix_tokens(language=language, task="transcribe")
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"model {name!r}: language {language!r}: {one_line(error)}") from error
     with quiet():
         empty = without_values(kind, config)
     shift = shifter(empty) if decodes else None
@@ -76,8 +79,6 @@ def recogniser(settings: TransformersSettings, location: str, language: str | No
             return batch
         rows = tokenizer(list(texts) if texts is not None else [""] * len(recordings))["input_ids"]
         labels = [_labels(row, tokenizer, config)[:longest] for row in rows]
-        if texts is None:  # what follows the start tokens is not known
-            labels = [row[:-1] or row for row in labels]
         mask = frame_mask(empty, batch)
         frames = getattr(config, "max_source_positions", 0) if mask is None else mask.shape[1]
         target = decoder_batch(labels, shift, frames)

@@ -212,7 +212,7 @@ def test_without_transcripts_the_decoder_reads_its_start_tokens(tmp_path: Path) 
     model, data = calibration(tmp_path, values)
     assert data.samples == 6
     for batch in data.batches:
-        assert (batch["decoder_input_ids"][batch["decoder_attention_mask"] == 1] == 2).all()
+        assert (batch["decoder_input_ids"] == 2).all(), "[CLS], which the tokenizer puts before a text"
         assert model.outputs(model.module, batch).shape == (len(batch["input_features"]), POSITIONS * 24)
 
 
@@ -267,6 +267,8 @@ def test_a_language_is_part_of_what_the_decoder_reads(tmp_path: Path) -> None:
                 features = batch["input_features"][place : place + 1]
                 ids.append(int(model.module(features, decoder_input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         assert text == tokens.decode(ids[4:], skip_special_tokens=True)
+    with pytest.raises(ModelError, match="language 'klingon': "):
+        loaded(tmp_path, language="klingon")
     _, other = loaded(tmp_path, batch_size=8)
     assert other.key != data.key
 
