@@ -103,8 +103,8 @@ KNOWN = [
         SEQUENCES_TESTED,
     ),
     KnownModel(
-        "transformers", "any AutoModelForSpeechSeq2Seq or AutoModelForCTC", "automatic-speech-recognition",
-        f"{RANDOM}: Whisper, wav2vec 2.0, HuBERT", "", SPEECH_TESTED,
+        "transformers", "any AutoModelForCTC; AutoModelForSpeechSeq2Seq with encoder and decoder",
+        "automatic-speech-recognition", f"{RANDOM}: Whisper, Moonshine, wav2vec 2.0, HuBERT", "", SPEECH_TESTED,
     ),
     KnownModel(
         "transformers", "any AutoModelForImageClassification", IMAGES, f"{RANDOM}: ViT", "", TASKS_TESTED,

@@ -42,6 +42,8 @@ def frame_mask(module: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     frames: Any = getattr(module, "_get_feat_extract_output_lengths", None)
     if mask is None or frames is None:
         return mask
-    counts = frames(torch.cat([mask.sum(1), torch.full_like(mask[:1, 0], mask.shape[1], dtype=torch.int64)])).long()
-    found: Tensor = torch.arange(int(counts[-1]), device=counts.device) < counts[:-1, None]
+    # One by one: some models count the frames of a single recording only.
+    counts = [int(frames(length.long())) for length in (*mask.sum(1).cpu(), torch.tensor(mask.shape[1]))]
+    places = torch.arange(counts[-1], device=mask.device)
+    found: Tensor = places < torch.tensor(counts[:-1], device=mask.device)[:, None]
     return found

@@ -19,7 +19,7 @@ from mlorq.models.transformers import TransformersSettings, quiet
 from mlorq.models.transformers_modules import model_class
 
 INPUTS = ("input_features", "input_values", "attention_mask")  # of the encoder
-LONGEST = 448  # tokens of a transcript, those of Whisper, if the model does not say
+LONGEST = 448  # tokens of a transcript, those of Whisper, unless the model says less
 # Entries of a feature extractor that do not affect the batches.
 NOT_PREPROCESSING = ("_processor_class", "feature_extractor_type", "processor_class")
 
@@ -111,11 +111,14 @@ def _generation(location: str, config: Any) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(location)
+        found = GenerationConfig.from_pretrained(location)
     except OSError:  # there is no such file
-        made = GenerationConfig.from_model_config(config)
-        made.max_length = getattr(config, "max_target_positions", None) or LONGEST  # not the library's default of 20
-        return made
+        found = GenerationConfig.from_model_config(config)
+    if found.max_new_tokens is None and found.max_length == GenerationConfig().max_length:
+        # The usual number of tokens, if nothing else is said, would cut transcripts.
+        positions = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+        found.max_length = min(next((most for most in positions if most), LONGEST), LONGEST)
+    return found
 
 
 def _labels(row: Sequence[int], tokenizer: Any, config: Any) -> list[int]:

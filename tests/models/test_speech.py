@@ -64,11 +64,21 @@ CTC = {
     "num_conv_pos_embedding_groups": 2,
     "pad_token_id": 0,
 }
+MOONSHINE = {
+    **{name: WHISPER[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
+    "decoder_start_token_id": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "max_position_embeddings": 24,
+    **{f"{side}_num_hidden_layers": 1 for side in ("encoder", "decoder")},
+    **{f"{side}_num_attention_heads": 2 for side in ("encoder", "decoder")},
+}
 MASKED = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", WHISPER),
     "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForCTC", {**CTC, **MASKED}),
     "hubert": ("HubertConfig", "HubertForCTC", CTC),
+    "moonshine": ("MoonshineConfig", "MoonshineForConditionalGeneration", MOONSHINE),
 }
 SECONDS = [0.09, 0.05, 0.07, 0.05, 0.11, 0.06, 0.08, 0.07]
 
@@ -88,6 +98,9 @@ def save(folder: Path, kind: str) -> nn.Module:
     if kind == "whisper":
         zoo.tokenizer().save_pretrained(folder / "model")
         transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder / "model")
+    elif kind == "moonshine":
+        zoo.tokenizer().save_pretrained(folder / "model")
+        transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder / "model")
     else:
         letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxy"]
         (folder / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
@@ -186,6 +199,23 @@ def test_padding_of_recordings_is_no_data(tmp_path: Path) -> None:
     for name, products in found.inputs.items():
         assert products.counts == wanted.inputs[name].counts
         torch.testing.assert_close(products.means(), wanted.inputs[name].means(), rtol=1e-3, atol=1e-4)
+
+
+def test_frames_and_tokens_have_masks_of_their_own(tmp_path: Path) -> None:
+    """A model that masks frames and reads a transcript: as many frames as it makes of each recording alone."""
+    save(tmp_path, "moonshine")
+    model, data = loaded(tmp_path, batch_size=8)
+    (batch,) = data.batches
+    frames, tokens = model.token_mask(batch)
+    assert frames.shape != tokens.shape
+    encoder: Any = model.module.get_encoder()
+    counts = batch["attention_mask"].sum(1).tolist()
+    assert sorted(counts) == counts
+    for place, count in list(enumerate(counts))[-3:]:  # shorter ones make no frame without the padding
+        with torch.no_grad():
+            hidden = encoder(batch["input_values"][place : place + 1, :count]).last_hidden_state
+        assert int(frames[place].sum()) == hidden.shape[1]
+    assert torch.equal(tokens, batch["decoder_attention_mask"] == 1)
 
 
 def test_the_decoder_reads_the_transcript(tmp_path: Path) -> None:
@@ -336,6 +366,7 @@ def test_example_inputs_are_those_of_recordings(kind: str, tmp_path: Path) -> No
         name: value.dtype for name, value in data.batches[0].items()
     }
     assert model.outputs(model.module, batch).isfinite().all()
+    assert data.evaluate(model.module)["wer"] > 0
 
 
 @pytest.mark.parametrize(
