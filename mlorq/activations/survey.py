@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.activations.products import ProductMode
-from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
@@ -26,6 +25,7 @@ from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
 from mlorq.models.observe import first_argument
+from mlorq.models.token_masks import TokenMask, counting
 
 KEPT = 1 << 20  # numbers kept per tensor, over all batches
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997
@@ -123,7 +123,7 @@ def survey(
             name: str,
             values: Tensor,
             count: int = count,
-            mask: Tensor | None = mask,
+            mask: TokenMask = mask,
             weighted: Importance = weighted,
         ) -> None:
             if not torch.isfinite(values).all():
@@ -165,22 +165,23 @@ def survey(
     return list(found.values())
 
 
-def _counted(values: Tensor, mask: Tensor | None, kind: str | None) -> Tensor:
+def _counted(values: Tensor, mask: TokenMask, kind: str | None) -> Tensor:
     """The unmasked part of a tensor: ``(tokens, channels)`` of a linear layer's input, else ``(numbers,)``.
 
     Args:
         values: the tensor that the layer or product reads.
-        mask: mask of the batch's tokens.
+        mask: masks of the batch's tokens.
         kind: kind of the layer; None for an operand of a product.
     """
     if kind == "linear":
         chosen = counting(mask, values) if values.dim() == 3 else None
         return values.reshape(-1, values.shape[-1]) if chosen is None else values[chosen]
-    if mask is not None and kind is None and values.dim() == 4:
+    if kind is None and values.dim() == 4:
         # (samples, heads, tokens, ·), or with the tokens last if keys are already transposed.
         for axis in (-2, -1):
-            if (values.shape[0], values.shape[axis]) == tuple(mask.shape):
-                return values.movedim(axis, 1)[mask].reshape(-1)
+            chosen = counting(mask, values, axis)
+            if chosen is not None:
+                return values.movedim(axis, 1)[chosen].reshape(-1)
     return values.reshape(-1)
 
 

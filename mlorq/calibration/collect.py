@@ -22,6 +22,7 @@ from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens
 from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
+from mlorq.models.token_masks import TokenMask, counting
 
 FLOAT16_LARGEST = 65504.0
 
@@ -106,7 +107,7 @@ def capture(
         weights = importance[index] if importance is not None else {}
 
         def hook(
-            name: str, start: int, count: int, mask: Tensor | None, seen: set[str], weights: Importance
+            name: str, start: int, count: int, mask: TokenMask, seen: set[str], weights: Importance
         ) -> Callable[..., None]:
             def record(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
                 inputs = first_argument(args, kwargs)
@@ -156,17 +157,13 @@ def capture(
     return Captured(join_outputs(references), samples, products)
 
 
-def counting(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """The mask if it covers ``tokens``, ``(samples, tokens, …)``; else None: all of them count."""
-    return mask if mask is not None and mask.shape == tokens.shape[:2] else None
-
-
-def _choose(tokens: Tensor, mask: Tensor | None, share: int, first: int, generator: torch.Generator) -> InputSample:
+def _choose(tokens: Tensor, mask: TokenMask, share: int, first: int, generator: torch.Generator) -> InputSample:
     """``share`` random tokens per sample, fewer if fewer are unmasked."""
     count, length = tokens.shape[:2]
     order = torch.rand(count, length, generator=generator)
-    if mask is not None and mask.shape == (count, length):
-        order = torch.where(mask.cpu(), order, torch.inf)
+    own = counting(mask, tokens)
+    if own is not None:
+        order = torch.where(own.cpu(), order, torch.inf)
     picked = order.topk(min(share, length), dim=1, largest=False)
     sample, column = torch.isfinite(picked.values).nonzero(as_tuple=True)
     token = picked.indices[sample, column]

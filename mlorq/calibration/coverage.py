@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import FOLDS, Moments
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, take_samples
 from mlorq.models.layers import input_tokens
 from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
+from mlorq.models.token_masks import TokenMask, counting
 
 DAMPING = 0.01  # λ relative to the mean of Σ's diagonal, as in GPTQ
 
@@ -129,7 +129,7 @@ def mean_scores(
     for moved in feed(batches, device, model.dtype):
         count, mask = batch_samples(moved), model.token_mask(moved)
 
-        def hook(layer: str, count: int, mask: Tensor | None) -> Callable[..., None]:
+        def hook(layer: str, count: int, mask: TokenMask) -> Callable[..., None]:
             def record(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
                 tokens = input_tokens(child, first_argument(args, kwargs), count)
                 covering = counting(mask, tokens)

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
@@ -25,6 +24,7 @@ from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import input_tokens, output_tokens
 from mlorq.models.observe import first_argument
+from mlorq.models.token_masks import TokenMask, counting
 
 Mode = Literal["auto", "probes", "exact"]
 
@@ -194,7 +194,7 @@ def _add_pass(
     total: dict[str, Tensor],
     products: Mapping[str, OuterProducts] | None,
     first: int,
-    mask: Tensor | None,
+    mask: TokenMask,
 ) -> None:
     """Add ``Σ_samples (∂(v · f) / ∂W)²``, one v per sample, to ``total``, and output gradients to ``products``."""
     if not outputs.requires_grad:

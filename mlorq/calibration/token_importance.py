@@ -20,6 +20,7 @@ from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import output_tokens
 from mlorq.models.prefetch import feed
+from mlorq.models.token_masks import TokenMask, masks_of
 
 PASSES = 2  # backward passes per batch; weights are sums over many channels, so few probes suffice
 FLOOR = 0.1  # least weight, relative to the mean: gradients are first-order, and errors are not small
@@ -66,7 +67,7 @@ def token_importance(
     generator = torch.Generator().manual_seed(seed)
     leader = leaders(layers)
     found: list[dict[str, Tensor]] = []
-    masks: list[Tensor | None] = []
+    masks: list[TokenMask] = []
     for index, moved in enumerate(feed(batches, device, model.dtype)):
         count = batch_samples(moved)
         with _Outputs(model.module, list(leader), blocks) as outputs, torch.enable_grad():
@@ -87,30 +88,31 @@ def token_importance(
                 key = leader.get(name, name)
                 weights[key] = weights[key] + square if key in weights else square
         found.append({name: value.cpu() for name, value in weights.items()})
-        mask = model.token_mask(moved)
-        masks.append(None if mask is None else mask.cpu())
+        masks.append(tuple(mask.cpu() for mask in masks_of(model.token_mask(moved))))
         if progress is not None:
             progress(index + 1, len(batches))
     return _normalised(found, masks, power)
 
 
 def _normalised(
-    batches: Sequence[dict[str, Tensor]], masks: Sequence[Tensor | None], power: float
+    batches: Sequence[dict[str, Tensor]], masks: Sequence[TokenMask], power: float
 ) -> list[dict[str, Tensor]]:
     """Weights divided by their mean over the unmasked tokens, mixed with one; without a gradient they are dropped."""
     names = [name for name in batches[0] if all(name in batch for batch in batches)]
     batches = [{name: batch[name].pow(power) for name in names} for batch in batches]
 
     def mean(name: str) -> float:
-        values = [
-            batch[name].flatten() if mask is None or mask.shape != batch[name].shape else batch[name][mask]
-            for batch, mask in zip(batches, masks, strict=True)
-        ]
+        values = [_counted(batch[name], mask) for batch, mask in zip(batches, masks, strict=True)]
         return float(torch.cat(values).double().mean())
 
     means = {name: mean(name) for name in names}
     useful = [name for name in names if means[name] > 0]
     return [{name: (1 - FLOOR) * batch[name] / means[name] + FLOOR for name in useful} for batch in batches]
+
+
+def _counted(weights: Tensor, mask: TokenMask) -> Tensor:
+    own = next((one for one in masks_of(mask) if one.shape == weights.shape), None)
+    return weights.flatten() if own is None else weights[own]
 
 
 class _Outputs:

@@ -15,10 +15,10 @@ from mlorq.checkpoint import places
 from mlorq.checkpoint.places import DESCRIPTION, Location
 from mlorq.checkpoint.tensor_file import digest
 from mlorq.errors import CheckpointError
-from mlorq.models.preparation import PREPARATION, SENTENCE_SETTINGS
+from mlorq.models.preparation import GENERATION, PREPARATION, SENTENCE_SETTINGS
 
 FOLDER = KEY = "preparation"
-ALLOWED = frozenset((*PREPARATION, *SENTENCE_SETTINGS))
+ALLOWED = frozenset((*PREPARATION, *SENTENCE_SETTINGS, *GENERATION))
 MOST_BYTES = 10**8  # of a file; the largest tokenizers have about a third of it
 
 

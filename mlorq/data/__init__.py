@@ -2,9 +2,10 @@
 
 ``source`` defines sources and the keys that several of them share; ``base`` defines ``Dataset``, the result of loading
 one. ``images`` builds batches of images for classifiers, ``coco_images`` builds them for detectors, ``texts`` builds
-batches of tokens, ``language`` cuts running text into pieces, and ``memory`` wraps batches that exist already.
-``choose`` selects samples, ``model_inputs`` gets preprocessing and tokenizers from the model's family, and ``metrics``
-and ``average_precision`` compare outputs with labels.
+batches of tokens, ``language`` cuts running text into pieces, ``targets`` pairs texts with those to be generated,
+``rankings`` has the texts of a search, ``speech`` builds batches of recordings (decoded by ``recordings``), and
+``memory`` wraps batches that exist already. ``choose`` selects samples, ``model_inputs`` gets preprocessing and
+tokenizers from the model's family, and ``metrics`` and ``average_precision`` compare outputs with labels.
 
 Every command imports the modules of the sources; they import torch only when they load data.
 """
@@ -20,6 +21,8 @@ from mlorq.data import (  # noqa: F401  # isort: skip
     coco,
     table,
     text_file,
+    retrieval,
+    audio,
     glue,
     synthetic,
     custom,

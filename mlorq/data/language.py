@@ -69,7 +69,7 @@ def language_dataset(
     if role == "calibration":
         return Dataset(batches, len(pieces), digest_json(described))
     described |= {"metric": PERPLEXITY, "labels": [digest_batch(part) for _, part in parts]}
-    evaluate = _Perplexity(batches, [part for _, part in parts], inputs.predicts == "next")
+    evaluate = Perplexity(batches, [part for _, part in parts], inputs.predicts == "next")
     return Dataset(batches, len(pieces), digest_json(described), PERPLEXITY, evaluate=evaluate)
 
 
@@ -101,12 +101,18 @@ def _masked(pieces: Tensor, special: set[int], seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Perplexity:
-    """``exp`` of the mean negative log-likelihood of the predicted tokens, in all pieces."""
+class Perplexity:
+    """``exp`` of the mean negative log-likelihood of the predicted tokens, in all texts.
+
+    Attributes:
+        batches: the model's inputs; all tensors have the samples first.
+        labels: token numbers ``(samples, tokens)`` of each batch, -100 where no token is predicted.
+        following: whether each token is predicted from those before it in ``labels``; else at its own place.
+    """
 
     batches: Sequence[Mapping[str, Tensor]]
     labels: Sequence[Tensor]
-    following: bool  # each token is predicted from those before it
+    following: bool
 
     def __call__(self, module: nn.Module) -> dict[str, float]:
         floating = next(value for value in module.parameters() if value.is_floating_point())

@@ -5,6 +5,9 @@ Configurations need the names alone, so the functions import numpy themselves.
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,9 +95,61 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray, k: int = 20, te
     return hits / len(values)
 
 
+def ndcg(scores: np.ndarray, grades: np.ndarray, k: int = 10) -> float:
+    """Mean over the queries of the normalised discounted cumulative gain of their first ``k`` documents.
+
+    The gain of a document is its grade, divided by ``log2(rank + 1)``; the sum is divided by that of the best order
+    (Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, 2002, with the discount that BEIR uses).
+    Of documents with equal scores the one with the smaller index comes first. Queries without a grade above zero do not
+    count; 0 if there are no others.
+
+    Args:
+        scores: ``(queries, documents)``, larger for documents that fit better.
+        grades: ``(queries, documents)``; grades below zero count as zero.
+        k: number of documents; at most all of them.
+    """
+    import numpy as np
+
+    gains = np.maximum(grades.astype(np.float64), 0.0)
+    rated = gains.max(axis=1) > 0
+    if not rated.any():
+        return 0.0
+    gains, scores = gains[rated], scores[rated]
+    k = min(k, gains.shape[1])
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    found = np.take_along_axis(gains, np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    best = -np.sort(-gains, axis=1)[:, :k]
+    return float(((found @ discount) / (best @ discount)).mean())
+
+
+def spoken_words(text: str) -> list[str]:
+    """The words of a transcript: lower case, without punctuation; words with an apostrophe stay one."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub("['’]", "", text)
+    return "".join(" " if unicodedata.category(letter)[0] == "P" else letter for letter in text).split()
+
+
+def word_errors(words: Sequence[str], reference: Sequence[str]) -> int:
+    """Least number of substitutions, deletions and insertions that make ``reference`` of ``words``.
+
+    The rows of the table of Levenshtein distances are computed one from the other: ``row[j]`` is the distance of the
+    first j words from the reference's first ones.
+    """
+    import numpy as np
+
+    found = np.array(words, dtype=object)
+    places = np.arange(len(found) + 1)
+    row = places
+    for word in reference:
+        best = row + 1  # the word is missing
+        best[1:] = np.minimum(best[1:], row[:-1] + (found != word))
+        row = places + np.minimum.accumulate(best - places)  # further words are too many
+    return int(row[-1])
+
+
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
-NEIGHBOURS, PERPLEXITY = "knn", "perplexity"
-METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY)
+NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
+METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING)

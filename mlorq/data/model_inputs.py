@@ -1,4 +1,4 @@
-"""Input requirements of a model, from its family: image preprocessing, tokenizers, class names, detectors."""
+"""Input requirements of a model, from its family: preprocessing, tokenizers, class names, detectors, recognisers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mlorq.models.tasks import InputKind
 if TYPE_CHECKING:
     from mlorq.data.source import ModelSettings
     from mlorq.models.detector import Detector
+    from mlorq.models.recogniser import Recogniser
 
 
 Found = TypeVar("Found")
@@ -65,6 +66,16 @@ def detector(model: ModelSettings, folder: str, source: str) -> Detector:
         DataError: the model is not a detector.
     """
     return required(FAMILIES[model.family].detector(model.own, folder), source, "objects")
+
+
+def recogniser(model: ModelSettings, folder: str, source: str, language: str | None = None) -> Recogniser:
+    """A recogniser's preparation of recordings and the texts that it hears in them.
+
+    Raises:
+        DataError: the model does not recognise speech.
+        ModelError: a part of it cannot be loaded, or it does not take a language.
+    """
+    return required(FAMILIES[model.family].recogniser(model.own, folder, language), source, "speech")
 
 
 def required(found: Found | None, source: str, kind: InputKind) -> Found:

@@ -42,3 +42,4 @@ class OptionalPackage:
 
 
 PYCOCOTOOLS = OptionalPackage("pycocotools", "detection")
+SOUNDFILE = OptionalPackage("soundfile", "audio")

@@ -51,9 +51,11 @@ class SourceSettings(Settings):
 
 
 class RootSettings(SourceSettings):
-    """Sources with a folder of images."""
+    """Sources with a folder of images or recordings."""
 
-    root: str | None = Field(None, description="folder of images, local path or fsspec URL")
+    root: str | None = Field(
+        None, description="folder of images, or of recordings (default: the table's folder), local path or fsspec URL"
+    )
 
 
 class PathSettings(SourceSettings):

@@ -14,6 +14,7 @@ from mlorq.data.model_inputs import text_inputs
 from mlorq.data.source import SOURCES, DataSource, LabelSettings, ModelSettings, PathSettings, Role, TextSettings
 from mlorq.errors import DataError
 from mlorq.models.family import TextInputs
+from mlorq.models.tasks import tasks_of
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -24,7 +25,10 @@ Columns = list[int | str]  # defined here because ``list`` is a key in the class
 class TableSettings(TextSettings, LabelSettings, PathSettings):
     """Keys of a table of texts."""
 
-    text: Columns | None = Field(None, description="text columns, by name (header) or number (no header)")
+    text: Columns | None = Field(
+        None,
+        description="text columns, by name (header) or number (no header); text2text-generation: source and target",
+    )
 
     def check(self) -> None:
         """Refuse an empty list of text columns."""
@@ -48,6 +52,7 @@ class TableSource(DataSource[TableSettings]):
         """Load the texts as batches of tokens; see ``DataSource.load``."""
         from mlorq.data.columns import read_columns
         from mlorq.data.language import language_dataset
+        from mlorq.data.targets import target_dataset
         from mlorq.data.texts import Rows, checked_labels, checked_texts, text_dataset
 
         inputs = text_inputs(model, folder, self.name)
@@ -64,6 +69,14 @@ class TableSource(DataSource[TableSettings]):
             return f"table {location}, row {numbers[index]}, column {column!r}"
 
         texts = [checked_texts(columns[name], partial(where, name)) for name in settings.text]
+        if inputs.predicts == "target":
+            if settings.label is not None or len(texts) != 2:
+                raise DataError(
+                    f"source table: a model with task {tasks_of('targets')} takes two text columns, source and target, "
+                    "and no label"
+                )
+            pairs_of = Rows(f"table {location}", texts, None, partial(where, settings.text[1]), numbers)
+            return target_dataset(pairs_of, settings, role, inputs, folder, seed)
         if inputs.predicts is not None:
             if settings.label is not None or settings.list is not None or len(texts) > 1:
                 raise DataError("source table: a language model takes one text column, and no label and no list")

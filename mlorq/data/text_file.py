@@ -38,7 +38,7 @@ class TextFileSource(DataSource[TextFileSettings]):
         from mlorq.data.language import language_dataset
 
         inputs = text_inputs(model, folder, self.name)
-        if inputs.predicts is None:
+        if inputs.predicts not in ("next", "masked"):
             raise DataError(f"source {self.name} is for models with task {tasks_of('language')}; use source table")
         assert settings.path is not None
         location = resolve_location(settings.path, folder)

@@ -19,7 +19,7 @@ from mlorq.artifacts.hashing import digest_batch, digest_json
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.choose import indices_of, listed_samples, row_names, seeded_choice
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
-from mlorq.data.source import ListSettings, Role, TextSettings
+from mlorq.data.source import ListSettings, Role, TextSettings, TokenSettings
 from mlorq.errors import DataError
 from mlorq.models.family import TextInputs
 
@@ -96,6 +96,8 @@ def text_dataset(
     Raises:
         DataError: there are too few rows, or a metric does not fit the model.
     """
+    if inputs.predicts == "target":
+        raise DataError(f"{rows.origin}: the model generates texts from texts: use source table with two text columns")
     rows = rows.listed(settings, folder)
     pairs = inputs.pairs
     samples: list[Text]
@@ -111,7 +113,7 @@ def text_dataset(
         raise DataError(
             f"data.evaluation.samples is not available for {rows.origin}: metrics need all rows or a list; use list"
         )
-    batches, order = _tokenize(inputs.tokenizer(), chosen, settings)
+    batches, order = tokenized(inputs.tokenizer(), chosen, settings)
     classes = metrics[0] in CLASSIFICATION
     labels, metric, known, check = rows.model_labels, None, None, None
     if labels is not None and role == "calibration":
@@ -239,8 +241,14 @@ def checked_labels(values: Sequence[Any], where: Callable[[int], str], *, classe
     return labels
 
 
-def _tokenize(tokens: Any, texts: list[Text], settings: TextSettings) -> tuple[list[dict[str, Tensor]], list[Text]]:
-    """Batches of tokens sorted by length, and the texts in the same order."""
+def tokenized(tokens: Any, texts: list[Text], settings: TokenSettings) -> tuple[list[dict[str, Tensor]], list[Text]]:
+    """Batches of tokens sorted by length, and the texts in the same order.
+
+    Args:
+        tokens: the tokenizer.
+        texts: texts, or pairs of them that are tokenized together.
+        settings: maximum length and batch size.
+    """
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokens(*columns, truncation=True, max_length=min(settings.max_length, tokens.model_max_length))
     lengths = [len(ids) for ids in encoded["input_ids"]]

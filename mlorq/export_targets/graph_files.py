@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mlorq.errors import CheckpointError, ConfigError, ModelError
 from mlorq.export_targets.base import ExportTarget
-from mlorq.models.preparation import PREPARATION
+from mlorq.models.preparation import GENERATION, PREPARATION
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def files_beside(output: str, tokenizer: str | None, target: str, own: Mapping[s
     """
     folder = posixpath.dirname(output)
     if tokenizer is None:
-        found = {name: data for name, data in own.items() if name in PREPARATION}
+        found = {name: data for name, data in own.items() if name in (*PREPARATION, *GENERATION)}
         _check_others(folder, found, target)
     else:
         found = {} if tokenizer == NONE else _tokenizer_files(tokenizer, target)

@@ -19,6 +19,7 @@ from mlorq.models.family import FAMILIES
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.output_tensors import output_tensor
 from mlorq.models.passes import plain_passes
+from mlorq.models.token_masks import TokenMask
 from mlorq.models.transposed import transpose_conv1d
 
 Forward = Callable[[nn.Module, Batch], Any]  # returns a tensor, or what holds one (``output_tensors``)
@@ -38,14 +39,14 @@ def call_module(module: nn.Module, batch: Batch) -> Any:
     return module(batch)
 
 
-def no_token_mask(batch: Batch) -> Tensor | None:
+def no_token_mask(batch: Batch) -> TokenMask:
     """The token mask of models without padding: None."""
     return None
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
-    """Mask of the tokens that are not padding, ``(samples, tokens)``; None for a batch without ``attention_mask``."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+def attention_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
+    """Mask of the tokens that are not padding, ``(samples, tokens)``; None for a batch without the entry ``name``."""
+    mask = batch.get(name) if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
@@ -86,7 +87,7 @@ class FloatModel:
         forward: ``forward(module, batch)`` returns f(x): logits ``(samples, classes)``, the L2-normalised embedding
             ``(samples, width)`` of a sentence encoder, or the outputs of a detector's heads at fixed positions.
         token_mask: ``token_mask(batch)`` returns a bool mask ``(samples, tokens)``, False at padding, which is excluded
-            from all statistics; None if there is no padding.
+            from all statistics, or one per sequence (``mlorq.models.token_masks``); None if there is no padding.
         blocks: names of the modules (transformer blocks) that run one after another, each on the output of the previous
             one; empty if unknown.
         dtype: dtype to which floating-point inputs are cast.
@@ -99,7 +100,7 @@ class FloatModel:
     family: str
     architecture: dict[str, Any]
     forward: Forward = call_module
-    token_mask: Callable[[Batch], Tensor | None] = no_token_mask
+    token_mask: Callable[[Batch], TokenMask] = no_token_mask
     blocks: list[str] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     key: str = ""

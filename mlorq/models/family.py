@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
+    from mlorq.models.recogniser import Recogniser
 
     TaskName = str
 else:
@@ -115,13 +116,17 @@ class TextInputs:
         class_names: returns the names of its classes in the order of its outputs (a single one: a regressor); raises
             ModelError.
         pairs: True for a sentence encoder, which is evaluated on pairs of texts; False for a classifier.
-        predicts: which tokens a language model predicts: the next or masked ones; None for other models.
+        predicts: which tokens a language model predicts: the next or masked ones, or those of a target text; None for
+            other models.
+        shift: for target texts: returns the function that makes a decoder's inputs from labels, each ``(samples,
+            tokens)``; raises ModelError.
     """
 
     tokenizer: Callable[[], Any]
     class_names: Callable[[], list[str]]
     pairs: bool
-    predicts: Literal["next", "masked"] | None = None
+    predicts: Literal["next", "masked", "target"] | None = None
+    shift: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
 
 class ModelFamily(ABC, Generic[Own]):
@@ -220,10 +225,23 @@ class ModelFamily(ABC, Generic[Own]):
         """
         return None
 
+    def recogniser(self, settings: Own, folder: str = "", language: str | None = None) -> Recogniser | None:
+        """Preparation and decoding of recordings; None if it is not a model of speech.
+
+        Args:
+            settings: settings of this family.
+            folder: folder that relative paths start from.
+            language: language of the recordings, for a model of several.
+
+        Raises:
+            ModelError: a part of it cannot be loaded, or it does not take a language.
+        """
+        return None
+
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
         """Preprocessing of an architecture's inputs, as JSON values; None if unknown.
 
-        ``kind`` is ``image`` or ``text``; ``inputs`` are the keys of a batch, if it is a mapping.
+        ``kind`` is ``image``, ``text`` or ``audio``; ``inputs`` are the keys of a batch, if it is a mapping.
         """
         return None
 

@@ -33,6 +33,7 @@ class KnownModel:
 IMAGES, TEXTS, PAIRS = "image-classification", "text-classification", "sentence-similarity"
 RANDOM = "random weights, tiny sizes, in the tests"
 TASKS_TESTED = "tests/models/test_transformers_tasks.py"  # run by pytest
+SEQUENCES_TESTED, SPEECH_TESTED = "tests/models/test_encoder_decoder.py", "tests/models/test_speech.py"
 WHOLE = "random weights, at full size"
 
 
@@ -96,6 +97,14 @@ KNOWN = [
     ),
     KnownModel(
         "transformers", "any AutoModelForMaskedLM", "fill-mask", f"{RANDOM}: BERT", "", TASKS_TESTED,
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForSeq2SeqLM", "text2text-generation", f"{RANDOM}: T5, BART, Marian", "",
+        SEQUENCES_TESTED,
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForCTC; AutoModelForSpeechSeq2Seq with encoder and decoder",
+        "automatic-speech-recognition", f"{RANDOM}: Whisper, Moonshine, wav2vec 2.0, HuBERT", "", SPEECH_TESTED,
     ),
     KnownModel(
         "transformers", "any AutoModelForImageClassification", IMAGES, f"{RANDOM}: ViT", "", TASKS_TESTED,

@@ -1,4 +1,4 @@
-"""Files of a model's tokenizer or image processor: the names that count, and reading them where the float model is."""
+"""Files that prepare inputs or read outputs of a model: the names that count, and reading them where the model is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from typing import TYPE_CHECKING
 
 from mlorq.models.sentence_files import find_file
-from mlorq.models.tasks import PAIRS
+from mlorq.models.tasks import PAIRS, SPEECH, TARGETS
 
 if TYPE_CHECKING:
     from mlorq.models.transformers import TransformersSettings
 
-# Of tokenizers and image processors, as transformers writes them.
+# Of tokenizers, image processors and feature extractors, as transformers writes them.
 PREPARATION = (
     "added_tokens.json",
     "merges.txt",
@@ -30,6 +30,8 @@ PREPARATION = (
 )
 # Of sentence-transformers: lengths of texts, prompts and similarity.
 SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
+# Of models that generate texts: settings of generation, Whisper's spellings, Marian's two vocabularies.
+GENERATION = ("generation_config.json", "normalizer.json", "source.spm", "target.spm")
 
 
 def preparation_files(settings: TransformersSettings, folder: str = "") -> dict[str, bytes]:
@@ -48,6 +50,8 @@ def preparation_files(settings: TransformersSettings, folder: str = "") -> dict[
     location, name = locate(settings, folder), settings.name or ""
     inside = read_embedding(location, name).inside if settings.task == PAIRS else ""
     found = {file: read_file(location, os.path.join(inside, file), name) for file in PREPARATION}
+    if settings.task in (TARGETS, SPEECH):
+        found |= {file: read_file(location, file, name) for file in GENERATION}
     if settings.task == PAIRS:
         found |= {file: read_file(location, file, name) for file in SENTENCE_SETTINGS}
         if found[SENTENCE_SETTINGS[1]] is None and inside:

@@ -55,6 +55,18 @@ def sketched_logits(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         chosen: Tensor = module(**batch, logits_to_keep=at).logits
     else:
         chosen = module(**batch).logits[:, at]
+    return sketch(chosen)
+
+
+def sketch(chosen: Tensor) -> Tensor:
+    """Logits less their mean, projected on ``DIRECTIONS`` random directions if there are more of them.
+
+    Args:
+        chosen: logits of some tokens, ``(samples, tokens, vocabulary)``.
+
+    Returns:
+        ``(samples, tokens × directions)``.
+    """
     chosen = chosen - chosen.mean(-1, keepdim=True)
     if chosen.shape[-1] > DIRECTIONS:
         chosen = chosen @ _directions(chosen.shape[-1]).to(chosen)

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-InputKind = Literal["images", "texts", "language", "objects"]
-"""``objects``: images for object detection; ``language``: running text, whose tokens the model predicts."""
+    from mlorq.models.token_masks import TokenMask
+
+InputKind = Literal["images", "texts", "language", "targets", "speech", "objects"]
+"""``objects``: images for object detection; ``language``: running text, whose tokens the model predicts; ``targets``:
+texts with the texts to be generated from them; ``speech``: recordings."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class ModelTask:
         output: module and name of ``f(module, batch)``, the outputs that are compared; empty: an embedding of
             sentences, which depends on the model's folder.
         eager: whether attention is not fused, because some of the architectures cannot do it.
+        mask: module and name of ``mask(module, batch)``, the masks of tokens; empty: the batch's attention mask.
+        other_auto: a second Auto class, of configurations that the first one does not know.
     """
 
     name: str
@@ -35,18 +40,29 @@ class ModelTask:
     auto: str
     output: tuple[str, str] = ("", "")
     eager: bool = False
+    mask: tuple[str, str] = ("", "")
+    other_auto: str = ""
 
     def forward(self) -> Callable[[nn.Module, Mapping[str, Any]], Tensor]:
         """f(x) of the task: ``forward(module, batch)`` returns ``(samples, outputs)``."""
-        module, name = self.output
-        found: Callable[[nn.Module, Mapping[str, Any]], Tensor] = getattr(importlib.import_module(module), name)
+        found: Callable[[nn.Module, Mapping[str, Any]], Tensor] = _found(self.output)
         return found
+
+    def token_mask(self) -> Callable[[nn.Module, Mapping[str, Any]], TokenMask] | None:
+        """``mask`` of the task; None: the batch's attention mask."""
+        return _found(self.mask) if self.mask[0] else None
+
+
+def _found(place: tuple[str, str]) -> Any:
+    return getattr(importlib.import_module(place[0]), place[1])
 
 
 PAIRS, CLASSES = "sentence-similarity", "text-classification"
 NEXT, MASKED = "text-generation", "fill-mask"
 FEATURES = "image-feature-extraction"
+TARGETS, SPEECH = "text2text-generation", "automatic-speech-recognition"
 _OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
+_DECODER, _SPEECH = "mlorq.models.encoder_decoder", "mlorq.models.speech_outputs"
 TASKS = {
     task.name: task
     for task in (
@@ -54,6 +70,17 @@ TASKS = {
         ModelTask(PAIRS, "texts", "AutoModel"),
         ModelTask(NEXT, "language", "AutoModelForCausalLM", (_OUTPUTS, "sketched_logits")),
         ModelTask(MASKED, "language", "AutoModelForMaskedLM", (_OUTPUTS, "sketched_logits")),
+        ModelTask(
+            TARGETS, "targets", "AutoModelForSeq2SeqLM", (_DECODER, "target_logits"), mask=(_DECODER, "sequence_masks")
+        ),
+        ModelTask(
+            SPEECH,
+            "speech",
+            "AutoModelForSpeechSeq2Seq",
+            (_SPEECH, "speech_logits"),
+            mask=(_SPEECH, "speech_masks"),
+            other_auto="AutoModelForCTC",
+        ),
         ModelTask("image-classification", "images", "AutoModelForImageClassification", (_OUTPUTS, "logits")),
         ModelTask(FEATURES, "images", "AutoModel", (_OUTPUTS, "image_features")),
         ModelTask("object-detection", "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),

@@ -1,11 +1,11 @@
-"""The family of models from transformers: classifiers and encoders of images and texts, language models, detectors."""
+"""The family of models from transformers: of images, texts and speech."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
 from mlorq.models.family import DerivedOutput, Example, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
-from mlorq.models.tasks import CLASSES, FEATURES, MASKED, NEXT, PAIRS, TASKS, InputKind, tasks_of
+from mlorq.models.tasks import CLASSES, FEATURES, MASKED, NEXT, PAIRS, TARGETS, TASKS, InputKind, tasks_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
+    from mlorq.models.recogniser import Recogniser
 
 NAME = "transformers"
-PREDICTED: dict[str, Literal["next", "masked"]] = {NEXT: "next", MASKED: "masked"}
+PREDICTED: dict[str, Literal["next", "masked", "target"]] = {NEXT: "next", MASKED: "masked", TARGETS: "target"}
 
 
 class TransformersSettings(LibrarySettings):
@@ -47,7 +48,7 @@ class TransformersSettings(LibrarySettings):
 
 
 class Transformers(ModelFamily[TransformersSettings]):
-    """Encoders and classifiers of texts and images, language models, DETR, Mask2Former."""
+    """Encoders and classifiers of texts and images, models of language and of speech, DETR, Mask2Former."""
 
     name = NAME
     settings = TransformersSettings
@@ -55,6 +56,8 @@ class Transformers(ModelFamily[TransformersSettings]):
     inputs: ClassVar[Mapping[InputKind, str]] = {
         "texts": f"with task {tasks_of('texts')}",
         "language": f"with task {tasks_of('language')}",
+        "targets": f"with task {tasks_of('targets')}",
+        "speech": f"with task {tasks_of('speech')}",
         "images": f"with task {tasks_of('images')}",
         "objects": f"with task {tasks_of('objects')}",
     }
@@ -111,14 +114,15 @@ class Transformers(ModelFamily[TransformersSettings]):
         )
 
     def text_inputs(self, settings: TransformersSettings, folder: str = "") -> TextInputs | None:
-        """Tokenizer and classes of the model; None for models of images."""
-        if settings.inputs not in ("texts", "language"):
+        """Tokenizer and classes of the model; None for models of images and speech."""
+        if settings.inputs not in ("texts", "language", "targets"):
             return None
         return TextInputs(
             partial(tokenizer, settings, folder),
             partial(class_names, settings, folder),
             settings.task == PAIRS,
             PREDICTED.get(settings.task or ""),
+            partial(decoder_shift, settings, folder) if settings.inputs == "targets" else None,
         )
 
     def image_processor(self, settings: TransformersSettings, folder: str = "") -> ImageProcessor | None:
@@ -142,6 +146,16 @@ class Transformers(ModelFamily[TransformersSettings]):
 
         return detector(settings, locate(settings, folder))
 
+    def recogniser(
+        self, settings: TransformersSettings, folder: str = "", language: str | None = None
+    ) -> Recogniser | None:
+        """Feature extractor, tokenizer and decoding of a model of speech; None for other models."""
+        if settings.inputs != "speech":
+            return None
+        from mlorq.models.transformers_speech import recogniser
+
+        return recogniser(settings, locate(settings, folder), language)
+
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
         """Keys of a batch, with the vocabulary size and maximum length of texts or the size of images."""
         from mlorq.models.transformers_inputs import described_inputs
@@ -149,7 +163,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         return described_inputs(architecture)
 
     def _made_input(self, architecture: Mapping[str, Any], samples: int) -> Batch:
-        """Random tokens or random pixels, from a fixed seed."""
+        """Random tokens, pixels or recordings, from a fixed seed."""
         from mlorq.models.transformers_inputs import random_inputs
 
         return random_inputs(architecture, samples)
@@ -200,20 +214,41 @@ def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
         raise ModelError(f"model {settings.name!r}: its tokenizer cannot be loaded: {one_line(error)}") from error
 
 
+def decoder_shift(settings: TransformersSettings, folder: str = "") -> Callable[[Tensor], Tensor]:
+    """The function that makes the inputs of a model's decoder from labels; see ``mlorq.models.encoder_decoder``.
+
+    Raises:
+        ModelError: the model's configuration cannot be loaded, or it has no encoder and decoder.
+    """
+    from mlorq.models.encoder_decoder import shifter, without_values
+    from mlorq.models.transformers_modules import model_class
+
+    config = _configuration(settings, folder)
+    kind = model_class(settings.task, type(config))
+    if kind is None or not config.is_encoder_decoder:
+        raise ModelError(f"model {settings.name!r} ({config.model_type}) has no encoder and decoder of texts")
+    with quiet():
+        return shifter(without_values(kind, config))
+
+
 def class_names(settings: TransformersSettings, folder: str = "") -> list[str]:
     """Names of a classifier's classes in the order of its outputs; a single one for a regressor.
 
     Raises:
         ModelError: the model's configuration cannot be loaded.
     """
+    found = _configuration(settings, folder)
+    return [str(found.id2label.get(index, index)) for index in range(found.num_labels)]
+
+
+def _configuration(settings: TransformersSettings, folder: str) -> Any:
     from transformers import AutoConfig
 
     try:
         with quiet():
-            found = AutoConfig.from_pretrained(locate(settings, folder), **settings.arguments)
+            return AutoConfig.from_pretrained(locate(settings, folder), **settings.arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {settings.name!r}: its configuration cannot be loaded: {one_line(error)}") from error
-    return [str(found.id2label.get(index, index)) for index in range(found.num_labels)]
 
 
 def locate(settings: TransformersSettings, folder: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,14 @@ import torch
 
 from mlorq.errors import CheckpointError
 from mlorq.models.batches import Batch
-from mlorq.models.transformers_modules import auto_class
+from mlorq.models.tasks import SPEECH, TARGETS, TASKS
+from mlorq.models.transformers_modules import model_class
 
-TOKENS = 16  # length of a random text
+TOKENS = 16  # length of a random text, and frames of a random recording
+TARGET_TOKENS = 10  # length of a random target text
+RECORDINGS = ("input_features", "input_values")
+UNMASKED = ("whisper",)  # recordings are padded to one length, and all of it is heard
+AMPLITUDES = (320,)  # per frame, where the configuration does not have the strides of convolutions
 # Architectures whose positions start after that of the padding token, which is given here or in the configuration.
 FROM_PADDING = {"mpnet": 1} | dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "camembert"))
 SIDE = 224  # side of a random image, if the architecture accepts any size
@@ -26,6 +32,8 @@ def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = input_names(architecture)
     config = architecture["config"]
+    if names[0] in RECORDINGS:
+        return {"kind": "audio", "inputs": names}
     if "input_ids" not in names:
         return {"kind": "image", "inputs": names, **_image_size(config)}
     sizes = {"vocabulary": config.get("vocab_size"), "max_length": longest_text(config)}
@@ -39,15 +47,21 @@ def input_names(architecture: Mapping[str, Any]) -> list[str]:
         CheckpointError: the installed version of transformers does not have the model class.
     """
     kind = _module_class(architecture)
-    taken = inspect.signature(kind.forward).parameters
+    config, taken = architecture["config"], inspect.signature(kind.forward).parameters
+    decoder = ["decoder_input_ids", "decoder_attention_mask"] if _reads_targets(architecture, kind) else []
+    if kind.main_input_name in RECORDINGS:
+        masked = "attention_mask" in taken and config["model_type"] not in UNMASKED
+        # Features that are normalised over all of a recording's frames would count padding, masked or not.
+        masked = masked and config.get("feat_extract_norm") != "group"
+        return [kind.main_input_name, *(["attention_mask"] if masked else []), *decoder]
     if kind.main_input_name != "input_ids":
         return [name for name in (kind.main_input_name, "pixel_mask") if name in taken]
-    types = (architecture["config"].get("type_vocab_size") or 0) > 1 and "token_type_ids" in taken
-    return ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
+    types = (config.get("type_vocab_size") or 0) > 1 and "token_type_ids" in taken
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if types else []), *decoder]
 
 
 def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
-    """A random batch from a fixed seed, without padding.
+    """A random batch from a fixed seed, without padding; None for features of recordings of unknown sizes.
 
     Raises:
         CheckpointError: the installed version of transformers does not have the model class.
@@ -55,19 +69,62 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
     config = architecture["config"]
     names = input_names(architecture)
     generator = torch.Generator().manual_seed(0)
+    made: dict[str, torch.Tensor] = {}
     if "input_ids" in names:
-        length = min(TOKENS, (config.get("max_position_embeddings") or TOKENS) // 2)
-        shape = (samples, max(1, length))
-        tokens = torch.randint(0, config["vocab_size"] - 1, shape, generator=generator)
-        padding = config.get("pad_token_id")
-        if padding is not None:  # shifts tokens from the padding token on by one, so that it does not occur
-            tokens = tokens + (tokens >= padding)
-        made = {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.int64)}
-        return made | ({"token_type_ids": torch.zeros(shape, dtype=torch.int64)} if "token_type_ids" in names else {})
+        made = _random_tokens(config, samples, config.get("max_position_embeddings"), TOKENS, generator)
+        if "token_type_ids" in names:
+            made["token_type_ids"] = torch.zeros_like(made["input_ids"])
+    elif names[0] in RECORDINGS:
+        shape = _recording_size(config, names[0])
+        if shape is None:
+            return None
+        made = {names[0]: torch.randn(samples, *shape, generator=generator)}
+        if "attention_mask" in names:
+            made["attention_mask"] = torch.ones(samples, shape[0], dtype=torch.int64)
+    if "decoder_input_ids" in names:
+        # Of another length than the source texts: exporters take equal lengths for one.
+        positions = config.get("max_target_positions") or config.get("max_position_embeddings")
+        target = _random_tokens(config, samples, positions, TARGET_TOKENS, generator)
+        return made | {f"decoder_{name}": value for name, value in target.items()}
+    if made:
+        return made
     size = _image_size(config)
     pixels = torch.randn(samples, size["channels"], size["height"], size["width"], generator=generator)
     mask = torch.ones(samples, size["height"], size["width"], dtype=torch.int64)
     return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+
+
+def _random_tokens(
+    config: Mapping[str, Any], samples: int, positions: int | None, most: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    shape = (samples, max(1, min(most, (positions or most) // 2)))
+    tokens = torch.randint(0, config["vocab_size"] - 1, shape, generator=generator)
+    padding = config.get("pad_token_id")
+    if padding is not None:  # shifts tokens from the padding token on by one, so that it does not occur
+        tokens = tokens + (tokens >= padding)
+    return {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+
+
+def _recording_size(config: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+    """The shape of a recording: of Whisper's features, or of amplitudes that make ``TOKENS`` frames or a few more."""
+    if config["model_type"] == "whisper":
+        return config["num_mel_bins"], 2 * config["max_source_positions"]
+    if name == "input_features":
+        return None
+    return ((TOKENS + 1) * math.prod(config.get("conv_stride") or AMPLITUDES),)
+
+
+def _reads_targets(architecture: Mapping[str, Any], kind: Any) -> bool:
+    """Whether a batch has inputs of the decoder: for models that generate texts, but not for classifiers."""
+    import transformers
+
+    if not architecture["config"].get("is_encoder_decoder"):
+        return False
+    if architecture["task"] is not None:
+        return TASKS[architecture["task"]].inputs in ("targets", "speech")
+    names = (TASKS[TARGETS].auto, TASKS[SPEECH].auto)
+    generating = (getattr(transformers, name)._model_mapping.get(kind.config_class, None) for name in names)
+    return any(kind in (found if isinstance(found, (tuple, list)) else (found,)) for found in generating)
 
 
 def longest_text(config: Mapping[str, Any]) -> int | None:
@@ -100,7 +157,7 @@ def _module_class(architecture: Mapping[str, Any]) -> Any:
             raise CheckpointError(f"this version of transformers has no model class {name!r}")
         return found
     kind = type(AutoConfig.for_model(architecture["config"]["model_type"]))
-    found = auto_class(architecture["task"])._model_mapping.get(kind, None)
+    found = model_class(architecture["task"], kind)
     if found is None:
         raise CheckpointError(f"this version of transformers has no {architecture['task']} model of {kind.__name__}")
-    return found[0] if isinstance(found, (tuple, list)) else found
+    return found

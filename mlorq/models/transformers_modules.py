@@ -45,10 +45,10 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         embedding = read_embedding(location, settings.name or "")
         location = os.path.join(location, embedding.inside)
     as_dtype = getattr(torch, dtype)
-    auto = auto_class(settings.task)
     arguments = dict(settings.arguments)
     try:
         with quiet():
+            auto = auto_class(settings.task, location if task.other_auto else None)
             options: dict[str, Any] = {"dtype": as_dtype, "output_loading_info": True}
             if task.eager:
                 # Convolutional backbones have no fused attention and raise an error if it is requested.
@@ -84,12 +84,13 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         architecture |= embedding.described()
         if embedding.dense:
             module = with_dense(module, embedding, encoder, settings.name or "")
+    own_masks = task.token_mask()
     return FloatModel(
         module,
         NAME,
         architecture,
         embedding or task.forward(),
-        attention_mask,
+        attention_mask if own_masks is None else partial(own_masks, module),
         block_names(module),
         as_dtype,
         preparation=cache(partial(preparation_files, settings, folder)),
@@ -141,11 +142,40 @@ def _described(module: Any) -> dict[str, Any]:
     return without_faults(plain, free=(*LABELS, *ORIGIN))
 
 
-def auto_class(task: str | None) -> Any:
-    """The class of transformers that builds the models of a task."""
+def auto_class(task: str | None, location: str | None = None) -> Any:
+    """The class of transformers that builds the models of a task.
+
+    Args:
+        task: name of the task; None or another name: ``AutoModel``.
+        location: folder or hub name of a model, whose configuration chooses among two classes of the task; None: the
+            first of them.
+
+    Raises:
+        OSError, ValueError, KeyError: the configuration cannot be loaded.
+    """
     import transformers
 
-    return getattr(transformers, TASKS[task].auto if task in TASKS else "AutoModel")
+    found = _auto_classes(task)
+    if location is None or len(found) == 1:
+        return found[0]
+    kind = type(transformers.AutoConfig.from_pretrained(location))
+    return next((auto for auto in found if kind in auto._model_mapping), found[0])
+
+
+def model_class(task: str | None, kind: type) -> Any:
+    """The class of a task's models with configurations of class ``kind``; None if there is none."""
+    for auto in _auto_classes(task):
+        found = auto._model_mapping.get(kind, None)
+        if found is not None:
+            return found[0] if isinstance(found, (tuple, list)) else found
+    return None
+
+
+def _auto_classes(task: str | None) -> list[Any]:
+    import transformers
+
+    names = (TASKS[task].auto, TASKS[task].other_auto) if task in TASKS else ("AutoModel",)
+    return [getattr(transformers, name) for name in names if name]
 
 
 def _plain(value: Any) -> Any:

@@ -114,15 +114,14 @@ def _class(architecture: Mapping[str, Any], config: Any) -> Any:
     """The class of transformers that the description names, or that its task has for the configuration."""
     import transformers
 
-    from mlorq.models.transformers_modules import auto_class
+    from mlorq.models.transformers_modules import model_class
 
     name = architecture.get("class")
     if name is None:
-        mapping = auto_class(architecture["task"])._model_mapping
-        if type(config) not in mapping:
+        found = model_class(architecture["task"], type(config))
+        if found is None:
             raise CheckpointError(f"task {architecture['task']!r} has no model of type {config.model_type!r}")
-        found = mapping[type(config)]
-        return found[0] if isinstance(found, (list, tuple)) else found
+        return found
     # Looked up in the library's own list, so that nothing is imported but a file of models.
     homes = getattr(transformers, "_class_to_module", {})
     if not isinstance(name, str) or not re.fullmatch(r"models\.\w+\.modeling_\w+", homes.get(name, "")):

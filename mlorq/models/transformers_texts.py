@@ -12,7 +12,10 @@ from mlorq.errors import ModelError
 from mlorq.models.transformers_inputs import longest_text
 
 # Architectures with a table of positions: a longer text is an index error in their embeddings.
-POSITIONS = {"albert", "bert", "camembert", "distilbert", "electra", "gpt2", "mpnet", "roberta", "xlm-roberta"}
+POSITIONS = {
+    *("albert", "bart", "bert", "camembert", "distilbert", "electra", "gpt2", "marian", "mbart", "mpnet", "pegasus"),
+    *("roberta", "xlm-roberta"),
+}
 
 
 def load_tokenizer(location: str, name: str) -> Any:

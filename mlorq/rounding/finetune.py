@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.activations.plan import ActivationPlan
-from mlorq.calibration.collect import counting
 from mlorq.calibration.token_importance import Importance
 from mlorq.forms.embedding_tables import set_tables
 from mlorq.forms.stored_layer import CompressedLayer
@@ -26,6 +25,7 @@ from mlorq.models.batches import move_batch
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters, set_parameters
+from mlorq.models.token_masks import counting
 from mlorq.rounding.base import Progress
 from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.paired_forward import token_weights

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mlorq.activations.plan import ActivationPlan
-from mlorq.calibration.collect import counting
 from mlorq.calibration.covariance import FOLDS
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
@@ -30,6 +29,7 @@ from mlorq.models.layers import input_tokens
 from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import Segments, enters_cleanly
 from mlorq.models.passes import plain_passes
+from mlorq.models.token_masks import counting
 
 
 @dataclass(frozen=True)

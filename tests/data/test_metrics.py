@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -88,7 +89,14 @@ def test_every_metric_of_a_configuration_exists():
     from mlorq.config.sections import source_section
 
     named = get_args(get_args(source_section().model_fields["metric"].annotation)[0])
-    others = {"box_ap", "mask_ap", metrics.NEIGHBOURS, metrics.PERPLEXITY}  # not of predictions and labels alone
+    others = {
+        "box_ap",
+        "mask_ap",
+        metrics.NEIGHBOURS,
+        metrics.RANKING,
+        metrics.PERPLEXITY,
+        metrics.WORD_ERRORS,
+    }  # not of predictions and labels alone
     assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)
 
@@ -109,3 +117,73 @@ def test_votes_of_neighbours_are_those_of_each_sample_alone(seed: int) -> None:
                 votes[labels[other]] = votes.get(labels[other], 0.0) + np.exp(cosine / 0.07)
             hits += max(sorted(votes), key=lambda label: votes[label]) == labels[own]
         assert metrics.nearest_neighbours(features, labels, k) == hits / samples
+
+
+def _least_edits(words: tuple[str, ...], reference: tuple[str, ...]) -> int:
+    """Every way to begin: the last words are matched or substituted, one is too many, or one is missing."""
+
+    @cache
+    def least(left: int, right: int) -> int:
+        if not left or not right:
+            return left + right
+        both = least(left - 1, right - 1) + (words[left - 1] != reference[right - 1])
+        return min(both, least(left - 1, right) + 1, least(left, right - 1) + 1)
+
+    return least(len(words), len(reference))
+
+
+def test_word_errors_are_the_least_number_of_edits(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for _ in range(60):
+        words, reference = (tuple(draw.choice(["the", "dog", "runs"], draw.integers(0, 9))) for _ in range(2))
+        assert metrics.word_errors(words, reference) == _least_edits(words, reference)
+        assert metrics.word_errors(reference, words) == metrics.word_errors(words, reference)
+
+
+@pytest.mark.parametrize(
+    ("heard", "spoken", "errors"),
+    [
+        ("the dog runs", "the dog runs", 0),
+        ("a dog runs", "the dog runs", 1),  # a substitution
+        ("dog runs", "the dog runs", 1),  # a deletion
+        ("the big dog runs", "the dog runs", 1),  # an insertion
+        ("", "the dog runs", 3),
+        ("the dog", "", 2),
+    ],
+)
+def test_word_errors_by_hand(heard: str, spoken: str, errors: int) -> None:
+    assert metrics.word_errors(heard.split(), spoken.split()) == errors
+
+
+def test_case_punctuation_and_spaces_are_not_heard() -> None:
+    assert metrics.spoken_words("  “Don't” —\tshe said; WELL-known…\n") == ["dont", "she", "said", "well", "known"]
+    assert metrics.spoken_words("Ein Pfund kostet £3") == ["ein", "pfund", "kostet", "£3"]
+    assert metrics.spoken_words("?!") == []
+
+
+def test_gains_of_rankings_are_those_of_each_query_alone(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for documents, k in ((30, 10), (6, 10), (12, 1)):
+        scores = draw.integers(0, 8, (9, documents)).astype(float)  # with ties
+        grades = draw.integers(-1, 4, (9, documents)) * (draw.random((9, documents)) < 0.3)
+        grades[4] = -np.abs(grades[4])
+        found = []
+        for own, judged in zip(scores.tolist(), grades.tolist(), strict=True):
+            order = sorted(range(documents), key=lambda place: (-own[place], place))
+            gains = [max(judged[place], 0) for place in order]
+            sums = [
+                sum(gain / np.log2(rank + 1) for rank, gain in enumerate(ranked[:k], 1))
+                for ranked in (gains, sorted(gains, reverse=True))
+            ]
+            if sums[1]:
+                found.append(sums[0] / sums[1])
+        assert metrics.ndcg(scores, grades, k) == pytest.approx(np.mean(found))
+
+
+def test_gains_of_rankings_by_hand() -> None:
+    scores, grades = np.array([[0.9, 0.5, 0.7]]), np.array([[0, 1, 3]])
+    best = 3 / np.log2(2) + 1 / np.log2(3)
+    assert metrics.ndcg(scores, grades) == pytest.approx((3 / np.log2(3) + 1 / np.log2(4)) / best)
+    assert metrics.ndcg(scores, grades, 1) == 0.0
+    assert metrics.ndcg(grades.astype(float), grades) == 1.0
+    assert metrics.ndcg(scores, np.zeros_like(grades)) == 0.0

@@ -142,6 +142,7 @@ def test_all_sources_name_their_locations_and_packages():
         assert not set(source.needed) - set(source.settings.model_fields)
     assert named["image_parquet"] == named["glue"] == {"shards", "r.txt"}
     assert {source.name: source.package.extra for source in SOURCES if source.package} == {
+        "audio": "audio",
         "coco": "detection",
         "glue": "hub",
     }
@@ -163,7 +164,7 @@ def test_a_missing_package_is_named_with_what_installs_it():
 def test_sources_are_registered_without_torch():
     code = (
         "import sys, mlorq.data, mlorq.config.run\n"
-        "assert len(mlorq.data.SOURCES.names()) == 8\n"
+        "assert len(mlorq.data.SOURCES.names()) == 10\n"
         "heavy = {'torch', 'pyarrow', 'PIL', 'pycocotools', 'transformers', 'datasets', 'timm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "mlorq.data.from_batches\n"

@@ -275,6 +275,8 @@ def test_timm_models_without_their_classifier(tmp_path: Path) -> None:
 def test_every_task_names_a_class_of_transformers_and_has_its_outputs() -> None:
     for task in TASKS.values():
         assert hasattr(transformers, task.auto), task
+        assert not task.other_auto or hasattr(transformers, task.other_auto), task
+        assert task.token_mask() is None or callable(task.token_mask())
         assert task.name == "sentence-similarity" or callable(task.forward())
 
 
@@ -282,5 +284,25 @@ def test_the_configurations_of_the_page_are_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "MODELS.md").read_text()
     blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     tasks = [RunConfig.from_mapping(yaml.safe_load(block), "/anywhere").model.own for block in blocks]
-    assert [getattr(own, "task", None) or own.features for own in tasks] == ["text-generation", True]
+    assert [getattr(own, "task", None) or own.features for own in tasks] == [
+        "text-generation",
+        "text2text-generation",
+        "sentence-similarity",
+        "automatic-speech-recognition",
+        True,
+    ]
     assert all(f"| `{name}` | `{task.auto}`" in page for name, task in TASKS.items())
+
+
+def test_graphs_of_language_models_return_no_cache(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="needs the extra onnx")
+    from mlorq.export_targets.onnx_graph.float_graph import float_twin
+
+    module = save_language(tmp_path / "model", "next")
+    ids = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(1))
+    twin, _ = float_twin(module)
+    with torch.no_grad():
+        found, whole = twin(input_ids=ids), module(input_ids=ids)
+    assert found.past_key_values is None
+    assert whole.past_key_values is not None, "the model itself stays as it was"
+    assert torch.equal(found.logits, whole.logits)

@@ -96,8 +96,8 @@ def build(
         extras = {} if part else family.derived_outputs(architecture)
         outputs = flat(output, structure)
     preprocessing = family.preprocess(architecture)
-    text = (preprocessing or {}).get("kind") == "text"
-    axes = {name: _axes(value, samples, text) for name, value in inputs.items()}
+    sequences = (preprocessing or {}).get("kind") in ("text", "audio")
+    axes = {name: _axes(name, value, samples, sequences) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     fast = precision == "fast"
     _, missing = replace_weights(model.graph, layers, fast=fast, kernel_bits=kernel_bits, stages=stages)
@@ -179,11 +179,13 @@ def _other(value: Tensor, samples: int) -> Tensor:
     return -value[1:] if value.is_floating_point() else value[1:].flip(-1 if value.dim() > 1 else 0)
 
 
-def _axes(value: Tensor, samples: int, text: bool) -> dict[int, str]:
+def _axes(name: str, value: Tensor, samples: int, sequences: bool) -> dict[int, str]:
     """Names of the axes of an input that may have any size."""
     if value.dim() == 0 or value.shape[0] != samples:
         return {}
-    return {0: "batch", 1: "sequence"} if text and value.dim() == 2 else {0: "batch"}
+    if not sequences or value.dim() != 2:
+        return {0: "batch"}
+    return {0: "batch", 1: "decoder_sequence" if name.startswith("decoder_") else "sequence"}
 
 
 def _finished(

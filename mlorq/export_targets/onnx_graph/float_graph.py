@@ -42,6 +42,10 @@ def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule
     Quantizers of activations are replaced by modules that exporters write as operators.
     """
     twin = copy_module(module).float()
+    for child in twin.modules():
+        config: Any = getattr(child, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # decoders would also return a cache, which is not a tensor
     found: dict[str, CompressedModule] = {}
     for path, child in list(twin.named_modules()):
         if isinstance(child, CompressedModule):

@@ -1,0 +1,117 @@
+"""Source ``audio``: recordings of speech that a table names, with their transcripts."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fsspec.core import url_to_fs
+from pydantic import Field
+
+from mlorq.artifacts.locations import resolve_location
+from mlorq.data.choose import READERS, indices_of, listed_samples, row_names, seeded_choice
+from mlorq.data.metrics import WORD_ERRORS
+from mlorq.data.model_inputs import recogniser
+from mlorq.data.packages import SOUNDFILE
+from mlorq.data.source import (
+    SOURCES,
+    BatchSettings,
+    DataSource,
+    LabelSettings,
+    ListSettings,
+    MetricSettings,
+    ModelSettings,
+    PathSettings,
+    Role,
+    RootSettings,
+)
+from mlorq.errors import DataError, one_line
+
+if TYPE_CHECKING:
+    from mlorq.data.base import Dataset
+
+
+class AudioSettings(BatchSettings, ListSettings, MetricSettings, LabelSettings, RootSettings, PathSettings):
+    """Keys of a table of recordings."""
+
+    audio: int | str | None = Field(
+        None, description="column of the recordings' files, by name, or by number in a table without a header"
+    )
+    language: str | None = Field(
+        None, description="language of the recordings, for a model of several (Whisper); default: it is detected"
+    )
+
+
+class AudioSource(DataSource[AudioSettings]):
+    """Recordings that a table names."""
+
+    name = "audio"
+    settings = AudioSettings
+    needed = ("path", "audio")
+    package = SOUNDFILE
+
+    def check_role(self, settings: AudioSettings, role: Role) -> None:
+        """Evaluation data needs transcripts."""
+        if role == "evaluation" and settings.label is None:
+            raise ValueError(f"label: source {self.name} needs the column of transcripts in evaluation data")
+
+    def locations(self, settings: AudioSettings) -> Sequence[str | None]:
+        """The table, the folder of the recordings and the list of samples."""
+        root = settings.root
+        if root is None and settings.path is not None:
+            root = posixpath.dirname(settings.path) or "."
+        return settings.path, root, settings.list
+
+    def load(self, settings: AudioSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
+        """Load the chosen recordings and their transcripts; see ``DataSource.load``."""
+        from mlorq.data.columns import read_columns
+        from mlorq.data.speech import Recording, speech_dataset
+
+        if settings.metric not in (None, WORD_ERRORS):
+            raise DataError(f"metric {settings.metric!r} does not fit speech; choose {WORD_ERRORS}")
+        inputs = recogniser(model, folder, self.name, settings.language)
+        assert settings.path is not None
+        assert settings.audio is not None
+        location = resolve_location(settings.path, folder)
+        wanted = [settings.audio, *([] if settings.label is None else [settings.label])]
+        columns, numbers = read_columns(location, wanted)
+        origin = f"table {location}"
+        chosen = listed_samples(settings, folder)
+        if chosen is None:
+            picked = seeded_choice(len(numbers), settings.samples, seed, origin)
+        else:
+            picked = indices_of(chosen, row_names(numbers), origin)
+
+        def entry(column: int | str, what: str, index: int) -> str:
+            text = columns[column][index]
+            if text is None or not str(text).strip():
+                raise DataError(f"{origin}, row {numbers[index]}, column {column!r}: the {what} is missing")
+            return str(text)
+
+        files = [entry(settings.audio, "recording's file", index) for index in picked]
+        texts: Sequence[str | None] = [None] * len(files)
+        if settings.label is not None:
+            texts = [entry(settings.label, "transcript", index) for index in picked]
+        root = location.rpartition("/")[0] if settings.root is None else resolve_location(settings.root, folder)
+        with ThreadPoolExecutor(READERS) as pool:
+            contents = list(pool.map(partial(_read, root), files))
+        parts = zip(files, contents, texts, strict=True)
+        return speech_dataset([Recording(*part) for part in parts], settings, role, inputs, origin)
+
+
+def _read(root: str, file: str) -> bytes:
+    fs, path = url_to_fs(resolve_location(file, root))
+    try:
+        data: Any = fs.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"recording {file} does not exist in {root}") from None
+    except OSError as error:
+        raise DataError(f"recording {file} in {root} cannot be read: {one_line(error)}") from error
+    found: bytes = data
+    return found
+
+
+SOURCES.register(AudioSource())
