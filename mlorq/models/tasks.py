@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-InputKind = Literal["images", "texts", "language", "objects"]
-"""``objects``: images for object detection; ``language``: running text, whose tokens the model predicts."""
+InputKind = Literal["images", "texts", "language", "objects", "captioned"]
+"""``objects``: images for object detection; ``language``: running text, whose tokens the model predicts; ``captioned``:
+images, each with a text."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class ModelTask:
 
 PAIRS, CLASSES = "sentence-similarity", "text-classification"
 NEXT, MASKED = "text-generation", "fill-mask"
-FEATURES = "image-feature-extraction"
+FEATURES, MAPS = "image-feature-extraction", "semantic-segmentation"
+TOWERS = "zero-shot-image-classification"
 _OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
 TASKS = {
     task.name: task
@@ -56,6 +58,8 @@ TASKS = {
         ModelTask(MASKED, "language", "AutoModelForMaskedLM", (_OUTPUTS, "sketched_logits")),
         ModelTask("image-classification", "images", "AutoModelForImageClassification", (_OUTPUTS, "logits")),
         ModelTask(FEATURES, "images", "AutoModel", (_OUTPUTS, "image_features")),
+        ModelTask(MAPS, "images", "AutoModelForSemanticSegmentation", ("mlorq.models.segmentation", "map_logits")),
+        ModelTask(TOWERS, "captioned", "AutoModel", ("mlorq.models.two_towers", "embeddings")),
         ModelTask("object-detection", "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
         ModelTask(
             "instance-segmentation", "objects", "AutoModelForUniversalSegmentation", (_DETECTION, "mask_outputs"), True

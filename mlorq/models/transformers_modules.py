@@ -15,13 +15,15 @@ from torch import nn
 
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import FloatModel, attention_mask, same_construction
+from mlorq.models.image_processor import prepared_size
 from mlorq.models.plain import ORIGIN, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
-from mlorq.models.tasks import PAIRS, TASKS
+from mlorq.models.tasks import MAPS, PAIRS, TASKS
 from mlorq.models.transformers import NAME, TransformersSettings, locate, quiet
 from mlorq.models.transformers_detection import mark_samples
 from mlorq.models.transformers_rebuild import ATTENTION, LABELS, rebuild
+from mlorq.models.two_towers import token_mask
 
 # Entries of a configuration that do not affect the function of the model.
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -73,6 +75,8 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         "attention": _attention(module),
         "config": _described(module),
     }
+    if task.name == MAPS and (size := prepared_size(location, settings.name or location)):
+        architecture["input_size"] = size  # that of the configuration is another one, if there is one at all
     # Arguments that change the configuration are stored in it; those of the constructor are stored here.
     known = inspect.signature(type(module)).parameters
     if own := {name: value for name, value in arguments.items() if name in known}:
@@ -89,7 +93,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         NAME,
         architecture,
         embedding or task.forward(),
-        attention_mask,
+        token_mask(module.config) if task.inputs == "captioned" else attention_mask,
         block_names(module),
         as_dtype,
         preparation=cache(partial(preparation_files, settings, folder)),
