@@ -47,7 +47,7 @@ class ModelTask:
 PAIRS, CLASSES = "sentence-similarity", "text-classification"
 NEXT, MASKED = "text-generation", "fill-mask"
 FEATURES, MAPS = "image-feature-extraction", "semantic-segmentation"
-TOWERS = "zero-shot-image-classification"
+TOWERS, BOXES = "zero-shot-image-classification", "object-detection"
 _OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
 TASKS = {
     task.name: task
@@ -60,7 +60,7 @@ TASKS = {
         ModelTask(FEATURES, "images", "AutoModel", (_OUTPUTS, "image_features")),
         ModelTask(MAPS, "images", "AutoModelForSemanticSegmentation", ("mlorq.models.segmentation", "map_logits")),
         ModelTask(TOWERS, "captioned", "AutoModel", ("mlorq.models.two_towers", "embeddings")),
-        ModelTask("object-detection", "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
+        ModelTask(BOXES, "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
         ModelTask(
             "instance-segmentation", "objects", "AutoModelForUniversalSegmentation", (_DETECTION, "mask_outputs"), True
         ),
