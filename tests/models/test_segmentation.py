@@ -17,8 +17,8 @@ from torch import nn
 import mlorq
 from mlorq.config.run import RunConfig
 from mlorq.data.label_maps import class_numbers
-from mlorq.errors import DataError
-from mlorq.models import load_model, rebuild
+from mlorq.errors import CheckpointError, DataError
+from mlorq.models import FAMILIES, load_model, rebuild
 from mlorq.models.layers import find_layers
 from mlorq.models.left_float import NO_GRADIENT
 from mlorq.models.segmentation import VALUES, lattice, map_logits, pixel_classes
@@ -353,3 +353,19 @@ def test_graphs_of_models_of_segmentation(kind: str, tmp_path: Path) -> None:
         expected = mlorq.load(tmp_path / "out")(**batch).logits
     found = mlorq.load(tmp_path / "out", runtime="onnxruntime", threads=1)(**batch).logits
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_example_inputs_have_the_size_of_the_image_processor(tmp_path: Path) -> None:
+    save(tmp_path, segformer())
+    config = RunConfig.from_mapping({"budget": "4bit", **values()}, str(tmp_path))
+    model = load_model(config.model, str(tmp_path))
+    family = FAMILIES[model.family]
+    assert family.example_input(model.architecture, samples=2)["pixel_values"].shape == (2, 3, SIDE, SIDE)
+    described = family.preprocess(model.architecture)
+    assert described == {"kind": "image", "inputs": ["pixel_values"], "channels": 3, "height": SIDE, "width": SIDE}
+    for size in ("32", [32], [32, 0], [32, 2**20], [32.0, 32]):
+        with pytest.raises(CheckpointError, match=r"architecture.input_size .* is not \[height, width\]"):
+            rebuild({**model.architecture, "input_size": size})
+    for file in (tmp_path / "model").glob("*processor*"):
+        file.unlink()
+    assert "input_size" not in load_model(config.model, str(tmp_path)).architecture

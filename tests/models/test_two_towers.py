@@ -17,7 +17,7 @@ import mlorq
 from mlorq.checkpoint.io import inspect
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, DataError, ModelError
-from mlorq.models import load_model
+from mlorq.models import FAMILIES, load_model
 from mlorq.models.two_towers import embeddings
 from tests import zoo
 from tests.compressed import compressed, folder_of
@@ -315,3 +315,22 @@ def test_graphs_of_both_towers_take_any_number_of_images_and_texts(kind: str, tm
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_example_inputs_are_images_and_texts(kind: str, tmp_path: Path) -> None:
+    save(tmp_path, kind)
+    config = RunConfig.from_mapping({"budget": "4bit", **captions()}, str(tmp_path))
+    model = load_model(config.model, str(tmp_path))
+    family = FAMILIES[model.family]
+    batch = family.example_input(model.architecture, samples=2)
+    data = dataset(tmp_path, captions()).batches[0]
+    assert [(name, value.dim()) for name, value in batch.items()] == [(name, data[name].dim()) for name in batch]
+    assert set(batch) == set(data)
+    with torch.no_grad():
+        assert model.outputs(model.module, batch).isfinite().all()
+    described = family.preprocess(model.architecture)
+    assert described["kind"] == "image and text"
+    assert sorted(described["inputs"]) == sorted(batch)
+    assert described["text_inputs"] == (["input_ids", "attention_mask"] if kind == "clip" else ["input_ids"])
+    assert described["max_length"] == TEXT["max_position_embeddings"]
