@@ -44,6 +44,19 @@ SENTENCES = [
 ]
 
 QUICK = {"samples": 8, "points": 2, "hessian_samples": 4, "hessian_probes": 8, "factor_bits": [4]}
+# Few candidates and few probes, for runs that show that all goes together, not how well.
+FAST = {
+    "samples": 2,
+    "points": 2,
+    "forms": ["Q"],
+    "bits": [4, 8],
+    "percentiles": [1.0],
+    "hessian_samples": 2,
+    "hessian_probes": 2,
+    "hessian_min_probes": 2,
+    "hessian_mode": "probes",
+    "sensitivity": "closed_form",
+}
 # Every form.
 WHOLE_SEARCH = {"samples": 8, "points": 3, "hessian_samples": 8, "hessian_probes": 8}
 

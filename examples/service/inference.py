@@ -53,6 +53,8 @@ class Graph:
         self.preprocessing: dict[str, Any] = json.loads(metadata["preprocessing"])
         if self.about["part"]:
             raise SystemExit(f"{file} is a part of a model ({self.about['part']}): its outputs answer no request")
+        if self.preprocessing["kind"] not in ("image", "text"):
+            raise SystemExit(f"{file} takes {self.preprocessing['kind']}, which this service does not prepare")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         for key, value in self.about["session_options"].items():

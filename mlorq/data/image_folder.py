@@ -17,8 +17,11 @@ from pydantic import Field
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, indices_of, listed_samples, read_image, seeded_choice
 from mlorq.data.delimited import read_rows
+from mlorq.data.metrics import ZERO_SHOT
+from mlorq.data.model_inputs import two_towers
 from mlorq.data.source import SOURCES, DataSource, ImageSettings, ModelSettings, Role, RootSettings, SplitSettings
 from mlorq.errors import DataError, hide_secrets
+from mlorq.models.tasks import MAPS
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -34,11 +37,36 @@ UNREADABLE = (
 )
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation", "calibration"}
 
+Prompts = list[str]  # defined here because ``list`` is a key in the class below
+
 
 class ImageFolderSettings(ImageSettings, SplitSettings, RootSettings):
     """Keys of a folder of images."""
 
     labels: str | None = Field(None, description="TSV or CSV table with columns file, label[, split]")
+    masks: str | None = Field(
+        None,
+        description="semantic segmentation: folder of label maps, PNG files with the relative names of the images; "
+        "pixels are class numbers",
+    )
+    ignored_label: int = Field(255, ge=0, description="with masks: value of pixels that do not count")
+    class_names: str | None = Field(
+        None,
+        description="models of images and texts: text file with the name of a class per line; default: the names of "
+        "the folders, with spaces for underscores",
+    )
+    prompts: Prompts = Field(
+        ["a photo of a {}"],
+        min_length=1,
+        description="models of images and texts: texts of a class, with {} for its name; calibration uses the first",
+    )
+
+    def check(self) -> None:
+        """Refuse prompts without a place for the name."""
+        super().check()
+        for prompt in self.prompts:
+            if "{}" not in prompt:
+                raise ValueError(f"prompts: {prompt!r} has no {{}} in the place of the class name")
 
 
 class ImageFolderSource(DataSource[ImageFolderSettings]):
@@ -49,14 +77,24 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
     needed = ("root",)
 
     def locations(self, settings: ImageFolderSettings) -> Sequence[str | None]:
-        """The folder, the table of labels and the list of samples."""
-        return settings.root, settings.labels, settings.list
+        """The folder, the table of labels or folder of masks, the class names and the list of samples."""
+        return settings.root, settings.labels, settings.masks, settings.class_names, settings.list
 
     def load(self, settings: ImageFolderSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
         """Load the chosen images of a folder; other files are not read. See ``DataSource.load``."""
+        from mlorq.data.captioned import check_metric, class_names, zero_shot_dataset
         from mlorq.data.images import Image, check_images, image_dataset
+        from mlorq.data.label_maps import read_label_maps, segmentation_dataset
 
-        described = check_images(settings, model, folder, self.name)
+        towers = two_towers(model, folder)
+        inputs = None if towers else check_images(settings, model, folder, self.name, ("images", "captioned"))
+        maps = inputs is not None and inputs.maps
+        if towers is not None:
+            check_metric(settings.metric, ZERO_SHOT, "classes")
+        if settings.masks and not maps:
+            raise DataError(f"masks {settings.masks} are for task {MAPS}: leave masks out")
+        if settings.labels and maps:
+            raise DataError(f"labels {settings.labels} are not for task {MAPS}: give masks, a folder of label maps")
         assert settings.root is not None
         root = resolve_location(settings.root, folder)
         fs, path = url_to_fs(root)
@@ -66,26 +104,20 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             raise DataError(
                 f"split {settings.split!r} of image folder {root}: give labels, a table with a column split"
             )
-        images = _listed(settings, folder) if settings.labels else _found(fs, path, hide_secrets(root))
-        of_split = f" of split {settings.split!r}" if settings.split else ""
-        if not images:
-            raise DataError(f"image folder {root} has no images{of_split}")
-        chosen = listed_samples(settings, folder)
-        if chosen is None:
-            picked = seeded_choice(len(images), settings.samples, seed, f"image folder {root}")
-        else:
-            places = {image.path: index for index, image in enumerate(images)}
-            picked = indices_of(chosen, places, f"image folder {root}{of_split}")
-        images = [images[index] for index in picked]
+        images, classes = _chosen(fs, path, root, settings, folder, seed, maps=maps)
         with ThreadPoolExecutor(READERS) as pool:
             contents = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
         pairs = zip(images, contents, strict=True)
-        return image_dataset(
-            [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs],
-            settings,
-            role,
-            described,
-        )
+        made = [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs]
+        if towers is not None:
+            names = class_names(settings.class_names, folder, classes, f"image folder {root}")
+            return zero_shot_dataset(made, names, settings.prompts, settings.batch_size, role, towers)
+        assert inputs is not None
+        if not maps or settings.masks is None or role == "calibration":
+            return image_dataset(made, settings, role, inputs)
+        paths = [image.path for image in images]
+        masks = read_label_maps(settings.masks, folder, made, paths, settings.ignored_label, inputs)
+        return segmentation_dataset(made, masks, settings, inputs)
 
 
 @dataclass(frozen=True)
@@ -93,6 +125,39 @@ class _Named:
     path: str  # relative to the root
     label: int | None
     where: str = ""  # of the label, for errors
+
+
+def _chosen(
+    fs: Any, path: str, root: str, settings: ImageFolderSettings, folder: str, seed: int, *, maps: bool
+) -> tuple[list[_Named], list[str]]:
+    """The chosen images of a folder, and the names of its classes if these are its subfolders.
+
+    Args:
+        fs: file system of the folder.
+        path: the folder there.
+        root: its location, for errors.
+        settings: of the source.
+        folder: base of relative paths.
+        seed: of the choice of samples.
+        maps: whether images have label maps in the place of classes.
+    """
+    classes: list[str] = []
+    if settings.labels:
+        images = _listed(settings, folder)
+    elif maps:
+        images = [_Named(name, None) for name in _images(_tree(fs, path)[0], hide_secrets(root))]
+    else:
+        images, classes = _found(fs, path, hide_secrets(root))
+    of_split = f" of split {settings.split!r}" if settings.split else ""
+    if not images:
+        raise DataError(f"image folder {root} has no images{of_split}")
+    chosen = listed_samples(settings, folder)
+    if chosen is None:
+        picked = seeded_choice(len(images), settings.samples, seed, f"image folder {root}")
+    else:
+        places = {image.path: index for index, image in enumerate(images)}
+        picked = indices_of(chosen, places, f"image folder {root}{of_split}")
+    return [images[index] for index in picked], classes
 
 
 def _listed(settings: ImageFolderSettings, folder: str) -> list[_Named]:
@@ -140,21 +205,29 @@ def _labelled(row: Mapping[str, str], where: str) -> _Named:
         raise DataError(f"{where}: label {row['label']!r} is not a class number") from None
 
 
-def _found(fs: Any, root: str, location: str) -> list[_Named]:
-    """Images under a folder. If they are in subfolders, these are the classes, numbered as torchvision does.
+def _images(files: Sequence[str], location: str) -> list[str]:
+    """The images among files, sorted; those whose names begin with a dot, also of a folder, do not count."""
+    shown = sorted(filter(_visible, files))
+    unreadable = next((name for name in shown if name.lower().endswith(UNREADABLE)), None)
+    if unreadable is not None:
+        raise DataError(f"image {unreadable} of image folder {location} is of a kind that cannot be read: convert it")
+    return [name for name in shown if name.lower().endswith(SUFFIXES)]
+
+
+def _found(fs: Any, root: str, location: str) -> tuple[list[_Named], list[str]]:
+    """Images under a folder, and the names of their classes.
+
+    If images are in subfolders, these are the classes, numbered as torchvision does.
 
     Every subfolder of the root is a class, in alphabetical order; what is below it has its label. Files and folders
     whose names begin with a dot, which systems and editors create, do not count.
     """
     found, folders = _tree(fs, root)
-    files = sorted(filter(_visible, found))
-    unreadable = next((name for name in files if name.lower().endswith(UNREADABLE)), None)
-    if unreadable is not None:
-        raise DataError(f"image {unreadable} of image folder {location} is of a kind that cannot be read: convert it")
-    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    images = _images(found, location)
+    files = list(filter(_visible, found))
     beside = [name for name in images if "/" not in name]
     if len(beside) == len(images):
-        return [_Named(name, None) for name in images]
+        return [_Named(name, None) for name in images], []
     classes = sorted({name.partition("/")[0] for name in files if "/" in name} | set(filter(_visible, folders)))
     _check_level(location, classes, {posixpath.dirname(name) for name in images if "/" in name})
     if 2 * len(beside) > len(images):
@@ -173,7 +246,8 @@ def _found(fs: Any, root: str, location: str) -> list[_Named]:
         )
     numbers = {name: index for index, name in enumerate(classes)}
     inside = [name for name in images if "/" in name]
-    return [_Named(name, numbers[name.partition("/")[0]], f"image {name} (its folder)") for name in inside]
+    named = [_Named(name, numbers[name.partition("/")[0]], f"image {name} (its folder)") for name in inside]
+    return named, classes
 
 
 def _check_level(location: str, classes: Sequence[str], parents: set[str]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from mlorq.data.choose import before_glob
 from mlorq.data.source import (
     SOURCES,
     DataSource,
+    ImageColumnSettings,
     ImageSettings,
     LabelSettings,
     ModelSettings,
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
     from mlorq.data.base import Dataset
 
 
-class ImageParquetSettings(ImageSettings, LabelSettings, SplitSettings, PathSettings):
+class ImageParquetSettings(ImageColumnSettings, ImageSettings, LabelSettings, SplitSettings, PathSettings):
     """Keys of images in Parquet shards."""
-
-    image: str = Field("image", description="column of encoded images")
 
     def check(self) -> None:
         """Refuse a column number."""

@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.data.base import Dataset, LabelCheck
-from mlorq.data.metrics import NEIGHBOURS, nearest_neighbours, top_k_accuracy
+from mlorq.data.metrics import MIOU, NEIGHBOURS, nearest_neighbours, top_k_accuracy
 from mlorq.data.model_inputs import ImageInputs, image_inputs
 from mlorq.data.pixels import decoded
 from mlorq.data.source import ImageSettings, ModelSettings, Role
 from mlorq.errors import DataError, one_line
+from mlorq.models.tasks import InputKind
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,19 @@ class Image:
     identity: str | None = None
 
 
-def check_images(settings: ImageSettings, model: ModelSettings, folder: str, source: str) -> ImageInputs:
+def check_images(
+    settings: ImageSettings, model: ModelSettings, folder: str, source: str, kinds: Sequence[InputKind] = ("images",)
+) -> ImageInputs:
     """The model's image preprocessing, after checking that model and metric fit images.
 
     Raises:
         DataError: the model does not take images, or the metric does not fit its outputs.
         ModelError: its image processor cannot be loaded.
     """
-    inputs = image_inputs(model, folder, source)
-    usual = NEIGHBOURS if inputs.features else "accuracy"
-    if settings.metric not in (None, usual, NEIGHBOURS):
-        kind = "features" if inputs.features else "image labels"
+    inputs = image_inputs(model, folder, source, kinds)
+    usual = MIOU if inputs.maps else NEIGHBOURS if inputs.features else "accuracy"
+    if settings.metric not in (None, usual, *(() if inputs.maps else (NEIGHBOURS,))):
+        kind = "maps of classes" if inputs.maps else "features" if inputs.features else "image labels"
         raise DataError(f"metric {settings.metric!r} does not fit {kind}; choose {usual}")
     return inputs
 
@@ -70,8 +73,15 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
         images: the chosen images, in order.
         settings: with the batch size.
         role: calibration or evaluation; the latter has metrics.
-        inputs: the model's preprocessing.
+        inputs: the model's preprocessing. The labels of images are not those of maps, and are left out then.
+
+    Raises:
+        DataError: maps have a metric, but there are no label maps.
     """
+    if inputs.maps:
+        if settings.metric is not None and role == "evaluation":
+            raise DataError(f"metric {settings.metric} needs label maps: source image_folder with masks")
+        images = [replace(image, label=None) for image in images]
     named = [
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
         for image in images
@@ -220,24 +230,29 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 class PreparedBatches(EncodedBatches):
-    """Batches that an image processor prepares on first use, and that are kept.
+    """Batches that an image processor prepares on first use.
 
     Args:
         images: the images of all batches.
         prepare: makes a batch from images of Pillow.
         size: images per batch.
+        keep: whether batches are kept; else they are prepared at every use.
     """
 
-    def __init__(self, images: Sequence[Image], prepare: Callable[[Sequence[Any]], Any], size: int) -> None:
+    def __init__(
+        self, images: Sequence[Image], prepare: Callable[[Sequence[Any]], Any], size: int, *, keep: bool = True
+    ) -> None:
         super().__init__(images, size)
-        self._prepare = prepare
+        self._prepare, self._keep = prepare, keep
         self._kept: dict[int, Any] = {}
 
     def _batch(self, place: int) -> Any:
-        if place not in self._kept:
-            pictures = [decoded(image.data, image.name, "RGB") for image in self._part(place)]
-            self._kept[place] = self._prepare(pictures)
-        return self._kept[place]
+        if place in self._kept:
+            return self._kept[place]
+        batch = self._prepare([decoded(image.data, image.name, "RGB") for image in self._part(place)])
+        if self._keep:
+            self._kept[place] = batch
+        return batch
 
 
 def decoder(described: dict[str, Any]) -> tuple[Callable[[Any], Any], str]:

@@ -80,8 +80,7 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray, k: int = 20, te
     """
     import numpy as np
 
-    values = features.astype(np.float64)
-    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    values = _normalised(features)
     classes, own = np.unique(labels, return_inverse=True)
     hits = 0
     for start in range(0, len(values), 1024):  # a matrix of all pairs of 50,000 images would take 20 GB
@@ -147,9 +146,79 @@ def word_errors(words: Sequence[str], reference: Sequence[str]) -> int:
     return int(row[-1])
 
 
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean over the classes that occur of intersection over union.
+
+    A class occurs if a pixel has it as its label or as its prediction; 0 if none does.
+
+    Args:
+        confusion: ``(classes, classes)`` numbers of pixels by label (rows) and prediction (columns).
+    """
+    import numpy as np
+
+    both = np.diagonal(confusion).astype(np.float64)
+    either = confusion.sum(0) + confusion.sum(1) - both
+    occurs = either > 0
+    return float((both[occurs] / either[occurs]).mean()) if occurs.any() else 0.0
+
+
+def zero_shot_accuracy(images: np.ndarray, prompts: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images whose class has the largest cosine with the image.
+
+    A class is the mean of the normalised embeddings of its prompts (Radford et al., arXiv 2103.00020, section 3.1.4).
+
+    Args:
+        images: ``(samples, width)`` embeddings.
+        prompts: ``(classes, templates, width)`` embeddings.
+        labels: ``(samples,)`` class numbers.
+    """
+    classes = _normalised(_normalised(prompts).mean(1))  # (classes, width)
+    return accuracy((_normalised(images) @ classes.T).argmax(1), labels)
+
+
+def first_recalls(images: np.ndarray, texts: np.ndarray, pairs: np.ndarray) -> tuple[float, float]:
+    """Recall at 1 in both directions: the share of images whose nearest text is one of theirs, and of texts likewise.
+
+    Args:
+        images: ``(images, width)`` embeddings of different images.
+        texts: ``(texts, width)`` embeddings of different texts.
+        pairs: ``(pairs, 2)`` numbers of an image and of a text that belong together.
+    """
+    import numpy as np
+
+    ours, theirs = _normalised(images), _normalised(texts)
+    together = {(int(image), int(text)) for image, text in pairs}
+    step = 1024  # a matrix of all pairs would take gigabytes
+    text_of = np.concatenate([(ours[i : i + step] @ theirs.T).argmax(1) for i in range(0, len(ours), step)])
+    image_of = np.concatenate([(theirs[i : i + step] @ ours.T).argmax(1) for i in range(0, len(theirs), step)])
+    found = sum((image, int(text)) in together for image, text in enumerate(text_of))
+    back = sum((int(image), text) in together for text, image in enumerate(image_of))
+    return found / len(ours), back / len(theirs)
+
+
+def _normalised(values: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    exact = values.astype(np.float64)
+    normalised: np.ndarray = exact / np.maximum(np.linalg.norm(exact, axis=-1, keepdims=True), 1e-12)
+    return normalised
+
+
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
 NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
-METRICS = (*CLASSIFICATION, *CORRELATION, *DETECTION, NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING)
+MIOU, ZERO_SHOT, RECALL = "miou", "zero_shot", "recall"
+METRICS = (
+    *CLASSIFICATION,
+    *CORRELATION,
+    *DETECTION,
+    NEIGHBOURS,
+    PERPLEXITY,
+    WORD_ERRORS,
+    RANKING,
+    MIOU,
+    ZERO_SHOT,
+    RECALL,
+)

@@ -1,4 +1,4 @@
-"""Input requirements of a model, from its family: preprocessing, tokenizers, class names, detectors, recognisers."""
+"""What a model needs of its inputs, from its family: preprocessing, tokenizers, class names, detectors, recognisers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlorq.data.source import ModelSettings
     from mlorq.models.detector import Detector
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.two_towers import TwoTowers
 
 
 Found = TypeVar("Found")
@@ -27,15 +28,25 @@ class ImageInputs:
         described: timm's settings (input size, interpolation, mean, std, crop), or those of ``prepare``.
         prepare: a batch from images of Pillow; None: timm's transform.
         features: whether the model's outputs are features, not scores of classes.
+        maps: whether they are maps, scores of classes at every position.
     """
 
     described: dict[str, Any]
     prepare: Callable[[Sequence[Any]], Any] | None = None
     features: bool = False
+    maps: bool = False
 
 
-def image_inputs(model: ModelSettings, folder: str, source: str) -> ImageInputs:
-    """Image preprocessing of a classifier or encoder.
+def image_inputs(
+    model: ModelSettings, folder: str, source: str, kinds: Sequence[InputKind] = ("images",)
+) -> ImageInputs:
+    """Image preprocessing of a classifier, an encoder or a model of segmentation.
+
+    Args:
+        model: the ``model`` section.
+        folder: base of relative paths.
+        source: name of the data source, for errors.
+        kinds: the kinds of inputs that the source has, for errors.
 
     Raises:
         DataError: the model does not take images.
@@ -45,9 +56,18 @@ def image_inputs(model: ModelSettings, folder: str, source: str) -> ImageInputs:
     features = family.features(model.own)
     described = family.image_inputs(model.own)
     if described is not None:
-        return ImageInputs(described, None, features)
-    processor = required(family.image_processor(model.own, folder), source, "images")
-    return ImageInputs(processor.described, processor.prepare, features)
+        return ImageInputs(described, None, features, family.maps(model.own))
+    processor = required(family.image_processor(model.own, folder), source, *kinds)
+    return ImageInputs(processor.described, processor.prepare, features, family.maps(model.own))
+
+
+def two_towers(model: ModelSettings, folder: str) -> TwoTowers | None:
+    """Preparation of images with texts; None if the model does not embed both.
+
+    Raises:
+        ModelError: its image processor or tokenizer cannot be loaded.
+    """
+    return FAMILIES[model.family].two_towers(model.own, folder)
 
 
 def text_inputs(model: ModelSettings, folder: str, source: str) -> TextInputs:
@@ -78,13 +98,13 @@ def recogniser(model: ModelSettings, folder: str, source: str, language: str | N
     return required(FAMILIES[model.family].recogniser(model.own, folder, language), source, "speech")
 
 
-def required(found: Found | None, source: str, kind: InputKind) -> Found:
+def required(found: Found | None, source: str, *kinds: InputKind) -> Found:
     """``found``, unless it is None.
 
     Raises:
-        DataError: it is None: the model does not take this kind of inputs. The source and the fitting families are
-            named.
+        DataError: it is None: the model takes none of these kinds of inputs. The source and the fitting families
+            are named.
     """
     if found is None:
-        raise DataError(f"source {source} is for models of {takers(kind)}; use source custom for others")
+        raise DataError(f"source {source} is for models of {takers(*kinds)}; use source custom for others")
     return found

@@ -39,6 +39,7 @@ else:
     MetricName = Literal[METRICS]
 
 Role = Literal["calibration", "evaluation"]
+Columns = list[int | str]  # defined here because ``list`` is a key below
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,27 @@ class LanguageSettings(TokenSettings, SamplesSettings, MetricSettings):
 
 class ImageSettings(BatchSettings, ListSettings, MetricSettings):
     """Sources of images for classifiers."""
+
+
+class ImageColumnSettings(SourceSettings):
+    """Sources of tables with a column of images."""
+
+    image: str = Field("image", description="column of encoded images; in a table of captions, of their files")
+
+
+class TextColumnsSettings(SourceSettings):
+    """Sources of tables with columns of texts."""
+
+    text: Columns | None = Field(
+        None,
+        description="text columns, by name (header) or number (no header); text2text-generation: source and target",
+    )
+
+    def check(self) -> None:
+        """Refuse an empty list of text columns."""
+        super().check()
+        if self.text == []:
+            raise ValueError("text is an empty list: give one or two columns")
 
 
 class ModelSettings(Protocol):

@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.metrics import CLASSIFICATION
 from mlorq.data.model_inputs import text_inputs
-from mlorq.data.source import SOURCES, DataSource, LabelSettings, ModelSettings, PathSettings, Role, TextSettings
+from mlorq.data.source import (
+    SOURCES,
+    DataSource,
+    LabelSettings,
+    ModelSettings,
+    PathSettings,
+    Role,
+    TextColumnsSettings,
+    TextSettings,
+)
 from mlorq.errors import DataError
 from mlorq.models.family import TextInputs
 from mlorq.models.tasks import tasks_of
@@ -19,22 +26,9 @@ from mlorq.models.tasks import tasks_of
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
 
-Columns = list[int | str]  # defined here because ``list`` is a key in the class below
 
-
-class TableSettings(TextSettings, LabelSettings, PathSettings):
+class TableSettings(TextColumnsSettings, TextSettings, LabelSettings, PathSettings):
     """Keys of a table of texts."""
-
-    text: Columns | None = Field(
-        None,
-        description="text columns, by name (header) or number (no header); text2text-generation: source and target",
-    )
-
-    def check(self) -> None:
-        """Refuse an empty list of text columns."""
-        super().check()
-        if self.text == []:
-            raise ValueError("text is an empty list: give one or two columns")
 
 
 class TableSource(DataSource[TableSettings]):

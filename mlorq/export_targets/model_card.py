@@ -15,7 +15,8 @@ import yaml
 
 from mlorq.forms.base import FORMS, Candidate
 
-PIPELINES = {"instance-segmentation": "image-segmentation"}  # tasks with another name on the hub
+# Tasks with another name on the hub.
+PIPELINES = dict.fromkeys(("instance-segmentation", "semantic-segmentation"), "image-segmentation")
 
 
 @dataclass(frozen=True)

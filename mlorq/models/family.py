@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.two_towers import TwoTowers
 
     TaskName = str
 else:
@@ -213,6 +214,18 @@ class ModelFamily(ABC, Generic[Own]):
         """Whether the model's outputs are features, not scores of classes."""
         return False
 
+    def maps(self, settings: Own) -> bool:
+        """Whether the model's outputs are maps: scores of classes at every position of an image."""
+        return False
+
+    def two_towers(self, settings: Own, folder: str = "") -> TwoTowers | None:
+        """Preparation of images and texts for a model that embeds both; None for other models.
+
+        Raises:
+            ModelError: the model's image processor or tokenizer cannot be loaded.
+        """
+        return None
+
     def text_inputs(self, settings: Own, folder: str = "") -> TextInputs | None:
         """Tokenizer and classes of the model; None if it is not a text model."""
         return None
@@ -313,9 +326,13 @@ def load(section: ModelSection, folder: str = "") -> FloatModel:
     return load_model(section, folder)
 
 
-def takers(kind: InputKind) -> str:
-    """The families whose models take a kind of input, for messages: ``family a, or family b with task c``."""
-    found = [(family.name, family.inputs[kind]) for family in FAMILIES if kind in family.inputs]
+def takers(*kinds: InputKind) -> str:
+    """The families whose models take one of these inputs, for messages: ``family a, or family b with task c``."""
+    found = []
+    for family in FAMILIES:
+        conditions = [family.inputs[kind] for kind in kinds if kind in family.inputs]
+        if conditions:
+            found.append((family.name, " or ".join(filter(None, conditions))))
     return ", or ".join(f"family {name}{f' {which}' if which else ''}" for name, which in found)
 
 

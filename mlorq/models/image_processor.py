@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import DataError, ModelError, one_line
 
 if TYPE_CHECKING:
     from mlorq.models.batches import Batch
 
 # Entries of an image processor that do not affect the batches.
 NOT_PREPROCESSING = ("_processor_class", "image_processor_type", "processor_class")
+SQUARE = 512  # side of the image whose prepared size is looked at
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,32 @@ def load_processor(location: str, name: str, keys: Sequence[str] = ("pixel_value
         raise ModelError(f"model {name!r}: its image processor cannot be loaded: {one_line(error)}") from error
 
     def prepare(images: Sequence[Any]) -> Batch:
-        found = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        try:
+            found = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        except ValueError as error:
+            if len({image.size for image in images}) == 1:
+                raise
+            problem = f"images of several sizes do not go into one batch (set batch_size: 1): {one_line(error)}"
+            raise DataError(f"model {name!r}: {problem}") from error
         return {key: found[key] for key in keys if key in found}
 
     described = json.loads(processor.to_json_string())
     described = {key: value for key, value in described.items() if key not in NOT_PREPROCESSING}
     return ImageProcessor(prepare, described, processor)
+
+
+def prepared_size(location: str, name: str) -> list[int] | None:
+    """Height and width that an image processor makes of a square image; None if it cannot be loaded.
+
+    Args:
+        location: folder or hub name of the image processor.
+        name: the model's name.
+    """
+    from PIL import Image
+
+    try:
+        processor = load_processor(location, name)
+    except ModelError:  # data from user code needs none
+        return None
+    made = processor.prepare([Image.new("RGB", (SQUARE, SQUARE))])
+    return [int(side) for side in made["pixel_values"].shape[-2:]]

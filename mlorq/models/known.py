@@ -114,6 +114,18 @@ KNOWN = [
         f"{RANDOM}: DINOv2, CLIP's image tower", "", TASKS_TESTED,
     ),
     KnownModel(
+        "transformers", "SegFormer, UperNet, DPT, MobileViT, BEiT for semantic segmentation", "semantic-segmentation",
+        f"{RANDOM}; graphs in ONNX", "", "tests/models/test_segmentation.py",
+    ),
+    KnownModel(
+        "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification",
+        f"{RANDOM}, both towers; graphs in ONNX (not SigLIP 2)", "", "tests/models/test_two_towers.py",
+    ),
+    KnownModel(
+        "transformers", "RTDetrForObjectDetection, RTDetrV2ForObjectDetection, DFineForObjectDetection",
+        "object-detection", RANDOM, "", "tests/models/test_two_stage_detectors.py",
+    ),
+    KnownModel(
         "detection", "mask_rcnn_swin_tiny, mask_rcnn_swin_small", "instance-segmentation",
         f"{WHOLE}; both published layouts of checkpoints", "",
         _run("mask_rcnn_swin_tiny", "mask_rcnn_swin_small"),

@@ -69,12 +69,12 @@ def sketch(chosen: Tensor) -> Tensor:
     """
     chosen = chosen - chosen.mean(-1, keepdim=True)
     if chosen.shape[-1] > DIRECTIONS:
-        chosen = chosen @ _directions(chosen.shape[-1]).to(chosen)
+        chosen = chosen @ directions(chosen.shape[-1]).to(chosen)
     return chosen.flatten(1)
 
 
 @cache
-def _directions(size: int) -> Tensor:
+def directions(size: int) -> Tensor:
     """Random signs over the root of their number, ``(size, DIRECTIONS)``; the same in every process."""
     signs = torch.randint(0, 2, (size, DIRECTIONS), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     scaled: Tensor = (2 * signs - 1).float() / DIRECTIONS**0.5

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from mlorq.models.token_masks import TokenMask
 
-InputKind = Literal["images", "texts", "language", "targets", "speech", "objects"]
-"""``objects``: images for object detection; ``language``: running text, whose tokens the model predicts; ``targets``:
-texts with the texts to be generated from them; ``speech``: recordings."""
+InputKind = Literal["images", "texts", "language", "targets", "speech", "objects", "captioned"]
+"""``objects``: images for object detection; ``captioned``: images, each with a text; ``language``: running text, whose
+tokens the model predicts; ``targets``: texts with the texts to be generated from them; ``speech``: recordings."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ def _found(place: tuple[str, str]) -> Any:
 
 PAIRS, CLASSES = "sentence-similarity", "text-classification"
 NEXT, MASKED = "text-generation", "fill-mask"
-FEATURES = "image-feature-extraction"
+FEATURES, MAPS = "image-feature-extraction", "semantic-segmentation"
+TOWERS, BOXES = "zero-shot-image-classification", "object-detection"
 TARGETS, SPEECH = "text2text-generation", "automatic-speech-recognition"
 _OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
 _DECODER, _SPEECH = "mlorq.models.encoder_decoder", "mlorq.models.speech_outputs"
+_TOWERS = "mlorq.models.two_towers"
 TASKS = {
     task.name: task
     for task in (
@@ -83,7 +85,9 @@ TASKS = {
         ),
         ModelTask("image-classification", "images", "AutoModelForImageClassification", (_OUTPUTS, "logits")),
         ModelTask(FEATURES, "images", "AutoModel", (_OUTPUTS, "image_features")),
-        ModelTask("object-detection", "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
+        ModelTask(MAPS, "images", "AutoModelForSemanticSegmentation", ("mlorq.models.segmentation", "map_logits")),
+        ModelTask(TOWERS, "captioned", "AutoModel", (_TOWERS, "embeddings"), mask=(_TOWERS, "token_mask")),
+        ModelTask(BOXES, "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
         ModelTask(
             "instance-segmentation", "objects", "AutoModelForUniversalSegmentation", (_DETECTION, "mask_outputs"), True
         ),

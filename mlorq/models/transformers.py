@@ -13,7 +13,7 @@ from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
 from mlorq.models.family import DerivedOutput, Example, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
-from mlorq.models.tasks import CLASSES, FEATURES, MASKED, NEXT, PAIRS, TARGETS, TASKS, InputKind, tasks_of
+from mlorq.models.tasks import CLASSES, FEATURES, MAPS, MASKED, NEXT, PAIRS, TARGETS, TASKS, InputKind, tasks_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.two_towers import TwoTowers
 
 NAME = "transformers"
 PREDICTED: dict[str, Literal["next", "masked", "target"]] = {NEXT: "next", MASKED: "masked", TARGETS: "target"}
@@ -48,7 +49,7 @@ class TransformersSettings(LibrarySettings):
 
 
 class Transformers(ModelFamily[TransformersSettings]):
-    """Encoders and classifiers of texts and images, models of language and of speech, DETR, Mask2Former."""
+    """Models of texts, of images, of both and of speech: encoders, classifiers, language models, detectors."""
 
     name = NAME
     settings = TransformersSettings
@@ -60,6 +61,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         "speech": f"with task {tasks_of('speech')}",
         "images": f"with task {tasks_of('images')}",
         "objects": f"with task {tasks_of('objects')}",
+        "captioned": f"with task {tasks_of('captioned')}",
     }
 
     def load(self, settings: TransformersSettings, *, dtype: str = "float32", folder: str = "") -> FloatModel:
@@ -96,8 +98,8 @@ class Transformers(ModelFamily[TransformersSettings]):
         mark_samples(module)
 
     def classes(self, model: FloatModel) -> int | None:
-        """``num_labels`` of a classifier; None for other tasks."""
-        if model.architecture.get("task") not in (CLASSES, "image-classification"):
+        """``num_labels`` of a classifier or a segmentation; None for other tasks."""
+        if model.architecture.get("task") not in (CLASSES, "image-classification", MAPS):
             return None
         return int(model.module.config.num_labels)  # type: ignore[union-attr, arg-type]
 
@@ -126,7 +128,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         )
 
     def image_processor(self, settings: TransformersSettings, folder: str = "") -> ImageProcessor | None:
-        """The image processor of a classifier or encoder of images; None for other models."""
+        """The image processor of a classifier, encoder or segmentation of images; None for other models."""
         if settings.inputs != "images":
             return None
         from mlorq.models.image_processor import load_processor
@@ -137,6 +139,19 @@ class Transformers(ModelFamily[TransformersSettings]):
     def features(self, settings: TransformersSettings) -> bool:
         """Whether the task is to encode images."""
         return settings.task == FEATURES
+
+    def maps(self, settings: TransformersSettings) -> bool:
+        """Whether the task is semantic segmentation."""
+        return settings.task == MAPS
+
+    def two_towers(self, settings: TransformersSettings, folder: str = "") -> TwoTowers | None:
+        """Image processor and tokenizer of a model of two towers; None for other tasks."""
+        if settings.inputs != "captioned":
+            return None
+        from mlorq.models.two_towers import two_towers
+
+        with quiet():
+            return two_towers(settings, locate(settings, folder))
 
     def detector(self, settings: TransformersSettings, folder: str = "") -> Detector | None:
         """Image processor and post-processing of the model; None for text models."""

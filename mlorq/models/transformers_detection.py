@@ -17,6 +17,7 @@ from mlorq.errors import DataError, ModelError, one_line
 from mlorq.models.batches import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
 from mlorq.models.image_processor import load_processor
+from mlorq.models.task_outputs import directions
 from mlorq.models.transformers import TransformersSettings
 
 POINTS = 12  # lattice points of the masks in f(x), per side
@@ -24,9 +25,52 @@ DETECTIONS = 100  # maximum per image
 
 
 def box_outputs(module: nn.Module, batch: Batch) -> Tensor:
-    """f(x) of a box detector: class logits and boxes of all queries, ``(samples, outputs)``."""
+    """f(x) of a box detector: class logits and boxes of all queries, ``(samples, outputs)``.
+
+    For detectors whose queries are the best positions of a map (RT-DETR, D-FINE): probabilities of the classes, and
+    boxes times the largest probability, of the queries and of the positions that they come from, sketched by position.
+    Queries at the end of the list come and go with small errors, and hardly count.
+    """
     found = module(**batch)
-    return side_by_side([found.logits, found.pred_boxes])
+    if not chooses_positions(module):
+        return side_by_side([found.logits, found.pred_boxes])
+    positions = chosen_positions(found.enc_outputs_class, found.logits.shape[1])
+    kinds = []
+    for logits, boxes in ((found.logits, found.pred_boxes), (found.enc_topk_logits, found.enc_topk_bboxes)):
+        probabilities = logits.float().sigmoid()
+        kinds += [probabilities, probabilities.amax(-1, keepdim=True) * boxes.float()]
+    return side_by_side([by_position(kind, positions, found.enc_outputs_class.shape[1]) for kind in kinds])
+
+
+def chooses_positions(module: nn.Module) -> bool:
+    """Whether the queries of a detector are the best positions of a map: RT-DETR, D-FINE and similar."""
+    return hasattr(getattr(module, "model", None), "enc_score_head")
+
+
+def chosen_positions(scores: Tensor, queries: int) -> Tensor:
+    """The positions that become queries, ``(samples, queries)`` int64, the best first.
+
+    Args:
+        scores: class logits of all positions, ``(samples, positions, classes)``.
+        queries: number of queries.
+    """
+    return torch.topk(scores.max(-1).values, queries, dim=1).indices
+
+
+def by_position(values: Tensor, positions: Tensor, size: int) -> Tensor:
+    """A sketch of values of queries at their positions, ``(samples, directions, entries)``.
+
+    The order of the queries is that of scores: a small error swaps neighbours, and would count as large if queries were
+    compared by their number. Here a query counts at its position on the map, and one that is not chosen counts as
+    zeros. Random signs stand for the ``size`` positions, as in ``sketched_logits``.
+
+    Args:
+        values: ``(samples, queries, entries)``.
+        positions: ``(samples, queries)``.
+        size: number of positions.
+    """
+    signs = directions(size).to(values)[positions]  # (samples, queries, directions)
+    return signs.transpose(1, 2) @ values
 
 
 def mask_outputs(module: nn.Module, batch: Batch) -> Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlorq.errors import CheckpointError
 from mlorq.models.batches import Batch
 from mlorq.models.tasks import SPEECH, TARGETS, TASKS
 from mlorq.models.transformers_modules import model_class
+from mlorq.models.two_towers import IMAGE_INPUTS, PADDED, PADDED_LENGTH, TEXT_INPUTS, has_two_towers, text_inputs
 
 TOKENS = 16  # length of a random text, and frames of a random recording
 TARGET_TOKENS = 10  # length of a random target text
@@ -35,7 +37,11 @@ def described_inputs(architecture: Mapping[str, Any]) -> dict[str, Any]:
     if names[0] in RECORDINGS:
         return {"kind": "audio", "inputs": names}
     if "input_ids" not in names:
-        return {"kind": "image", "inputs": names, **_image_size(config)}
+        return {"kind": "image", "inputs": names, **_image_size(architecture)}
+    if "pixel_values" in names:
+        sizes = {"vocabulary": _text_config(config).get("vocab_size"), "max_length": _longest_caption(config)}
+        texts = [name for name in names if name in TEXT_INPUTS]
+        return {"kind": "image and text", "inputs": names, "text_inputs": texts, **_image_size(architecture), **sizes}
     sizes = {"vocabulary": config.get("vocab_size"), "max_length": longest_text(config)}
     return {"kind": "text", "inputs": names, **sizes}
 
@@ -47,6 +53,8 @@ def input_names(architecture: Mapping[str, Any]) -> list[str]:
         CheckpointError: the installed version of transformers does not have the model class.
     """
     kind = _module_class(architecture)
+    if has_two_towers(kind):
+        return _tower_names(kind, architecture["config"])
     config, taken = architecture["config"], inspect.signature(kind.forward).parameters
     decoder = ["decoder_input_ids", "decoder_attention_mask"] if _reads_targets(architecture, kind) else []
     if kind.main_input_name in RECORDINGS:
@@ -60,6 +68,14 @@ def input_names(architecture: Mapping[str, Any]) -> list[str]:
     return ["input_ids", "attention_mask", *(["token_type_ids"] if types else []), *decoder]
 
 
+def _tower_names(kind: Any, config: Mapping[str, Any]) -> list[str]:
+    """The keys of a batch of images and texts."""
+    taken = inspect.signature(kind.forward).parameters
+    types = (_text_config(config).get("type_vocab_size") or 0) > 1
+    texts = [name for name in text_inputs(config["model_type"]) if name != "token_type_ids" or types]
+    return [name for name in (*IMAGE_INPUTS, *texts) if name in taken]
+
+
 def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
     """A random batch from a fixed seed, without padding; None for features of recordings of unknown sizes.
 
@@ -69,9 +85,14 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
     config = architecture["config"]
     names = input_names(architecture)
     generator = torch.Generator().manual_seed(0)
-    made: dict[str, torch.Tensor] = {}
+    made: dict[str, Tensor] = {}
+    if "pixel_values" in names:
+        made |= _random_images(architecture, names, samples, generator)
     if "input_ids" in names:
-        made = _random_tokens(config, samples, config.get("max_position_embeddings"), TOKENS, generator)
+        own = _text_config(config)
+        made |= _random_tokens(own, samples, own.get("max_position_embeddings"), TOKENS, generator)
+        if "attention_mask" not in names:
+            del made["attention_mask"]
         if "token_type_ids" in names:
             made["token_type_ids"] = torch.zeros_like(made["input_ids"])
     elif names[0] in RECORDINGS:
@@ -85,10 +106,16 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
         # Of another length than the source texts: exporters take equal lengths for one.
         positions = config.get("max_target_positions") or config.get("max_position_embeddings")
         target = _random_tokens(config, samples, positions, TARGET_TOKENS, generator)
-        return made | {f"decoder_{name}": value for name, value in target.items()}
-    if made:
-        return made
-    size = _image_size(config)
+        made |= {f"decoder_{name}": value for name, value in target.items()}
+    return made
+
+
+def _random_images(
+    architecture: Mapping[str, Any], names: Sequence[str], samples: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    size = _image_size(architecture)
+    if "spatial_shapes" in names:
+        return _random_patches(architecture["config"]["vision_config"], samples, generator)
     pixels = torch.randn(samples, size["channels"], size["height"], size["width"], generator=generator)
     mask = torch.ones(samples, size["height"], size["width"], dtype=torch.int64)
     return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
@@ -96,7 +123,7 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
 
 def _random_tokens(
     config: Mapping[str, Any], samples: int, positions: int | None, most: int, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     shape = (samples, max(1, min(most, (positions or most) // 2)))
     tokens = torch.randint(0, config["vocab_size"] - 1, shape, generator=generator)
     padding = config.get("pad_token_id")
@@ -127,6 +154,17 @@ def _reads_targets(architecture: Mapping[str, Any], kind: Any) -> bool:
     return any(kind in (found if isinstance(found, (tuple, list)) else (found,)) for found in generating)
 
 
+def _random_patches(config: Mapping[str, Any], samples: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images as rows of patches, a square of them without padding (SigLIP 2)."""
+    side = max(1, math.isqrt(config["num_patches"]))
+    entries = config["num_channels"] * config["patch_size"] ** 2
+    return {
+        "pixel_values": torch.randn(samples, side**2, entries, generator=generator),
+        "pixel_attention_mask": torch.ones(samples, side**2, dtype=torch.int64),
+        "spatial_shapes": torch.full((samples, 2), side),
+    }
+
+
 def longest_text(config: Mapping[str, Any]) -> int | None:
     """Tokens of the longest text; None if the architecture has no limit."""
     positions = config.get("max_position_embeddings")
@@ -138,9 +176,20 @@ def longest_text(config: Mapping[str, Any]) -> int | None:
     return int(positions) - padding - 1
 
 
-def _image_size(config: Mapping[str, Any]) -> dict[str, int]:
-    backbone = config.get("backbone_config") or {}
-    size = config.get("image_size") or backbone.get("image_size") or SIDE
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that is about texts: that of the text tower, or all of it."""
+    return config.get("text_config") or config
+
+
+def _longest_caption(config: Mapping[str, Any]) -> int | None:
+    longest = longest_text(_text_config(config))
+    return min(longest, PADDED_LENGTH) if longest and PADDED in config["model_type"] else longest
+
+
+def _image_size(architecture: Mapping[str, Any]) -> dict[str, int]:
+    config = architecture["config"]
+    backbone = config.get("backbone_config") or config.get("vision_config") or {}
+    size = architecture.get("input_size") or config.get("image_size") or backbone.get("image_size") or SIDE
     height, width = (size, size) if isinstance(size, int) else size
     channels = config.get("num_channels") or backbone.get("num_channels") or 3
     return {"channels": channels, "height": height, "width": width}

@@ -13,14 +13,16 @@ import safetensors
 import torch
 from torch import nn
 
+from mlorq.artifacts.hashing import digest_json
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import FloatModel, attention_mask, same_construction
+from mlorq.models.image_processor import prepared_size
 from mlorq.models.plain import ORIGIN, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
-from mlorq.models.tasks import PAIRS, TASKS
+from mlorq.models.tasks import BOXES, MAPS, PAIRS, TASKS
 from mlorq.models.transformers import NAME, TransformersSettings, locate, quiet
-from mlorq.models.transformers_detection import mark_samples
+from mlorq.models.transformers_detection import chooses_positions, mark_samples
 from mlorq.models.transformers_rebuild import ATTENTION, LABELS, rebuild
 
 # Entries of a configuration that do not affect the function of the model.
@@ -73,6 +75,8 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         "attention": _attention(module),
         "config": _described(module),
     }
+    if task.name == MAPS and (size := prepared_size(location, settings.name or location)):
+        architecture["input_size"] = size  # that of the configuration is another one, if there is one at all
     # Arguments that change the configuration are stored in it; those of the constructor are stored here.
     known = inspect.signature(type(module)).parameters
     if own := {name: value for name, value in arguments.items() if name in known}:
@@ -85,7 +89,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         if embedding.dense:
             module = with_dense(module, embedding, encoder, settings.name or "")
     own_masks = task.token_mask()
-    return FloatModel(
+    found = FloatModel(
         module,
         NAME,
         architecture,
@@ -95,6 +99,9 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         as_dtype,
         preparation=cache(partial(preparation_files, settings, folder)),
     )
+    if task.name == BOXES and chooses_positions(module):
+        found.key = digest_json([found.key, "outputs by position"])  # before, f(x) compared queries by their number
+    return found
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:

@@ -22,10 +22,11 @@ from mlorq.models.sentence_dense import ACTIVATIONS
 from mlorq.models.tasks import TASKS
 from mlorq.models.transformers import quiet
 
-OPTIONAL = ("class", "arguments", "pooling", "normalised", "dense")
+OPTIONAL = ("class", "arguments", "input_size", "pooling", "normalised", "dense")
 # Computed by torch alone. Others import packages, or fetch a kernel from the hub.
 ATTENTION = (None, "eager", "sdpa", "flex_attention")
 LABELS = ("id2label", "label2id", "task_specific_params")  # values can be any text
+LARGEST = 2**14  # side of an image
 _DENSE = {"in_features": int, "out_features": int, "bias": bool, "activation": str, "residual": bool}
 
 
@@ -68,6 +69,13 @@ def check(architecture: Mapping[str, Any]) -> None:
         raise CheckpointError(f"architecture.attention {architecture['attention']!r:.60} is refused")
     if not isinstance(architecture.get("arguments", {}), dict):
         raise CheckpointError("architecture.arguments must be an object")
+    size = architecture.get("input_size", [1, 1])
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(side) is int and 0 < side <= LARGEST for side in size)
+    ):
+        raise CheckpointError(f"architecture.input_size {size!r:.60} is not [height, width]")
     config = without_origin(architecture["config"])
     for reason in faults(config, free=LABELS):
         raise CheckpointError(f"architecture.config: {reason}")

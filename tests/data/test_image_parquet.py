@@ -270,7 +270,7 @@ def test_lists_in_configurations():
         return str(caught.value)
 
     assert "samples and list" in refused(source="image_folder", root="images", list="a.txt", samples=3)
-    readers = "image_folder, image_parquet, table, audio, glue"
+    readers = "image_folder, image_parquet, captions, table, audio, glue"
     for values_of in ({"source": "custom", "factory": "a:b"}, {"source": "coco", "root": "a", "annotations": "b"}):
         wanted = f"list is for source {readers}, not for source {values_of['source']}"
         assert wanted in refused(**values_of, list="a.txt")

@@ -94,8 +94,11 @@ def test_every_metric_of_a_configuration_exists():
         "mask_ap",
         metrics.NEIGHBOURS,
         metrics.RANKING,
-        metrics.PERPLEXITY,
         metrics.WORD_ERRORS,
+        metrics.PERPLEXITY,
+        metrics.MIOU,
+        metrics.ZERO_SHOT,
+        metrics.RECALL,
     }  # not of predictions and labels alone
     assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)
@@ -187,3 +190,51 @@ def test_gains_of_rankings_by_hand() -> None:
     assert metrics.ndcg(scores, grades, 1) == 0.0
     assert metrics.ndcg(grades.astype(float), grades) == 1.0
     assert metrics.ndcg(scores, np.zeros_like(grades)) == 0.0
+
+
+def test_mean_iou_is_that_of_sets_of_pixels(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for classes, pixels in ((2, 9), (5, 300), (40, 20)):  # in the last case some classes do not occur
+        labels, predicted = draw.integers(0, classes, (2, pixels))
+        confusion = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(confusion, (labels, predicted), 1)
+        shares = []
+        for number in range(classes):
+            ours, theirs = set(np.flatnonzero(labels == number)), set(np.flatnonzero(predicted == number))
+            if ours | theirs:
+                shares.append(len(ours & theirs) / len(ours | theirs))
+        assert metrics.mean_iou(confusion) == pytest.approx(np.mean(shares))
+    assert metrics.mean_iou(np.zeros((3, 3), dtype=np.int64)) == 0.0
+
+
+def test_zero_shot_accuracy_is_that_of_each_image_alone(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for samples, classes, templates in ((50, 4, 3), (7, 2, 1)):
+        images, prompts = draw.normal(size=(samples, 6)), draw.normal(size=(classes, templates, 6))
+        prompts *= draw.uniform(0.1, 10, (classes, templates, 1))  # their lengths do not count
+        labels = draw.integers(0, classes, samples)
+        hits = 0
+        for image, label in zip(images, labels, strict=True):
+            cosines = []
+            for own in prompts:
+                mean = sum(prompt / np.linalg.norm(prompt) for prompt in own)
+                cosines.append(image @ mean / np.linalg.norm(image) / np.linalg.norm(mean))
+            hits += cosines.index(max(cosines)) == label
+        assert metrics.zero_shot_accuracy(images, prompts, labels) == hits / samples
+
+
+def test_first_recalls_are_those_of_each_pair_alone(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    images, texts = draw.normal(size=(20, 5)), draw.normal(size=(30, 5))
+    owners = np.concatenate([np.arange(20), draw.integers(0, 20, 10)])
+    texts += images[owners]
+    pairs = {(int(image), text) for text, image in enumerate(owners)} | {(0, 1)}  # a text of two images
+
+    def cosine(image: int, text: int) -> float:
+        return images[image] @ texts[text] / np.linalg.norm(images[image]) / np.linalg.norm(texts[text])
+
+    there = [(image, max(range(30), key=lambda text: cosine(image, text))) in pairs for image in range(20)]
+    back = [(max(range(20), key=lambda image: cosine(image, text)), text) in pairs for text in range(30)]
+    found = metrics.first_recalls(images, texts, np.array(sorted(pairs)))
+    assert found == (np.mean(there), np.mean(back))
+    assert 0 < found[0] < 1

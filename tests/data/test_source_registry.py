@@ -132,6 +132,7 @@ def test_files_of_a_source_from_outside_are_mounted(numbers, tmp_path):
 
 def test_all_sources_name_their_locations_and_packages():
     given = {"root": "images", "labels": "l.tsv", "annotations": "a.json", "path": "shards/*.parquet", "list": "r.txt"}
+    given |= {"masks": "m", "class_names": "c.txt"}
     named = {}
     for source in SOURCES:
         known = {key: location for key, location in given.items() if key in source.settings.model_fields}
@@ -164,7 +165,7 @@ def test_a_missing_package_is_named_with_what_installs_it():
 def test_sources_are_registered_without_torch():
     code = (
         "import sys, mlorq.data, mlorq.config.run\n"
-        "assert len(mlorq.data.SOURCES.names()) == 10\n"
+        "assert len(mlorq.data.SOURCES.names()) == 11\n"
         "heavy = {'torch', 'pyarrow', 'PIL', 'pycocotools', 'transformers', 'datasets', 'timm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "mlorq.data.from_batches\n"

@@ -290,6 +290,8 @@ def test_the_configurations_of_the_page_are_read() -> None:
         "sentence-similarity",
         "automatic-speech-recognition",
         True,
+        "semantic-segmentation",
+        "zero-shot-image-classification",
     ]
     assert all(f"| `{name}` | `{task.auto}`" in page for name, task in TASKS.items())
 

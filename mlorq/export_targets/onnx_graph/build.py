@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import onnx
@@ -19,6 +19,7 @@ from mlorq.export_targets.onnx_graph.layers import replace_weights
 from mlorq.export_targets.onnx_graph.stages import STAGES
 from mlorq.models import FAMILIES
 from mlorq.models.batches import batch_samples, move_batch
+from mlorq.models.observe import outputs_changed
 
 METADATA = "mlorq"  # key of the metadata: one JSON object
 PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well
@@ -96,13 +97,12 @@ def build(
         extras = {} if part else family.derived_outputs(architecture)
         outputs = flat(output, structure)
     preprocessing = family.preprocess(architecture)
-    sequences = (preprocessing or {}).get("kind") in ("text", "audio")
-    axes = {name: _axes(name, value, samples, sequences) for name, value in inputs.items()}
+    axes = {name: _axes(name, value, samples, preprocessing or {}) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     fast = precision == "fast"
     _, missing = replace_weights(model.graph, layers, fast=fast, kernel_bits=kernel_bits, stages=stages)
     for name in missing:
-        if name in called:  # others are not used
+        if name in called and _matters(twin.get_submodule(name), lambda: flat(call.run(twin, values), structure)):
             raise ModelError(f"the exporter changed the weight of layer {name!r}: it is not in the graph")
     about = {
         "precision": precision,
@@ -179,11 +179,28 @@ def _other(value: Tensor, samples: int) -> Tensor:
     return -value[1:] if value.is_floating_point() else value[1:].flip(-1 if value.dim() > 1 else 0)
 
 
-def _axes(name: str, value: Tensor, samples: int, sequences: bool) -> dict[int, str]:
-    """Names of the axes of an input that may have any size."""
+def _matters(layer: nn.Module, run: Callable[[], Mapping[str, Tensor]]) -> bool:
+    """Whether an output depends on that of a layer: exporters leave out auxiliary heads that are not returned.
+
+    Args:
+        layer: the layer.
+        run: returns the outputs by name.
+    """
+    with torch.no_grad():
+        before = run()
+        with outputs_changed([layer], lambda output: 2 * output + 1):
+            after = run()
+    return any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def _axes(name: str, value: Tensor, samples: int, preprocessing: Mapping[str, Any]) -> dict[int, str]:
+    """Names of the axes of an input that may have any size; images and texts may differ in their number."""
     if value.dim() == 0 or value.shape[0] != samples:
         return {}
-    if not sequences or value.dim() != 2:
+    texts = preprocessing.get("text_inputs")  # of a model of two towers
+    if texts is not None:
+        return {0: "texts", 1: "sequence"} if name in texts else {0: "images"}
+    if preprocessing.get("kind") not in ("text", "audio") or value.dim() != 2:
         return {0: "batch"}
     return {0: "batch", 1: "decoder_sequence" if name.startswith("decoder_") else "sequence"}
 

@@ -20,6 +20,7 @@ from mlorq.activations.products import ProductQuantizers, attach_input
 from mlorq.errors import ModelError, one_line
 from mlorq.export_targets.onnx_graph.activations import registered, replaced, translations
 from mlorq.export_targets.onnx_graph.calls import Flat
+from mlorq.export_targets.onnx_graph.norms import split_batch_norms
 from mlorq.forms.modules import (
     CompressedConv2d,
     CompressedDirect,
@@ -39,7 +40,8 @@ OLD_OPSET = 18  # of the older exporter; its graph is converted
 def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule]]:
     """A float32 copy of a model with float layers in place of compressed ones, and the compressed ones by name.
 
-    Quantizers of activations are replaced by modules that exporters write as operators.
+    Quantizers of activations are replaced by modules that exporters write as operators, batch normalisations by ones
+    that exporters do not merge with layers.
     """
     twin = copy_module(module).float()
     for child in twin.modules():
@@ -60,6 +62,8 @@ def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule
         elif isinstance(child, ProductQuantizers):
             for name, quantizer in child.operands.items():
                 child.operands[name] = replaced(quantizer)
+    if found:
+        split_batch_norms(twin)
     return twin.eval().requires_grad_(False), found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -29,10 +29,12 @@ class Found:
     Attributes:
         layer: the layer.
         transposed: whether the graph has it as ``(in_features, out_features)``.
+        shape: the graph's shape of a table whose look-up of all rows the exporter has computed; None for other weights.
     """
 
     layer: CompressedModule
     transposed: bool
+    shape: tuple[int, ...] | None = None
 
 
 def replace_weights(
@@ -104,6 +106,7 @@ class _Writer:
             self._name(output, node.output[0])
             return True
         data = self._weights.get(inputs[0]) if inputs else None
+        data = data if data is not None and data.shape is None else None
         if kind == "Gather" and data is not None and self._is_lookup(node, data):
             self._name(self._rows(inputs[1], data.layer), node.output[0])
             return True
@@ -127,6 +130,8 @@ class _Writer:
             value = self.builder.node("Transpose", value, perm=[1, 0])
         if len(shape) > 2:
             value = self.builder.node("Reshape", value, sizes(self.builder, *shape))
+        if found.shape is not None:
+            value = self.builder.node("Reshape", value, sizes(self.builder, *found.shape))
         self._name(value, name)
 
     def _name(self, value: str, name: str) -> None:
@@ -178,6 +183,10 @@ def _find(graph: onnx.GraphProto, layers: Mapping[str, CompressedModule]) -> dic
             match = known.get(_fingerprint(numpy_helper.to_array(tensor)))
             if match is not None:
                 found[tensor.name] = match
+        elif len(tensor.dims) == 3 and tuple(tensor.dims[1:]) in shapes and tensor.dims[0] == 1:
+            match = known.get(_fingerprint(numpy_helper.to_array(tensor)[0]))
+            if match is not None and isinstance(match.layer, CompressedEmbedding) and not match.transposed:
+                found[tensor.name] = replace(match, shape=tuple(tensor.dims))
     return found
 
 
