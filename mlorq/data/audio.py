@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
-from mlorq.data.choose import READERS, indices_of, listed_samples, row_names, seeded_choice
+from mlorq.data.choose import READERS, chosen_rows
 from mlorq.data.metrics import WORD_ERRORS
 from mlorq.data.model_inputs import recogniser
 from mlorq.data.packages import SOUNDFILE
@@ -79,11 +79,7 @@ class AudioSource(DataSource[AudioSettings]):
         wanted = [settings.audio, *([] if settings.label is None else [settings.label])]
         columns, numbers = read_columns(location, wanted)
         origin = f"table {location}"
-        chosen = listed_samples(settings, folder)
-        if chosen is None:
-            picked = seeded_choice(len(numbers), settings.samples, seed, origin)
-        else:
-            picked = indices_of(chosen, row_names(numbers), origin)
+        picked = chosen_rows(settings, numbers, origin, folder, seed)
 
         def entry(column: int | str, what: str, index: int) -> str:
             text = columns[column][index]

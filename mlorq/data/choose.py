@@ -92,6 +92,25 @@ def row_names(numbers: Sequence[int]) -> dict[str, int]:
     return {str(number): index for index, number in enumerate(numbers)}
 
 
+def chosen_rows(settings: ListSettings, numbers: Sequence[int], origin: str, folder: str, seed: int) -> Sequence[int]:
+    """Indices of the rows that a source uses: those of its list, or a seeded choice.
+
+    Args:
+        settings: list or number of samples.
+        numbers: row numbers in the file.
+        origin: the data set's name in errors.
+        folder: base of relative paths.
+        seed: of the choice.
+
+    Raises:
+        DataError: a listed row is missing, or there are too few.
+    """
+    listed = listed_samples(settings, folder)
+    if listed is None:
+        return seeded_choice(len(numbers), settings.samples, seed, origin)
+    return indices_of(listed, row_names(numbers), origin)
+
+
 def parquet_files(location: str, split: str | None) -> tuple[Any, list[str]]:
     """The Parquet files of a location, sorted, with their file system.
 

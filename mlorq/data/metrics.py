@@ -210,6 +210,7 @@ CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
 NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
 MIOU, ZERO_SHOT, RECALL = "miou", "zero_shot", "recall"
+ENTITIES, ANSWER, EXACT = "entity_f1", "answer_f1", "exact_match"  # computed by text_metrics
 METRICS = (
     *CLASSIFICATION,
     *CORRELATION,
@@ -221,4 +222,7 @@ METRICS = (
     MIOU,
     ZERO_SHOT,
     RECALL,
+    ENTITIES,
+    ANSWER,
+    EXACT,
 )

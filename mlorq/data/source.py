@@ -84,8 +84,8 @@ class LabelSettings(SourceSettings):
 
     label: int | str | None = Field(
         None,
-        description="label column, by name, or by number in a table without a header; a metric of texts needs it, "
-        "images have 'label' by default",
+        description="label column (class, value, tags, answers, transcript), by name, or by number in a table without "
+        "a header; a metric of texts needs it, images have 'label' by default",
     )
 
 
@@ -154,7 +154,8 @@ class TextColumnsSettings(SourceSettings):
 
     text: Columns | None = Field(
         None,
-        description="text columns, by name (header) or number (no header); text2text-generation: source and target",
+        description="text columns, by name (header) or number (no header); text2text-generation: source and target; "
+        "question-answering: question and text",
     )
 
     def check(self) -> None:

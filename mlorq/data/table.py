@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlorq.artifacts.locations import resolve_location
+from mlorq.data.choose import chosen_rows
 from mlorq.data.metrics import CLASSIFICATION
 from mlorq.data.model_inputs import text_inputs
 from mlorq.data.source import (
@@ -62,6 +63,10 @@ class TableSource(DataSource[TableSettings]):
         def where(column: int | str, index: int) -> str:
             return f"table {location}, row {numbers[index]}, column {column!r}"
 
+        if inputs.predicts in ("tags", "answers"):
+            rows_of = _Columns(columns, numbers, f"table {location}", where)
+            load = _tagged if inputs.predicts == "tags" else _questions
+            return load(rows_of, settings, role, inputs, chosen_rows(settings, numbers, rows_of.origin, folder, seed))
         texts = [checked_texts(columns[name], partial(where, name)) for name in settings.text]
         if inputs.predicts == "target":
             if settings.label is not None or len(texts) != 2:
@@ -82,6 +87,50 @@ class TableSource(DataSource[TableSettings]):
             labels = checked_labels(values, partial(where, settings.label), classes=classes)
         rows = Rows(f"table {location}", texts, labels, partial(where, settings.label or ""), numbers)
         return text_dataset(rows, settings, role, inputs, folder, seed, [metric])
+
+
+class _Columns(NamedTuple):
+    """Columns of a table, and where their cells are."""
+
+    columns: Mapping[int | str, Sequence[Any]]
+    numbers: Sequence[int]
+    origin: str
+    where: Callable[[int | str, int], str]
+
+
+def _tagged(table: _Columns, settings: TableSettings, role: Role, inputs: TextInputs, picked: Sequence[int]) -> Dataset:
+    """Words with tags."""
+    from mlorq.data.tags import tag_dataset, tagged_texts
+
+    if settings.text is None or len(settings.text) != 1:
+        raise DataError("source table: a model that tags words takes one text column")
+    words = [table.columns[settings.text[0]][index] for index in picked]
+    column = settings.label if role == "evaluation" else None
+    tags = None if column is None else [table.columns[column][index] for index in picked]
+    named = settings.text[0] if column is None else column
+    texts = tagged_texts(words, tags, inputs.class_names(), lambda index: table.where(named, picked[index]))
+    return tag_dataset(texts, settings, role, inputs, table.origin)
+
+
+def _questions(
+    table: _Columns, settings: TableSettings, role: Role, inputs: TextInputs, picked: Sequence[int]
+) -> Dataset:
+    """Questions with the texts that hold their answers."""
+    from mlorq.data.answers import Question, answer_dataset, answers_of
+    from mlorq.data.texts import checked_texts
+
+    if settings.text is None or len(settings.text) != 2:
+        raise DataError("source table: a model that answers questions takes two text columns, question and text")
+    columns = []
+    for name in settings.text:
+        cells = [table.columns[name][index] for index in picked]
+        columns.append(checked_texts(cells, lambda index, name=name: table.where(name, picked[index])))  # type: ignore[misc]
+    questions = []
+    for question, text, index in zip(*columns, picked, strict=True):
+        where = table.where(settings.text[0] if settings.label is None else settings.label, index)
+        cell = None if settings.label is None else table.columns[settings.label][index]
+        questions.append(Question(question, text, answers_of(cell, where), where))
+    return answer_dataset(questions, settings, role, inputs, settings.label is not None)
 
 
 def _usual_metric(settings: TableSettings, inputs: TextInputs) -> str:

@@ -117,7 +117,8 @@ class TextInputs:
         class_names: returns the names of its classes in the order of its outputs (a single one: a regressor); raises
             ModelError.
         pairs: True for a sentence encoder, which is evaluated on pairs of texts; False for a classifier.
-        predicts: which tokens a language model predicts: the next or masked ones, or those of a target text; None for
+        predicts: which tokens a language model predicts: the next or masked ones, or those of a target text; ``tags``:
+            a class for each word; ``answers``: where in the second text the answer to the first one is; None for
             other models.
         shift: for target texts: returns the function that makes a decoder's inputs from labels, each ``(samples,
             tokens)``; raises ModelError.
@@ -126,7 +127,7 @@ class TextInputs:
     tokenizer: Callable[[], Any]
     class_names: Callable[[], list[str]]
     pairs: bool
-    predicts: Literal["next", "masked", "target"] | None = None
+    predicts: Literal["next", "masked", "target", "tags", "answers"] | None = None
     shift: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
 

@@ -33,6 +33,7 @@ class KnownModel:
 IMAGES, TEXTS, PAIRS = "image-classification", "text-classification", "sentence-similarity"
 RANDOM = "random weights, tiny sizes, in the tests"
 TASKS_TESTED = "tests/models/test_transformers_tasks.py"  # run by pytest
+TEXT_TASKS_TESTED = "tests/models/test_text_tasks.py"
 SEQUENCES_TESTED, SPEECH_TESTED = "tests/models/test_encoder_decoder.py", "tests/models/test_speech.py"
 WHOLE = "random weights, at full size"
 
@@ -91,6 +92,14 @@ KNOWN = [
     ),
     KnownModel(
         "transformers", "RobertaForSequenceClassification", TEXTS, WHOLE, "", _run("roberta_small", "roberta_base"),
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForTokenClassification", "token-classification", f"{RANDOM}: BERT", "",
+        TEXT_TASKS_TESTED,
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForQuestionAnswering", "question-answering", f"{RANDOM}: BERT", "",
+        TEXT_TASKS_TESTED,
     ),
     KnownModel(
         "transformers", "any AutoModelForCausalLM", "text-generation", f"{RANDOM}: GPT-2", "", TASKS_TESTED,

@@ -13,7 +13,20 @@ from mlorq.artifacts.locations import is_remote, resolve_location
 from mlorq.errors import ModelError, one_line
 from mlorq.models.family import DerivedOutput, Example, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
-from mlorq.models.tasks import CLASSES, FEATURES, MAPS, MASKED, NEXT, PAIRS, TARGETS, TASKS, InputKind, tasks_of
+from mlorq.models.tasks import (
+    ANSWERS,
+    CLASSES,
+    FEATURES,
+    MAPS,
+    MASKED,
+    NEXT,
+    PAIRS,
+    TAGS,
+    TARGETS,
+    TASKS,
+    InputKind,
+    tasks_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +39,13 @@ if TYPE_CHECKING:
     from mlorq.models.two_towers import TwoTowers
 
 NAME = "transformers"
-PREDICTED: dict[str, Literal["next", "masked", "target"]] = {NEXT: "next", MASKED: "masked", TARGETS: "target"}
+PREDICTED: dict[str, Literal["next", "masked", "target", "tags", "answers"]] = {
+    NEXT: "next",
+    MASKED: "masked",
+    TARGETS: "target",
+    TAGS: "tags",
+    ANSWERS: "answers",
+}
 
 
 class TransformersSettings(LibrarySettings):

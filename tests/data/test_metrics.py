@@ -99,6 +99,9 @@ def test_every_metric_of_a_configuration_exists():
         metrics.MIOU,
         metrics.ZERO_SHOT,
         metrics.RECALL,
+        metrics.ENTITIES,
+        metrics.ANSWER,
+        metrics.EXACT,
     }  # not of predictions and labels alone
     assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)

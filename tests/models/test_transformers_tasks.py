@@ -234,7 +234,7 @@ def test_models_and_sources_that_do_not_fit_are_named(tmp_path: Path) -> None:
         dataset(tmp_path, language_run("text-classification"))
     with pytest.raises(DataError, match="source image_folder is for models of family timm, or family transf"):
         dataset(tmp_path, image_run("text-classification"))
-    with pytest.raises(ConfigError, match="needs task: text-classification, sentence-similarity, text-generation"):
+    with pytest.raises(ConfigError, match="needs task: text-classification, sentence-similarity, token-classification"):
         dataset(tmp_path, {**language_run("fill-mask"), "model": {"family": "transformers", "name": "./model"}})
 
 
@@ -286,6 +286,7 @@ def test_the_configurations_of_the_page_are_read() -> None:
     tasks = [RunConfig.from_mapping(yaml.safe_load(block), "/anywhere").model.own for block in blocks]
     assert [getattr(own, "task", None) or own.features for own in tasks] == [
         "text-generation",
+        "token-classification",
         "text2text-generation",
         "sentence-similarity",
         "automatic-speech-recognition",
