@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.data.base import Dataset, LabelCheck
-from mlorq.data.metrics import MIOU, NEIGHBOURS, nearest_neighbours, top_k_accuracy
+from mlorq.data.metrics import FEATURES, MIOU, NEIGHBOURS, top_k_accuracy
 from mlorq.data.model_inputs import ImageInputs, image_inputs
 from mlorq.data.pixels import decoded
 from mlorq.data.source import ImageSettings, ModelSettings, Role
@@ -59,10 +59,10 @@ def check_images(
         ModelError: its image processor cannot be loaded.
     """
     inputs = image_inputs(model, folder, source, kinds)
-    usual = MIOU if inputs.maps else NEIGHBOURS if inputs.features else "accuracy"
-    if settings.metric not in (None, usual, *(() if inputs.maps else (NEIGHBOURS,))):
+    fitting = (MIOU,) if inputs.maps else tuple(FEATURES) if inputs.features else ("accuracy", *FEATURES)
+    if settings.metric not in (None, *fitting):
         kind = "maps of classes" if inputs.maps else "features" if inputs.features else "image labels"
-        raise DataError(f"metric {settings.metric!r} does not fit {kind}; choose {usual}")
+        raise DataError(f"metric {settings.metric!r} does not fit {kind}; choose {' or '.join(fitting)}")
     return inputs
 
 
@@ -86,10 +86,10 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
         for image in images
     ]
-    neighbours = inputs.features or settings.metric == NEIGHBOURS
+    of_features = settings.metric if settings.metric in FEATURES else NEIGHBOURS if inputs.features else None
     key = digest_json(
         {"images": named, "preprocessing": inputs.described, "batch_size": settings.batch_size}
-        | ({"metric": NEIGHBOURS} if neighbours and role == "evaluation" else {})
+        | ({"metric": of_features} if of_features and role == "evaluation" else {})
     )
     batches: Sequence[Any]
     if inputs.prepare is None:
@@ -100,9 +100,9 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
     if len(labels) < len(images):
         return Dataset(batches, len(images), key)
     values = np.array(labels)
-    if neighbours:
-        metric = _Neighbours(values) if role == "evaluation" else None
-        return Dataset(batches, len(images), key, NEIGHBOURS if metric else None, metric)
+    if of_features is not None:
+        metric = _Features(of_features, values) if role == "evaluation" else None
+        return Dataset(batches, len(images), key, of_features if metric else None, metric)
     check = LabelCheck(values, lambda index: images[index].where)
     if role == "evaluation":
         return Dataset(batches, len(images), key, "accuracy", _Accuracy(values), label_check=check)
@@ -292,8 +292,11 @@ class _Accuracy:
 
 
 @dataclass(frozen=True)
-class _Neighbours:
+class _Features:
+    """A metric of features and the classes of their images."""
+
+    name: str
     labels: np.ndarray
 
     def __call__(self, outputs: Tensor) -> dict[str, float]:
-        return {NEIGHBOURS: nearest_neighbours(outputs.flatten(1).numpy(), self.labels)}
+        return {self.name: FEATURES[self.name](outputs.flatten(1).numpy(), self.labels)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -91,6 +91,39 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray, k: int = 20, te
         votes = np.zeros((len(cosine), len(classes)))
         np.add.at(votes, (rows[:, None], own[near]), np.exp(np.take_along_axis(cosine, near, 1) / temperature))
         hits += int((votes.argmax(1) == own[start : start + 1024]).sum())
+    return hits / len(values)
+
+
+def linear_probe(features: np.ndarray, labels: np.ndarray, ridge: float = 0.1) -> float:
+    """Share of samples whose class a linear classifier on the features finds, trained on the other half of them.
+
+    The halves are the samples with even and with odd numbers. The classifier is a ridge regression of the classes'
+    indicators on features that are standardised by the training half (Alain and Bengio, arXiv 1610.01644, with a closed
+    form): the largest of ``(x - mean) W + shares``, ``W = (XᵀX / n + ridge · I)⁻¹ XᵀY / n``.
+
+    Args:
+        features: ``(samples, width)``, at least two samples.
+        labels: ``(samples,)`` class numbers.
+        ridge: penalty, in units of the variance of a feature.
+    """
+    import numpy as np
+
+    values = features.astype(np.float64)
+    classes, own = np.unique(labels, return_inverse=True)
+    wanted = np.eye(len(classes))[own]
+    hits = 0
+    for start in (0, 1):
+        train, test = values[start::2], values[1 - start :: 2]
+        mean, spread = train.mean(0), train.std(0)
+        scale = np.where(spread > 0, 1 / np.where(spread > 0, spread, 1.0), 0.0)
+        x, y, n = (train - mean) * scale, wanted[start::2], len(train)
+        shares = y.mean(0)
+        if n < x.shape[1]:  # the same weights from the smaller of two systems
+            weights = x.T @ np.linalg.solve(x @ x.T / n + ridge * np.eye(n), y - shares) / n
+        else:
+            weights = np.linalg.solve(x.T @ x / n + ridge * np.eye(x.shape[1]), x.T @ (y - shares) / n)
+        scores = (test - mean) * scale @ weights + shares
+        hits += int((scores.argmax(1) == own[1 - start :: 2]).sum())
     return hits / len(values)
 
 
@@ -208,6 +241,10 @@ CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 TWO_CLASSES = ("f1", "matthews")
 CORRELATION = {"pearson": pearson, "spearman": spearman}
 DETECTION = ("box_ap", "mask_ap")  # computed by average_precision
+FEATURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "knn": nearest_neighbours,
+    "linear_probe": linear_probe,
+}
 NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
 MIOU, ZERO_SHOT, RECALL = "miou", "zero_shot", "recall"
 ENTITIES, ANSWER, EXACT = "entity_f1", "answer_f1", "exact_match"  # computed by text_metrics
@@ -215,7 +252,7 @@ METRICS = (
     *CLASSIFICATION,
     *CORRELATION,
     *DETECTION,
-    NEIGHBOURS,
+    *FEATURES,
     PERPLEXITY,
     WORD_ERRORS,
     RANKING,

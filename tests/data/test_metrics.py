@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+from sklearn.linear_model import Ridge
 
 from mlorq.data import metrics
 
@@ -92,7 +93,7 @@ def test_every_metric_of_a_configuration_exists():
     others = {
         "box_ap",
         "mask_ap",
-        metrics.NEIGHBOURS,
+        *metrics.FEATURES,
         metrics.RANKING,
         metrics.WORD_ERRORS,
         metrics.PERPLEXITY,
@@ -123,6 +124,31 @@ def test_votes_of_neighbours_are_those_of_each_sample_alone(seed: int) -> None:
                 votes[labels[other]] = votes.get(labels[other], 0.0) + np.exp(cosine / 0.07)
             hits += max(sorted(votes), key=lambda label: votes[label]) == labels[own]
         assert metrics.nearest_neighbours(features, labels, k) == hits / samples
+
+
+def test_a_linear_probe_is_the_regression_on_the_other_half(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    for samples, width, classes in ((61, 4, 3), (30, 40, 2)):
+        labels = draw.integers(0, classes, samples) * 5  # class numbers with gaps
+        features = draw.normal(size=(samples, width)) + labels[:, None] * draw.normal(size=width) / 5
+        features[:, 1] = 7.0  # a constant, which tells nothing
+        hits = 0
+        for start in (0, 1):
+            train, other = range(start, samples, 2), range(1 - start, samples, 2)
+            fit = Ridge(alpha=0.1 * len(train))
+            fit.fit(_standard(features[train], features[train]), _ones(labels[train], labels))
+            best = fit.predict(_standard(features[other], features[train])).argmax(1)
+            hits += int((np.unique(labels)[best] == labels[other]).sum())
+        assert metrics.linear_probe(features, labels) == hits / samples
+
+
+def _standard(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    keep = [0, *range(2, values.shape[1])]  # without the constant
+    return (values[:, keep] - like[:, keep].mean(0)) / like[:, keep].std(0)
+
+
+def _ones(labels: np.ndarray, all_labels: np.ndarray) -> np.ndarray:
+    return np.array([[float(label == one) for one in np.unique(all_labels)] for label in labels])
 
 
 def _least_edits(words: tuple[str, ...], reference: tuple[str, ...]) -> int:
