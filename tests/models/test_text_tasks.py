@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,26 @@ def test_wrong_metrics_and_columns(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="'entity_f1' does not fit tags of these classes; choose accuracy"):
         dataset(tmp_path, run_of("tags", metric="entity_f1"), "calibration")
+
+
+def test_pipelines_take_a_compressed_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/MODELS.md."""
+    page = (Path(__file__).parents[2] / "docs" / "MODELS.md").read_text()
+    (code,) = [one for one in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "pipeline" in one]
+    module = zoo.randomised(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)), 0)
+    module.save_pretrained(tmp_path / "my_model")
+    zoo.tokenizer().save_pretrained(tmp_path / "my_model")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = zoo.tokenizer()
+    names = {
+        "model": module,
+        "texts": zoo.SENTENCES,
+        "labels": ["LABEL_0", "LABEL_1"] * 4,
+        "batches": [dict(tokenizer([text, text], return_tensors="pt")) for text in zoo.SENTENCES],
+    }
+    less = 'budget="3bit", preset="quick", rounding="nearest", search={"points": 2, "hessian_probes": 4}'
+    exec(code.replace('budget="3bit"', less), names)
+    result: Any = names["result"]
+    accuracy: Any = names["accuracy"]
+    assert result.metrics["float"] == accuracy(module)
+    assert result.metrics["compressed"] == accuracy(mlorq.load("out"))
