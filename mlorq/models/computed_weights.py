@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-KINDS = (nn.Linear, nn.Conv2d)
+from mlorq.models.kinds import CLASSES
 
 
 def merge_computed_weights(module: nn.Module, merged: Collection[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def merge_computed_weights(module: nn.Module, merged: Collection[str] | None = N
             that are still to be read. None: all, by their present values.
     """
     for path, layer in list(module.named_modules()):
-        names = computed_tensors(layer) if isinstance(layer, KINDS) else []
+        names = computed_tensors(layer) if isinstance(layer, CLASSES) else []
         if not names:
             continue
         if all(f"{path}.{name}" in merged for name in names) if merged is not None else _are_fixed(layer):
