@@ -41,6 +41,23 @@ def computed_tensors(layer: nn.Module) -> list[str]:
     return [*_parametrized(layer), *(name for name, _ in _hooks(layer))]
 
 
+def merged_tensors(module: nn.Module, original: nn.Module) -> list[str]:
+    """Names of tensors that the layers of another instance compute, and that are plain in this module's.
+
+    Args:
+        module: the module, float or compressed.
+        original: a new instance of its class.
+    """
+    own = dict(module.named_modules(remove_duplicate=False))
+    return [
+        f"{path}.{name}"
+        for path, layer in original.named_modules(remove_duplicate=False)
+        if isinstance(layer, CLASSES) and path in own
+        for name in computed_tensors(layer)
+        if name not in computed_tensors(own[path])
+    ]
+
+
 def _parametrized(layer: nn.Module) -> list[str]:
     if not parametrize.is_parametrized(layer):
         return []

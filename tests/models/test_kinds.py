@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +137,14 @@ TRAINED = [
 @pytest.mark.parametrize("case", few(TRAINED, ("conv_transpose2d more", "block")))
 def test_training_and_quantized_activations_of_the_kind(case: tuple[str, str]) -> None:
     name, method = case
-    trained = {"iterations": 10, "tuning": 4} if method == "block" else {}
-    trained = {"iterations": 10} if method == "brecq" else trained
     x, preset = inputs(name, 24), "best" if method in ("block", "closed_form") else "quick"
     result = mlorq.compress(
         Net(name).eval(),
         [x[:8], x[8:]],
         budget="8bit",
         preset=preset,
-        rounding={"method": method, **trained},
+        rounding=method,
+        rounding_iterations=10 if method in ("block", "brecq") else None,
         search={**SMALL, "forms": ["Q"]},
         activations={"bits": 8},
         device="cpu",
