@@ -61,6 +61,7 @@ def randomised(layer: Any, drawn: Drawn) -> Any:
     return layer
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", CONVOLUTIONS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_convolution_is_the_product_with_its_unfolded_input(kind: Kind, seed: int) -> None:
