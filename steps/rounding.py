@@ -15,6 +15,7 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes, tensors_bytes
 from mlorq.config.compose import part
 from mlorq.fitting.settings import FitSettings
 from mlorq.forms.base import Candidate
+from mlorq.models.kinds import BY_NAME
 from mlorq.models.layer_list import Layer
 from mlorq.rounding import METHODS, RoundingTask
 from steps.base import Progress, Step, StepSpec
@@ -119,9 +120,13 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
 
 
 def own_bias(module: nn.Module, layer: Layer) -> Tensor | None:
-    """The bias that rounding may change: the layer's own, unless another module shares the weight."""
+    """The bias that rounding may change: the layer's own, unless another module shares the weight.
+
+    The bias of a transposed convolution stays: the rows of one channel have errors of their own at other positions.
+    """
     bias = module.get_submodule(layer.name).bias
-    return bias.detach().float() if isinstance(bias, Tensor) and not layer.aliases else None
+    own = not layer.aliases and not BY_NAME[layer.kind].is_transposed
+    return bias.detach().float() if isinstance(bias, Tensor) and own else None
 
 
 STEP = Step("round", 7, Params, Inputs, run)

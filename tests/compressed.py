@@ -17,6 +17,7 @@ from mlorq.forms.base import Candidate
 from mlorq.forms.embedding_tables import quantize_table, replace_tables
 from mlorq.forms.modules import replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.kinds import kind_of, known_kind
 
 TABLE_BITS = (2, 3, 4, 8)
 
@@ -44,7 +45,7 @@ def random_layer(name: str, module: nn.Module, index: int) -> CompressedLayer:
     """A layer in one of the forms, by its index."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    rows, columns = weight.shape[0], weight[0].numel()
+    rows, columns = known_kind(module).matrix_shape(weight.shape)
     kind, most = index % 7, min(rows, columns)
     factored = most > 4 and getattr(module, "groups", 1) == 1
     if kind in (0, 1) and factored:
@@ -73,7 +74,7 @@ def compressed(module: nn.Module, *, tables: bool = True) -> nn.Module:
     layers = {
         name: child
         for name, child in result.named_modules()
-        if type(child).forward in (nn.Linear.forward, nn.Conv2d.forward) and isinstance(child, (nn.Linear, nn.Conv2d))
+        if (kind := kind_of(child)) is not None and type(child).forward is kind.layer.forward
     }
     replace_layers(
         result, {name: random_layer(name, child, index) for index, (name, child) in enumerate(layers.items())}

@@ -18,7 +18,7 @@ from mlorq.activations.survey import Observed, survey
 from mlorq.calibration.token_importance import PASSES, token_importance
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import move_batch
-from mlorq.models.layer_list import Layer
+from mlorq.models.layer_list import LINEAR, Layer
 
 WIDEST = 8  # largest bit-width under ``mixed``
 WEIGHING = 1 + PASSES  # progress steps of token importance per batch, about the cost in forward passes
@@ -52,7 +52,7 @@ def calibrate(
     """
     method = ACTIVATION_METHODS[settings.method]
     observed = _observed(model, layers, batches, method, settings, seed, device, progress)
-    pixels = {layer.name for layer in layers if layer.kind == "conv2d" and layer.order == 0}
+    pixels = {layer.name for layer in layers if layer.kind != LINEAR and layer.order == 0}
     bits = _bit_widths(observed, pixels, settings)
     folds: dict[str, Fold] = {}
     if method.folds_norms:

@@ -17,7 +17,7 @@ class ActivationSettings(Settings):
     bits: int = Field(4, ge=2, le=8, description="bit-width of layers' inputs and of the operands of products")
     method: str = Field("adalog")  # its choices and their descriptions come from the registry
     products: bool = Field(True, description="quantize the operands of attention's two matrix products too")
-    first_bits: int = Field(8, ge=2, le=8, description="bit-width of pixels, if the first layer is a convolution")
+    first_bits: int = Field(8, ge=2, le=8, description="bit-width of pixels or amplitudes before a first convolution")
     mixed: bool = Field(
         False,
         description="give smaller tensors more bits: as many as keep size x bits within that of the largest",

@@ -22,10 +22,10 @@ from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
-from mlorq.models.layer_list import Layer
-from mlorq.models.layers import input_tokens
+from mlorq.models.layer_list import LINEAR, Layer
 from mlorq.models.observe import first_argument
 from mlorq.models.token_masks import TokenMask, counting
+from mlorq.models.unfolding import input_tokens
 
 KEPT = 1 << 20  # numbers kept per tensor, over all batches
 GELU_LEAST = -0.17  # min over x of x Φ(x) is -0.16997
@@ -133,7 +133,7 @@ def survey(
             observed = found[name]
             observed.size = max(observed.size, values.numel() // count)
             kind = kinds.get(name)
-            weights = weighted.get(name) if kind == "linear" else None
+            weights = weighted.get(name) if kind == LINEAR else None
             tokens = values if weights is None else input_tokens(model.module.get_submodule(name), values, count)
             # Weights belong to a layer's first call; later calls may see other tokens.
             if weights is not None and weights.shape == tokens.shape[:2]:
@@ -173,7 +173,7 @@ def _counted(values: Tensor, mask: TokenMask, kind: str | None) -> Tensor:
         mask: masks of the batch's tokens.
         kind: kind of the layer; None for an operand of a product.
     """
-    if kind == "linear":
+    if kind == LINEAR:
         chosen = counting(mask, values) if values.dim() == 3 else None
         return values.reshape(-1, values.shape[-1]) if chosen is None else values[chosen]
     if kind is None and values.dim() == 4:

@@ -19,10 +19,10 @@ from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, join_outputs
 from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import input_tokens
 from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
 from mlorq.models.token_masks import TokenMask, counting
+from mlorq.models.unfolding import input_tokens
 
 FLOAT16_LARGEST = 65504.0
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from mlorq.calibration.covariance import FOLDS, Moments
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, take_samples
-from mlorq.models.layers import input_tokens
 from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
 from mlorq.models.token_masks import TokenMask, counting
+from mlorq.models.unfolding import input_tokens
 
 DAMPING = 0.01  # λ relative to the mean of Σ's diagonal, as in GPTQ
 

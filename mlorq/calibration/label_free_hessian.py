@@ -22,9 +22,9 @@ from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import input_tokens, output_tokens
 from mlorq.models.observe import first_argument
 from mlorq.models.token_masks import TokenMask, counting
+from mlorq.models.unfolding import input_tokens, output_tokens
 
 Mode = Literal["auto", "probes", "exact"]
 

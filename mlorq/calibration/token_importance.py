@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import output_tokens
 from mlorq.models.prefetch import feed
 from mlorq.models.token_masks import TokenMask, masks_of
+from mlorq.models.unfolding import output_tokens
 
 PASSES = 2  # backward passes per batch; weights are sums over many channels, so few probes suffice
 FLOOR = 0.1  # least weight, relative to the mean: gradients are first-order, and errors are not small

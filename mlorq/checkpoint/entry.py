@@ -13,8 +13,9 @@ from torch import Tensor
 from mlorq.codecs.affine import ZERO_POINT_DTYPES
 from mlorq.codecs.base import TensorSpec, ZeroPoint
 from mlorq.forms.base import FIELDS, FORMS, Candidate, MatrixSpec, Shape
+from mlorq.models.kinds import BY_NAME, TABLE
 
-EMBEDDING = "embedding"  # kind of embedding tables, which are not layers of the search
+EMBEDDING = TABLE.name  # kind of embedding tables, which are not layers of the search
 INTEGERS = ("bits", "bits_a", "bits_b", "rank", "bytes")
 
 
@@ -24,7 +25,7 @@ class LayerEntry:
 
     Attributes:
         layer: name in the model.
-        kind: ``linear``, ``conv2d`` or ``embedding``.
+        kind: name of the layer's kind (``mlorq.models.kinds``), or ``embedding``.
         shape: of the float weight.
         candidate: form, bit-widths and rank.
         zero_point: storage of zero-points.
@@ -48,7 +49,7 @@ class LayerEntry:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """``(out_features, in_features)`` of the weight as a matrix."""
-        return self.shape[0], math.prod(self.shape[1:])  # of integers of any size: no product overflows
+        return BY_NAME[self.kind].matrix_shape(self.shape)
 
     @property
     def weights(self) -> int:
@@ -87,7 +88,7 @@ class LayerEntry:
             prefix = f"{self.layer}.{name}_"
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             values[name] = codec.unpack(own, columns).dequantize().to(dtype_of(self.dtype))
-        return form.combine(values).reshape(self.shape)
+        return BY_NAME[self.kind].to_weight(form.combine(values), self.shape)
 
     def to_json(self) -> dict[str, Any]:
         """The row of ``layers`` in ``mlorq.json``; it has ``macs`` if they are known."""
@@ -104,6 +105,8 @@ class LayerEntry:
         for key in ("layer", "kind", "form", "zero_point", "dtype"):
             if not isinstance(row[key], str):
                 raise ValueError(f"{key} of layer {row['layer']!r:.60} must be a text, not {row[key]!r:.60}")
+        if row["kind"] not in BY_NAME:
+            raise ValueError(f"layer {row['layer']!r:.60} has the unknown kind {row['kind']!r:.60}")
         macs = row.get("macs")
         if macs is not None and (type(macs) is not int or macs < 0):
             raise ValueError(f"macs of layer {row['layer']!r:.60} must be a non-negative integer, not {macs!r:.60}")

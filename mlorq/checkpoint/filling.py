@@ -18,7 +18,8 @@ from mlorq.checkpoint.format import tensor_state
 from mlorq.checkpoint.places import TENSORS
 from mlorq.checkpoint.tensor_file import StoredTensor
 from mlorq.errors import CheckpointError, one_line
-from mlorq.forms.modules import CompressedModule, compressed_class, install
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import compressed_class, install
 from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.direct import weight_of
 from mlorq.models.direct_weights import arrange

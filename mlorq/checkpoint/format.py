@@ -30,7 +30,8 @@ from mlorq.checkpoint.places import DESCRIPTION, TENSORS
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
-from mlorq.forms.modules import CompressedModule, get_layer
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import get_layer
 from mlorq.models.direct_weights import arrangement_of
 from mlorq.models.library_layers import computed_by_class
 from mlorq.models.transposed import transposed_layers

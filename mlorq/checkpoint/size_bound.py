@@ -21,6 +21,7 @@ from mlorq.codecs.base import Accounting, Storage
 from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import compressed_class, get_layer, shared_names
 from mlorq.models.direct import weight_of
+from mlorq.models.kinds import BY_NAME
 
 MOST = 10**15  # has at least as many digits as any number of bytes or multiply-accumulates
 LONGEST_DTYPE = max(DTYPES, key=len)
@@ -83,7 +84,7 @@ def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> Laye
     layer = get_layer(module, name)
     weight = weight_of(layer)
     kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
-    shape = Shape(weight.shape[0], weight[0].numel())
+    shape = Shape(*BY_NAME[kind].matrix_shape(weight.shape))
     entries = [
         LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, MOST, tuple(further), MOST)
         for form in FORMS

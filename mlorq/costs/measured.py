@@ -24,8 +24,8 @@ from mlorq.fitting.base import LayerFit
 from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
-from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
+from mlorq.models.layers import matrix_of, set_matrix
 from mlorq.models.partial_forward import Segments, enters_cleanly
 
 
@@ -60,8 +60,8 @@ class LayerProbe:
         labels: Sequence[Tensor] | None = None,
     ) -> None:
         self.model = model
-        self.parameter: Tensor = weight_of(model.module.get_submodule(layer.name))
-        self.original = self.parameter.detach().clone()
+        self.layer = model.module.get_submodule(layer.name)
+        self.original = matrix_of(self.layer).clone()
         self.segments = Segments(model, model.module, blocks)
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
         self.start = layer.block
@@ -83,15 +83,11 @@ class LayerProbe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(self.original)
-
-    def _set(self, weight: Tensor) -> None:
-        with torch.no_grad():
-            self.parameter.copy_(weight.reshape(self.parameter.shape))
+        set_matrix(self.layer, self.original)
 
     def cost(self, weight: Tensor) -> float:
         """Cost of the output with the layer's weight replaced by ``weight``, ``(out_features, in_features)``."""
-        self._set(weight)
+        set_matrix(self.layer, weight)
         pairs = zip(self.batches, self.carries, strict=True)
         return self._output_cost([self.segments.outputs(batch, self.start, carry) for batch, carry in pairs])
 

@@ -19,7 +19,8 @@ from mlorq.checkpoint.io import inspect
 from mlorq.codecs.packing import pack_rows
 from mlorq.errors import CheckpointError
 from mlorq.forms.base import uniform_candidate
-from mlorq.forms.modules import CompressedLinear, CompressedModule
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import CompressedLinear
 from mlorq.huggingface.placement import compressed_modules
 
 WORD = 4  # bytes

@@ -14,6 +14,7 @@ from mlorq.checkpoint.io import inspect, load
 from mlorq.errors import CheckpointError, one_line
 from mlorq.export_targets.timm_wrapper import wrap
 from mlorq.huggingface.quantizer import MlorqConfig, MlorqQuantizer
+from mlorq.models.computed_weights import merge_computed_weights, merged_tensors
 from mlorq.models.direct_weights import arrangement_of
 from mlorq.models.sentence import SentenceEncoder
 
@@ -82,6 +83,8 @@ def _complete(module: Any, config: MlorqConfig, checkpoint: str) -> None:
     """
     try:
         blank = _skeleton(module)
+        config.merged = merged_tensors(module, blank)
+        merge_computed_weights(blank, config.merged)
         modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
         surplus = [name for name, _ in blank.named_modules(remove_duplicate=False) if name not in modules]
         config.absent = [name for name in surplus if name.rpartition(".")[0] in modules]

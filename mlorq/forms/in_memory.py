@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from mlorq.forms.modules import CompressedEmbedding, CompressedModule
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import CompressedEmbedding
 
 Weights = Literal["packed", "dense", "both"]
 

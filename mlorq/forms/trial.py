@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from mlorq.errors import one_line
 from mlorq.forms.base import uniform_candidate
-from mlorq.forms.modules import CompressedModule, compressed_class, install
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import compressed_class, install
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import move_batch
 from mlorq.models.copying import copy_module
-from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
+from mlorq.models.layers import matrix_of
 
 CLOSE = 1e-3  # largest difference of the outputs, relative to their norm; in float32 there is none
 BITS = 2  # of the stand-ins' codes, which are not used
@@ -87,7 +88,7 @@ def _stand_in(layer: nn.Module, path: str) -> CompressedModule:
     candidate = uniform_candidate(BITS)
     new = compressed_class(layer, path).placeholder(layer, path, candidate, "codes")
     (name,) = new.form.names
-    new.use_values({name: weight_of(layer).detach().flatten(1)})
+    new.use_values({name: matrix_of(layer)})
     return new
 
 

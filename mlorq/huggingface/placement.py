@@ -11,7 +11,8 @@ from torch import nn
 from mlorq.activations.plan import ActivationPlan, Site
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.errors import ModelError
-from mlorq.forms.modules import CompressedModule, compressed_class, install
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import compressed_class, install
 from mlorq.models.direct import weight_of
 
 Rename = Callable[[str], str | None]

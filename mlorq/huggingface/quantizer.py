@@ -24,7 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
-from mlorq.huggingface.placement import compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.huggingface.placement import Rename, compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.direct_weights import Arrangement, arrange
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
@@ -45,6 +46,7 @@ class MlorqConfig(QuantizationConfigMixin):
         absent: modules that the constructor builds but the model does not have, such as an unused pooler.
         activations: quantized activations (``ActivationPlan.to_json``), or None.
         arranged: weights that the model's classes read directly (``Arrangement.to_json``), or None.
+        merged: tensors that the model's classes compute (``weight_norm``), and that are stored by their values.
         format_version: version of this object.
     """
 
@@ -57,6 +59,7 @@ class MlorqConfig(QuantizationConfigMixin):
         absent: Sequence[str] = (),
         activations: Mapping[str, Any] | None = None,
         arranged: Mapping[str, Any] | None = None,
+        merged: Sequence[str] = (),
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -74,6 +77,7 @@ class MlorqConfig(QuantizationConfigMixin):
         self.absent = list(absent)
         self.activations = dict(activations) if activations else None
         self.arranged = dict(arranged) if arranged else None
+        self.merged = list(merged)
 
     def entries(self) -> list[LayerEntry]:
         """The compressed layers; ValueError if one is malformed."""
@@ -115,6 +119,8 @@ class MlorqQuantizer(HfQuantizer):
             arranged = Arrangement.from_json(config.arranged).renamed(renaming(model))
             arrange(model, arranged, values=False)
             config.arranged = arranged.to_json()
+        config.merged = _renamed_merged(config.merged, renaming(model))
+        merge_computed_weights(model, config.merged)
         rename = renaming(model)
         config.absent = [name for name in map(rename, config.absent) if name is not None]
         for name in config.absent:
@@ -192,6 +198,13 @@ class MlorqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """``torch.compile`` traces the dequantization."""
         return True
+
+
+def _renamed_merged(names: Sequence[str], rename: Rename) -> list[str]:
+    """Names of computed tensors, which are not among a model's own, by those of their layers."""
+    pairs = [name.rpartition(".") for name in names]
+    found = [(rename(path), name) for path, _, name in pairs]
+    return [f"{path}.{name}" for path, name in found if path is not None]
 
 
 def _untie(model: Any, weights: set[str]) -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-KINDS = (nn.Linear, nn.Conv2d)
+from mlorq.models.kinds import CLASSES
 
 
 def merge_computed_weights(module: nn.Module, merged: Collection[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def merge_computed_weights(module: nn.Module, merged: Collection[str] | None = N
             that are still to be read. None: all, by their present values.
     """
     for path, layer in list(module.named_modules()):
-        names = computed_tensors(layer) if isinstance(layer, KINDS) else []
+        names = computed_tensors(layer) if isinstance(layer, CLASSES) else []
         if not names:
             continue
         if all(f"{path}.{name}" in merged for name in names) if merged is not None else _are_fixed(layer):
@@ -39,6 +39,23 @@ def merge_computed_weights(module: nn.Module, merged: Collection[str] | None = N
 def computed_tensors(layer: nn.Module) -> list[str]:
     """Names of the tensors of a layer that hooks or parametrizations compute."""
     return [*_parametrized(layer), *(name for name, _ in _hooks(layer))]
+
+
+def merged_tensors(module: nn.Module, original: nn.Module) -> list[str]:
+    """Names of tensors that the layers of another instance compute, and that are plain in this module's.
+
+    Args:
+        module: the module, float or compressed.
+        original: a new instance of its class.
+    """
+    own = dict(module.named_modules(remove_duplicate=False))
+    return [
+        f"{path}.{name}"
+        for path, layer in original.named_modules(remove_duplicate=False)
+        if isinstance(layer, CLASSES) and path in own
+        for name in computed_tensors(layer)
+        if name not in computed_tensors(own[path])
+    ]
 
 
 def _parametrized(layer: nn.Module) -> list[str]:

@@ -24,7 +24,6 @@ from mlorq.errors import CheckpointError
 from mlorq.models.attention import OLD_BIAS, OLD_WEIGHTS, PROJECTIONS, ProjectedAttention, split
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import Batch, move_batch
-from mlorq.models.computed_weights import KINDS
 from mlorq.models.copying import copy_module
 from mlorq.models.direct import (
     PRODUCTS,
@@ -35,6 +34,7 @@ from mlorq.models.direct import (
     ParameterLinear,
     linear_arguments,
 )
+from mlorq.models.kinds import CLASSES
 from mlorq.models.left_float import own_code, why_float
 from mlorq.models.observe import by_place, place, tensors_in
 from mlorq.models.transposed import is_transposed
@@ -243,7 +243,7 @@ class _Uses(TorchFunctionMode):
         self._known = {id(value): value for value in module.parameters()}
         self._places = by_place(module)
         self._flipped: dict[int, tuple[Tensor, int]] = {}  # a transposed matrix, which is kept alive, and its parameter
-        layers = [child for child in module.modules() if isinstance(child, KINDS)]
+        layers = [child for child in module.modules() if isinstance(child, CLASSES)]
         self._handles = [child.register_forward_pre_hook(self._enter) for child in layers]
         self._handles += [child.register_forward_hook(self._leave, always_call=True) for child in layers]
 
@@ -330,7 +330,7 @@ class _Uses(TorchFunctionMode):
                 if how and how <= {LINEAR, FLIPPED} and own and not is_transposed(child) and why_float(child) is None:
                     layers.append(path)
                 continue
-            if isinstance(child, (*KINDS, nn.Embedding)):
+            if isinstance(child, (*CLASSES, nn.Embedding)):
                 continue
             for key, value in child._parameters.items():
                 how = self.how.get(id(value), set())

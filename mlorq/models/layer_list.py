@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mlorq.artifacts.schemas import LAYERS
 
-LINEAR, CONVOLUTION = "linear", "conv2d"  # kinds of layers
+LINEAR = "linear"  # kind of linear layers; others are in ``kinds``
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Layer:
 
     Attributes:
         name: name of the module; if several share the weight, of the one that runs first.
-        kind: ``linear`` or ``conv2d``.
+        kind: name of its kind (``mlorq.models.kinds``).
         out_features: number of rows of W.
-        in_features: number of columns of W (``in_channels / groups · kh · kw`` for convolutions).
+        in_features: number of columns of W (of a convolution, ``in_channels / groups`` times the size of a kernel).
         groups: convolution groups; low-rank forms require 1.
         macs: multiply-accumulates per sample.
         order: position in the forward pass.

@@ -1,8 +1,8 @@
 """The compressible layers of a model in execution order, found by running it on one batch.
 
-A compressible layer is ``y = W x + b``: ``nn.Linear``, or ``nn.Conv2d`` on its unfolded input
-(``in_features = in_channels / groups · kh · kw``). Grouped convolutions are quantize-only. Order, multiply-accumulates
-and shared inputs are observed during the pass, so they are correct for any module.
+A compressible layer is ``y = W x + b``: ``nn.Linear``, a convolution on its unfolded input, or a transposed one whose
+products are folded (``kinds``). Grouped convolutions are quantize-only. Order, multiply-accumulates and shared inputs
+are observed during the pass, so they are correct for any module.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.errors import ConfigError, MlorqError, ModelError, one_line
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, describe_batch, move_batch
 from mlorq.models.blocks import detect_blocks
-from mlorq.models.computed_weights import KINDS
 from mlorq.models.direct import weight_of
 from mlorq.models.direct_weights import arrange_direct_weights
 from mlorq.models.gradient_flow import without_gradient
-from mlorq.models.layer_list import CONVOLUTION, EXCLUDED, LINEAR, Layer, LayerList, LeftFloat
+from mlorq.models.kinds import CLASSES, known_kind
+from mlorq.models.layer_list import EXCLUDED, Layer, LayerList, LeftFloat
 from mlorq.models.left_float import (
     NO_GRADIENT,
     left_float,
@@ -40,10 +39,21 @@ from mlorq.models.weight_range import small_rows
 MOST_NAMED = 5  # layers that a message names with their reasons
 
 
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight W of a layer, ``(out_features, in_features)`` in its dtype; a view where possible."""
+    return known_kind(module).to_matrix(weight_of(module).detach())
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
     """A copy of the weight W of a layer, ``(out_features, in_features)`` float32."""
+    return matrix_of(module).to(torch.float32, copy=True).contiguous()
+
+
+def set_matrix(module: nn.Module, matrix: Tensor) -> None:
+    """Copy W, ``(out_features, in_features)``, into the weight of a layer."""
     weight = weight_of(module)
-    return weight.detach().reshape(weight.shape[0], -1).to(torch.float32, copy=True)
+    with torch.no_grad():
+        weight.copy_(known_kind(module).to_weight(matrix, weight.shape))
 
 
 def weight_identity(layer: nn.Module) -> int:
@@ -51,53 +61,6 @@ def weight_identity(layer: nn.Module) -> int:
     # A weight that is computed is a new tensor at each access, whose address is soon reused: the layer identifies it.
     weight = layer._parameters.get("weight")
     return id(layer if weight is None else weight)
-
-
-def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
-    """Inputs of a layer's matrix product, grouped by sample: ``(samples, tokens, in_features)``.
-
-    The input of a convolution is unfolded (if it is grouped, to ``groups · in_features``). If the leading axis has
-    several rows per sample (windows, regions), these become tokens of the sample.
-
-    Args:
-        module: the layer; if its family set ``samples_axis = 1``, tokens are its first axis.
-        inputs: the tensor that the layer is called with.
-        samples: number of samples in it.
-
-    Raises:
-        ModelError: the leading size is not a multiple of the number of samples.
-    """
-    if isinstance(module, nn.Conv2d):
-        inputs = _pad(module, inputs)
-        padding = 0 if module.padding_mode != "zeros" or isinstance(module.padding, str) else module.padding
-        columns = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
-        inputs = columns.transpose(1, 2)
-    return _by_sample(inputs, samples, getattr(module, "samples_axis", 0))
-
-
-def output_tokens(module: nn.Module, outputs: Tensor, samples: int) -> Tensor:
-    """Output of a layer, or its gradient, grouped as by ``input_tokens``: ``(samples, tokens, out_features)``."""
-    if isinstance(module, nn.Conv2d):
-        outputs = outputs.flatten(2).transpose(1, 2)
-    return _by_sample(outputs, samples, getattr(module, "samples_axis", 0))
-
-
-def _pad(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return inputs
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-
-
-def _by_sample(values: Tensor, samples: int, axis: int = 0) -> Tensor:
-    if axis:
-        values = values.transpose(0, axis)
-    if values.shape[0] % samples:
-        raise ModelError(
-            f"its inputs have {values.shape[0]} rows, not a multiple of {samples} samples: put samples on the first "
-            "axis, or pass batches of one sample each"
-        )
-    return values.reshape(samples, -1, values.shape[-1])
 
 
 def find_layers(
@@ -128,7 +91,7 @@ def find_layers(
     module = model.module
     moved = move_batch(batch, device, model.dtype)
     named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
-    targets = {name: child for name, child in named.items() if isinstance(child, KINDS)}
+    targets = {name: child for name, child in named.items() if isinstance(child, CLASSES)}
     for key, patterns in (("include", include), ("exclude", exclude)):
         _check_patterns(key, patterns, list(targets), named)
     try:
@@ -179,7 +142,7 @@ def find_layers(
     skipped = left_float(targets, groups.values(), reasons)
     layers = [layer for layer in layers if layer.name not in reasons]
     check_any(layers, skipped, include, exclude)
-    small = [f"{count} in {layer.name}" for layer in layers if (count := small_rows(weight_of(targets[layer.name])))]
+    small = [f"{count} in {layer.name}" for layer in layers if (count := small_rows(matrix_of(targets[layer.name])))]
     if small:
         warnings.warn(
             f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
@@ -206,15 +169,15 @@ def check_any(
 
 def _layer(names: Sequence[str], children: Sequence[nn.Module], calls: Sequence[LayerCalls], samples: int) -> Layer:
     first, child = min(calls, key=lambda call: call.order), children[0]
-    weight = weight_of(child)
-    columns = weight[0].numel()
+    kind = known_kind(child)
+    rows, columns = kind.matrix_shape(weight_of(child).shape)
     return Layer(
         name=names[0],
-        kind=CONVOLUTION if isinstance(child, nn.Conv2d) else LINEAR,
-        out_features=weight.shape[0],
+        kind=kind.name,
+        out_features=rows,
         in_features=columns,
         groups=getattr(child, "groups", 1),
-        macs=sum(call.outputs for call in calls) * columns // samples,
+        macs=sum(call.positions for call in calls) * rows * columns // samples,
         order=first.order,
         block=first.block,
         input_group=first.input_group,

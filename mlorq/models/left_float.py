@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import Batch, Listed, batch_samples, take_samples
-from mlorq.models.computed_weights import KINDS, computed_tensors
+from mlorq.models.computed_weights import computed_tensors
 from mlorq.models.direct import DirectLinear
+from mlorq.models.kinds import CLASSES, Kind, kind_of, why_not_a_product
 from mlorq.models.layer_list import OTHER, UNUSED, LeftFloat
 from mlorq.models.observe import Observed, observe
 from mlorq.models.weight_range import why_float as out_of_range
@@ -30,11 +31,11 @@ _METHODS = ("forward", "_conv_forward", "__call__")
 
 def why_float(layer: nn.Module) -> str | None:
     """Reason why a linear layer or convolution cannot be replaced, apart from how the model uses it; or None."""
-    kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
+    kind = kind_of(layer)
     if kind is None:
         return f"it is a {type(layer).__name__}"
-    kind = DirectLinear if isinstance(layer, DirectLinear) else kind
-    return own_code(layer, kind) or _own_tensors(layer)
+    code = DirectLinear if isinstance(layer, DirectLinear) else kind.layer
+    return own_code(layer, code) or why_not_a_product(layer) or _own_tensors(layer, kind)
 
 
 def own_code(layer: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -51,7 +52,7 @@ def own_code(layer: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
-def _own_tensors(layer: nn.Module) -> str | None:
+def _own_tensors(layer: nn.Module, kind: Kind) -> str | None:
     computed = computed_tensors(layer)
     if computed or not isinstance(layer._parameters.get("weight"), Tensor):
         return f"its {computed[0] if computed else 'weight'} is computed on every access"
@@ -68,7 +69,7 @@ def _own_tensors(layer: nn.Module) -> str | None:
         return f"its weight is a {type(weight.data).__name__}"
     if weight.numel() == 0:
         return "its weight is empty"
-    return out_of_range(weight)
+    return out_of_range(kind.to_matrix(weight))
 
 
 def _described(hook: object) -> str:
@@ -156,9 +157,10 @@ def left_float(
 
 
 def other_weights(module: nn.Module, seen: Observed) -> list[LeftFloat]:
-    """Parameters of at least two axes that belong neither to linear layers nor to convolutions of two axes."""
+    """Parameters of at least two axes that belong neither to linear layers nor to convolutions."""
     found: list[LeftFloat] = []
-    done = {id(value) for child in module.modules() if isinstance(child, KINDS) for value in child._parameters.values()}
+    layers = [child for child in module.modules() if isinstance(child, CLASSES)]
+    done = {id(value) for child in layers for value in child._parameters.values()}
     for path, child in module.named_modules():
         for key, value in child._parameters.items():
             if value is None or id(value) in done or sum(size > 1 for size in value.shape) < 2:

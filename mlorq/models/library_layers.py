@@ -1,4 +1,4 @@
-"""Layers of libraries with a forward of their own that computes no more than ``nn.Linear`` or ``nn.Conv2d`` does.
+"""Layers of libraries with a forward of their own that computes no more than its kind (``kinds``) does.
 
 ``timm.layers.Linear`` only casts while it is scripted; ``StdConv2d`` and ``ScaledStdConv2d`` standardise their weight
 first (arXiv 1903.10520, 2101.08692). Such a layer is run on a few inputs. If each time it makes one product of
@@ -12,12 +12,13 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mlorq.models.computed_weights import KINDS, computed_tensors
+from mlorq.models.computed_weights import computed_tensors
+from mlorq.models.kinds import KINDS, Kind, kind_of
 
+METHODS = ("forward", "_conv_forward")
 LIBRARIES = ("timm", "torchvision", "transformers")
 _SIZES = 4  # of images; a forward that pads its input does not do so at every size
 
@@ -32,7 +33,7 @@ def simplify_library_layers(module: nn.Module, only: Collection[str] | None = No
     """
     made: dict[type[nn.Module], type[nn.Module]] = {}
     for path, layer in list(module.named_modules()):
-        kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
+        kind = kind_of(layer)
         if kind is None or not _has_library_code(layer, kind):
             continue
         if only is not None:
@@ -59,27 +60,25 @@ def computed_by_class(module: nn.Module) -> list[str]:
     return [name for name, child in module.named_modules(remove_duplicate=False) if is_computed_by_class(child)]
 
 
-def _has_library_code(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def _has_library_code(layer: nn.Module, kind: Kind) -> bool:
     cls: Any = type(layer)
-    if cls.__module__.partition(".")[0] not in LIBRARIES or "forward" in vars(layer) or cls.__call__ != kind.__call__:
+    plain: Any = kind.layer
+    if cls.__module__.partition(".")[0] not in LIBRARIES or "forward" in vars(layer) or cls.__call__ != plain.__call__:
         return False
-    own = cls.forward is not kind.forward or getattr(cls, "_conv_forward", None) is not getattr(
-        kind, "_conv_forward", None
-    )
+    own = any(getattr(cls, name, None) is not getattr(plain, name, None) for name in METHODS)
     return own and not computed_tensors(layer) and "weight" in layer._parameters and "bias" in layer._parameters
 
 
-def _simplify(layer: nn.Module, kind: type[nn.Module], made: dict[type[nn.Module], type[nn.Module]]) -> None:
+def _simplify(layer: nn.Module, kind: Kind, made: dict[type[nn.Module], type[nn.Module]]) -> None:
     cls = type(layer)
     layer.__class__ = made[cls] = made.get(cls) or _plain(cls, kind)
     for name in [name for name in layer._parameters if name not in ("weight", "bias")]:
         del layer._parameters[name]  # such as the gain of a scaled weight: its effect is in the value
 
 
-def _plain(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+def _plain(cls: type[nn.Module], kind: Kind) -> type[nn.Module]:
     """The class with the forward of its kind; it keeps its name and its other methods."""
-    methods = ("forward", "_conv_forward")
-    own = {name: getattr(kind, name) for name in methods if hasattr(kind, name)}
+    own = {name: getattr(kind.layer, name) for name in METHODS if hasattr(kind.layer, name)}
     return cast("type[nn.Module]", type(cls.__name__, (cls,), own | {"__module__": cls.__module__}))
 
 
@@ -92,26 +91,25 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        names = {F.linear: ("input", "weight", "bias"), F.conv2d: _CONVOLUTION}.get(func)
+        names = next((kind.arguments for kind in KINDS if kind.function is func), None)
         if names is not None:
             self.found.append((func, dict(zip(names, args, strict=False)) | (kwargs or {}), result))
         return result
 
 
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
-def _used_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+def _used_weight(layer: nn.Module, kind: Kind) -> Tensor | None:
     """The weight that a layer multiplies its input by; None if it does anything else."""
     weight: Any = layer.weight
     used: Tensor | None = None
     generator = torch.Generator().manual_seed(0)
     for step in range(_SIZES):
-        if isinstance(layer, nn.Conv2d):
+        if kind.axes:
+            geometry: Any = layer
             sides = [
-                width * (size - 1) + 1 + step for width, size in zip(layer.dilation, layer.kernel_size, strict=True)
+                width * (size - 1) + 1 + step
+                for width, size in zip(geometry.dilation, geometry.kernel_size, strict=True)
             ]
-            shape = (1, layer.in_channels, *sides)
+            shape = (1, geometry.in_channels, *sides)
         else:
             shape = (2 + step, weight.shape[1])
         given = torch.randn(shape, generator=generator).to(weight)
@@ -124,9 +122,11 @@ def _used_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
         if len(products.found) != 1:
             return None
         function, arguments, output = products.found[0]
-        if function is not (F.conv2d if kind is nn.Conv2d else F.linear) or output is not result:
+        if function is not kind.function or output is not result:
             return None
-        if arguments["input"] is not given or arguments.get("bias") is not layer.bias or not _as_set(layer, arguments):
+        if arguments["input"] is not given or arguments.get("bias") is not layer.bias:
+            return None
+        if not _as_set(layer, kind, arguments):
             return None
         if used is not None and not torch.equal(used, arguments["weight"]):
             return None
@@ -134,11 +134,13 @@ def _used_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
     return used if used is weight or used is None else used.detach().clone()
 
 
-def _as_set(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+def _as_set(layer: Any, kind: Kind, arguments: dict[str, Any]) -> bool:
     """Whether a convolution has the stride, padding, dilation and groups of its attributes."""
-    if not isinstance(layer, nn.Conv2d):
+    if not kind.axes:
         return True
     if layer.padding_mode != "zeros":
         return False
-    defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    return all(arguments.get(name, default) == getattr(layer, name) for name, default in defaults.items())
+    ones, zeros = (1,) * kind.axes, (0,) * kind.axes
+    defaults = {"stride": ones, "padding": zeros, "output_padding": zeros, "dilation": ones, "groups": 1}
+    given = {name: arguments.get(name, defaults[name]) for name in kind.arguments if name in defaults}
+    return all(value == getattr(layer, name) for name, value in given.items())

@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import Batch, batch_samples
 from mlorq.models.output_tensors import weighed_outputs
-
-UNFOLDING = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+from mlorq.models.unfolding import leading_size, positions, reading
 
 
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -31,14 +30,14 @@ class LayerCalls:
         order: number of layers that ran before its first call.
         block: number of complete blocks before its first call.
         input_group: equal for layers that read the same tensor; negative if the layer is called more than once.
-        outputs: entries of all outputs.
+        positions: vectors that its matrix multiplies.
         rows: leading size of the input of each call.
     """
 
     order: int
     block: int
     input_group: int
-    outputs: int = 0
+    positions: int = 0
     rows: list[int] = field(default_factory=list)
 
 
@@ -72,43 +71,42 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
     complete = 0
     inputs: list[Tensor] = []  # kept alive so that no address is reused during the pass
     groups: dict[tuple[Any, ...], int] = {}
-    reading = _Readers(model.module)
+    readers = _Readers(model.module)
 
     def on_block(*_: Any) -> None:
         nonlocal complete
         complete += 1
 
     def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        reading.inside -= 1
+        readers.inside -= 1
         read = first_argument(args, kwargs)
         call = calls.get(id(child))
         if call is None:
             inputs.append(read)
             # The version distinguishes a tensor from itself after a change in place.
             # Convolutions that unfold one tensor differently have different inputs of their matrix products.
-            unfolding = tuple(str(getattr(child, name, None)) for name in UNFOLDING)
-            identity = (read.data_ptr(), read._version, complete, tuple(read.shape), unfolding)
+            identity = (read.data_ptr(), read._version, complete, tuple(read.shape), reading(child))
             call = calls[id(child)] = LayerCalls(len(calls), complete, groups.setdefault(identity, len(groups)))
         else:
             call.input_group = -call.order - 1  # called more than once: its own group
-        call.outputs += output.numel()
-        call.rows.append(int(read.shape[getattr(child, "samples_axis", 0)]) if read.dim() > 1 else 1)
+        call.positions += positions(child, read, output)
+        call.rows.append(leading_size(child, read))
 
     def enter(*_: Any) -> None:
-        reading.inside += 1
+        readers.inside += 1
 
     layers = list({id(child): child for child in layers}.values())  # a layer with two names has its hooks once
     handles = [child.register_forward_pre_hook(enter) for child in layers]
     handles += [child.register_forward_hook(on_layer, with_kwargs=True) for child in layers]
     handles += [model.module.get_submodule(name).register_forward_hook(on_block) for name in blocks]
     try:
-        with torch.no_grad(), reading:
+        with torch.no_grad(), readers:
             returned = model.returned(model.module, batch)
             rows = model.joined(returned, batch).shape[0]
     finally:
         for handle in handles:
             handle.remove()
-    return Observed(calls, reading.found, rows, weighed_outputs(returned, batch_samples(batch)))
+    return Observed(calls, readers.found, rows, weighed_outputs(returned, batch_samples(batch)))
 
 
 class _Readers(TorchFunctionMode):

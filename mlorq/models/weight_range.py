@@ -25,7 +25,7 @@ def why_float(weight: Tensor) -> str | None:
 
 
 def small_rows(weight: Tensor) -> int:
-    """Number of rows, other than zeros, that are too small for float16 scales."""
+    """Number of rows of a matrix, other than zeros, that are too small for float16 scales."""
     return 0 if weight.is_meta else int(_small(weight.detach().flatten(1).abs().amax(1).float()).sum())
 
 

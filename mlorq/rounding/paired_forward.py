@@ -23,13 +23,13 @@ from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, fresh, move_batch
 from mlorq.models.copying import copy_module
-from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import Layer
-from mlorq.models.layers import input_tokens
+from mlorq.models.layers import set_matrix
 from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import Segments, enters_cleanly
 from mlorq.models.passes import plain_passes
 from mlorq.models.token_masks import counting
+from mlorq.models.unfolding import input_tokens
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,12 @@ class PairedForward:
 
     def set(self, layer: Layer, compressed: CompressedLayer) -> None:
         """Put a rounded layer into the compressed copy."""
-        parameter = weight_of(self.compressed.get_submodule(layer.name))
-        with torch.no_grad():
-            parameter.copy_(compressed.dense().reshape(parameter.shape))
-            if compressed.bias is not None:
-                bias = self.compressed.get_submodule(layer.name).bias
-                assert isinstance(bias, Tensor)
-                bias.copy_(compressed.bias)
+        module = self.compressed.get_submodule(layer.name)
+        set_matrix(module, compressed.dense())
+        if compressed.bias is not None:
+            assert isinstance(module.bias, Tensor)
+            with torch.no_grad():
+                module.bias.copy_(compressed.bias)
 
     def set_rest(self, values: Mapping[str, Tensor]) -> None:
         """Set trained float parameters of the compressed copy, by name; the float model keeps its own."""

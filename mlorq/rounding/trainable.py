@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mlorq.codecs.base import StoredMatrix, Trainable
 from mlorq.forms.base import FORMS
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.models.kinds import known_kind
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import NormParameter
 
@@ -75,7 +76,7 @@ class TrainableLayer:
         self.form = FORMS[compressed.candidate.form]
         weight = self.module._parameters["weight"]
         assert weight is not None
-        self.shape, self.dtype = weight.shape, weight.dtype
+        self.kind, self.shape, self.dtype = known_kind(self.module), weight.shape, weight.dtype
         self.matrices: dict[str, Trainable] = {
             name: trainable_matrix(matrix, weight.device) for name, matrix in compressed.matrices.items()
         }
@@ -86,7 +87,7 @@ class TrainableLayer:
     def refresh(self) -> None:
         """Recompute the weight and bias of the modules, differentiable by the trained parameters."""
         dense = self.form.combine({name: matrix.values() for name, matrix in self.matrices.items()})
-        weight = dense.reshape(self.shape).to(self.dtype)
+        weight = self.kind.to_weight(dense, self.shape).to(self.dtype)
         for module in self.modules:
             module.weight = weight
         if self.bias is not None:

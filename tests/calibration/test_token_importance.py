@@ -19,7 +19,8 @@ from mlorq.calibration.token_importance import (
 from mlorq.codecs.affine import QuantizedMatrix
 from mlorq.forms.base import Candidate
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layers import find_layers, input_tokens
+from mlorq.models.layers import find_layers
+from mlorq.models.unfolding import input_tokens
 from mlorq.rounding.paired_forward import PairedForward, token_weights
 from mlorq.rounding.reconstruction import ReconstructionSettings, reconstruct
 from tests.nets import Block, TokenNet, float_model, images, token_net

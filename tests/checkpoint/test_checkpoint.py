@@ -25,7 +25,8 @@ from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.config.budget import parse_budget
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms.base import Candidate
-from mlorq.forms.modules import CompressedLinear, CompressedModule, replace_layers
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import CompressedLinear, replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
 from tests.checkpoint.signing import edit, edit_tensors, sign
 from tests.layers import matrices_of, size_of

@@ -20,7 +20,8 @@ from mlorq.checkpoint.io import dense_state, inspect, load, save
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS
 from mlorq.errors import CheckpointError
 from mlorq.forms.base import Candidate
-from mlorq.forms.modules import CompressedModule, replace_layers
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import replace_layers
 from mlorq.models import from_module
 from mlorq.models.blank import Limits, blank_copy, shapes_copy, shapes_only, without_values
 from tests import zoo

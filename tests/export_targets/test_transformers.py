@@ -22,7 +22,8 @@ from mlorq.checkpoint.io import save
 from mlorq.config.sections import model_section
 from mlorq.errors import CheckpointError, ConfigError, ModelError
 from mlorq.forms.base import Candidate
-from mlorq.forms.modules import CompressedEmbedding, CompressedLinear, CompressedModule, replace_layers
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import CompressedEmbedding, CompressedLinear, replace_layers
 from mlorq.huggingface.quantizer import MlorqConfig
 from mlorq.models import load_model
 from tests import detectors, zoo

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Shape
+from mlorq.forms.compressed_module import CompressedModule
 from mlorq.forms.in_memory import Weights, keep_in_memory
-from mlorq.forms.modules import CompressedEmbedding, CompressedLinear, CompressedModule, replace_layers
+from mlorq.forms.modules import CompressedEmbedding, CompressedLinear, replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
 from tests.layers import hessian_fit
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mlorq.codecs.affine import QuantizedMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate
-from mlorq.forms.modules import CompressedConv2d, CompressedLinear, replace_layers
+from mlorq.forms.convolutions import CompressedConv2d
+from mlorq.forms.modules import CompressedLinear, replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
 from tests.layers import matrices_of, size_of
 

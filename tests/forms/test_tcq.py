@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import mlorq
 from mlorq.codecs.base import Storage
 from mlorq.forms.base import FORMS, Candidate, Shape, enumerate_candidates
-from mlorq.forms.modules import CompressedConv2d, CompressedLinear, CompressedModule
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.convolutions import CompressedConv2d
+from mlorq.forms.modules import CompressedLinear
 from mlorq.registry import Settings
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.models.base import FloatModel
 from mlorq.models.blocks import detect_blocks
-from mlorq.models.layers import find_layers, input_tokens
+from mlorq.models.layers import find_layers
+from mlorq.models.unfolding import input_tokens
 from tests import zoo
 from tests.nets import Block, TokenNet, float_model, images
 

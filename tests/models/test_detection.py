@@ -33,9 +33,10 @@ from mlorq.forms.modules import CompressedLinear, replace_layers
 from mlorq.models import detection_keys, load_model, mask_rcnn, rebuild
 from mlorq.models.batches import move_batch
 from mlorq.models.detection_parts import AlignedRegions, ExactAnchors, PadFirstBlock
-from mlorq.models.layers import find_layers, input_tokens
+from mlorq.models.layers import find_layers
 from mlorq.models.partial_forward import Segments, enters_cleanly
 from mlorq.models.transformers_detection import match_names
+from mlorq.models.unfolding import input_tokens
 from tests import detectors, zoo
 from tests.forms.test_modules import random_compressed
 from tests.long import few

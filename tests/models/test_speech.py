@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +20,14 @@ from mlorq.config.run import RunConfig
 from mlorq.data import load_dataset
 from mlorq.data.metrics import spoken_words
 from mlorq.errors import ConfigError, DataError, ModelError
+from mlorq.forms.modules import replace_layers
 from mlorq.models import FAMILIES, FloatModel, load_model
+from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.layers import find_layers
 from mlorq.models.speech_outputs import frame_mask, speech_logits
 from mlorq.models.task_outputs import POSITIONS
 from tests import zoo
-from tests.compressed import compressed, folder_of
+from tests.compressed import compressed, folder_of, random_layer
 from tests.data.test_recordings import tone, wav
 from tests.long import few
 from tests.models.test_encoder_decoder import with_weights
@@ -154,7 +157,9 @@ def test_models_are_compressed_and_load_alone(kind: str, tmp_path: Path) -> None
     assert type(found) is type(module)
     assert result["metric"]["compressed"] == data.evaluate(found)["wer"]
     mlorq.export(checkpoint, tmp_path / "dense.safetensors", to="dense")
-    twin = with_weights(type(module).from_pretrained(tmp_path / "model"), tmp_path / "dense.safetensors")
+    original = type(module).from_pretrained(tmp_path / "model")
+    merge_computed_weights(original)  # of convolutions, which are stored by their values
+    twin = with_weights(original, tmp_path / "dense.safetensors")
     for batch in data.batches:
         with torch.no_grad():
             assert torch.equal(speech_logits(found, batch), speech_logits(twin, batch))
@@ -176,6 +181,21 @@ def test_graphs_of_models_of_speech(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             wanted = module(**batch).logits
         assert float((graph(**batch).logits - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_normed_convolution_of_positions_loads_in_transformers(stays: bool, tmp_path: Path) -> None:
+    """Compressed or float: the file has its weight by value, and the class computes it from two parameters."""
+    save(tmp_path, "wav2vec2")
+    model, data = loaded(tmp_path)
+    name = "wav2vec2.encoder.pos_conv_embed.conv"
+    module = copy.deepcopy(model.module)
+    layer = module.get_submodule("lm_head" if stays else name)
+    replace_layers(module, {"lm_head" if stays else name: random_layer("layer", layer, 6)})
+    mlorq.export(folder_of(tmp_path / "out", module, model.architecture), tmp_path / "folder", to="transformers")
+    found = transformers.AutoModelForCTC.from_pretrained(tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.equal(found(**data.batches[0]).logits, module(**data.batches[0]).logits)
 
 
 # -- f(x) --------------------------------------------------------------------------------------------------------------

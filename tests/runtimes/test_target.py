@@ -20,7 +20,7 @@ from mlorq.costs.local import candidate_table
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import FORMS, Candidate, Shape
 from mlorq.forms.base import enumerate_candidates, held
-from mlorq.forms.modules import CompressedModule
+from mlorq.forms.compressed_module import CompressedModule
 from mlorq.runtimes import RUNTIMES
 from tests.compressed import compressed, folder_of
 from tests.layers import hessian_fit, search_config

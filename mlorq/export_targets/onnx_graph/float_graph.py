@@ -21,14 +21,9 @@ from mlorq.errors import ModelError, one_line
 from mlorq.export_targets.onnx_graph.activations import registered, replaced, translations
 from mlorq.export_targets.onnx_graph.calls import Flat
 from mlorq.export_targets.onnx_graph.norms import split_batch_norms
-from mlorq.forms.modules import (
-    CompressedConv2d,
-    CompressedDirect,
-    CompressedEmbedding,
-    CompressedLinear,
-    CompressedModule,
-    swap_module,
-)
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.convolutions import CompressedConvolution, CompressedTransposed
+from mlorq.forms.modules import CompressedDirect, CompressedEmbedding, CompressedLinear, swap_module
 from mlorq.models.copying import copy_module
 from mlorq.models.direct import weight_of
 
@@ -73,9 +68,11 @@ def float_layer(layer: CompressedModule) -> nn.Module:
     made: nn.Module
     if isinstance(layer, CompressedLinear):
         made = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
-    elif isinstance(layer, CompressedConv2d):
+    elif isinstance(layer, CompressedConvolution):
         geometry: dict[str, Any] = {name: getattr(layer, name) for name in GEOMETRY}
-        made = nn.Conv2d(**geometry, bias=has_bias, device="meta")
+        if isinstance(layer, CompressedTransposed):
+            geometry["output_padding"] = layer.output_padding
+        made = layer.float_class(**geometry, bias=has_bias, device="meta")
     else:
         assert isinstance(layer, CompressedEmbedding), layer
         made = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
@@ -84,7 +81,7 @@ def float_layer(layer: CompressedModule) -> nn.Module:
         made.bias = nn.Parameter(layer.bias.detach().float().clone(), requires_grad=False)
     if isinstance(layer, CompressedDirect):  # other code multiplies with its weight
         made.__class__ = layer.float_class
-        made.transposed = layer.transposed
+        made.transposed = layer.transposed  # type: ignore[assignment]
     layer.drop_cache()
     return made
 

@@ -18,8 +18,10 @@ from mlorq.codecs.graph import product, sizes
 from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS, GraphBuilder
 from mlorq.export_targets.onnx_graph.stages import STAGES, staged
 from mlorq.forms.base import Shape
-from mlorq.forms.modules import CompressedEmbedding, CompressedModule
+from mlorq.forms.compressed_module import CompressedModule
+from mlorq.forms.modules import CompressedEmbedding
 from mlorq.models.direct import weight_of
+from mlorq.models.kinds import BY_NAME
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class _Writer:
         self._decoded.add(name)
         found = self._weights[name]
         value, shape = self._weight(found.layer), found.layer.weight_shape
-        if not found.transposed:
+        if not found.transposed and not BY_NAME[found.layer.kind].is_transposed:
             value = self.builder.node("Transpose", value, perm=[1, 0])
         if len(shape) > 2:
             value = self.builder.node("Reshape", value, sizes(self.builder, *shape))
