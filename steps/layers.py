@@ -73,4 +73,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     }
 
 
-STEP = Step("layers", 4, Params, Inputs, run)
+STEP = Step("layers", 5, Params, Inputs, run)

@@ -1,9 +1,10 @@
 """Layers of libraries with a forward of their own that computes no more than ``nn.Linear`` or ``nn.Conv2d`` does.
 
-``timm.layers.Linear`` only casts while it is scripted; ``StdConv2d`` and ``ScaledStdConv2d`` standardise their weight
-first (arXiv 1903.10520, 2101.08692). Such a layer is run on a few inputs. If each time it makes one product of
-this very input, with a weight that does not depend on it, and returns the result, then it is given the forward of
-its kind and that weight. Layers of users stay as they are: a few inputs do not prove what unknown code does.
+``timm.layers.Linear`` only casts while it is scripted; ``FalconLinear`` adds its bias in a call of its own;
+``StdConv2d`` and ``ScaledStdConv2d`` standardise their weight first (arXiv 1903.10520, 2101.08692). Such a layer is run
+on a few inputs. If each time it makes one product of this very input, with a weight that does not depend on it, and
+returns the result, then it is given the forward of its kind and that weight. Layers of users stay as they are: a few
+inputs do not prove what unknown code does.
 """
 
 from __future__ import annotations
@@ -95,9 +96,13 @@ class _Products(TorchFunctionMode):
         names = {F.linear: ("input", "weight", "bias"), F.conv2d: _CONVOLUTION}.get(func)
         if names is not None:
             self.found.append((func, dict(zip(names, args, strict=False)) | (kwargs or {}), result))
+        elif func in _PRODUCTS and not kwargs and args[1].dim() == _MATRIX:
+            self.found.append((F.linear, {"input": args[0], "weight": args[1].T}, result))
         return result
 
 
+_MATRIX = 2  # axes
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -124,14 +129,23 @@ def _used_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
         if len(products.found) != 1:
             return None
         function, arguments, output = products.found[0]
-        if function is not (F.conv2d if kind is nn.Conv2d else F.linear) or output is not result:
+        if function is not (F.conv2d if kind is nn.Conv2d else F.linear) or arguments["input"] is not given:
             return None
-        if arguments["input"] is not given or arguments.get("bias") is not layer.bias or not _as_set(layer, arguments):
+        bias: Any = layer.bias
+        whole = output is result and arguments.get("bias") is bias
+        if not (whole or _adds(output, arguments.get("bias"), bias, result)) or not _as_set(layer, arguments):
             return None
         if used is not None and not torch.equal(used, arguments["weight"]):
             return None
         used = arguments["weight"]
-    return used if used is weight or used is None else used.detach().clone()
+    if used is None or (used.data_ptr() == weight.data_ptr() and torch.equal(used, weight)):
+        return None if used is None else weight
+    return used.detach().clone()
+
+
+def _adds(output: Any, used: Tensor | None, bias: Tensor | None, result: Any) -> bool:
+    """Whether the result is the product and the bias, added after it."""
+    return used is None and bias is not None and isinstance(result, Tensor) and torch.equal(result, output + bias)
 
 
 def _as_set(layer: nn.Module, arguments: dict[str, Any]) -> bool:

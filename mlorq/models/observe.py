@@ -78,7 +78,7 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
         nonlocal complete
         complete += 1
 
-    def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         reading.inside -= 1
         read = first_argument(args, kwargs)
         call = calls.get(id(child))
@@ -91,7 +91,7 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
             call = calls[id(child)] = LayerCalls(len(calls), complete, groups.setdefault(identity, len(groups)))
         else:
             call.input_group = -call.order - 1  # called more than once: its own group
-        call.outputs += output.numel()
+        call.outputs += output.numel() if isinstance(output, Tensor) else 0  # a router returns several
         call.rows.append(int(read.shape[getattr(child, "samples_axis", 0)]) if read.dim() > 1 else 1)
 
     def enter(*_: Any) -> None:
