@@ -210,6 +210,7 @@ def _patches(config: PreTrainedConfig, floats: Any) -> dict[str, list[Tensor]]:
     channels = channels if channels in (1, 3) else 3
     times, count = int(attribute(config, "temporal_patch_size", 1)), GRID * GRID
     rows = [floats(2, count, channels * times * side * side), floats(2, count, channels, side, side)]
+    rows.append(floats(2, count, 2 * channels * side * side))  # pairs of frames, under another name
     grid = torch.tensor([[1, GRID, GRID]] * 2)
     return {
         "hidden_states": rows,

@@ -21,7 +21,8 @@ from benchmarks.tiny_inputs import IMAGE_SIZE, VOCABULARY, Packed, batches, plac
 from mlorq.models.output_tensors import output_tensor
 
 LARGEST = 100_000_000  # parameters of a model that is still tried
-LONGEST = 60.0  # seconds of CPU time for all attempts of one model
+LONGEST = 30.0  # seconds of CPU time for all attempts of one model
+STAGES = 6  # of a hierarchy, at most
 DEEPEST = 8  # layers of a model that has several kinds of them
 LEAST = 1e-3  # standard deviation of random weights; some classes have zeros in their place
 # Names of sizes, and what takes their place. The first match counts.
@@ -132,7 +133,7 @@ def _changes(config: PreTrainedConfig, only_depth: bool, leave: str | None) -> d
         elif SPECIAL.search(name) and isinstance(value, int) and not isinstance(value, bool):
             special += 1
             found[name] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(name, special)
-        elif isinstance(value, (list, tuple)) and layers > depth and len(value) == layers:
+        elif _of_layers(value, layers) and layers > depth:
             found[name] = value[:depth]
         elif KEPT.search(name) or isinstance(value, bool):
             continue
@@ -157,9 +158,18 @@ def _depth(config: PreTrainedConfig, leave: str | None) -> tuple[int, int]:
         return 2, 2
     depth = 2
     for value in vars(config).values():
-        if isinstance(value, (list, tuple)) and len(value) == layers and all(isinstance(item, str) for item in value):
+        if _of_layers(value, layers) and isinstance(value[0], str):
             depth = max(depth, *(value.index(kind) + 1 for kind in set(value)))
     return min(depth, DEEPEST), layers
+
+
+def _of_layers(value: Any, layers: int) -> bool:
+    """Whether a value has an item for each layer; short lists of numbers have one for each stage of a hierarchy."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == layers > 0
+        and (layers > STAGES or not isinstance(value[0], int) or isinstance(value[0], bool))
+    )
 
 
 def _sections(config: PreTrainedConfig, changed: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +178,11 @@ def _sections(config: PreTrainedConfig, changed: dict[str, Any]) -> dict[str, An
     for name in ("rope_parameters", "rope_scaling"):
         rope, values = vars(config).get(name), vars(config) | changed
         heads, width = values.get("num_attention_heads"), values.get("hidden_size")
-        if not isinstance(rope, dict) or not (isinstance(heads, int) and isinstance(width, int)):
+        if (
+            not isinstance(rope, dict)
+            or "rope_theta" not in rope
+            or not (isinstance(heads, int) and isinstance(width, int))
+        ):
             continue
         if any(isinstance(value, dict) for value in rope.values()):  # of each kind of layer
             continue

@@ -60,7 +60,7 @@ def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
     several rows per sample (windows, regions), these become tokens of the sample.
 
     Args:
-        module: the layer; if its family set ``samples_axis = 1``, tokens are its first axis.
+        module: the layer; with ``samples_axis = 1`` samples are on the second axis (``mlorq.models.samples_axis``).
         inputs: the tensor that the layer is called with.
         samples: number of samples in it.
 

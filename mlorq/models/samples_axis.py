@@ -1,8 +1,9 @@
-"""Linear layers whose inputs have the samples on their second axis: ``(tokens, samples, features)``.
+"""Linear layers whose inputs have the samples on their second axis.
 
-Sequence-first code is common: ``nn.MultiheadAttention`` without ``batch_first``, decoders of detectors, encoders that
-transpose their input. Statistics are means over samples, so they have to know the axis. A pass on one sample less
-shows it.
+Sequence-first code, ``(tokens, samples, features)``, is common: ``nn.MultiheadAttention`` without ``batch_first``,
+decoders of detectors, encoders that transpose their input. Other code joins all samples to one sequence,
+``(1, samples · tokens, features)``. Statistics are means over samples, so they have to know the axis. A pass on one
+sample less shows it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def input_shapes(module: nn.Module) -> Iterator[Shapes]:
 
 
 def mark_samples_axis(model: FloatModel, batch: Batch, shapes: Shapes) -> None:
-    """Set ``samples_axis = 1`` on layers whose input has tokens first and samples second.
+    """Set ``samples_axis = 1`` on layers whose input has the samples on its second axis.
 
     Runs the model only if there is such a shape.
 
@@ -56,7 +57,7 @@ def mark_samples_axis(model: FloatModel, batch: Batch, shapes: Shapes) -> None:
     likely = {
         layer: found
         for layer, found in shapes.items()
-        if all(len(shape) == _AXES and shape[1] == samples for shape in found)
+        if all(len(shape) == _AXES and _may_be_second(shape, samples) for shape in found)
     }
     if not likely:
         return
@@ -68,5 +69,9 @@ def mark_samples_axis(model: FloatModel, batch: Batch, shapes: Shapes) -> None:
     except Exception:  # a model may insist on the size of its batches
         return
     for layer, found in likely.items():
-        if fewer.get(layer) == [(tokens, samples - 1, width) for tokens, _, width in found]:
+        if fewer.get(layer) == [(first, second // samples * (samples - 1), width) for first, second, width in found]:
             layer.samples_axis = 1  # type: ignore[assignment]
+
+
+def _may_be_second(shape: tuple[int, ...], samples: int) -> bool:
+    return shape[1] == samples or (shape[0] == 1 and shape[1] % samples == 0)

@@ -28,6 +28,19 @@ class SequenceFirst(nn.Module):
         return self.head(torch.relu(self.body(x.transpose(0, 1))).mean(0))
 
 
+class Joined(nn.Module):
+    """An encoder that joins all samples to one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = self.body(x.flatten(0, 1)[None])
+        return self.head(torch.relu(joined).reshape(x.shape).mean(1))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +62,13 @@ def test_the_samples_of_a_sequence_first_layer_are_found(count: int) -> None:
     assert torch.equal(input_tokens(body, x.transpose(0, 1), 4), x)
 
 
+def test_the_samples_of_one_joined_sequence_are_found() -> None:
+    x = tokens(4)
+    model = from_module(Joined())
+    assert [layer.name for layer in find_layers(model, x).layers] == ["body", "head"]
+    assert torch.equal(input_tokens(model.module.get_submodule("body"), x.reshape(1, 20, 8), 4), x)
+
+
 def test_as_many_tokens_as_samples_do_not_turn_the_axes() -> None:
     model = from_module(nn.Sequential(nn.Linear(8, 8), nn.Flatten(), nn.Linear(32, 3)))
     x = tokens(4, 4)
@@ -56,7 +76,7 @@ def test_as_many_tokens_as_samples_do_not_turn_the_axes() -> None:
     assert torch.equal(input_tokens(model.module[0], x, 4), x)
 
 
-@pytest.mark.parametrize("kind", [SequenceFirst, Attention])
+@pytest.mark.parametrize("kind", [SequenceFirst, Joined, Attention])
 def test_sequence_first_models_are_compressed(kind: type[nn.Module]) -> None:
     x, module = tokens(8), kind().eval()
     result = mlorq.compress(module, [x], budget="8bit", preset="quick", rounding="nearest", search=QUICK, device="cpu")
