@@ -156,7 +156,7 @@ def _sounds(config: PreTrainedConfig, floats: Any) -> dict[str, list[Tensor]]:
     sources = 2 * int(attribute(config, "max_source_positions", 50))
     frames = 128
     features = [floats(2, mels, sources), floats(2, frames, mels), floats(2, 100, 160), floats(2, frames, 128)]
-    features.append(floats(2, 1, 1024, mels))
+    features += [floats(2, 1, 1024, mels), floats(2, frames, 4 * mels)]
     masks = [
         torch.ones(2, sources, dtype=torch.long),
         *(torch.ones(2, one.shape[-2], dtype=torch.long) for one in features[1:]),

@@ -100,10 +100,14 @@ def small_config(config: PreTrainedConfig, only_depth: bool = False, leave: str 
 def _given(config: PreTrainedConfig) -> dict[str, Any]:
     """What differs from the defaults of the class: a configuration around it has set it."""
     default = vars(type(config)())
-    return {
+    features = getattr(config, "_out_features", None)  # of a backbone: behind a property
+    return ({"out_features": list(features)} if features else {}) | {
         name: value
         for name, value in vars(config).items()
-        if not name.startswith("_") and name not in ORIGIN and (name not in default or default[name] != value)
+        if not name.startswith("_")
+        and name not in ORIGIN
+        and not isinstance(value, PreTrainedConfig)
+        and (name not in default or default[name] != value)
     }
 
 
@@ -120,6 +124,12 @@ def _changes(config: PreTrainedConfig, only_depth: bool, leave: str | None) -> d
             continue
         if isinstance(value, PreTrainedConfig):
             found[name] = small_config(value, only_depth, leave)
+        elif name == "rope_parameters" and value == {}:
+            found[name] = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in config.layer_types}
+        elif value is None and name == "layer_types":
+            found[name] = ["full_attention"] * depth
+        elif value is None and name == "pad_token_id" and getattr(config, "vocab_size", 0) is None:
+            found[name] = 0
         elif value is None and name in MISSING:
             found[name] = MISSING[name]
         elif value is None and name in MISSING_WIDTHS and not only_depth and leave is None:
