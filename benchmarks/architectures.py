@@ -168,15 +168,16 @@ def _whole(module: nn.Module, batch: Any) -> dict[str, Any]:
 
 def _shares(module: nn.Module, compressed: Iterable[str], left: Iterable[tuple[str, str]]) -> dict[str, Any]:
     sizes = {}
+    first: dict[int, str] = {}  # names of the layers that share a weight may come in another order elsewhere
     owners = {}
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         weight = child._parameters.get("weight") if isinstance(child, WEIGHTS) else None
-        if weight is not None and id(weight) not in owners:
-            owners[id(weight)] = path
-            sizes[path] = weight.numel()
-    names = list(compressed)
+        if weight is not None:
+            owners[path] = first.setdefault(id(weight), path)
+            sizes[owners[path]] = weight.numel()
+    names = {owners.get(name, name) for name in compressed}
     done = sum(sizes.get(name, 0) for name in names)
-    reasons = dict(left)
+    reasons = {owners.get(name, name): reason for name, reason in left}
     by_reason: Counter[str] = Counter()
     for path, size in sizes.items():
         if path not in names:

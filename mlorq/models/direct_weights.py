@@ -37,6 +37,7 @@ from mlorq.models.direct import (
 from mlorq.models.kinds import CLASSES
 from mlorq.models.left_float import own_code, why_float
 from mlorq.models.observe import by_place, place, tensors_in
+from mlorq.models.samples_axis import input_shapes, mark_samples_axis
 from mlorq.models.transposed import is_transposed
 
 CLOSE = {torch.float32: 1e-5}  # largest difference of the outputs, relative to their norm
@@ -179,7 +180,8 @@ def original_state(state: Mapping[str, Tensor], arranged: Arrangement) -> dict[s
 def arrange_direct_weights(model: FloatModel, batch: Batch, device: torch.device | str = "cpu") -> None:
     """Rearrange a float model, in place, so that weights which it reads directly belong to layers that it calls.
 
-    One forward pass if there are none. A model that cannot run on the batch stays as it is.
+    Also marks layers whose inputs have samples on their second axis (``samples_axis``). One forward pass if there is
+    neither. A model that cannot run on the batch stays as it is.
 
     Args:
         model: the float model, on ``device``; a model that was rearranged before is not looked at again.
@@ -194,17 +196,21 @@ def arrange_direct_weights(model: FloatModel, batch: Batch, device: torch.device
         with torch.no_grad():
             uses = _Uses(model.module)
             try:
-                with uses:
+                with uses, input_shapes(model.module) as shapes:
                     wanted = model.outputs(model.module, moved)
             finally:
                 uses.close()
             found = uses.arrangement()
             kept = _kept(model, found.items(), moved, wanted) if found else []
+            arrange(model.module, Arrangement.of_items(kept))
+            if kept:  # layers that did not run before
+                with input_shapes(model.module) as shapes:
+                    model.outputs(model.module, moved)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the user's forward may raise anything: reported where layers are searched
         return
-    arrange(model.module, Arrangement.of_items(kept))
+    mark_samples_axis(model, moved, shapes)
 
 
 def _kept(model: FloatModel, items: Sequence[Arrangement], batch: Batch, wanted: Tensor) -> list[Arrangement]:

@@ -1,9 +1,10 @@
 """Layers of libraries with a forward of their own that computes no more than its kind (``kinds``) does.
 
-``timm.layers.Linear`` only casts while it is scripted; ``StdConv2d`` and ``ScaledStdConv2d`` standardise their weight
-first (arXiv 1903.10520, 2101.08692). Such a layer is run on a few inputs. If each time it makes one product of
-this very input, with a weight that does not depend on it, and returns the result, then it is given the forward of
-its kind and that weight. Layers of users stay as they are: a few inputs do not prove what unknown code does.
+``timm.layers.Linear`` only casts while it is scripted; ``FalconLinear`` adds its bias in a call of its own;
+``StdConv2d`` and ``ScaledStdConv2d`` standardise their weight first (arXiv 1903.10520, 2101.08692). Such a layer is run
+on a few inputs. If each time it makes one product of this very input, with a weight that does not depend on it, and
+returns the result, then it is given the forward of its kind and that weight. Layers of users stay as they are: a few
+inputs do not prove what unknown code does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -94,7 +96,13 @@ class _Products(TorchFunctionMode):
         names = next((kind.arguments for kind in KINDS if kind.function is func), None)
         if names is not None:
             self.found.append((func, dict(zip(names, args, strict=False)) | (kwargs or {}), result))
+        elif func in _PRODUCTS and not kwargs and args[1].dim() == _MATRIX:
+            self.found.append((F.linear, {"input": args[0], "weight": args[1].T}, result))
         return result
+
+
+_MATRIX = 2  # axes
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 def _used_weight(layer: nn.Module, kind: Kind) -> Tensor | None:
@@ -122,16 +130,23 @@ def _used_weight(layer: nn.Module, kind: Kind) -> Tensor | None:
         if len(products.found) != 1:
             return None
         function, arguments, output = products.found[0]
-        if function is not kind.function or output is not result:
+        if function is not kind.function or arguments["input"] is not given:
             return None
-        if arguments["input"] is not given or arguments.get("bias") is not layer.bias:
-            return None
-        if not _as_set(layer, kind, arguments):
+        bias: Any = layer.bias
+        whole = output is result and arguments.get("bias") is bias
+        if not (whole or _adds(output, arguments.get("bias"), bias, result)) or not _as_set(layer, kind, arguments):
             return None
         if used is not None and not torch.equal(used, arguments["weight"]):
             return None
         used = arguments["weight"]
-    return used if used is weight or used is None else used.detach().clone()
+    if used is None or (used.data_ptr() == weight.data_ptr() and torch.equal(used, weight)):
+        return None if used is None else weight
+    return used.detach().clone()
+
+
+def _adds(output: Any, used: Tensor | None, bias: Tensor | None, result: Any) -> bool:
+    """Whether the result is the product and the bias, added after it."""
+    return used is None and bias is not None and isinstance(result, Tensor) and torch.equal(result, output + bias)
 
 
 def _as_set(layer: Any, kind: Kind, arguments: dict[str, Any]) -> bool:

@@ -77,7 +77,7 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
         nonlocal complete
         complete += 1
 
-    def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def on_layer(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         readers.inside -= 1
         read = first_argument(args, kwargs)
         call = calls.get(id(child))

@@ -25,7 +25,7 @@ def input_tokens(module: nn.Module, inputs: Tensor, samples: int) -> Tensor:
     the sample.
 
     Args:
-        module: the layer; if its family set ``samples_axis = 1``, tokens are its first axis.
+        module: the layer; with ``samples_axis = 1`` samples are on the second axis (``mlorq.models.samples_axis``).
         inputs: the tensor that the layer is called with.
         samples: number of samples in it.
 
@@ -51,11 +51,17 @@ def output_tokens(module: nn.Module, outputs: Tensor, samples: int) -> Tensor:
     return _by_sample(outputs, samples, getattr(module, "samples_axis", 0))
 
 
-def positions(module: nn.Module, inputs: Tensor, outputs: Tensor) -> int:
-    """Number of vectors that a layer's matrix multiplies in one call."""
+def positions(module: nn.Module, inputs: Tensor, outputs: Any) -> int:
+    """Number of vectors that a layer's matrix multiplies in one call.
+
+    Args:
+        module: the layer.
+        inputs: the tensor that it is called with.
+        outputs: what it returns; a linear layer of a library may return several tensors.
+    """
     kind = known_kind(module)
-    values = inputs if kind.is_transposed else outputs
-    return values.numel() // values.shape[-kind.axes - 1]
+    values = outputs if kind.axes and not kind.is_transposed else inputs
+    return int(values.numel() // values.shape[-kind.axes - 1])
 
 
 def leading_size(module: nn.Module, inputs: Tensor) -> int:

@@ -61,6 +61,30 @@ class Idle(Net):
         return x
 
 
+class Router(nn.Linear):
+    """A layer of a mixture of experts that returns two tensors."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Routed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = Router(12, 12)
+
+    def use(self, x: Tensor) -> Tensor:
+        return x * self.second(x)[0]
+
+
+def test_a_layer_that_returns_several_tensors_stays_float() -> None:
+    found = find_layers(from_module(Routed()), inputs())
+    assert [layer.name for layer in found.layers] == ["first", "head"]
+    assert [one.name for one in found.skipped] == ["second"]
+    assert "forward of its own" in found.skipped[0].reason
+
+
 @pytest.mark.parametrize("kind", [Detached, Frozen, Steps])
 def test_layers_without_a_gradient_stay_float(kind):
     module = kind().eval()
