@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import mlorq
 from mlorq.models import from_module
-from mlorq.models.layers import find_layers, input_tokens
+from mlorq.models.layers import find_layers
+from mlorq.models.unfolding import input_tokens
 from tests.zoo import QUICK
 
 
