@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data import model_inputs
-from mlorq.data.choose import READERS, indices_of, listed_samples, read_image, row_names, seeded_choice
+from mlorq.data.choose import READERS, chosen_rows, read_image
 from mlorq.data.metrics import RECALL
 from mlorq.data.source import (
     SOURCES,
@@ -75,11 +75,7 @@ class CaptionsSource(DataSource[CaptionsSettings]):
             if not isinstance(file, str) or not file:
                 raise DataError(f"table {location}, row {number}, column {settings.image!r}: the image file is missing")
         captions = checked_texts(columns[column], lambda i: f"table {location}, row {numbers[i]}, column {column!r}")
-        listed = listed_samples(settings, folder)
-        if listed is None:
-            picked = seeded_choice(len(files), settings.samples, seed, f"table {location}")
-        else:
-            picked = indices_of(listed, row_names(numbers), f"table {location}")
+        picked = chosen_rows(settings, numbers, f"table {location}", folder, seed)
         root = resolve_location(settings.root, folder)
         fs, path = url_to_fs(root)
         if not fs.isdir(path):
