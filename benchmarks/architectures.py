@@ -148,7 +148,7 @@ def _layers(module: nn.Module, batch: Any) -> dict[str, Any]:
         found = found.without(changed, lambda layer: layer.params * model.dtype.itemsize)
         check_any(found.layers, found.skipped)
     names = [layer.name for layer in found.layers]
-    return _shares(model.module, names, [(one.name, one.reason) for one in [*found.skipped, *found.others]])
+    return shares(model.module, names, [(one.name, one.reason) for one in [*found.skipped, *found.others]])
 
 
 def _whole(module: nn.Module, batch: Any) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _whole(module: nn.Module, batch: Any) -> dict[str, Any]:
     result = mlorq.compress(module, [batch], **CHEAPEST)
     model = from_module(copy_module(module))
     names = result.allocation["layer"].to_pylist()
-    row = _shares(model.module, names, [(one.name, one.reason) for one in result.left_float])
+    row = shares(model.module, names, [(one.name, one.reason) for one in result.left_float])
     with tempfile.TemporaryDirectory() as folder:
         result.save(folder)
         loaded = from_module(mlorq.load(folder, model=copy_module(module)))
@@ -166,7 +166,7 @@ def _whole(module: nn.Module, batch: Any) -> dict[str, Any]:
     return row if row["equal"] else row | {"difference": float((ours - theirs).abs().max())}
 
 
-def _shares(module: nn.Module, compressed: Iterable[str], left: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def shares(module: nn.Module, compressed: Iterable[str], left: Iterable[tuple[str, str]]) -> dict[str, Any]:
     sizes = {}
     first: dict[int, str] = {}  # names of the layers that share a weight may come in another order elsewhere
     owners = {}

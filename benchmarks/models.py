@@ -1,67 +1,63 @@
-"""Every kind of model that is supported, built by its library and compressed as a whole: does it work, and what is it?
+"""Every kind of model that is supported, at full size, as a whole: what is compressed, is it equal, does its graph run?
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/models.py                            # sizes tiny and small
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/models.py --size base --size large   # hours, tens of GB
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/models.py --only resnet18 --only bert_mini
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/models.py --only resnet18 --only bert_mini --preset fast
 
-No hub and no downloads: weights are random, images are made and read back through the real image folder, texts are of a
-small vocabulary and pass a tokenizer. So the rows say nothing of accuracy. They say that a model of this structure and
-size goes all the way (layers, capture, search, integer program, rounding, checkpoint), in what time and memory, and
-that the checkpoint, loaded from its folder alone, computes what the compressed model in memory does, bit for bit.
+No hub and no downloads: the libraries' real classes with random weights, random inputs of the right sizes. So the rows
+say nothing of accuracy. They say that a model of this structure and size goes all the way (layers, capture, search,
+integer program, rounding, checkpoint), in what time and memory; that the checkpoint, loaded from its folder, computes
+what the compressed model in memory does, bit for bit; and by how much its ONNX graph in onnxruntime differs from it.
 
-Each model is run in a process of its own, for the sake of its peak memory. 3 bits, preset ``best`` with closed forms
-throughout and few samples.
+Each model is run in a process of its own, for the sake of its peak memory. ``--preset cheap``: uniform codes and
+nearest rounding, which show the same of a structure as others in a tenth of the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import mlorq
-from flows.pool import Pool
-from mlorq.artifacts.store import ArtifactRef, Store
-from mlorq.checkpoint.io import save
-from mlorq.checkpoint.places import FILES
-from mlorq.config.run import RunConfig
-from mlorq.evaluation.outputs import model_outputs
-from mlorq.forms.modules import replace_layers
-from mlorq.models import rebuild
-from mlorq.models.norms import set_parameters
-from steps.baseline import nmse_data
-from steps.pipeline import result_json, run_pipeline
-from steps.session import Session
+from benchmarks.architectures import CHEAPEST, shares
+from mlorq.errors import MlorqError, one_line
+from mlorq.export_targets.base import TARGETS
+from mlorq.models import FAMILIES, from_module
+from mlorq.models.batches import Batch, batch_samples, take_samples
+from mlorq.models.copying import copy_module
+from mlorq.models.sentence import SentenceEmbedding
+from mlorq.models.tasks import PAIRS, TASKS
 
 SIZES = ("tiny", "small", "base", "large")
-WORDS = [f"word{index}" for index in range(200)]
+CHEAP = "cheap"
+FEW = {"samples": 8, "hessian_samples": 8}
 COLUMNS = (
     "model",
     "parameters",
     "layers",
-    "blocks",
-    "compressible, B",
+    "compressed",
+    "left float",
     "file, B",
     "float file, B",
     "output NMSE",
     "s",
     "peak, GB",
-    "equal outputs",
+    "equal",
+    "ONNX",
 )
 
 
@@ -75,6 +71,8 @@ class Recipe:
         name: timm's name, the class in transformers, or the detector's name.
         arguments: of timm's constructor, or of the class's configuration.
         task: of the configuration's ``model`` section.
+        samples: number of inputs that calibrate; as many others are evaluated.
+        side: of the images, if it is not that of the configuration.
     """
 
     size: str
@@ -82,28 +80,88 @@ class Recipe:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     task: str | None = None
+    samples: int = 8
+    side: int | None = None
 
 
-def _timm(size: str, name: str) -> Recipe:
-    return Recipe(size, "timm", name)
+def _timm(size: str, name: str, samples: int = 8, **arguments: Any) -> Recipe:
+    return Recipe(size, "timm", name, arguments, samples=samples)
+
+
+def _hub(size: str, name: str, task: str, samples: int = 8, **arguments: Any) -> Recipe:
+    return Recipe(size, "transformers", name, arguments, task, samples)
 
 
 def _bert(size: str, width: int, layers: int, name: str = "BertForSequenceClassification", **more: Any) -> Recipe:
     heads, inner = max(1, width // 64), 4 * width
     arguments = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner)
     task = "sentence-similarity" if name == "BertModel" else "text-classification"
-    return Recipe(size, "transformers", name, arguments | more, task)
+    return _hub(size, name, task, **arguments | more)
 
 
-# The tokenizer below pads with 0 and has two token types, unlike RoBERTa's own.
-_ROBERTA = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "type_vocab_size": 2, "vocab_size": 50265}
+_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514}
 _DISTILBERT = {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
-THINGS = [f"thing{index}" for index in range(80)]
-_LABELS = {"id2label": dict(enumerate(THINGS)), "label2id": {name: index for index, name in enumerate(THINGS)}}
+_THINGS = {"id2label": {index: f"thing{index}" for index in range(80)}}
 _SWIN_TINY = {"model_type": "swin", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
-# Of transformers' detectors, by task. Smaller images than they were made for: what they cost is not the point.
-PROCESSORS = {"object-detection": "DetrImageProcessor", "instance-segmentation": "Mask2FormerImageProcessor"}
-IMAGE = {"shortest_edge": 256, "longest_edge": 352}
+_RT_DETR_R18: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "rt_detr_resnet",
+        "depths": [2, 2, 2, 2],
+        "hidden_sizes": [64, 128, 256, 512],
+        "layer_type": "basic",
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "encoder_in_channels": [128, 256, 512],
+    "hidden_expansion": 0.5,
+    "decoder_layers": 3,
+}
+_D_FINE_NANO: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "hgnet_v2",
+        "stem_channels": [3, 16, 16],
+        "hidden_sizes": [64, 256, 512, 1024],
+        "stage_in_channels": [16, 64, 256, 512],
+        "stage_mid_channels": [16, 32, 64, 128],
+        "stage_out_channels": [64, 256, 512, 1024],
+        "stage_num_blocks": [1, 1, 2, 1],
+        "stage_numb_of_layers": [3, 3, 3, 3],
+        "use_learnable_affine_block": True,
+        "out_features": ["stage3", "stage4"],
+    },
+    "encoder_in_channels": [512, 1024],
+    "encoder_hidden_dim": 128,
+    "encoder_ffn_dim": 512,
+    "encode_proj_layers": [1],
+    "feat_strides": [16, 32],
+    "num_feature_levels": 2,
+    "hidden_expansion": 0.34,
+    "depth_mult": 0.5,
+    "d_model": 128,
+    "decoder_in_channels": [128, 128],
+    "decoder_ffn_dim": 512,
+    "decoder_layers": 3,
+    "decoder_n_points": [6, 6],
+}
+_QWEN3 = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+_SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+_TWO_TOWERS, _BOXES = "zero-shot-image-classification", "object-detection"
 
 MODELS: dict[str, Recipe] = {
     "vit_tiny_patch16_224": _timm("tiny", "vit_tiny_patch16_224"),
@@ -116,29 +174,50 @@ MODELS: dict[str, Recipe] = {
     "swin_tiny_patch4_window7_224": _timm("small", "swin_tiny_patch4_window7_224"),
     "swin_small_patch4_window7_224": _timm("base", "swin_small_patch4_window7_224"),
     "swin_base_patch4_window7_224": _timm("base", "swin_base_patch4_window7_224"),
+    "swinv2_tiny_window8_256": _timm("small", "swinv2_tiny_window8_256"),
+    "beit_base_patch16_224": _timm("base", "beit_base_patch16_224"),
+    "eva02_tiny_patch14_224": _timm("tiny", "eva02_tiny_patch14_224"),
+    "hiera_tiny_224": _timm("small", "hiera_tiny_224"),
+    "dinov2_small": _timm("small", "vit_small_patch14_dinov2", img_size=224, num_classes=0),
+    "dinov3_small": _timm("small", "vit_small_patch16_dinov3", num_classes=0),
     "resnet18": _timm("tiny", "resnet18"),
     "convnext_atto": _timm("tiny", "convnext_atto"),
     "convnext_tiny": _timm("small", "convnext_tiny"),
     "mixer_s32_224": _timm("small", "mixer_s32_224"),
     "bert_mini": _bert("tiny", 256, 4),
     "minilm": _bert("small", 384, 6, "BertModel"),
+    "bge_small": _bert("small", 384, 12, "BertModel"),  # e5-small has the same shapes
     "bert_base": _bert("base", 768, 12),
-    "distilbert": Recipe(
-        "small", "transformers", "DistilBertForSequenceClassification", _DISTILBERT, "text-classification"
-    ),
+    "bert_large": _bert("large", 1024, 24),
+    "distilbert": _hub("small", "DistilBertForSequenceClassification", "text-classification", **_DISTILBERT),
     "roberta_small": _bert("small", 384, 6, "RobertaForSequenceClassification", **_ROBERTA),
     "roberta_base": _bert("base", 768, 12, "RobertaForSequenceClassification", **_ROBERTA),
-    "bert_large": _bert("large", 1024, 24),
-    "detr_resnet50": Recipe("base", "transformers", "DetrForObjectDetection", _LABELS, "object-detection"),
-    "mask2former_swin_tiny": Recipe(
-        "base",
-        "transformers",
-        "Mask2FormerForUniversalSegmentation",
-        {"backbone_config": _SWIN_TINY, **_LABELS},
-        "instance-segmentation",
+    "modernbert_base": _hub("base", "ModernBertForMaskedLM", "fill-mask"),
+    "t5_small": _hub("small", "T5ForConditionalGeneration", "text2text-generation"),
+    "whisper_tiny": _hub("small", "WhisperForConditionalGeneration", "automatic-speech-recognition", 4),
+    "wav2vec2_base": _hub("base", "Wav2Vec2ForCTC", "automatic-speech-recognition"),
+    "smollm2_135m": _hub("base", "LlamaForCausalLM", "text-generation", **_SMOLLM2),
+    "qwen3_0.6b": _hub("large", "Qwen3ForCausalLM", "text-generation", 4, **_QWEN3),
+    "clip_vit_base_patch32": _hub("base", "CLIPModel", _TWO_TOWERS),
+    "siglip_base_patch16_224": _hub("base", "SiglipModel", _TWO_TOWERS, 4),
+    "siglip2_base_patch16_naflex": _hub("base", "Siglip2Model", _TWO_TOWERS, 4),
+    "segformer_b0": _hub("tiny", "SegformerForSemanticSegmentation", "semantic-segmentation", 4, num_labels=150),
+    "rt_detr_r18": Recipe(
+        "base", "transformers", "RTDetrForObjectDetection", _RT_DETR_R18 | _THINGS, _BOXES, samples=2, side=640
     ),
-    "mask_rcnn_swin_tiny": Recipe("large", "detection", "mask_rcnn_swin_tiny"),
-    "mask_rcnn_swin_small": Recipe("large", "detection", "mask_rcnn_swin_small"),
+    "d_fine_nano": Recipe(
+        "small", "transformers", "DFineForObjectDetection", _D_FINE_NANO | _THINGS, _BOXES, samples=2, side=640
+    ),
+    "detr_resnet50": _hub("base", "DetrForObjectDetection", _BOXES, 2, **_THINGS),
+    "mask2former_swin_tiny": _hub(
+        "base",
+        "Mask2FormerForUniversalSegmentation",
+        "instance-segmentation",
+        2,
+        **{"backbone_config": _SWIN_TINY, **_THINGS},
+    ),
+    "mask_rcnn_swin_tiny": Recipe("large", "detection", "mask_rcnn_swin_tiny", samples=2),
+    "mask_rcnn_swin_small": Recipe("large", "detection", "mask_rcnn_swin_small", samples=2),
 }
 
 
@@ -150,6 +229,8 @@ def build(recipe: Recipe) -> nn.Module:
 
         module = timm.create_model(recipe.name, **recipe.arguments)
     elif recipe.family == "detection":
+        from mlorq.models import rebuild
+
         module = rebuild({"family": recipe.family, "name": recipe.name, "arguments": recipe.arguments})
     else:
         import transformers
@@ -162,124 +243,109 @@ def build(recipe: Recipe) -> nn.Module:
     return module.eval()
 
 
-def write_model(recipe: Recipe, module: nn.Module, folder: Path) -> dict[str, Any]:
-    """Weights (and a tokenizer) on disk; gives the configuration's ``model`` section."""
-    if recipe.family != "transformers":
-        safetensors.torch.save_file(module.state_dict(), folder / "weights.safetensors")
-        named = {"family": recipe.family, "name": recipe.name, "arguments": recipe.arguments}
-        return named | {"checkpoint": "weights.safetensors"}
-    import transformers
-
-    module.save_pretrained(folder / "model")
-    if recipe.task in PROCESSORS:
-        getattr(transformers, PROCESSORS[recipe.task])(size=IMAGE).save_pretrained(folder / "model")
-    else:
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-        tokenizer = transformers.BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
-        tokenizer.save_pretrained(folder / "model")
-    return {"family": "transformers", "name": "model", "task": recipe.task}
+def inputs(recipe: Recipe, module: nn.Module) -> tuple[Batch, Batch]:
+    """Random inputs: for calibration, and others for evaluation."""
+    family = FAMILIES[recipe.family]
+    architecture: dict[str, Any] = {"name": recipe.name, "arguments": recipe.arguments}
+    if recipe.family == "transformers":
+        architecture = dict(family.describe(module) or {}) | {"task": recipe.task}
+        architecture |= {"input_size": [recipe.side, recipe.side]} if recipe.side else {}
+    batch = family.example_input(architecture, samples=2 * recipe.samples)
+    if recipe.family == "detection":
+        return batch[: recipe.samples], batch[recipe.samples :]
+    assert batch is not None and batch_samples(batch) == 2 * recipe.samples
+    return take_samples(batch, slice(0, recipe.samples)), take_samples(batch, slice(recipe.samples, None))
 
 
-def write_data(recipe: Recipe, folder: Path, samples: int, classes: int) -> dict[str, Any]:
-    """Images in a folder, of COCO, or texts in a table; gives the configuration's ``data`` section."""
-    rng = np.random.default_rng(0)
-    if recipe.family == "detection" or recipe.task in PROCESSORS:
-        return _write_coco(folder, samples, rng)
-    if recipe.family == "timm":
-        (folder / "images").mkdir()
-        lines = ["file\tlabel\tsplit"]
-        for index in range(2 * samples):
-            colours = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            picture = Image.fromarray(colours).resize((256, 256), Image.Resampling.BICUBIC)
-            picture.save(folder / "images" / f"{index}.png")
-            lines.append(f"{index}.png\t{rng.integers(classes)}\t{'evaluation' if index % 2 else 'calibration'}")
-        (folder / "labels.tsv").write_text("\n".join(lines) + "\n")
-        source = {"source": "image_folder", "root": "images", "labels": "labels.tsv", "batch_size": 8}
-        return {split: source | {"split": split} for split in ("calibration", "evaluation")}
-    sources = {}
-    for split in ("calibration", "evaluation"):
-        rows = [" ".join(rng.choice(WORDS, rng.integers(4, 40))) for _ in range(samples)]
-        pairs = [f"{a},{b},{index % 2}\n" for index, (a, b) in enumerate(zip(rows, reversed(rows), strict=True))]
-        (folder / f"{split}.csv").write_text("".join(pairs))
-        columns = {"text": [0, 1] if recipe.task == "sentence-similarity" else [0], "label": 2}
-        sources[split] = {"source": "table", "path": f"{split}.csv", "batch_size": 8, **columns}
-    return sources
-
-
-def _write_coco(folder: Path, samples: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Images of COCO's usual size with a box each, which calibrate and are evaluated."""
-    (folder / "images").mkdir()
-    box, categories = [80, 60, 200, 160], [{"id": index + 1, "name": name} for index, name in enumerate(THINGS)]
-    rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
-    for index in range(samples):
-        colours = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(colours).resize((640, 480), Image.Resampling.BICUBIC).save(folder / "images" / f"{index}.png")
-        rows["images"].append({"id": index, "file_name": f"{index}.png", "height": 480, "width": 640})
-        label = {"id": index + 1, "image_id": index, "category_id": int(rng.integers(1, 81)), "iscrowd": 0}
-        corners = [80, 60, 280, 60, 280, 220, 80, 220]
-        rows["annotations"].append(label | {"bbox": box, "area": 200 * 160, "segmentation": [corners]})
-    (folder / "instances.json").write_text(json.dumps(rows))
-    source = {"source": "coco", "root": "images", "annotations": "instances.json", "batch_size": 1}
-    return {"calibration": source, "evaluation": source}
+def forward_of(recipe: Recipe) -> Callable[[nn.Module, Any], Tensor] | None:
+    """f(x) of the model's task; None: the module's output."""
+    if recipe.task is None:
+        return None
+    return SentenceEmbedding() if recipe.task == PAIRS else TASKS[recipe.task].forward()
 
 
 def measure(
     recipe: Recipe,
     folder: Path,
     *,
-    samples: int = 16,
+    preset: str = CHEAP,
     device: str = "cpu",
-    workers: int = 1,
+    onnx: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Build, compress, save, load and compare one model.
+    """Build, compress, save, load, export and compare one model.
 
     Args:
         recipe: of the model.
-        folder: for its weights, data, store and checkpoint.
-        samples: calibration samples; as many others are evaluated.
+        folder: for its checkpoint and graph.
+        preset: ``cheap``, or a preset of a configuration with few samples.
         device: to compute on.
-        workers: processes that share the layers of a step.
+        onnx: whether its graph is made and run.
         progress: called with (step, steps done, steps).
     """
     module = build(recipe)
-    parameters = sum(value.numel() for value in module.parameters())
-    float_bytes = sum(value.nbytes for value in module.state_dict().values())
-    classes = getattr(module, "num_classes", 2)
-    values = {
-        "model": write_model(recipe, module, folder),
-        "data": write_data(recipe, folder, samples, classes),
-        "budget": "3bit",
-        "preset": "best",
-        "search": {"sensitivity": "closed_form", "samples": 8, "hessian_samples": 8},
-        "rounding": {"method": "closed_form"},
-        "engine": {"devices": device},
-    }
-    del module
-    config = RunConfig.from_mapping(values, str(folder))
+    calibration, evaluation = inputs(recipe, module)
+    forward = forward_of(recipe)
+    settings = {**CHEAPEST, "search": CHEAPEST["search"] | {"samples": recipe.samples}}
+    if preset != CHEAP:
+        settings = {"preset": preset, "search": FEW | {"samples": recipe.samples}}
     started = time.perf_counter()
-    session = Session(config, Store(config.resolve(config.store)), device)
-    with Pool(session, workers, progress) as executor:
-        (compressed,) = run_pipeline(session, executor, config.budgets)
-    result = result_json(session, compressed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = mlorq.compress(
+            module,
+            [calibration],
+            validation=[evaluation],
+            forward=forward,
+            progress=progress or False,
+            **settings | {"budget": "4bit", "device": device},
+        )
     seconds = time.perf_counter() - started
-    artifacts = {role: ArtifactRef.from_json(value) for role, value in result["artifacts"].items()}
-    listed = session.artifacts.layers(artifacts["layers"])
-    checkpoint = folder / "out"
-    save({name: session.store.read_bytes(artifacts["checkpoint"], name) for name in FILES}, checkpoint)
+    peak = _peak(device) / 1e9  # of the compression alone
+    model = from_module(copy_module(module), forward)
+    found = shares(
+        model.module,
+        result.allocation["layer"].to_pylist(),
+        [(one.name, one.reason) for one in result.left_float],
+    )
+    result.save(str(folder / "out"))
+    loaded = mlorq.load(str(folder / "out"), model=_float_instance(folder / "out", module)).to(device)
+    with torch.no_grad():
+        ours, theirs = model.outputs(result.model, evaluation), model.outputs(loaded, evaluation)
     return {
-        "parameters": parameters,
-        "layers": len(listed.layers),
-        "blocks": len(listed.blocks),
-        "bytes": result["bytes"],
-        "budget_bytes": result["budget_bytes"],
-        "file_bytes": sum(path.stat().st_size for path in checkpoint.iterdir()),
-        "float_bytes": float_bytes,
-        "nmse": result["nmse"],
+        "parameters": sum(value.numel() for value in module.parameters()),
+        "layers": found["layers"],
+        "share": found["share"],
+        "left": found["left"],
+        "bytes": result.metrics["bytes"],
+        "budget_bytes": result.metrics["budget_bytes"],
+        "file_bytes": sum(path.stat().st_size for path in (folder / "out").iterdir()),
+        "float_bytes": sum(value.nbytes for value in module.state_dict().values()),
+        "nmse": result.metrics["nmse"],
         "seconds": seconds,
-        "peak": _peak(device) / 1e9,
-        "equal": _equal_outputs(session, artifacts, checkpoint),
+        "peak": peak,
+        "equal": bool(torch.equal(ours, theirs)),
+        "onnx": _graph(folder, result.model, calibration) if onnx else "not tried",
     }
+
+
+def _float_instance(checkpoint: Path, module: nn.Module) -> nn.Module | None:
+    """A float model for ``mlorq.load`` if the checkpoint does not describe its architecture."""
+    family = json.loads((checkpoint / "mlorq.json").read_text())["architecture"]["family"]
+    return copy_module(module) if family == "custom" else None
+
+
+def _graph(folder: Path, model: nn.Module, batch: Batch) -> str:
+    """The largest difference of the graph's outputs from the model's, relative to their norm; or why there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            described = _float_instance(folder / "out", model) is None
+            given = {} if described else {"model": model, "example": batch}
+            files = mlorq.export(str(folder / "out"), str(folder / "model.onnx"), **given)
+    except MlorqError as error:
+        return one_line(error)[:160]
+    return f"{TARGETS['onnx'].summary(files)['difference']:.1e}"
 
 
 def _peak(device: str) -> int:
@@ -289,35 +355,22 @@ def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _equal_outputs(session: Session, artifacts: dict[str, ArtifactRef], checkpoint: Path) -> bool:
-    """Whether the saved checkpoint computes what the float model with its rounded layers replaced in memory does."""
-    listed = session.artifacts.layers(artifacts["layers"])
-    in_memory = deepcopy(session.model.module)
-    rounded = session.artifacts.all_rounded(artifacts[f"round/{listed.layers[-1].name}"])
-    set_parameters(in_memory, rounded.rest)
-    replace_layers(in_memory, rounded.layers, {layer.name: list(layer.aliases) for layer in listed.layers})
-    batches = nmse_data(session).batches
-    loaded = mlorq.load(checkpoint).to(session.device)
-    in_memory.to(session.device)
-    found, wanted = (model_outputs(session.model, one, batches, device=session.device) for one in (loaded, in_memory))
-    return bool(torch.equal(found, wanted))
-
-
 def line(name: str, found: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
+    left = "; ".join(f"{reason}: {size:,}" for reason, size in sorted(found["left"].items(), key=lambda one: -one[1]))
     return (
-        f"| {name} | {found['parameters']:,} | {found['layers']} | {found['blocks']} | {found['bytes']:,} "
-        f"| {found['file_bytes']:,} | {found['float_bytes']:,} | {found['nmse']:.3g} | {found['seconds']:.0f} "
-        f"| {found['peak']:.1f} | {'yes' if found['equal'] else 'NO'} |"
+        f"| {name} | {found['parameters']:,} | {found['layers']} | {found['share']:.1%} | {left or 'none'} "
+        f"| {found['file_bytes']:,} | {found['float_bytes']:,} | {found['nmse']:.2g} | {found['seconds']:.0f} "
+        f"| {found['peak']:.1f} | {'yes' if found['equal'] else 'NO'} | {found['onnx']} |"
     )
 
 
-def _run_here(name: str, samples: int, device: str, workers: int) -> dict[str, Any]:
+def _run_here(name: str, preset: str, device: str, onnx: bool) -> dict[str, Any]:
     def progress(label: str, done: int, total: int) -> None:
         print(f"  {name}: {label} {done}/{total}", file=sys.stderr)
 
     with tempfile.TemporaryDirectory(prefix="mlorq-models-") as folder:
-        return measure(MODELS[name], Path(folder), samples=samples, device=device, workers=workers, progress=progress)
+        return measure(MODELS[name], Path(folder), preset=preset, device=device, onnx=onnx, progress=progress)
 
 
 def main() -> int:
@@ -325,21 +378,22 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", action="append", choices=sorted(MODELS), default=[], help="these models")
     parser.add_argument("--size", action="append", choices=SIZES, default=[], help="all of a size")
-    parser.add_argument("--samples", type=int, default=16, help="calibration samples")
+    parser.add_argument("--preset", default=CHEAP, help="cheap, or a preset of a configuration")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the layers of a step")
+    parser.add_argument("--no-onnx", action="store_true", help="leave graphs out")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps(_run_here(arguments.row, arguments.samples, arguments.device, arguments.workers)))
+        print(json.dumps(_run_here(arguments.row, arguments.preset, arguments.device, not arguments.no_onnx)))
         return 0
     sizes = arguments.size or ([] if arguments.only else ["tiny", "small"])
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     bad = 0
     for name in [name for name, recipe in MODELS.items() if name in arguments.only or recipe.size in sizes]:
-        command = [sys.executable, __file__, "--row", name, "--samples", str(arguments.samples)]
-        command += ["--device", arguments.device, "--workers", str(arguments.workers)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, "--row", name, "--preset", arguments.preset, "--device", arguments.device]
+        command += ["--no-onnx"] if arguments.no_onnx else []
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
         print(line(name, found) if found else f"| {name} | failed |{' |' * (len(COLUMNS) - 2)}", flush=True)
         bad += found is None or not found["equal"]

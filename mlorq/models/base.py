@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from mlorq.artifacts.hashing import digest_model
 from mlorq.errors import ModelError
@@ -50,6 +51,9 @@ def attention_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def same_construction(module: nn.Module, other: nn.Module) -> bool:
     """Whether two modules differ only in their weights, judged by their attributes.
 
@@ -65,13 +69,21 @@ def same_construction(module: nn.Module, other: nn.Module) -> bool:
 
 
 def _construction(module: nn.Module) -> tuple[Any, ...]:
-    plain = (bool, int, float, str, tuple, type(None))
+    plain = (*_PLAIN, tuple)
     # Attributes about origin or training do not affect the output.
     ignored = ("training", "name_or_path")
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in ignored}
+    # Libraries turn tuples of their configurations into lists, when these are written and read.
+    own = {name: _as_tuple(value) for name, value in own.items()}
     values = {name: value if isinstance(value, plain) else type(value) for name, value in own.items()}
+    # Each parametrized module has a class of its own.
+    kind = type(module).__base__ if is_parametrized(module) else type(module)
     # A forward assigned to the instance is one of the values; hooks could change the output, too.
-    return type(module), values, len(module._forward_hooks), len(module._forward_pre_hooks)
+    return kind, values, len(module._forward_hooks), len(module._forward_pre_hooks)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) and all(isinstance(item, _PLAIN) for item in value) else value
 
 
 @dataclass

@@ -120,12 +120,16 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     }
     if getattr(module, "pooler", 0) is None:
         architecture["arguments"] = {"add_pooling_layer": False}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            twin = rebuild(architecture)
-    except (CheckpointError, TypeError, ValueError, KeyError, ImportError):
-        return None
-    return architecture if same_construction(module, twin) else None
+    # A model with a backbone of its own may have chosen for each part: then the library chooses again.
+    for attention in dict.fromkeys((architecture["attention"], None)):
+        described = architecture | {"attention": attention}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                twin = rebuild(described)
+        except (CheckpointError, TypeError, ValueError, KeyError, ImportError):
+            continue
+        return described if same_construction(module, twin) else None
+    return None
 
 
 def block_names(module: nn.Module) -> list[str]:
