@@ -37,7 +37,7 @@ from benchmarks.architectures import CHEAPEST, shares
 from mlorq.errors import MlorqError, one_line
 from mlorq.export_targets.base import TARGETS
 from mlorq.models import FAMILIES, from_module
-from mlorq.models.batches import Batch, batch_samples, take_samples
+from mlorq.models.batches import Batch, take_samples
 from mlorq.models.copying import copy_module
 from mlorq.models.sentence import SentenceEmbedding
 from mlorq.models.tasks import PAIRS, TASKS
@@ -251,14 +251,16 @@ def inputs(recipe: Recipe, module: nn.Module) -> tuple[Batch, Batch]:
         architecture = dict(family.describe(module) or {}) | {"task": recipe.task}
         architecture |= {"input_size": [recipe.side, recipe.side]} if recipe.side else {}
     batch = family.example_input(architecture, samples=2 * recipe.samples)
-    if recipe.family == "detection":
-        return batch[: recipe.samples], batch[recipe.samples :]
-    assert batch is not None and batch_samples(batch) == 2 * recipe.samples
+    assert batch is not None
     return take_samples(batch, slice(0, recipe.samples)), take_samples(batch, slice(recipe.samples, None))
 
 
 def forward_of(recipe: Recipe) -> Callable[[nn.Module, Any], Tensor] | None:
     """f(x) of the model's task; None: the module's output."""
+    if recipe.family == "detection":
+        from mlorq.models.mask_rcnn import label_free_outputs
+
+        return label_free_outputs
     if recipe.task is None:
         return None
     return SentenceEmbedding() if recipe.task == PAIRS else TASKS[recipe.task].forward()

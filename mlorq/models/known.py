@@ -128,7 +128,7 @@ KNOWN = [
     ),
     KnownModel(
         "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification",
-        f"{RANDOM}, both towers; graphs in ONNX (not SigLIP 2)", "", "tests/models/test_two_towers.py",
+        f"{RANDOM}, both towers; graphs in ONNX", "", "tests/models/test_two_towers.py",
     ),
     KnownModel(
         "transformers", "RTDetrForObjectDetection, RTDetrV2ForObjectDetection, DFineForObjectDetection",

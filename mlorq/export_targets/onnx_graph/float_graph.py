@@ -21,6 +21,7 @@ from mlorq.errors import ModelError, one_line
 from mlorq.export_targets.onnx_graph.activations import registered, replaced, translations
 from mlorq.export_targets.onnx_graph.calls import Flat
 from mlorq.export_targets.onnx_graph.norms import split_batch_norms
+from mlorq.export_targets.onnx_graph.positions import resize_in_graph
 from mlorq.forms.compressed_module import CompressedModule
 from mlorq.forms.convolutions import CompressedConvolution, CompressedTransposed
 from mlorq.forms.modules import CompressedDirect, CompressedEmbedding, CompressedLinear, swap_module
@@ -59,6 +60,7 @@ def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule
                 child.operands[name] = replaced(quantizer)
     if found:
         split_batch_norms(twin)
+    resize_in_graph(twin)
     return twin.eval().requires_grad_(False), found
 
 

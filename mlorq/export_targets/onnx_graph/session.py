@@ -82,11 +82,7 @@ class OnnxModel:
             for name, value in inputs.items()
         }
         wanted = {one.name: one.type for one in self.session.get_inputs()}
-        arrays = {
-            name: value.astype(np.float32) if wanted.get(name) == "tensor(float)" else value
-            for name, value in arrays.items()
-            if name in wanted
-        }
+        arrays = {name: _as_wanted(value, wanted[name]) for name, value in arrays.items() if name in wanted}
         names = [one.name for one in self.session.get_outputs()]
         try:
             found = self.session.run(names, arrays)
@@ -97,6 +93,13 @@ class OnnxModel:
     def eval(self) -> OnnxModel:
         """The model itself, which only computes in eval mode."""
         return self
+
+
+def _as_wanted(value: np.ndarray, kind: str) -> np.ndarray:
+    """An array in the dtype of an input: any numbers for floats, and integers of any width for integers."""
+    if kind == "tensor(float)":
+        return value.astype(np.float32)
+    return value.astype(np.int64) if kind == "tensor(int64)" and value.dtype.kind in "iub" else value
 
 
 def checked(
