@@ -64,8 +64,8 @@ class PathSettings(SourceSettings):
 
     path: str | None = Field(
         None,
-        description="CSV, TSV or Parquet file; Parquet shards: file, folder or glob; a task: local copy (file, or "
-        "folder as on the hub), by default the hub's",
+        description="CSV, TSV, JSON lines or Parquet file; Parquet shards: file, folder or glob; a task: local copy "
+        "(file, or folder as on the hub), by default the hub's",
     )
 
 
@@ -85,7 +85,8 @@ class LabelSettings(SourceSettings):
     label: int | str | None = Field(
         None,
         description="label column (class, value, tags, answers, transcript), by name, or by number in a table without "
-        "a header; a metric of texts needs it, images have 'label' by default",
+        "a header; a metric of texts needs it, images have 'label' by default; with choices: number, name or "
+        "text of the right one",
     )
 
 
@@ -163,6 +164,40 @@ class TextColumnsSettings(SourceSettings):
         super().check()
         if self.text == []:
             raise ValueError("text is an empty list: give one or two columns")
+
+
+class ChoiceSettings(TextColumnsSettings):
+    """Sources of rows with choices, one of which is right."""
+
+    choices: Annotated[Columns | None, RefusedElsewhere()] = Field(
+        None,
+        description="columns of the choices, or one column of lists (also ARC's mappings with text and label); for "
+        "task multiple-choice, and text-generation's evaluation by the likelihood of choices",
+    )
+    first_choice: Annotated[int, RefusedElsewhere()] = Field(
+        0, description="number of the first choice, if labels are numbers"
+    )
+    prompt: Annotated[str | None, RefusedElsewhere()] = Field(
+        None,
+        description="form of the context, with {} for each text column; default: the texts with spaces between them",
+    )
+    blank: Annotated[str | None, RefusedElsewhere()] = Field(
+        None, min_length=1, description="mark in the context whose place choices take (WinoGrande: _)"
+    )
+
+    def check(self) -> None:
+        """Refuse keys that need ``choices``, and a prompt with another number of places than text columns."""
+        super().check()
+        if self.choices == []:
+            raise ValueError("choices is an empty list: give the columns of the choices")
+        if self.choices is None:
+            for key in ("first_choice", "prompt", "blank"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} needs choices, the columns of the choices")
+        if self.prompt is not None and self.prompt.count("{}") != len(self.text or ()):
+            raise ValueError(
+                f"prompt has {self.prompt.count('{}')} places {{}} for {len(self.text or ())} text columns"
+            )
 
 
 class ModelSettings(Protocol):

@@ -98,8 +98,8 @@ def text_dataset(
     """
     if inputs.predicts == "target":
         raise DataError(f"{rows.origin}: the model generates texts from texts: use source table with two text columns")
-    if inputs.predicts in ("tags", "answers"):
-        raise DataError(f"{rows.origin}: the model tags words or answers questions: use source table")
+    if inputs.predicts in ("tags", "answers", "choices"):
+        raise DataError(f"{rows.origin}: the model tags words, answers questions or chooses: use source table")
     rows = rows.listed(settings, folder)
     pairs = inputs.pairs
     samples: list[Text]

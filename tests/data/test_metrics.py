@@ -103,6 +103,8 @@ def test_every_metric_of_a_configuration_exists():
         metrics.ENTITIES,
         metrics.ANSWER,
         metrics.EXACT,
+        metrics.CHOICE,
+        metrics.CHOICE_NORM,
     }  # not of predictions and labels alone
     assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)

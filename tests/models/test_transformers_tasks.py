@@ -287,6 +287,8 @@ def test_the_configurations_of_the_page_are_read() -> None:
     assert [getattr(own, "task", None) or own.features for own in tasks] == [
         "text-generation",
         "token-classification",
+        "text-generation",
+        "multiple-choice",
         "text2text-generation",
         "sentence-similarity",
         "automatic-speech-recognition",
