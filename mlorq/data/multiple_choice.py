@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_batch, digest_json
-from mlorq.data.base import Dataset
+from mlorq.data.base import Dataset, Predicted
 from mlorq.data.choices import ChoiceRow
 from mlorq.data.metrics import CLASSIFICATION
 from mlorq.data.source import Role, TextSettings
@@ -101,6 +101,10 @@ class _Accuracy:
     counts: np.ndarray
 
     def __call__(self, outputs: Tensor) -> dict[str, float]:
+        return {ACCURACY: CLASSIFICATION[ACCURACY](np.asarray(self.predictions(outputs).predictions), self.labels)}
+
+    def predictions(self, outputs: Tensor) -> Predicted:
+        """Indices of the choices with the largest logits."""
         values = outputs.double().numpy()
         known = np.arange(values.shape[1]) < self.counts[:, None]
-        return {ACCURACY: CLASSIFICATION[ACCURACY](np.where(known, values, -np.inf).argmax(1), self.labels)}
+        return Predicted("classes", np.where(known, values, -np.inf).argmax(1), self.labels)

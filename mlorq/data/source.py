@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mlorq.data.metrics import METRICS
+from mlorq.data.package_metrics import is_named, known_metric, with_named_metric
 from mlorq.data.packages import OptionalPackage
 from mlorq.errors import no_secrets
 from mlorq.registry import Registry, Settings
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     MetricName = str
 else:
-    MetricName = Literal[METRICS]
+    MetricName = Annotated[Literal[METRICS] | str, AfterValidator(known_metric)]
 
 Role = Literal["calibration", "evaluation"]
 Columns = list[int | str]  # defined here because ``list`` is a key below
@@ -93,7 +94,22 @@ class LabelSettings(SourceSettings):
 class MetricSettings(SourceSettings):
     """Sources whose evaluation data has a metric."""
 
-    metric: MetricName | None = Field(None, description="evaluation metric; the task's usual one by default")
+    metric: MetricName | None = Field(
+        None,
+        description="evaluation metric; the task's usual one by default; evaluate:NAME, evaluate:FOLDER or "
+        "torchmetrics:CLASS: one of these packages (extra metrics)",
+    )
+    metric_arguments: dict[str, Any] = Field(
+        {}, description="keyword arguments of a metric of another package, for example {average: macro}"
+    )
+
+    def check(self) -> None:
+        """Refuse arguments of other metrics than those of packages."""
+        super().check()
+        if self.metric_arguments and not is_named(self.metric):
+            raise ValueError(
+                "metric_arguments is for metrics of other packages: set metric to evaluate:NAME or torchmetrics:CLASS"
+            )
 
 
 class SamplesSettings(SourceSettings):
@@ -307,7 +323,13 @@ def load_dataset(
     """
     from mlorq.data.memory import check_size
 
-    found = SOURCES[section.source].load(section.own, role, model_settings, folder, seed)
+    given = own = section.own
+    metric = getattr(own, "metric", None)
+    if is_named(metric):
+        own = own.model_copy(update={"metric": None, "metric_arguments": {}})
+    found = SOURCES[section.source].load(own, role, model_settings, folder, seed)
+    if metric is not None and isinstance(given, MetricSettings) and is_named(metric) and role == "evaluation":
+        found = with_named_metric(found, metric, given.metric_arguments, folder)
     if role == "calibration":
         check_size(found.samples, role)
     else:
