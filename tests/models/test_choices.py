@@ -288,6 +288,11 @@ def test_the_accuracy_is_that_of_one_row_at_a_time(kind: str, tmp_path: Path) ->
         outputs = mlorq.models.base.join_outputs([model.outputs(model.module, batch) for batch in data.batches])
     assert outputs.shape == (len(rows), 4), "rows with fewer choices end in zeros"
     assert data.metric(outputs) == {"accuracy": pytest.approx(np.mean(hits))}
+    if kind == "Bert":
+        pytest.importorskip("torchmetrics", reason="needs the extra metrics")
+        named = {"metric": "torchmetrics:Accuracy", "metric_arguments": {"task": "multiclass", "num_classes": 4}}
+        other = dataset(tmp_path, "multiple-choice", **named)
+        assert other.metric(outputs) == {"Accuracy": pytest.approx(np.mean(hits))}
     lower = outputs - 1e3, outputs.where(outputs != 0, 1e3)
     assert data.metric(lower[0]) == data.metric(lower[1]), "outputs behind the choices do not count"
 
