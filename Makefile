@@ -34,7 +34,7 @@ setup-demo:
 	@bash scripts/setup.sh demo
 
 setup-dev:
-	@bash scripts/setup.sh demo,dev,detection,audio,hub,onnx,openvino,s3,dask,docker
+	@bash scripts/setup.sh demo,dev,detection,audio,hub,metrics,onnx,openvino,s3,dask,docker
 
 # Keeps the stores (.mlorq/), whose results may have taken hours, and .venv/, which takes minutes.
 clean: ## remove caches and build outputs

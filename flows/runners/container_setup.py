@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from flows.runners.child import child_environment
 from mlorq.artifacts.locations import absolute_folder, is_remote
 from mlorq.config.run import RunConfig
+from mlorq.data.package_metrics import metric_location
 from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError, StoreError
 from mlorq.export_targets import TARGETS
@@ -200,6 +201,7 @@ def _locations(config: RunConfig) -> list[str]:
     named: list[str | None] = [*FAMILIES[model.family].locations(model.own)]
     for source in (config.data.calibration, config.data.evaluation):
         named += SOURCES[source.source].locations(source.own)
+        named.append(metric_location(getattr(source.own, "metric", None)))
     for entry in config.export:
         named += [getattr(entry, name) for name in TARGETS[entry.to].locations]
     return [config.resolve(location) for location in named if location]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,6 +16,29 @@ from mlorq.models.family import FAMILIES
 Batch = Any
 OutputMetric = Callable[[Tensor], dict[str, float]]
 ModelMetric = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model predicts for all samples, and what is right; metrics of other packages read it.
+
+    Attributes:
+        kind: ``classes``: class numbers, int64; ``values``: of a regression, float64; ``texts``.
+        predictions: ``(samples,)``, or a list of texts.
+        references: the same of the labels.
+    """
+
+    kind: Literal["classes", "values", "texts"]
+    predictions: np.ndarray | list[str]
+    references: np.ndarray | list[str]
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A metric of a ``Dataset`` that is computed from single predictions."""
+
+    def predictions(self, given: Any) -> Predicted:
+        """The predictions, from what the metric itself is called with."""
 
 
 @dataclass(frozen=True)

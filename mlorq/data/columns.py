@@ -1,8 +1,9 @@
-"""Columns of CSV, TSV and Parquet tables, with the row numbers in the file."""
+"""Columns of CSV, TSV, Parquet and JSON lines tables, with the row numbers in the file."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from fsspec.core import url_to_fs
 
 from mlorq.data.delimited import read_rows
 from mlorq.errors import DataError
+
+LINES = (".jsonl", ".ndjson")
 
 
 def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | str, list[Any]], Sequence[int]]:
@@ -40,10 +43,37 @@ def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | 
                 raise DataError(f"table {location} has no column {name!r}; it has {', '.join(table.column_names)}")
         found = {name: known[name] for name in names}
         numbers: Sequence[int] = range(1, table.num_rows + 1)
+    elif path.endswith(LINES):
+        found, numbers = _json_lines(location, data, names)
     else:
         found, numbers = _delimited(location, data, path.endswith(".tsv"), names)
     if not numbers:
         raise DataError(f"table {location} is empty")
+    return found, numbers
+
+
+def _json_lines(location: str, data: bytes, names: Sequence[int | str]) -> tuple[dict[int | str, list[Any]], list[int]]:
+    """Entries of the objects of a file with one on each line; empty lines do not count."""
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"table {location} cannot be read: {error}") from error
+    found: dict[int | str, list[Any]] = {name: [] for name in names}
+    numbers = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"table {location}, row {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"table {location}, row {number} is not a JSON object")
+        for name in names:
+            if name not in row:
+                raise DataError(f"table {location}, row {number} has no entry {name!r}; it has {', '.join(row)}")
+            found[name].append(row[name])
+        numbers.append(number)
     return found, numbers
 
 

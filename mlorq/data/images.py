@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
-from mlorq.data.base import Dataset, LabelCheck
+from mlorq.data.base import Dataset, LabelCheck, Predicted
 from mlorq.data.metrics import FEATURES, MIOU, NEIGHBOURS, top_k_accuracy
 from mlorq.data.model_inputs import ImageInputs, image_inputs
 from mlorq.data.pixels import decoded
@@ -283,11 +283,19 @@ def decode(image: Image, transform: Callable[[Any], Any], mode: str) -> Tensor:
 class _Accuracy:
     labels: np.ndarray
 
-    def __call__(self, outputs: Tensor) -> dict[str, float]:
+    def _logits(self, outputs: Tensor) -> np.ndarray:
         logits = outputs.numpy()
         bad = self.labels[(self.labels < 0) | (self.labels >= logits.shape[1])]
         if len(bad):
             raise DataError(f"image label {bad[0]} is out of range: the model has {logits.shape[1]} classes")
+        return logits
+
+    def predictions(self, outputs: Tensor) -> Predicted:
+        """The classes with the largest logits."""
+        return Predicted("classes", self._logits(outputs).argmax(1), self.labels)
+
+    def __call__(self, outputs: Tensor) -> dict[str, float]:
+        logits = self._logits(outputs)
         return {"accuracy": top_k_accuracy(logits, self.labels, 1), "top5": top_k_accuracy(logits, self.labels, 5)}
 
 

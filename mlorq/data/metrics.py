@@ -248,6 +248,7 @@ FEATURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
 MIOU, ZERO_SHOT, RECALL = "miou", "zero_shot", "recall"
 ENTITIES, ANSWER, EXACT = "entity_f1", "answer_f1", "exact_match"  # computed by text_metrics
+CHOICE, CHOICE_NORM = "choice_accuracy", "choice_accuracy_norm"  # computed by choice_scores
 METRICS = (
     *CLASSIFICATION,
     *CORRELATION,
@@ -262,4 +263,6 @@ METRICS = (
     ENTITIES,
     ANSWER,
     EXACT,
+    CHOICE,
+    CHOICE_NORM,
 )

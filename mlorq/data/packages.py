@@ -32,14 +32,27 @@ class OptionalPackage:
         Raises:
             DataError: it cannot be imported.
         """
+        self.find(needed_by, instead)
+        try:
+            return importlib.import_module(self.module)
+        except ImportError:
+            raise self._missing(needed_by, instead) from None
+
+    def find(self, needed_by: str, instead: str = "") -> None:
+        """Check that it is installed, without importing it; arguments and errors as those of ``require``."""
         try:
             if importlib.util.find_spec(self.module) is not None:
-                return importlib.import_module(self.module)
+                return
         except ImportError:
             pass
+        raise self._missing(needed_by, instead)
+
+    def _missing(self, needed_by: str, instead: str) -> DataError:
         otherwise = f", or {instead}" if instead else ""
-        raise DataError(f"{needed_by} needs the package {self.module} (pip install 'mlorq[{self.extra}]'){otherwise}")
+        return DataError(f"{needed_by} needs the package {self.module} (pip install 'mlorq[{self.extra}]'){otherwise}")
 
 
 PYCOCOTOOLS = OptionalPackage("pycocotools", "detection")
 SOUNDFILE = OptionalPackage("soundfile", "audio")
+EVALUATE = OptionalPackage("evaluate", "metrics")
+TORCHMETRICS = OptionalPackage("torchmetrics", "metrics")

@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mlorq.data.metrics import METRICS
+from mlorq.data.package_metrics import is_named, known_metric, with_named_metric
 from mlorq.data.packages import OptionalPackage
 from mlorq.errors import no_secrets
 from mlorq.registry import Registry, Settings
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     MetricName = str
 else:
-    MetricName = Literal[METRICS]
+    MetricName = Annotated[Literal[METRICS] | str, AfterValidator(known_metric)]
 
 Role = Literal["calibration", "evaluation"]
 Columns = list[int | str]  # defined here because ``list`` is a key below
@@ -64,8 +65,8 @@ class PathSettings(SourceSettings):
 
     path: str | None = Field(
         None,
-        description="CSV, TSV or Parquet file; Parquet shards: file, folder or glob; a task: local copy (file, or "
-        "folder as on the hub), by default the hub's",
+        description="CSV, TSV, JSON lines or Parquet file; Parquet shards: file, folder or glob; a task: local copy "
+        "(file, or folder as on the hub), by default the hub's",
     )
 
 
@@ -85,14 +86,30 @@ class LabelSettings(SourceSettings):
     label: int | str | None = Field(
         None,
         description="label column (class, value, tags, answers, transcript), by name, or by number in a table without "
-        "a header; a metric of texts needs it, images have 'label' by default",
+        "a header; a metric of texts needs it, images have 'label' by default; with choices: number, name or "
+        "text of the right one",
     )
 
 
 class MetricSettings(SourceSettings):
     """Sources whose evaluation data has a metric."""
 
-    metric: MetricName | None = Field(None, description="evaluation metric; the task's usual one by default")
+    metric: MetricName | None = Field(
+        None,
+        description="evaluation metric; the task's usual one by default; evaluate:NAME, evaluate:FOLDER or "
+        "torchmetrics:CLASS: one of these packages (extra metrics)",
+    )
+    metric_arguments: dict[str, Any] = Field(
+        {}, description="keyword arguments of a metric of another package, for example {average: macro}"
+    )
+
+    def check(self) -> None:
+        """Refuse arguments of other metrics than those of packages."""
+        super().check()
+        if self.metric_arguments and not is_named(self.metric):
+            raise ValueError(
+                "metric_arguments is for metrics of other packages: set metric to evaluate:NAME or torchmetrics:CLASS"
+            )
 
 
 class SamplesSettings(SourceSettings):
@@ -163,6 +180,40 @@ class TextColumnsSettings(SourceSettings):
         super().check()
         if self.text == []:
             raise ValueError("text is an empty list: give one or two columns")
+
+
+class ChoiceSettings(TextColumnsSettings):
+    """Sources of rows with choices, one of which is right."""
+
+    choices: Annotated[Columns | None, RefusedElsewhere()] = Field(
+        None,
+        description="columns of the choices, or one column of lists (also ARC's mappings with text and label); for "
+        "task multiple-choice, and text-generation's evaluation by the likelihood of choices",
+    )
+    first_choice: Annotated[int, RefusedElsewhere()] = Field(
+        0, description="number of the first choice, if labels are numbers"
+    )
+    prompt: Annotated[str | None, RefusedElsewhere()] = Field(
+        None,
+        description="form of the context, with {} for each text column; default: the texts with spaces between them",
+    )
+    blank: Annotated[str | None, RefusedElsewhere()] = Field(
+        None, min_length=1, description="mark in the context whose place choices take (WinoGrande: _)"
+    )
+
+    def check(self) -> None:
+        """Refuse keys that need ``choices``, and a prompt with another number of places than text columns."""
+        super().check()
+        if self.choices == []:
+            raise ValueError("choices is an empty list: give the columns of the choices")
+        if self.choices is None:
+            for key in ("first_choice", "prompt", "blank"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} needs choices, the columns of the choices")
+        if self.prompt is not None and self.prompt.count("{}") != len(self.text or ()):
+            raise ValueError(
+                f"prompt has {self.prompt.count('{}')} places {{}} for {len(self.text or ())} text columns"
+            )
 
 
 class ModelSettings(Protocol):
@@ -272,7 +323,13 @@ def load_dataset(
     """
     from mlorq.data.memory import check_size
 
-    found = SOURCES[section.source].load(section.own, role, model_settings, folder, seed)
+    given = own = section.own
+    metric = getattr(own, "metric", None)
+    if is_named(metric):
+        own = own.model_copy(update={"metric": None, "metric_arguments": {}})
+    found = SOURCES[section.source].load(own, role, model_settings, folder, seed)
+    if metric is not None and isinstance(given, MetricSettings) and is_named(metric) and role == "evaluation":
+        found = with_named_metric(found, metric, given.metric_arguments, folder)
     if role == "calibration":
         check_size(found.samples, role)
     else:

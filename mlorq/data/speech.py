@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mlorq.artifacts.hashing import digest_batch, digest_json
-from mlorq.data.base import Dataset
+from mlorq.data.base import Dataset, Predicted
 from mlorq.data.metrics import WORD_ERRORS, spoken_words, word_errors
 from mlorq.data.recordings import decoded_recording
 from mlorq.data.source import BatchSettings, Role
@@ -77,11 +77,11 @@ def speech_dataset(
     }
     if role == "calibration" or known is None:
         return Dataset(batches, len(recordings), digest_json(described))
-    words = [[spoken_words(known[index]) for index in part] for part in parts]
-    if not any(each for part in words for each in part):
+    if not any(map(spoken_words, known)):
         raise DataError(f"{origin}: the transcripts have no words")
-    described |= {"metric": WORD_ERRORS, "transcripts": words}
-    evaluate = _WordErrorRate(batches, words, inputs)
+    ordered = [[known[index] for index in part] for part in parts]
+    described |= {"metric": WORD_ERRORS, "transcripts": ordered}
+    evaluate = _WordErrorRate(batches, ordered, inputs)
     return Dataset(batches, len(recordings), digest_json(described), WORD_ERRORS, evaluate=evaluate)
 
 
@@ -102,17 +102,22 @@ class _WordErrorRate:
     """Word errors of all recordings over the number of their words."""
 
     batches: Sequence[Mapping[str, Any]]
-    words: Sequence[Sequence[list[str]]]
+    transcripts: Sequence[Sequence[str]]
     inputs: Recogniser
 
     def __call__(self, module: nn.Module) -> dict[str, float]:
-        floating = next(value for value in module.parameters() if value.is_floating_point())
+        found = self.predictions(module)
         errors, total = 0, 0
-        with torch.no_grad():
-            for batch, spoken in zip(self.batches, self.words, strict=True):
-                texts = self.inputs.transcribe(module, move_batch(batch, floating.device, floating.dtype))
-                errors += sum(
-                    word_errors(spoken_words(text), wanted) for text, wanted in zip(texts, spoken, strict=True)
-                )
-                total += sum(map(len, spoken))
+        for text, wanted in zip(found.predictions, map(spoken_words, found.references), strict=True):
+            errors += word_errors(spoken_words(text), wanted)
+            total += len(wanted)
         return {WORD_ERRORS: errors / total}
+
+    def predictions(self, module: nn.Module) -> Predicted:
+        """What the model hears, and the transcripts, as they are written."""
+        floating = next(value for value in module.parameters() if value.is_floating_point())
+        heard: list[str] = []
+        with torch.no_grad():
+            for batch in self.batches:
+                heard += self.inputs.transcribe(module, move_batch(batch, floating.device, floating.dtype))
+        return Predicted("texts", heard, [text for part in self.transcripts for text in part])

@@ -1,4 +1,4 @@
-"""Source ``table``: texts in a CSV, TSV or Parquet table, tokenized for the model."""
+"""Source ``table``: texts in a CSV, TSV, Parquet or JSON lines table, tokenized for the model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mlorq.data.metrics import CLASSIFICATION
 from mlorq.data.model_inputs import text_inputs
 from mlorq.data.source import (
     SOURCES,
+    ChoiceSettings,
     DataSource,
     LabelSettings,
     ModelSettings,
     PathSettings,
     Role,
-    TextColumnsSettings,
     TextSettings,
 )
 from mlorq.errors import DataError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlorq.data.base import Dataset
 
 
-class TableSettings(TextColumnsSettings, TextSettings, LabelSettings, PathSettings):
+class TableSettings(ChoiceSettings, TextSettings, LabelSettings, PathSettings):
     """Keys of a table of texts."""
 
 
@@ -57,15 +57,16 @@ class TableSource(DataSource[TableSettings]):
         pairs = inputs.pairs
         if not pairs and len(settings.text) > 2:
             raise DataError(f"source table: {len(settings.text)} text columns; a classifier takes one or two")
-        wanted = [*settings.text, *([] if settings.label is None else [settings.label])]
+        wanted = [*settings.text, *(settings.choices or ()), *([] if settings.label is None else [settings.label])]
         columns, numbers = read_columns(location, wanted)
 
         def where(column: int | str, index: int) -> str:
             return f"table {location}, row {numbers[index]}, column {column!r}"
 
-        if inputs.predicts in ("tags", "answers"):
+        choosing = settings.choices is not None or inputs.predicts == "choices"
+        if choosing or inputs.predicts in ("tags", "answers"):
             rows_of = _Columns(columns, numbers, f"table {location}", where)
-            load = _tagged if inputs.predicts == "tags" else _questions
+            load = _choosing if choosing else _tagged if inputs.predicts == "tags" else _questions
             return load(rows_of, settings, role, inputs, chosen_rows(settings, numbers, rows_of.origin, folder, seed))
         texts = [checked_texts(columns[name], partial(where, name)) for name in settings.text]
         if inputs.predicts == "target":
@@ -131,6 +132,26 @@ def _questions(
         cell = None if settings.label is None else table.columns[settings.label][index]
         questions.append(Question(question, text, answers_of(cell, where), where))
     return answer_dataset(questions, settings, role, inputs, settings.label is not None)
+
+
+def _choosing(
+    table: _Columns, settings: TableSettings, role: Role, inputs: TextInputs, picked: Sequence[int]
+) -> Dataset:
+    """Contexts with choices, for models of multiple choice and for language models."""
+    from mlorq.data.choice_scores import choice_dataset
+    from mlorq.data.choices import choice_rows
+    from mlorq.data.multiple_choice import multiple_choice_dataset
+
+    if inputs.predicts not in ("choices", "next"):
+        raise DataError("source table: choices is for tasks multiple-choice and text-generation; leave it out")
+    if settings.choices is None:
+        raise DataError("source table: a model with task multiple-choice needs choices, the columns of the choices")
+    if inputs.predicts == "next" and role == "calibration":
+        raise DataError("source table: a language model is calibrated on running text: choices is for its evaluation")
+    rows = choice_rows(table.columns, settings, settings.label, picked, table.where)
+    if inputs.predicts == "next":
+        return choice_dataset(rows, settings, inputs)
+    return multiple_choice_dataset(rows, settings, role, inputs)
 
 
 def _usual_metric(settings: TableSettings, inputs: TextInputs) -> str:

@@ -7,7 +7,7 @@ back to the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_batch, digest_json
-from mlorq.data.base import Dataset, LabelCheck
+from mlorq.data.base import Dataset, LabelCheck, Predicted
 from mlorq.data.choose import indices_of, listed_samples, row_names, seeded_choice
 from mlorq.data.metrics import CLASSIFICATION, CORRELATION, TWO_CLASSES
 from mlorq.data.source import ListSettings, Role, TextSettings, TokenSettings
@@ -98,8 +98,8 @@ def text_dataset(
     """
     if inputs.predicts == "target":
         raise DataError(f"{rows.origin}: the model generates texts from texts: use source table with two text columns")
-    if inputs.predicts in ("tags", "answers"):
-        raise DataError(f"{rows.origin}: the model tags words or answers questions: use source table")
+    if inputs.predicts in ("tags", "answers", "choices"):
+        raise DataError(f"{rows.origin}: the model tags words, answers questions or chooses: use source table")
     rows = rows.listed(settings, folder)
     pairs = inputs.pairs
     samples: list[Text]
@@ -161,11 +161,16 @@ class _Similarity:
     labels: np.ndarray
 
     def __call__(self, outputs: Tensor) -> dict[str, float]:
+        found = self.predictions(outputs)
+        return {name: CORRELATION[name](np.asarray(found.predictions), self.labels) for name in self.names}
+
+    def predictions(self, outputs: Tensor) -> Predicted:
+        """The cosine similarities."""
         values = outputs.double().numpy()
         left, right = values[self.rows[0]], values[self.rows[1]]
         norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
         cosine = (left * right).sum(1) / np.maximum(norms, 1e-12)
-        return {name: CORRELATION[name](cosine, self.labels) for name in self.names}
+        return Predicted("values", cosine, self.labels)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,8 @@ class _Classification:
     parts: Sequence[tuple[str, range]]
     to_model: tuple[int, ...] | None
 
-    def __call__(self, outputs: Tensor) -> dict[str, float]:
+    def predictions(self, outputs: Tensor) -> Predicted:
+        """Class numbers of the labels, or values."""
         values = outputs.double().numpy()[self.rows]
         regression = self.names[0] in CORRELATION
         LabelCheck(self.labels, lambda _: "evaluation data", not regression).check(values.shape[1])
@@ -186,19 +192,20 @@ class _Classification:
         if two and values.shape[1] > 2:
             raise DataError(f"metric {two[0]!r} is for two classes; the model has {values.shape[1]}: choose accuracy")
         if regression:
-            predicted = values[:, 0]
-        else:
-            # Columns of the outputs in the order of the labels' class numbers.
-            order = list(range(values.shape[1])) if self.to_model is None else list(self.to_model)
-            predicted = values[:, order].argmax(1)
+            return Predicted("values", values[:, 0], self.labels)
+        # Columns of the outputs in the order of the labels' class numbers.
+        order = list(range(values.shape[1])) if self.to_model is None else list(self.to_model)
+        return Predicted("classes", values[:, order].argmax(1), self.labels.astype(np.int64))
+
+    def __call__(self, outputs: Tensor) -> dict[str, float]:
+        every = self.predictions(outputs)
+        predicted, labels = np.asarray(every.predictions), np.asarray(every.references)
+        functions: Mapping[str, Callable[..., float]] = {**CLASSIFICATION, **CORRELATION}
         found = {}
         for suffix, part in self.parts or [("", range(len(self.labels)))]:
-            own = self.labels[part.start : part.stop]
+            own = slice(part.start, part.stop)
             for name in self.names:
-                function = CORRELATION[name] if regression else CLASSIFICATION[name]
-                found[name + suffix] = function(
-                    predicted[part.start : part.stop], own if regression else own.astype(np.int64)
-                )
+                found[name + suffix] = functions[name](predicted[own], labels[own])
         return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlorq.errors import ModelError
 from mlorq.models.base import attention_mask
-from mlorq.models.task_outputs import POSITIONS, sketch
+from mlorq.models.task_outputs import even_places, sketch
 from mlorq.models.token_masks import TokenMask
 
 MASK = "decoder_attention_mask"
@@ -29,7 +29,7 @@ def target_logits(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Args:
         module: the model.
         batch: with ``decoder_input_ids``, and ``decoder_attention_mask`` if there is padding. The logits are those at
-            ``POSITIONS`` evenly spaced tokens that the mask lets count.
+            16 evenly spaced tokens that the mask lets count.
     """
     logits: Tensor = module(**batch, use_cache=False).logits
     return sketch(spread(logits, attention_mask(batch, MASK)))
@@ -41,9 +41,9 @@ def sequence_masks(module: nn.Module, batch: Mapping[str, Any]) -> TokenMask:
 
 
 def spread(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values at ``POSITIONS`` evenly spaced places of each sample, ``(samples, POSITIONS, width)``.
+    """The values at 16 evenly spaced places of each sample, ``(samples, 16, width)``.
 
-    Places repeat in samples with fewer than ``POSITIONS`` of them: the result does not depend on the other samples of
+    Places repeat in samples with fewer than 16 of them: the result does not depend on the other samples of
     the batch.
 
     Args:
@@ -53,10 +53,7 @@ def spread(values: Tensor, mask: Tensor | None) -> Tensor:
     samples, places, width = values.shape
     if mask is None:
         mask = torch.ones(samples, places, dtype=torch.bool, device=values.device)
-    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-    steps = torch.arange(POSITIONS, device=values.device)
-    at = (2 * steps * last + POSITIONS - 1) // (2 * (POSITIONS - 1))  # rounded quotients, the same on every device
-    return values.gather(1, at.to(values.device)[:, :, None].expand(-1, -1, width))
+    return values.gather(1, even_places(mask).to(values.device)[:, :, None].expand(-1, -1, width))
 
 
 def decoder_batch(labels: Sequence[Sequence[int]], shift: Shift, avoid: int = 0) -> dict[str, Tensor]:

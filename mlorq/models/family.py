@@ -118,8 +118,8 @@ class TextInputs:
             ModelError.
         pairs: True for a sentence encoder, which is evaluated on pairs of texts; False for a classifier.
         predicts: which tokens a language model predicts: the next or masked ones, or those of a target text; ``tags``:
-            a class for each word; ``answers``: where in the second text the answer to the first one is; None for
-            other models.
+            a class for each word; ``answers``: where in the second text the answer to the first one is;
+            ``choices``: which of several texts fits; None for other models.
         shift: for target texts: returns the function that makes a decoder's inputs from labels, each ``(samples,
             tokens)``; raises ModelError.
     """
@@ -127,7 +127,7 @@ class TextInputs:
     tokenizer: Callable[[], Any]
     class_names: Callable[[], list[str]]
     pairs: bool
-    predicts: Literal["next", "masked", "target", "tags", "answers"] | None = None
+    predicts: Literal["next", "masked", "target", "tags", "answers", "choices"] | None = None
     shift: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
 

@@ -34,6 +34,7 @@ IMAGES, TEXTS, PAIRS = "image-classification", "text-classification", "sentence-
 RANDOM = "random weights, tiny sizes, in the tests"
 TASKS_TESTED = "tests/models/test_transformers_tasks.py"  # run by pytest
 TEXT_TASKS_TESTED = "tests/models/test_text_tasks.py"
+CHOICES_TESTED = "tests/models/test_choices.py"
 SEQUENCES_TESTED, SPEECH_TESTED = "tests/models/test_encoder_decoder.py", "tests/models/test_speech.py"
 WHOLE = "random weights, at full size"
 
@@ -102,7 +103,15 @@ KNOWN = [
         TEXT_TASKS_TESTED,
     ),
     KnownModel(
+        "transformers", "any AutoModelForMultipleChoice", "multiple-choice", f"{RANDOM}: BERT, RoBERTa, ModernBERT", "",
+        CHOICES_TESTED,
+    ),
+    KnownModel(
         "transformers", "any AutoModelForCausalLM", "text-generation", f"{RANDOM}: GPT-2", "", TASKS_TESTED,
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForCausalLM, measured by choices", "text-generation",
+        f"{RANDOM}: Qwen3, Llama, GPT-2", "", CHOICES_TESTED,
     ),
     KnownModel(
         "transformers", "any AutoModelForMaskedLM", "fill-mask", f"{RANDOM}: BERT", "", TASKS_TESTED,

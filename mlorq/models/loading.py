@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mlorq.models.base import FloatModel, Forward, attention_mask, call_module, 
 from mlorq.models.custom import own_architecture
 from mlorq.models.family import FAMILIES, ModelSection
 from mlorq.models.residual_rotation import rotate_residual_stream
+from mlorq.models.text_outputs import CHOOSERS, choice_masks
 
 
 @no_secrets()
@@ -81,4 +83,5 @@ def from_module(module: nn.Module, forward: Forward | None = None) -> FloatModel
     # Instances of a library's models get the library's architecture, so that checkpoints load without an instance.
     described = (family.describe(module) for family in families)
     architecture = next((found for found in described if found is not None), None) or own_architecture(module)
-    return FloatModel(module, architecture["family"], architecture, forward or call_module, attention_mask, dtype=dtype)
+    masks = partial(choice_masks, module) if type(module).__name__.endswith(CHOOSERS) else attention_mask
+    return FloatModel(module, architecture["family"], architecture, forward or call_module, masks, dtype=dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError
+from mlorq.models.base import attention_mask
 
 POSITIONS = 16  # tokens of a text whose logits are compared
 DIRECTIONS = 128  # numbers that stand for the logits of one token
@@ -47,15 +48,50 @@ def sketched_logits(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     All logits of a text would take gigabytes. Their projection on random directions of signs keeps squared distances
     in expectation (Achlioptas, Database-friendly random projections, 2003, theorem 1.1), so that its normalised error
-    estimates theirs. The mean over the vocabulary, which no probability depends on, is taken off.
+    estimates theirs. The mean over the vocabulary, which no probability depends on, is taken off. Tokens of padding
+    are none of the 16; texts of fewer tokens have some of them twice if there is padding.
     """
-    tokens = batch["input_ids"].shape[1]
-    at = torch.linspace(0, tokens - 1, min(POSITIONS, tokens)).round().long().to(batch["input_ids"].device)
-    if "logits_to_keep" in inspect.signature(module.forward).parameters:  # the others are not computed
+    ids, mask = batch["input_ids"], attention_mask(batch)
+    if mask is None or mask.all():
+        tokens = ids.shape[1]
+        at = torch.linspace(0, tokens - 1, min(POSITIONS, tokens)).round().long().to(ids.device)
+        return sketch(logits_at(module, batch, at))
+    counted = mask.long().argsort(dim=1, descending=True, stable=True)  # places of the tokens, then of the padding
+    places = counted.gather(1, even_places(mask))  # (samples, 16)
+    at, column = places.unique(return_inverse=True)
+    chosen = logits_at(module, batch, at)
+    return sketch(chosen.gather(1, column[:, :, None].expand(-1, -1, chosen.shape[-1])))
+
+
+def even_places(mask: Tensor) -> Tensor:
+    """``POSITIONS`` evenly spaced numbers from 0 to one less than the entries of each row, ``(samples, POSITIONS)``.
+
+    Args:
+        mask: ``(samples, places)`` bool, whose true entries are counted.
+    """
+    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+    steps = torch.arange(POSITIONS, device=mask.device)
+    return (2 * steps * last + POSITIONS - 1) // (2 * (POSITIONS - 1))  # rounded quotients, the same on every device
+
+
+def takes_positions(module: nn.Module) -> bool:
+    """Whether a language model computes logits at chosen positions alone."""
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
+
+
+def logits_at(module: nn.Module, batch: Mapping[str, Any], at: Tensor) -> Tensor:
+    """Logits of a language model at some positions, ``(samples, positions, vocabulary)``.
+
+    Args:
+        module: the model.
+        batch: its inputs.
+        at: ``(positions,)`` int64, the same for all samples.
+    """
+    if takes_positions(module):  # the others are not computed
         chosen: Tensor = module(**batch, logits_to_keep=at).logits
     else:
         chosen = module(**batch).logits[:, at]
-    return sketch(chosen)
+    return chosen
 
 
 def sketch(chosen: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ NEXT, MASKED = "text-generation", "fill-mask"
 FEATURES, MAPS = "image-feature-extraction", "semantic-segmentation"
 TOWERS, BOXES = "zero-shot-image-classification", "object-detection"
 TARGETS, SPEECH = "text2text-generation", "automatic-speech-recognition"
-TAGS, ANSWERS = "token-classification", "question-answering"
+TAGS, ANSWERS, CHOICES = "token-classification", "question-answering", "multiple-choice"
 _OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
 _TEXTS, _TOWERS = "mlorq.models.text_outputs", "mlorq.models.two_towers"
 _DECODER, _SPEECH = "mlorq.models.encoder_decoder", "mlorq.models.speech_outputs"
@@ -73,6 +73,7 @@ TASKS = {
         ModelTask(PAIRS, "texts", "AutoModel"),
         ModelTask(TAGS, "texts", "AutoModelForTokenClassification", (_TEXTS, "token_logits")),
         ModelTask(ANSWERS, "texts", "AutoModelForQuestionAnswering", (_TEXTS, "span_logits")),
+        ModelTask(CHOICES, "texts", "AutoModelForMultipleChoice", (_OUTPUTS, "logits"), mask=(_TEXTS, "choice_masks")),
         ModelTask(NEXT, "language", "AutoModelForCausalLM", (_OUTPUTS, "sketched_logits")),
         ModelTask(MASKED, "language", "AutoModelForMaskedLM", (_OUTPUTS, "sketched_logits")),
         ModelTask(

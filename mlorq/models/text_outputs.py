@@ -1,4 +1,4 @@
-"""f(x) of models that label the tokens of a text, or that find an answer in it."""
+"""f(x) of models that label the tokens of a text, or that find an answer in it; masks of texts with choices."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from mlorq.models.base import attention_mask
 from mlorq.models.encoder_decoder import spread
 from mlorq.models.task_outputs import directions
+from mlorq.models.token_masks import TokenMask
+
+CHOOSERS = "ForMultipleChoice"  # end of the names of classes of transformers that read (samples, choices, tokens)
 
 
 def token_logits(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -32,3 +35,13 @@ def span_logits(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     mean = (logits * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
     centred = (logits - mean) * counted
     return (centred @ directions(logits.shape[-1]).to(centred)).flatten(1)
+
+
+def choice_masks(module: nn.Module, batch: Mapping[str, Any]) -> TokenMask:
+    """Masks of the tokens of a batch ``(samples, choices, tokens)``; ``module`` is not read.
+
+    The model joins samples and choices to one axis. Statistics see the tokens of all choices as those of a sample,
+    ``(samples, choices · tokens)``; blocks return ``(samples · choices, tokens, width)``.
+    """
+    mask = batch.get("attention_mask")
+    return None if mask is None else (mask.flatten(1).bool(), mask.flatten(0, 1).bool())

@@ -15,6 +15,7 @@ from mlorq.models.family import DerivedOutput, Example, LibrarySettings, ModelFa
 from mlorq.models.family import load as load
 from mlorq.models.tasks import (
     ANSWERS,
+    CHOICES,
     CLASSES,
     FEATURES,
     MAPS,
@@ -39,12 +40,13 @@ if TYPE_CHECKING:
     from mlorq.models.two_towers import TwoTowers
 
 NAME = "transformers"
-PREDICTED: dict[str, Literal["next", "masked", "target", "tags", "answers"]] = {
+PREDICTED: dict[str, Literal["next", "masked", "target", "tags", "answers", "choices"]] = {
     NEXT: "next",
     MASKED: "masked",
     TARGETS: "target",
     TAGS: "tags",
     ANSWERS: "answers",
+    CHOICES: "choices",
 }
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from mlorq.errors import CheckpointError
 from mlorq.models.batches import Batch
 from mlorq.models.tasks import SPEECH, TARGETS, TASKS
+from mlorq.models.text_outputs import CHOOSERS
 from mlorq.models.transformers_modules import model_class
 from mlorq.models.two_towers import IMAGE_INPUTS, PADDED, PADDED_LENGTH, TEXT_INPUTS, has_two_towers, text_inputs
 
 TOKENS = 16  # length of a random text, and frames of a random recording
+CHOICES_MADE = 3  # choices of a random sample
 TARGET_TOKENS = 10  # length of a random target text
 RECORDINGS = ("input_features", "input_values")
 UNMASKED = ("whisper",)  # recordings are padded to one length, and all of it is heard
@@ -90,9 +92,13 @@ def random_inputs(architecture: Mapping[str, Any], samples: int) -> Batch:
         made |= _random_images(architecture, names, samples, generator)
     if "input_ids" in names:
         own = _text_config(config)
-        made |= _random_tokens(own, samples, own.get("max_position_embeddings"), TOKENS, generator)
+        chooses = _module_class(architecture).__name__.endswith(CHOOSERS)
+        texts = samples * (CHOICES_MADE if chooses else 1)
+        made |= _random_tokens(own, texts, own.get("max_position_embeddings"), TOKENS, generator)
         if "attention_mask" not in names:
             del made["attention_mask"]
+        if chooses:
+            made = {name: value.view(samples, CHOICES_MADE, -1) for name, value in made.items()}
         if "token_type_ids" in names:
             made["token_type_ids"] = torch.zeros_like(made["input_ids"])
     elif names[0] in RECORDINGS:

@@ -20,7 +20,7 @@ from mlorq.models.image_processor import prepared_size
 from mlorq.models.plain import ORIGIN, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
-from mlorq.models.tasks import BOXES, MAPS, PAIRS, TASKS
+from mlorq.models.tasks import BOXES, MAPS, MASKED, NEXT, PAIRS, TASKS
 from mlorq.models.transformers import NAME, TransformersSettings, locate, quiet
 from mlorq.models.transformers_detection import chooses_positions, mark_samples
 from mlorq.models.transformers_rebuild import ATTENTION, LABELS, rebuild
@@ -99,6 +99,8 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         as_dtype,
         preparation=cache(partial(preparation_files, settings, folder)),
     )
+    if task.name in (NEXT, MASKED):
+        found.key = digest_json([found.key, "outputs at tokens"])  # before, f(x) had logits of padding
     if task.name == BOXES and chooses_positions(module):
         found.key = digest_json([found.key, "outputs by position"])  # before, f(x) compared queries by their number
     return found

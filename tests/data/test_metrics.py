@@ -89,7 +89,7 @@ def test_every_metric_of_a_configuration_exists():
 
     from mlorq.config.sections import source_section
 
-    named = get_args(get_args(source_section().model_fields["metric"].annotation)[0])
+    named = get_args(get_args(get_args(get_args(source_section().model_fields["metric"].annotation)[0])[0])[0])
     others = {
         "box_ap",
         "mask_ap",
@@ -103,6 +103,8 @@ def test_every_metric_of_a_configuration_exists():
         metrics.ENTITIES,
         metrics.ANSWER,
         metrics.EXACT,
+        metrics.CHOICE,
+        metrics.CHOICE_NORM,
     }  # not of predictions and labels alone
     assert set(named) - others == set(metrics.CLASSIFICATION) | set(metrics.CORRELATION)
     assert not set(metrics.CLASSIFICATION) & set(metrics.CORRELATION)

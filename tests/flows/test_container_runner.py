@@ -84,6 +84,19 @@ def test_folders_that_exports_name_are_mounted(tmp_path: Path) -> None:
     assert binds(RunConfig.from_mapping(values, config.folder))[words] == (words, True)
 
 
+def test_folders_of_metrics_are_mounted(tmp_path: Path) -> None:
+    pytest.importorskip("evaluate", reason="needs the extra metrics")
+    for name in ("run", "near"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "texts.csv").touch()
+    config = minilm(tmp_path / "run", name="sentence-transformers/all-MiniLM-L6-v2")
+    values = config.model_dump(exclude={"folder"})
+    values["data"]["evaluation"]["metric"] = "evaluate:../near"
+    near = str(tmp_path / "near")
+    assert near not in binds(config)
+    assert binds(RunConfig.from_mapping(values, config.folder))[near] == (near, True)
+
+
 def test_configuration_is_read_and_store_is_written_at_their_own_paths(tmp_path: Path) -> None:
     config = project(tmp_path / "run")
     assert binds(config) == {

@@ -337,6 +337,10 @@ def test_word_errors_are_those_of_all_recordings(tmp_path: Path) -> None:
     silent = sum(not spoken_words(text) for text in heard)
     assert silent < len(heard)
     assert data.evaluate(module) == {"wer": (2 + silent) / sum(len(spoken_words(text)) for text in texts)}
+    torchmetrics = pytest.importorskip("torchmetrics", reason="needs the extra metrics")
+    _, data = loaded(tmp_path, path="heard/other.tsv", metric="torchmetrics:CharErrorRate")
+    as_written = float(torchmetrics.text.CharErrorRate()(heard, texts))
+    assert data.evaluate(module) == {"CharErrorRate": pytest.approx(as_written)}
 
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert"])

@@ -94,6 +94,14 @@ def test_a_classifier_of_images_is_compressed_and_loads_alone(tmp_path: Path) ->
     error = float((found - expected).square().sum() / expected.square().sum())
     assert 0 < error < 0.05
     assert [row["name"] for row in result["left_float"]] == ["vit.embeddings.position_embeddings"]
+    pytest.importorskip("torchmetrics", reason="needs the extra metrics")
+    values = image_run("image-classification")
+    named = {"metric": "torchmetrics:Accuracy", "metric_arguments": {"task": "multiclass", "num_classes": 3}}
+    values["data"]["evaluation"] = values["data"]["evaluation"] | named
+    data = dataset(tmp_path, values)
+    with torch.no_grad():
+        outputs = torch.cat([module(**one).logits for one in data.batches])
+    assert data.metric(outputs) == {"Accuracy": pytest.approx(result["metric"]["float"])}
 
 
 def test_features_of_images_are_measured_by_their_neighbours(tmp_path: Path) -> None:
@@ -287,12 +295,15 @@ def test_the_configurations_of_the_page_are_read() -> None:
     assert [getattr(own, "task", None) or own.features for own in tasks] == [
         "text-generation",
         "token-classification",
+        "text-generation",
+        "multiple-choice",
         "text2text-generation",
         "sentence-similarity",
         "automatic-speech-recognition",
         True,
         "semantic-segmentation",
         "zero-shot-image-classification",
+        "text-classification",
     ]
     assert all(f"| `{name}` | `{task.auto}`" in page for name, task in TASKS.items())
 

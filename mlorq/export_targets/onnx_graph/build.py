@@ -200,6 +200,8 @@ def _axes(name: str, value: Tensor, samples: int, preprocessing: Mapping[str, An
     texts = preprocessing.get("text_inputs")  # of a model of two towers
     if texts is not None:
         return {0: "texts", 1: "sequence"} if name in texts else {0: "images"}
+    if preprocessing.get("kind") == "text" and value.dim() == 3:
+        return {0: "batch", 1: "choices", 2: "sequence"}
     if preprocessing.get("kind") not in ("text", "audio") or value.dim() != 2:
         return {0: "batch"}
     return {0: "batch", 1: "decoder_sequence" if name.startswith("decoder_") else "sequence"}
