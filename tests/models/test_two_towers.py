@@ -18,7 +18,7 @@ from mlorq.checkpoint.io import inspect
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, DataError, ModelError
 from mlorq.models import FAMILIES, load_model
-from mlorq.models.two_towers import embeddings
+from mlorq.models.two_towers import IMAGE_INPUTS, embeddings
 from tests import zoo
 from tests.compressed import compressed, folder_of
 from tests.long import few
@@ -307,7 +307,8 @@ def test_graphs_of_both_towers_take_any_number_of_images_and_texts(kind: str, tm
         expected = mlorq.load(tmp_path / "out")(**batch)
     graph = mlorq.load(tmp_path / "out", runtime="onnxruntime", threads=1)
     for rows in (slice(0, 3), slice(0, 2)):  # as many images as texts, and fewer
-        found = graph(**batch | {"pixel_values": batch["pixel_values"][rows]})
+        images = {name: batch[name][rows] for name in IMAGE_INPUTS if name in batch}
+        found = graph(**batch | images)
         assert difference(found.image_embeds, expected.image_embeds[rows]) < 1e-5
         assert difference(found.text_embeds, expected.text_embeds) < 1e-5
         assert difference(found.logits_per_image, expected.logits_per_image[rows]) < 1e-5

@@ -1,8 +1,9 @@
 """Position embeddings resized to the shape of each image, as products, for exporters.
 
-SigLIP 2 reads images of any aspect as rows of patches, and resizes its square of embeddings for one image after another
-to a height and width that are values of an input: a loop that no graph can hold. Antialiased bilinear resizing is linear
-and separable, so that the same embeddings are a product with weights of rows and of columns, for all images at once.
+SigLIP 2 reads images of any aspect as rows of patches, and resizes its square of embeddings for one image after
+another to a height and width that are values of an input: a loop that no graph can hold. Antialiased bilinear resizing
+is linear and separable, so that the same embeddings are a product with weights of rows and of columns, for all images
+at once.
 """
 
 from __future__ import annotations
