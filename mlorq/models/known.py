@@ -62,6 +62,14 @@ KNOWN = [
         _run("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
     ),
     KnownModel(
+        "timm", "swinv2_*, beit_*, eva02_*, hiera_*", IMAGES, f"{WHOLE}; graphs in ONNX", "",
+        _run("swinv2_tiny_window8_256", "beit_base_patch16_224", "eva02_tiny_patch14_224", "hiera_tiny_224"),
+    ),
+    KnownModel(
+        "timm", "*_dinov2, *_dinov3, with features: true", "features of images", f"{WHOLE}; graphs in ONNX", "",
+        _run("dinov2_small", "dinov3_small"),
+    ),
+    KnownModel(
         "timm", "resnet*, convnext_*, mixer_* and others of linear layers and convolutions", IMAGES,
         f"{WHOLE}: ResNet-18, ConvNeXt, a Mixer", "",
         _run("resnet18", "convnext_atto", "convnext_tiny", "mixer_s32_224"),
@@ -78,6 +86,9 @@ KNOWN = [
     KnownModel(
         "transformers", "sentence encoders, with pooling and dense layers of their folder", PAIRS, RANDOM, "",
         _run("minilm"),
+    ),
+    KnownModel(
+        "transformers", "BGE, E5 (BertModel)", PAIRS, f"{WHOLE}; search: {RANDOM}", "", _run("bge_small"),
     ),
     KnownModel(
         "transformers", "BertForSequenceClassification", TEXTS,
@@ -114,11 +125,26 @@ KNOWN = [
         f"{RANDOM}: Qwen3, Llama, GPT-2", "", CHOICES_TESTED,
     ),
     KnownModel(
+        "transformers", "LlamaForCausalLM (SmolLM2-135M), Qwen3ForCausalLM (0.6B)", "text-generation", WHOLE, "",
+        _run("smollm2_135m", "qwen3_0.6b"),
+    ),
+    KnownModel(
+        "transformers", "ModernBertForMaskedLM", "fill-mask", WHOLE, "", _run("modernbert_base"),
+    ),
+    KnownModel(
         "transformers", "any AutoModelForMaskedLM", "fill-mask", f"{RANDOM}: BERT", "", TASKS_TESTED,
     ),
     KnownModel(
         "transformers", "any AutoModelForSeq2SeqLM", "text2text-generation", f"{RANDOM}: T5, BART, Marian", "",
         SEQUENCES_TESTED,
+    ),
+    KnownModel(
+        "transformers", "T5ForConditionalGeneration", "text2text-generation", f"{WHOLE}: T5-small", "",
+        _run("t5_small"),
+    ),
+    KnownModel(
+        "transformers", "WhisperForConditionalGeneration, Wav2Vec2ForCTC", "automatic-speech-recognition",
+        f"{WHOLE}: tiny, base", "", _run("whisper_tiny", "wav2vec2_base"),
     ),
     KnownModel(
         "transformers", "any AutoModelForCTC; AutoModelForSpeechSeq2Seq with encoder and decoder",
@@ -132,12 +158,24 @@ KNOWN = [
         f"{RANDOM}: DINOv2, CLIP's image tower", "", TASKS_TESTED,
     ),
     KnownModel(
+        "transformers", "SegformerForSemanticSegmentation", "semantic-segmentation", f"{WHOLE}: B0", "",
+        _run("segformer_b0"),
+    ),
+    KnownModel(
         "transformers", "SegFormer, UperNet, DPT, MobileViT, BEiT for semantic segmentation", "semantic-segmentation",
         f"{RANDOM}; graphs in ONNX", "", "tests/models/test_segmentation.py",
     ),
     KnownModel(
+        "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification", f"{WHOLE}: base", "",
+        _run("clip_vit_base_patch32", "siglip_base_patch16_224", "siglip2_base_patch16_naflex"),
+    ),
+    KnownModel(
         "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification",
         f"{RANDOM}, both towers; graphs in ONNX", "", "tests/models/test_two_towers.py",
+    ),
+    KnownModel(
+        "transformers", "RTDetrForObjectDetection (R18), DFineForObjectDetection (nano)", "object-detection", WHOLE, "",
+        _run("rt_detr_r18", "d_fine_nano"),
     ),
     KnownModel(
         "transformers", "RTDetrForObjectDetection, RTDetrV2ForObjectDetection, DFineForObjectDetection",
