@@ -195,6 +195,12 @@ def mean_iou(confusion: np.ndarray) -> float:
     return float((both[occurs] / either[occurs]).mean()) if occurs.any() else 0.0
 
 
+def iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union of two masks of bool; 1 if both are empty."""
+    either = int((mask | truth).sum())
+    return int((mask & truth).sum()) / either if either else 1.0
+
+
 def zero_shot_accuracy(images: np.ndarray, prompts: np.ndarray, labels: np.ndarray) -> float:
     """Share of images whose class has the largest cosine with the image.
 
@@ -247,6 +253,7 @@ FEATURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
 MIOU, ZERO_SHOT, RECALL = "miou", "zero_shot", "recall"
+MASK_IOU = "mask_iou"
 ENTITIES, ANSWER, EXACT = "entity_f1", "answer_f1", "exact_match"  # computed by text_metrics
 METRICS = (
     *CLASSIFICATION,
@@ -257,6 +264,7 @@ METRICS = (
     WORD_ERRORS,
     RANKING,
     MIOU,
+    MASK_IOU,
     ZERO_SHOT,
     RECALL,
     ENTITIES,

@@ -13,6 +13,7 @@ from mlorq.models.tasks import InputKind
 if TYPE_CHECKING:
     from mlorq.data.source import ModelSettings
     from mlorq.models.detector import Detector
+    from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
     from mlorq.models.two_towers import TwoTowers
 
@@ -85,7 +86,16 @@ def detector(model: ModelSettings, folder: str, source: str) -> Detector:
     Raises:
         DataError: the model is not a detector.
     """
-    return required(FAMILIES[model.family].detector(model.own, folder), source, "objects")
+    return required(FAMILIES[model.family].detector(model.own, folder), source, "objects", "prompted")
+
+
+def prompted(model: ModelSettings, folder: str) -> Prompted | None:
+    """Preparation and inference of a model that masks what boxes enclose; None for other models.
+
+    Raises:
+        ModelError: its processor cannot be loaded.
+    """
+    return FAMILIES[model.family].prompted(model.own, folder)
 
 
 def recogniser(model: ModelSettings, folder: str, source: str, language: str | None = None) -> Recogniser:

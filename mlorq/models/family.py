@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
+    from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
     from mlorq.models.two_towers import TwoTowers
 
@@ -236,6 +237,14 @@ class ModelFamily(ABC, Generic[Own]):
 
         Raises:
             ModelError: its image processor or an argument is missing or invalid.
+        """
+        return None
+
+    def prompted(self, settings: Own, folder: str = "") -> Prompted | None:
+        """Preparation and inference of a model that masks what boxes enclose; None for other models.
+
+        Raises:
+            ModelError: its processor cannot be loaded, or makes no masks of boxes.
         """
         return None
 

@@ -150,6 +150,10 @@ KNOWN = [
         _run("mask2former_swin_tiny"),
     ),
     KnownModel(
+        "transformers", "SamModel, SamHQModel, Sam2Model (images)", "mask-generation",
+        f"{RANDOM}, encoder and decoder; graphs in ONNX", "", "tests/models/test_mask_generation.py",
+    ),
+    KnownModel(
         "custom", "any nn.Module of linear layers and convolutions", "the user's own",
         "a ViT trained on scikit-learn's digits",
         "3 bit, preset fast: accuracy 0.9940 (float 0.9940), NMSE of the logits 8.8e-7",

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from mlorq.models.token_masks import TokenMask
 
-InputKind = Literal["images", "texts", "language", "targets", "speech", "objects", "captioned"]
-"""``objects``: images for object detection; ``captioned``: images, each with a text; ``language``: running text, whose
-tokens the model predicts; ``targets``: texts with the texts to be generated from them; ``speech``: recordings."""
+InputKind = Literal["images", "texts", "language", "targets", "speech", "objects", "prompted", "captioned"]
+"""``objects``: images for object detection; ``prompted``: images with boxes of the objects to be masked;
+``captioned``: images, each with a text; ``language``: running text, whose tokens the model predicts; ``targets``: texts
+with the texts to be generated from them; ``speech``: recordings."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ TASKS = {
         ModelTask(BOXES, "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
         ModelTask(
             "instance-segmentation", "objects", "AutoModelForUniversalSegmentation", (_DETECTION, "mask_outputs"), True
+        ),
+        ModelTask(
+            "mask-generation",
+            "prompted",
+            "AutoModelForMaskGeneration",
+            ("mlorq.models.mask_generation", "prompted_outputs"),
         ),
     )
 }

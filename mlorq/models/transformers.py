@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
+    from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
     from mlorq.models.two_towers import TwoTowers
 
@@ -80,6 +81,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         "speech": f"with task {tasks_of('speech')}",
         "images": f"with task {tasks_of('images')}",
         "objects": f"with task {tasks_of('objects')}",
+        "prompted": f"with task {tasks_of('prompted')}",
         "captioned": f"with task {tasks_of('captioned')}",
     }
 
@@ -179,6 +181,15 @@ class Transformers(ModelFamily[TransformersSettings]):
         from mlorq.models.transformers_detection import detector
 
         return detector(settings, locate(settings, folder))
+
+    def prompted(self, settings: TransformersSettings, folder: str = "") -> Prompted | None:
+        """Processor of a model that masks what boxes enclose; None for other models."""
+        if settings.inputs != "prompted":
+            return None
+        from mlorq.models.mask_generation import prompted
+
+        with quiet():
+            return prompted(settings, locate(settings, folder))
 
     def recogniser(
         self, settings: TransformersSettings, folder: str = "", language: str | None = None

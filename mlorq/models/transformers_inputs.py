@@ -63,7 +63,7 @@ def input_names(architecture: Mapping[str, Any]) -> list[str]:
         masked = masked and config.get("feat_extract_norm") != "group"
         return [kind.main_input_name, *(["attention_mask"] if masked else []), *decoder]
     if kind.main_input_name != "input_ids":
-        return [name for name in (kind.main_input_name, "pixel_mask") if name in taken]
+        return [name for name in (kind.main_input_name, "pixel_mask", "input_boxes") if name in taken]
     types = (config.get("type_vocab_size") or 0) > 1 and "token_type_ids" in taken
     return ["input_ids", "attention_mask", *(["token_type_ids"] if types else []), *decoder]
 
@@ -118,7 +118,11 @@ def _random_images(
         return _random_patches(architecture["config"]["vision_config"], samples, generator)
     pixels = torch.randn(samples, size["channels"], size["height"], size["width"], generator=generator)
     mask = torch.ones(samples, size["height"], size["width"], dtype=torch.int64)
-    return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+    made = {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+    if "input_boxes" in names:  # one per image: a corner in its first quarter, the other one in its last
+        corners = torch.rand(samples, 1, 4, generator=generator) / 4 + torch.tensor([0.0, 0.0, 0.75, 0.75])
+        made["input_boxes"] = corners * torch.tensor([size["width"], size["height"]] * 2)
+    return made
 
 
 def _random_tokens(
@@ -189,7 +193,9 @@ def _longest_caption(config: Mapping[str, Any]) -> int | None:
 def _image_size(architecture: Mapping[str, Any]) -> dict[str, int]:
     config = architecture["config"]
     backbone = config.get("backbone_config") or config.get("vision_config") or {}
-    size = architecture.get("input_size") or config.get("image_size") or backbone.get("image_size") or SIDE
+    parts = (config, backbone, config.get("prompt_encoder_config") or {})
+    named = (part["image_size"] for part in parts if part.get("image_size"))
+    size = architecture.get("input_size") or next(named, SIDE)
     height, width = (size, size) if isinstance(size, int) else size
     channels = config.get("num_channels") or backbone.get("num_channels") or 3
     return {"channels": channels, "height": height, "width": width}

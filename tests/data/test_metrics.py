@@ -98,6 +98,7 @@ def test_every_metric_of_a_configuration_exists():
         metrics.WORD_ERRORS,
         metrics.PERPLEXITY,
         metrics.MIOU,
+        metrics.MASK_IOU,
         metrics.ZERO_SHOT,
         metrics.RECALL,
         metrics.ENTITIES,

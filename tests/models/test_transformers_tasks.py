@@ -293,6 +293,7 @@ def test_the_configurations_of_the_page_are_read() -> None:
         True,
         "semantic-segmentation",
         "zero-shot-image-classification",
+        "mask-generation",
     ]
     assert all(f"| `{name}` | `{task.auto}`" in page for name, task in TASKS.items())
 
