@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlorq.models.detector import Detector
     from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.transformers_sounds import SoundClassifier
     from mlorq.models.two_towers import TwoTowers
 
 
@@ -30,12 +31,16 @@ class ImageInputs:
         prepare: a batch from images of Pillow; None: timm's transform.
         features: whether the model's outputs are features, not scores of classes.
         maps: whether they are maps, scores of classes at every position.
+        depths: whether they are depths at every position.
+        processor: the image processor of transformers that ``prepare`` calls.
     """
 
     described: dict[str, Any]
     prepare: Callable[[Sequence[Any]], Any] | None = None
     features: bool = False
     maps: bool = False
+    depths: bool = False
+    processor: Any = None
 
 
 def image_inputs(
@@ -59,7 +64,8 @@ def image_inputs(
     if described is not None:
         return ImageInputs(described, None, features, family.maps(model.own))
     processor = required(family.image_processor(model.own, folder), source, *kinds)
-    return ImageInputs(processor.described, processor.prepare, features, family.maps(model.own))
+    kinds_of_maps = family.maps(model.own), family.depths(model.own)
+    return ImageInputs(processor.described, processor.prepare, features, *kinds_of_maps, processor.processor)
 
 
 def two_towers(model: ModelSettings, folder: str) -> TwoTowers | None:
@@ -105,7 +111,16 @@ def recogniser(model: ModelSettings, folder: str, source: str, language: str | N
         DataError: the model does not recognise speech.
         ModelError: a part of it cannot be loaded, or it does not take a language.
     """
-    return required(FAMILIES[model.family].recogniser(model.own, folder, language), source, "speech")
+    return required(FAMILIES[model.family].recogniser(model.own, folder, language), source, "speech", "sounds")
+
+
+def sound_classifier(model: ModelSettings, folder: str) -> SoundClassifier | None:
+    """A classifier's preparation of recordings; None for other models.
+
+    Raises:
+        ModelError: its feature extractor cannot be loaded.
+    """
+    return FAMILIES[model.family].sound_classifier(model.own, folder)
 
 
 def required(found: Found | None, source: str, *kinds: InputKind) -> Found:

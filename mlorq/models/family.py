@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlorq.models.image_processor import ImageProcessor
     from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.transformers_sounds import SoundClassifier
     from mlorq.models.two_towers import TwoTowers
 
     TaskName = str
@@ -220,6 +221,10 @@ class ModelFamily(ABC, Generic[Own]):
         """Whether the model's outputs are maps: scores of classes at every position of an image."""
         return False
 
+    def depths(self, settings: Own) -> bool:
+        """Whether the model's outputs are depths at every position of an image."""
+        return False
+
     def two_towers(self, settings: Own, folder: str = "") -> TwoTowers | None:
         """Preparation of images and texts for a model that embeds both; None for other models.
 
@@ -258,6 +263,14 @@ class ModelFamily(ABC, Generic[Own]):
 
         Raises:
             ModelError: a part of it cannot be loaded, or it does not take a language.
+        """
+        return None
+
+    def sound_classifier(self, settings: Own, folder: str = "") -> SoundClassifier | None:
+        """Preparation of recordings and class names; None if it is not a classifier of recordings.
+
+        Raises:
+            ModelError: its feature extractor or configuration cannot be loaded.
         """
         return None
 

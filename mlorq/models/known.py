@@ -116,6 +116,10 @@ KNOWN = [
         "automatic-speech-recognition", f"{RANDOM}: Whisper, Moonshine, wav2vec 2.0, HuBERT", "", SPEECH_TESTED,
     ),
     KnownModel(
+        "transformers", "any AutoModelForAudioClassification", "audio-classification",
+        f"{RANDOM}: AST, wav2vec 2.0, HuBERT, Whisper's encoder; graphs in ONNX", "", "tests/models/test_sounds.py",
+    ),
+    KnownModel(
         "transformers", "any AutoModelForImageClassification", IMAGES, f"{RANDOM}: ViT", "", TASKS_TESTED,
     ),
     KnownModel(
@@ -125,6 +129,10 @@ KNOWN = [
     KnownModel(
         "transformers", "SegFormer, UperNet, DPT, MobileViT, BEiT for semantic segmentation", "semantic-segmentation",
         f"{RANDOM}; graphs in ONNX", "", "tests/models/test_segmentation.py",
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForDepthEstimation", "depth-estimation",
+        f"{RANDOM}: DPT, Depth Anything, GLPN; graphs in ONNX", "", "tests/models/test_depth.py",
     ),
     KnownModel(
         "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification",

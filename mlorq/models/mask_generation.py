@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError, one_line
-from mlorq.models.detector import spread_points
 from mlorq.models.image_processor import NOT_PREPROCESSING
-from mlorq.models.segmentation import lattice
+from mlorq.models.segmentation import on_lattice
 
 if TYPE_CHECKING:
     from mlorq.models.batches import Batch
@@ -56,9 +55,9 @@ def prompted_outputs(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     ``map_logits``.
     """
     embedding, found = _encoded(module, batch)
-    masks = _on_lattice(found.pred_masks.float().flatten(1, 2))
+    masks = on_lattice(found.pred_masks.float().flatten(1, 2), VALUES)
     parts = [
-        F.normalize(_on_lattice(embedding.float()).flatten(1), dim=1),
+        F.normalize(on_lattice(embedding.float(), VALUES).flatten(1), dim=1),
         (F.normalize(masks.flatten(2), dim=2) / masks.shape[1] ** 0.5).flatten(1),
         found.iou_scores.float().flatten(1) / found.iou_scores[0].numel() ** 0.5,
     ]
@@ -79,17 +78,6 @@ def _encoded(module: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
     if (own := getattr(found, "image_embeddings", None)) is not None:  # SAM 2: of three sizes, the last one is attended
         return own[-1], found
     return kept[-1].last_hidden_state, found
-
-
-def _on_lattice(maps: Tensor) -> Tensor:
-    """Maps ``(samples, channels, height, width)`` at a lattice of positions with at most ``VALUES`` numbers."""
-    channels, height, width = maps.shape[1:]
-    rows, columns = lattice(height, width, max(1, VALUES // channels))
-    if rows * columns == height * width:
-        return maps
-    down = torch.tensor(spread_points(height, rows), device=maps.device)
-    across = torch.tensor(spread_points(width, columns), device=maps.device)
-    return maps[:, :, down][..., across]
 
 
 def prompted(settings: TransformersSettings, location: str) -> Prompted:

@@ -19,7 +19,8 @@ from mlorq.models.two_towers import IMAGE_INPUTS, PADDED, PADDED_LENGTH, TEXT_IN
 TOKENS = 16  # length of a random text, and frames of a random recording
 TARGET_TOKENS = 10  # length of a random target text
 RECORDINGS = ("input_features", "input_values")
-UNMASKED = ("whisper",)  # recordings are padded to one length, and all of it is heard
+SPECTROGRAMS = "audio-spectrogram-transformer"
+UNMASKED = ("whisper", SPECTROGRAMS)  # recordings are padded to one length, and all of it is heard
 AMPLITUDES = (320,)  # per frame, where the configuration does not have the strides of convolutions
 # Architectures whose positions start after that of the padding token, which is given here or in the configuration.
 FROM_PADDING = {"mpnet": 1} | dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "camembert"))
@@ -137,9 +138,11 @@ def _random_tokens(
 
 
 def _recording_size(config: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    """The shape of a recording: of Whisper's features, or of amplitudes that make ``TOKENS`` frames or a few more."""
+    """The shape of a recording: of features (Whisper, AST), or of amplitudes for ``TOKENS`` frames or a few more."""
     if config["model_type"] == "whisper":
         return config["num_mel_bins"], 2 * config["max_source_positions"]
+    if config["model_type"] == SPECTROGRAMS:
+        return config["max_length"], config["num_mel_bins"]
     if name == "input_features":
         return None
     return ((TOKENS + 1) * math.prod(config.get("conv_stride") or AMPLITUDES),)

@@ -99,6 +99,7 @@ def test_every_metric_of_a_configuration_exists():
         metrics.PERPLEXITY,
         metrics.MIOU,
         metrics.MASK_IOU,
+        metrics.DEPTH_ERROR,
         metrics.ZERO_SHOT,
         metrics.RECALL,
         metrics.ENTITIES,

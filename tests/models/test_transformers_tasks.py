@@ -290,8 +290,10 @@ def test_the_configurations_of_the_page_are_read() -> None:
         "text2text-generation",
         "sentence-similarity",
         "automatic-speech-recognition",
+        "audio-classification",
         True,
         "semantic-segmentation",
+        "depth-estimation",
         "zero-shot-image-classification",
         "mask-generation",
     ]
