@@ -274,7 +274,10 @@ def test_graphs_of_models_of_depth(kind: str, tmp_path: Path) -> None:
     save(tmp_path, kind)
     model = loaded(tmp_path)
     folder_of(tmp_path / "out", compressed(model.module), model.architecture)
+    # Graphs have one size of images. GLPN's image processor keeps that of the image; the example is a large one.
     batch = dataset(tmp_path, values()).batches[0]
+    if kind == "glpn":
+        batch = FAMILIES[model.family].example_input(model.architecture, samples=2)
     with torch.no_grad():
         expected = mlorq.load(tmp_path / "out")(**batch).predicted_depth
     found = mlorq.load(tmp_path / "out", runtime="onnxruntime", threads=1)(**batch).predicted_depth

@@ -340,3 +340,22 @@ def test_graphs_take_images_and_boxes(kind: str, tmp_path: Path) -> None:
     for name in ("pred_masks", "iou_scores"):
         error = (getattr(found, name) - getattr(expected, name)).abs().max() / getattr(expected, name).abs().max()
         assert float(error) < 1e-4
+
+
+def test_the_encoders_of_timm_are_models_of_features(tmp_path: Path) -> None:
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "neck_chans": 8}
+    arguments = {**sizes, "global_attn_indexes": [1], "window_size": 4}
+    module = zoo.timm_model("samvit_base_patch16", {**arguments, "num_classes": 0})
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    for index in range(4):
+        zoo.save_image(tmp_path / f"images/{index % 2}/{index}.png", index, 72)
+    images = {"source": "image_folder", "root": "images/", "batch_size": 4}
+    named = {"name": "samvit_base_patch16", "features": True, "checkpoint": "weights.pth", "arguments": arguments}
+    settings = {"model": {"family": "timm", **named}, "data": {"calibration": images, "evaluation": images}}
+    config = RunConfig.from_mapping({"budget": "4bit", **settings}, str(tmp_path))
+    model = load_model(config.model, str(tmp_path))
+    (batch,) = dataset(tmp_path, settings).batches
+    layers = find_layers(model, batch)
+    assert not layers.skipped
+    assert len(layers.layers) == 11, "patches, four of each block, two of the neck"
+    assert model.outputs(model.module, batch).shape == (4, 8)
