@@ -31,7 +31,7 @@ TASK = "mask-generation"
 SIDE = 64
 VISION = {
     "hidden_size": 16,
-    "output_channels": 8,
+    "output_channels": 32,  # the decoder normalises a quarter of them: two channels would become signs
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": SIDE,
@@ -39,10 +39,10 @@ VISION = {
     "window_size": 4,
     "global_attn_indexes": [1],
     "mlp_dim": 24,
-    "num_pos_feats": 4,
+    "num_pos_feats": 16,
 }
-PROMPT = {"hidden_size": 8, "image_size": SIDE, "patch_size": 8, "mask_input_channels": 4, "image_embedding_size": 8}
-DECODER = {"hidden_size": 8, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 8}
+PROMPT = {"hidden_size": 32, "image_size": SIDE, "patch_size": 8, "mask_input_channels": 4, "image_embedding_size": 8}
+DECODER = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
 HIERA = {
     "hidden_size": 8,
     "num_attention_heads": 1,
@@ -75,8 +75,7 @@ def sam2() -> nn.Module:
         "fpn_hidden_size": 32,
     }
     prompt = {"hidden_size": 32, "image_size": SIDE, "patch_size": 16, "mask_input_channels": 4}
-    decoder = {**DECODER, "hidden_size": 32, "iou_head_hidden_dim": 32}
-    config = transformers.Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    config = transformers.Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=DECODER)
     return transformers.Sam2Model(config)
 
 
