@@ -1,12 +1,13 @@
 """Calibration and evaluation data: one file per source, each a record in the registry ``SOURCES``.
 
 ``source`` defines sources and the keys that several of them share; ``base`` defines ``Dataset``, the result of loading
-one. ``images`` builds batches of images for classifiers, ``label_maps`` and ``coco_images`` build them for segmentation
-and detectors, ``captioned`` builds them for models of images and texts, ``texts`` builds batches of tokens,
-``language`` cuts running text into pieces, ``targets`` pairs texts with those to be generated, ``rankings`` has the
-texts of a search, ``speech`` builds batches of recordings (decoded by ``recordings``), and ``memory`` wraps batches
-that exist already. ``choose`` selects samples, ``model_inputs`` gets preprocessing and tokenizers from the model's
-family, and ``metrics`` and ``average_precision`` compare outputs with labels.
+one. ``images`` builds batches of images for classifiers, ``label_maps`` for segmentation, ``depth_maps`` for depth,
+``coco_images`` and ``coco_prompts`` for detectors and for models that boxes prompt (from files that ``coco_files``
+reads), ``captioned`` for models of images and texts. ``texts`` builds batches of tokens, ``language`` cuts running text
+into pieces, ``targets`` pairs texts with those to be generated, ``rankings`` has the texts of a search, ``speech`` and
+``sounds`` build batches of recordings (decoded by ``recordings``), and ``memory`` wraps batches that exist already.
+``choose`` selects samples, ``model_inputs`` gets preprocessing and tokenizers from the model's family, and ``metrics``
+and ``average_precision`` compare outputs with labels.
 
 Every command imports the modules of the sources; they import torch only when they load data.
 """

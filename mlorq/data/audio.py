@@ -1,4 +1,4 @@
-"""Source ``audio``: recordings of speech that a table names, with their transcripts."""
+"""Source ``audio``: recordings that a table names, with their transcripts or classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, chosen_rows
 from mlorq.data.metrics import WORD_ERRORS
-from mlorq.data.model_inputs import recogniser
+from mlorq.data.model_inputs import recogniser, sound_classifier
 from mlorq.data.packages import SOUNDFILE
 from mlorq.data.source import (
     SOURCES,
@@ -29,9 +29,12 @@ from mlorq.data.source import (
     RootSettings,
 )
 from mlorq.errors import DataError, one_line
+from mlorq.models.tasks import SPEECH
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
+
+ACCURACY = "accuracy"
 
 
 class AudioSettings(BatchSettings, ListSettings, MetricSettings, LabelSettings, RootSettings, PathSettings):
@@ -54,9 +57,9 @@ class AudioSource(DataSource[AudioSettings]):
     package = SOUNDFILE
 
     def check_role(self, settings: AudioSettings, role: Role) -> None:
-        """Evaluation data needs transcripts."""
+        """Evaluation data needs transcripts or classes."""
         if role == "evaluation" and settings.label is None:
-            raise ValueError(f"label: source {self.name} needs the column of transcripts in evaluation data")
+            raise ValueError(f"label: source {self.name} needs the column of transcripts or classes in evaluation data")
 
     def locations(self, settings: AudioSettings) -> Sequence[str | None]:
         """The table, the folder of the recordings and the list of samples."""
@@ -66,13 +69,18 @@ class AudioSource(DataSource[AudioSettings]):
         return settings.path, root, settings.list
 
     def load(self, settings: AudioSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """Load the chosen recordings and their transcripts; see ``DataSource.load``."""
+        """Load the chosen recordings and their transcripts or classes; see ``DataSource.load``."""
         from mlorq.data.columns import read_columns
+        from mlorq.data.sounds import sound_dataset
         from mlorq.data.speech import Recording, speech_dataset
 
-        if settings.metric not in (None, WORD_ERRORS):
-            raise DataError(f"metric {settings.metric!r} does not fit speech; choose {WORD_ERRORS}")
-        inputs = recogniser(model, folder, self.name, settings.language)
+        sounds = sound_classifier(model, folder)
+        metric, kind = (WORD_ERRORS, "speech") if sounds is None else (ACCURACY, "classes of recordings")
+        if settings.metric not in (None, metric):
+            raise DataError(f"metric {settings.metric!r} does not fit {kind}; choose {metric}")
+        if sounds is not None and settings.language is not None:
+            raise DataError(f"language is for task {SPEECH}: leave it out")
+        inputs = recogniser(model, folder, self.name, settings.language) if sounds is None else None
         assert settings.path is not None
         assert settings.audio is not None
         location = resolve_location(settings.path, folder)
@@ -90,12 +98,17 @@ class AudioSource(DataSource[AudioSettings]):
         files = [entry(settings.audio, "recording's file", index) for index in picked]
         texts: Sequence[str | None] = [None] * len(files)
         if settings.label is not None:
-            texts = [entry(settings.label, "transcript", index) for index in picked]
+            texts = [entry(settings.label, "transcript" if inputs else "class", index) for index in picked]
         root = location.rpartition("/")[0] if settings.root is None else resolve_location(settings.root, folder)
         with ThreadPoolExecutor(READERS) as pool:
             contents = list(pool.map(partial(_read, root), files))
         parts = zip(files, contents, texts, strict=True)
-        return speech_dataset([Recording(*part) for part in parts], settings, role, inputs, origin)
+        recordings = [Recording(*part) for part in parts]
+        if sounds is not None:
+            where = [f"{origin}, row {numbers[index]}, column {settings.label!r}" for index in picked]
+            return sound_dataset(recordings, where, settings, role, sounds)
+        assert inputs is not None
+        return speech_dataset(recordings, settings, role, inputs, origin)
 
 
 def _read(root: str, file: str) -> bytes:

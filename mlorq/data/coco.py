@@ -1,4 +1,4 @@
-"""Source ``coco``: images with COCO instance annotations, for detectors."""
+"""Source ``coco``: images with COCO instance annotations, for detectors and for models that boxes prompt."""
 
 from __future__ import annotations
 
@@ -43,8 +43,15 @@ class CocoSource(DataSource[CocoSettings]):
         return settings.root, settings.annotations
 
     def load(self, settings: CocoSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
-        """Load images as batches for a detector; evaluation data has box AP and mask AP. See ``DataSource.load``."""
+        """Load images as batches for a detector, with box AP and mask AP, or with boxes as prompts, with mask IoU.
+
+        See ``DataSource.load``.
+        """
         from mlorq.data.coco_images import coco_dataset
+        from mlorq.data.coco_prompts import prompt_dataset
+
+        if (prompted := model_inputs.prompted(model, folder)) is not None:
+            return prompt_dataset(settings, prompted, role, folder, seed)
 
         detector = model_inputs.detector(model, folder, self.name)
         return coco_dataset(settings, detector, role, model, folder, seed)

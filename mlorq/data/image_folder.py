@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -21,7 +21,7 @@ from mlorq.data.metrics import ZERO_SHOT
 from mlorq.data.model_inputs import two_towers
 from mlorq.data.source import SOURCES, DataSource, ImageSettings, ModelSettings, Role, RootSettings, SplitSettings
 from mlorq.errors import DataError, hide_secrets
-from mlorq.models.tasks import MAPS
+from mlorq.models.tasks import DEPTHS, MAPS
 
 if TYPE_CHECKING:
     from mlorq.data.base import Dataset
@@ -50,6 +50,17 @@ class ImageFolderSettings(ImageSettings, SplitSettings, RootSettings):
         "pixels are class numbers",
     )
     ignored_label: int = Field(255, ge=0, description="with masks: value of pixels that do not count")
+    depths: str | None = Field(
+        None,
+        description="depth estimation: folder of depth maps, PNG or NPY files with the relative names of the images; "
+        "pixels of 0 do not count",
+    )
+    depth_scale: float = Field(1.0, gt=0, description="with depths: value per unit, such as 1000 for millimetres")
+    depth_align: Literal["depth", "inverse"] | None = Field(
+        None,
+        description="with depths: fit scale and shift of each prediction, to the depth or, for models that predict it, "
+        "to the inverse depth",
+    )
     class_names: str | None = Field(
         None,
         description="models of images and texts: text file with the name of a class per line; default: the names of "
@@ -77,24 +88,30 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
     needed = ("root",)
 
     def locations(self, settings: ImageFolderSettings) -> Sequence[str | None]:
-        """The folder, the table of labels or folder of masks, the class names and the list of samples."""
-        return settings.root, settings.labels, settings.masks, settings.class_names, settings.list
+        """The folder, the table of labels or folder of maps, the class names and the list of samples."""
+        return settings.root, settings.labels, settings.masks, settings.depths, settings.class_names, settings.list
 
     def load(self, settings: ImageFolderSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
         """Load the chosen images of a folder; other files are not read. See ``DataSource.load``."""
         from mlorq.data.captioned import check_metric, class_names, zero_shot_dataset
+        from mlorq.data.depth_maps import depth_dataset, read_depth_maps
         from mlorq.data.images import Image, check_images, image_dataset
         from mlorq.data.label_maps import read_label_maps, segmentation_dataset
 
         towers = two_towers(model, folder)
         inputs = None if towers else check_images(settings, model, folder, self.name, ("images", "captioned"))
-        maps = inputs is not None and inputs.maps
+        segments = inputs is not None and inputs.maps
+        measures = inputs is not None and inputs.depths
         if towers is not None:
             check_metric(settings.metric, ZERO_SHOT, "classes")
-        if settings.masks and not maps:
+        if settings.masks and not segments:
             raise DataError(f"masks {settings.masks} are for task {MAPS}: leave masks out")
-        if settings.labels and maps:
+        if settings.depths and not measures:
+            raise DataError(f"depths {settings.depths} are for task {DEPTHS}: leave depths out")
+        if settings.labels and segments:
             raise DataError(f"labels {settings.labels} are not for task {MAPS}: give masks, a folder of label maps")
+        if settings.labels and measures:
+            raise DataError(f"labels {settings.labels} are not for task {DEPTHS}: give depths, a folder of depth maps")
         assert settings.root is not None
         root = resolve_location(settings.root, folder)
         fs, path = url_to_fs(root)
@@ -104,7 +121,7 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             raise DataError(
                 f"split {settings.split!r} of image folder {root}: give labels, a table with a column split"
             )
-        images, classes = _chosen(fs, path, root, settings, folder, seed, maps=maps)
+        images, classes = _chosen(fs, path, root, settings, folder, seed, maps=segments or measures)
         with ThreadPoolExecutor(READERS) as pool:
             contents = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
         pairs = zip(images, contents, strict=True)
@@ -113,11 +130,14 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             names = class_names(settings.class_names, folder, classes, f"image folder {root}")
             return zero_shot_dataset(made, names, settings.prompts, settings.batch_size, role, towers)
         assert inputs is not None
-        if not maps or settings.masks is None or role == "calibration":
-            return image_dataset(made, settings, role, inputs)
         paths = [image.path for image in images]
-        masks = read_label_maps(settings.masks, folder, made, paths, settings.ignored_label, inputs)
-        return segmentation_dataset(made, masks, settings, inputs)
+        if role == "evaluation" and segments and settings.masks is not None:
+            masks = read_label_maps(settings.masks, folder, made, paths, settings.ignored_label, inputs)
+            return segmentation_dataset(made, masks, settings, inputs)
+        if role == "evaluation" and measures and settings.depths is not None:
+            depths = read_depth_maps(settings.depths, folder, made, paths, settings.depth_scale)
+            return depth_dataset(made, depths, settings, settings.depth_align, inputs)
+        return image_dataset(made, settings, role, inputs)
 
 
 @dataclass(frozen=True)

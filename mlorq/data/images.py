@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.data.base import Dataset, LabelCheck, Predicted
-from mlorq.data.metrics import FEATURES, MIOU, NEIGHBOURS, top_k_accuracy
+from mlorq.data.metrics import DEPTH_ERROR, FEATURES, MIOU, NEIGHBOURS, top_k_accuracy
 from mlorq.data.model_inputs import ImageInputs, image_inputs
 from mlorq.data.pixels import decoded
 from mlorq.data.source import ImageSettings, ModelSettings, Role
@@ -59,9 +59,15 @@ def check_images(
         ModelError: its image processor cannot be loaded.
     """
     inputs = image_inputs(model, folder, source, kinds)
-    fitting = (MIOU,) if inputs.maps else tuple(FEATURES) if inputs.features else ("accuracy", *FEATURES)
+    if inputs.maps:
+        fitting, kind = [MIOU], "maps of classes"
+    elif inputs.depths:
+        fitting, kind = [DEPTH_ERROR], "depths"
+    else:
+        fitting, kind = [*FEATURES], "features"
+        if not inputs.features:
+            fitting, kind = ["accuracy", *FEATURES], "image labels"
     if settings.metric not in (None, *fitting):
-        kind = "maps of classes" if inputs.maps else "features" if inputs.features else "image labels"
         raise DataError(f"metric {settings.metric!r} does not fit {kind}; choose {' or '.join(fitting)}")
     return inputs
 
@@ -76,11 +82,12 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
         inputs: the model's preprocessing. The labels of images are not those of maps, and are left out then.
 
     Raises:
-        DataError: maps have a metric, but there are no label maps.
+        DataError: maps have a metric, but there is nothing to compare them with.
     """
-    if inputs.maps:
+    if inputs.maps or inputs.depths:
         if settings.metric is not None and role == "evaluation":
-            raise DataError(f"metric {settings.metric} needs label maps: source image_folder with masks")
+            needed = "label maps: source image_folder with masks" if inputs.maps else "source image_folder with depths"
+            raise DataError(f"metric {settings.metric} needs {needed}")
         images = [replace(image, label=None) for image in images]
     named = [
         [*([] if image.identity is None else [image.identity]), digest_bytes(image.data), image.label]
@@ -105,7 +112,7 @@ def image_dataset(images: Sequence[Image], settings: ImageSettings, role: Role, 
         return Dataset(batches, len(images), key, of_features if metric else None, metric)
     check = LabelCheck(values, lambda index: images[index].where)
     if role == "evaluation":
-        return Dataset(batches, len(images), key, "accuracy", _Accuracy(values), label_check=check)
+        return Dataset(batches, len(images), key, "accuracy", Accuracy(values), label_check=check)
     known = list(torch.split(torch.from_numpy(values), settings.batch_size))
     return Dataset(batches, len(images), key, labels=known, label_check=check)
 
@@ -280,14 +287,20 @@ def decode(image: Image, transform: Callable[[Any], Any], mode: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Accuracy:
+class Accuracy:
+    """Accuracy of logits, and the share of samples whose class is among the five largest; of images and recordings.
+
+    Attributes:
+        labels: ``(samples,)`` class numbers.
+    """
+
     labels: np.ndarray
 
     def _logits(self, outputs: Tensor) -> np.ndarray:
         logits = outputs.numpy()
         bad = self.labels[(self.labels < 0) | (self.labels >= logits.shape[1])]
         if len(bad):
-            raise DataError(f"image label {bad[0]} is out of range: the model has {logits.shape[1]} classes")
+            raise DataError(f"label {bad[0]} is out of range: the model has {logits.shape[1]} classes")
         return logits
 
     def predictions(self, outputs: Tensor) -> Predicted:
@@ -295,6 +308,11 @@ class _Accuracy:
         return Predicted("classes", self._logits(outputs).argmax(1), self.labels)
 
     def __call__(self, outputs: Tensor) -> dict[str, float]:
+        """The metrics of logits ``(samples, classes)``.
+
+        Raises:
+            DataError: a label is out of range.
+        """
         logits = self._logits(outputs)
         return {"accuracy": top_k_accuracy(logits, self.labels, 1), "top5": top_k_accuracy(logits, self.labels, 5)}
 

@@ -71,8 +71,13 @@ class LabelMaps:
         return np.where(counts, values, IGNORED)
 
 
-def class_numbers(data: bytes, name: str) -> np.ndarray:
-    """The pixels of an encoded label map, ``(height, width)`` int64.
+def class_numbers(data: bytes, name: str, kind: str = "mask") -> np.ndarray:
+    """The pixels of an encoded map of whole numbers, ``(height, width)`` int64.
+
+    Args:
+        data: the encoded bytes.
+        name: its file, for errors.
+        kind: what it is, for errors.
 
     Raises:
         DataError: it is a colour image, or cannot be decoded.
@@ -85,9 +90,10 @@ def class_numbers(data: bytes, name: str) -> np.ndarray:
             if mode in GREY:
                 values = np.array(opened).astype(np.int64)
     except Exception as error:  # decoders raise anything for damaged files
-        raise DataError(f"mask {name} cannot be decoded: {one_line(error) or type(error).__name__}") from error
+        raise DataError(f"{kind} {name} cannot be decoded: {one_line(error) or type(error).__name__}") from error
     if mode not in GREY:
-        raise DataError(f"mask {name} has mode {mode}: store class numbers as a grey or palette image")
+        stored = "class numbers as a grey or palette image" if kind == "mask" else "depths as a grey image"
+        raise DataError(f"{kind} {name} has mode {mode}: store {stored}")
     bits, colour = (data[24], data[25]) if data.startswith(b"\x89PNG") else (8, 0)
     return values // SCALED.get(bits, 1) if colour == 0 else values
 
@@ -128,14 +134,18 @@ def read_label_maps(
     maps = LabelMaps(names, data, ignored, reduced)
     for index, image in enumerate(images):
         height, width = maps.classes(index).shape
-        wide, high = _size(image)
+        wide, high = image_size(image)
         if (wide, high) != (width, height):
             raise DataError(f"mask {names[index]} is {width} × {height}, but image {image.name} is {wide} × {high}")
     return maps
 
 
-def _size(image: Image) -> tuple[int, int]:
-    """Width and height, from the header."""
+def image_size(image: Image) -> tuple[int, int]:
+    """Width and height, from the header.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
     from PIL import Image as Pillow
 
     try:

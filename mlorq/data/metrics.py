@@ -195,6 +195,38 @@ def mean_iou(confusion: np.ndarray) -> float:
     return float((both[occurs] / either[occurs]).mean()) if occurs.any() else 0.0
 
 
+def iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union of two masks of bool; 1 if both are empty."""
+    either = int((mask | truth).sum())
+    return int((mask & truth).sum()) / either if either else 1.0
+
+
+def depth_error(predicted: np.ndarray, depths: np.ndarray, align: str | None = None) -> float:
+    """Mean of ``|depth - d| / d`` over pixels, with the predicted depth as it is or after an alignment.
+
+    An alignment is the scale and shift of the predictions that least squares give. With ``depth`` they are fitted to
+    the depths; with ``inverse`` to ``1 / d``, as for models that predict inverse depth up to scale and shift (Ranftl et
+    al., arXiv 1907.01341, section 6), and inverted. The largest of the depths bounds what is about zero or below.
+
+    Args:
+        predicted: ``(pixels,)``.
+        depths: ``(pixels,)``, above zero.
+        align: None, ``depth`` or ``inverse``.
+    """
+    import numpy as np
+
+    found, true = predicted.astype(np.float64), depths.astype(np.float64)
+    if align is not None:
+        wanted = 1 / true if align == "inverse" else true
+        spread = found - found.mean()
+        square = float(spread @ spread)
+        slope = float(spread @ wanted) / square if square else 0.0
+        found = wanted.mean() + slope * spread
+    if align == "inverse":
+        found = 1 / np.maximum(found, 1 / true.max())
+    return float((np.abs(found - true) / true).mean())
+
+
 def zero_shot_accuracy(images: np.ndarray, prompts: np.ndarray, labels: np.ndarray) -> float:
     """Share of images whose class has the largest cosine with the image.
 
@@ -247,6 +279,7 @@ FEATURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 NEIGHBOURS, PERPLEXITY, WORD_ERRORS, RANKING = "knn", "perplexity", "wer", "ndcg"
 MIOU, ZERO_SHOT, RECALL = "miou", "zero_shot", "recall"
+MASK_IOU, DEPTH_ERROR = "mask_iou", "depth_error"
 ENTITIES, ANSWER, EXACT = "entity_f1", "answer_f1", "exact_match"  # computed by text_metrics
 CHOICE, CHOICE_NORM = "choice_accuracy", "choice_accuracy_norm"  # computed by choice_scores
 METRICS = (
@@ -258,6 +291,8 @@ METRICS = (
     WORD_ERRORS,
     RANKING,
     MIOU,
+    MASK_IOU,
+    DEPTH_ERROR,
     ZERO_SHOT,
     RECALL,
     ENTITIES,

@@ -13,7 +13,9 @@ from mlorq.models.tasks import InputKind
 if TYPE_CHECKING:
     from mlorq.data.source import ModelSettings
     from mlorq.models.detector import Detector
+    from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.transformers_sounds import SoundClassifier
     from mlorq.models.two_towers import TwoTowers
 
 
@@ -29,12 +31,16 @@ class ImageInputs:
         prepare: a batch from images of Pillow; None: timm's transform.
         features: whether the model's outputs are features, not scores of classes.
         maps: whether they are maps, scores of classes at every position.
+        depths: whether they are depths at every position.
+        processor: the image processor of transformers that ``prepare`` calls.
     """
 
     described: dict[str, Any]
     prepare: Callable[[Sequence[Any]], Any] | None = None
     features: bool = False
     maps: bool = False
+    depths: bool = False
+    processor: Any = None
 
 
 def image_inputs(
@@ -58,7 +64,8 @@ def image_inputs(
     if described is not None:
         return ImageInputs(described, None, features, family.maps(model.own))
     processor = required(family.image_processor(model.own, folder), source, *kinds)
-    return ImageInputs(processor.described, processor.prepare, features, family.maps(model.own))
+    kinds_of_maps = family.maps(model.own), family.depths(model.own)
+    return ImageInputs(processor.described, processor.prepare, features, *kinds_of_maps, processor.processor)
 
 
 def two_towers(model: ModelSettings, folder: str) -> TwoTowers | None:
@@ -85,7 +92,16 @@ def detector(model: ModelSettings, folder: str, source: str) -> Detector:
     Raises:
         DataError: the model is not a detector.
     """
-    return required(FAMILIES[model.family].detector(model.own, folder), source, "objects")
+    return required(FAMILIES[model.family].detector(model.own, folder), source, "objects", "prompted")
+
+
+def prompted(model: ModelSettings, folder: str) -> Prompted | None:
+    """Preparation and inference of a model that masks what boxes enclose; None for other models.
+
+    Raises:
+        ModelError: its processor cannot be loaded.
+    """
+    return FAMILIES[model.family].prompted(model.own, folder)
 
 
 def recogniser(model: ModelSettings, folder: str, source: str, language: str | None = None) -> Recogniser:
@@ -95,7 +111,16 @@ def recogniser(model: ModelSettings, folder: str, source: str, language: str | N
         DataError: the model does not recognise speech.
         ModelError: a part of it cannot be loaded, or it does not take a language.
     """
-    return required(FAMILIES[model.family].recogniser(model.own, folder, language), source, "speech")
+    return required(FAMILIES[model.family].recogniser(model.own, folder, language), source, "speech", "sounds")
+
+
+def sound_classifier(model: ModelSettings, folder: str) -> SoundClassifier | None:
+    """A classifier's preparation of recordings; None for other models.
+
+    Raises:
+        ModelError: its feature extractor cannot be loaded.
+    """
+    return FAMILIES[model.family].sound_classifier(model.own, folder)
 
 
 def required(found: Found | None, source: str, *kinds: InputKind) -> Found:

@@ -64,7 +64,7 @@ def speech_dataset(
                     f"recording {each.name} takes {seconds:.1f} s, but the model hears {inputs.longest:g} s: cut it"
                 )
         heard = [values[:most] for values in heard]
-    parts = _parts([len(values) for values in heard], settings.batch_size, alike=inputs.equal_lengths)
+    parts = parts_by_length([len(values) for values in heard], settings.batch_size, alike=inputs.equal_lengths)
     texts = [each.text for each in recordings if each.text is not None]
     known = texts if len(texts) == len(recordings) else None
     batches = [
@@ -85,7 +85,7 @@ def speech_dataset(
     return Dataset(batches, len(recordings), digest_json(described), WORD_ERRORS, evaluate=evaluate)
 
 
-def _parts(lengths: Sequence[int], size: int, *, alike: bool) -> list[list[int]]:
+def parts_by_length(lengths: Sequence[int], size: int, *, alike: bool) -> list[list[int]]:
     """Indices of the samples of each batch, from the shortest to the longest; ``alike``: of one length each."""
     parts: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
+    from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.transformers_sounds import SoundClassifier
     from mlorq.models.two_towers import TwoTowers
 
     TaskName = str
@@ -219,6 +221,10 @@ class ModelFamily(ABC, Generic[Own]):
         """Whether the model's outputs are maps: scores of classes at every position of an image."""
         return False
 
+    def depths(self, settings: Own) -> bool:
+        """Whether the model's outputs are depths at every position of an image."""
+        return False
+
     def two_towers(self, settings: Own, folder: str = "") -> TwoTowers | None:
         """Preparation of images and texts for a model that embeds both; None for other models.
 
@@ -239,6 +245,14 @@ class ModelFamily(ABC, Generic[Own]):
         """
         return None
 
+    def prompted(self, settings: Own, folder: str = "") -> Prompted | None:
+        """Preparation and inference of a model that masks what boxes enclose; None for other models.
+
+        Raises:
+            ModelError: its processor cannot be loaded, or makes no masks of boxes.
+        """
+        return None
+
     def recogniser(self, settings: Own, folder: str = "", language: str | None = None) -> Recogniser | None:
         """Preparation and decoding of recordings; None if it is not a model of speech.
 
@@ -249,6 +263,14 @@ class ModelFamily(ABC, Generic[Own]):
 
         Raises:
             ModelError: a part of it cannot be loaded, or it does not take a language.
+        """
+        return None
+
+    def sound_classifier(self, settings: Own, folder: str = "") -> SoundClassifier | None:
+        """Preparation of recordings and class names; None if it is not a classifier of recordings.
+
+        Raises:
+            ModelError: its feature extractor or configuration cannot be loaded.
         """
         return None
 

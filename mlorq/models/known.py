@@ -151,6 +151,10 @@ KNOWN = [
         "automatic-speech-recognition", f"{RANDOM}: Whisper, Moonshine, wav2vec 2.0, HuBERT", "", SPEECH_TESTED,
     ),
     KnownModel(
+        "transformers", "any AutoModelForAudioClassification", "audio-classification",
+        f"{RANDOM}: AST, wav2vec 2.0, HuBERT, Whisper's encoder; graphs in ONNX", "", "tests/models/test_sounds.py",
+    ),
+    KnownModel(
         "transformers", "any AutoModelForImageClassification", IMAGES, f"{RANDOM}: ViT", "", TASKS_TESTED,
     ),
     KnownModel(
@@ -164,6 +168,10 @@ KNOWN = [
     KnownModel(
         "transformers", "SegFormer, UperNet, DPT, MobileViT, BEiT for semantic segmentation", "semantic-segmentation",
         f"{RANDOM}; graphs in ONNX", "", "tests/models/test_segmentation.py",
+    ),
+    KnownModel(
+        "transformers", "any AutoModelForDepthEstimation", "depth-estimation",
+        f"{RANDOM}: DPT, Depth Anything, GLPN; graphs in ONNX", "", "tests/models/test_depth.py",
     ),
     KnownModel(
         "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification", f"{WHOLE}: base", "",
@@ -195,6 +203,10 @@ KNOWN = [
         "transformers", "MaskFormer, Mask2Former (Swin and other backbones)", "instance-segmentation",
         f"{WHOLE}: Mask2Former with Swin-T; MaskFormer: {RANDOM}", "",
         _run("mask2former_swin_tiny"),
+    ),
+    KnownModel(
+        "transformers", "SamModel, SamHQModel, Sam2Model (images)", "mask-generation",
+        f"{RANDOM}, encoder and decoder; graphs in ONNX", "", "tests/models/test_mask_generation.py",
     ),
     KnownModel(
         "custom", "any nn.Module of linear layers and convolutions", "the user's own",

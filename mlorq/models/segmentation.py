@@ -1,4 +1,4 @@
-"""f(x) of semantic segmentation, and the class of each pixel at the size of the image."""
+"""f(x) of models that return maps (of classes, of depths), and the class of each pixel at the size of the image."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ def map_logits(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     directions. Neighbouring positions differ little, so that their mean squared error estimates that of the map.
     """
     maps: Tensor = module(**batch).logits  # (samples, classes, height, width)
-    classes, height, width = maps.shape[1:]
-    rows, columns = lattice(height, width, max(1, VALUES // classes))
-    if rows * columns < height * width:
-        down = torch.tensor(spread_points(height, rows), device=maps.device)
-        across = torch.tensor(spread_points(width, columns), device=maps.device)
-        maps = maps[:, :, down][..., across]
-    return maps.flatten(1)
+    return on_lattice(maps, VALUES).flatten(1)
+
+
+def depth_outputs(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """f(x) of a model of depth: the predicted depth, at a lattice as in ``map_logits``, ``(samples, positions)``."""
+    depths: Tensor = module(**batch).predicted_depth  # (samples, height, width)
+    return on_lattice(depths.unsqueeze(1), VALUES).flatten(1)
+
+
+def on_lattice(maps: Tensor, values: int) -> Tensor:
+    """Maps ``(samples, channels, height, width)`` at a lattice of positions, with at most ``values`` numbers each."""
+    channels, height, width = maps.shape[1:]
+    rows, columns = lattice(height, width, max(1, values // channels))
+    if rows * columns == height * width:
+        return maps
+    down = torch.tensor(spread_points(height, rows), device=maps.device)
+    across = torch.tensor(spread_points(width, columns), device=maps.device)
+    return maps[:, :, down][..., across]
 
 
 def lattice(height: int, width: int, positions: int) -> Size:

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
     from mlorq.models.token_masks import TokenMask
 
-InputKind = Literal["images", "texts", "language", "targets", "speech", "objects", "captioned"]
-"""``objects``: images for object detection; ``captioned``: images, each with a text; ``language``: running text, whose
-tokens the model predicts; ``targets``: texts with the texts to be generated from them; ``speech``: recordings."""
+InputKind = Literal["images", "texts", "language", "targets", "speech", "sounds", "objects", "prompted", "captioned"]
+"""``objects``: images for object detection; ``prompted``: images with boxes of the objects to be masked;
+``captioned``: images, each with a text; ``language``: running text, whose tokens the model predicts; ``targets``: texts
+with the texts to be generated from them; ``speech``: recordings to be written down;
+``sounds``: recordings with classes."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def _found(place: tuple[str, str]) -> Any:
 
 PAIRS, CLASSES = "sentence-similarity", "text-classification"
 NEXT, MASKED = "text-generation", "fill-mask"
-FEATURES, MAPS = "image-feature-extraction", "semantic-segmentation"
+FEATURES, MAPS, DEPTHS = "image-feature-extraction", "semantic-segmentation", "depth-estimation"
 TOWERS, BOXES = "zero-shot-image-classification", "object-detection"
 TARGETS, SPEECH = "text2text-generation", "automatic-speech-recognition"
+SOUNDS = "audio-classification"
 TAGS, ANSWERS, CHOICES = "token-classification", "question-answering", "multiple-choice"
 _OUTPUTS, _DETECTION = "mlorq.models.task_outputs", "mlorq.models.transformers_detection"
 _TEXTS, _TOWERS = "mlorq.models.text_outputs", "mlorq.models.two_towers"
@@ -87,13 +90,23 @@ TASKS = {
             mask=(_SPEECH, "speech_masks"),
             other_auto="AutoModelForCTC",
         ),
+        ModelTask(
+            SOUNDS, "sounds", "AutoModelForAudioClassification", (_OUTPUTS, "logits"), mask=(_SPEECH, "speech_masks")
+        ),
         ModelTask("image-classification", "images", "AutoModelForImageClassification", (_OUTPUTS, "logits")),
         ModelTask(FEATURES, "images", "AutoModel", (_OUTPUTS, "image_features")),
         ModelTask(MAPS, "images", "AutoModelForSemanticSegmentation", ("mlorq.models.segmentation", "map_logits")),
+        ModelTask(DEPTHS, "images", "AutoModelForDepthEstimation", ("mlorq.models.segmentation", "depth_outputs")),
         ModelTask(TOWERS, "captioned", "AutoModel", (_TOWERS, "embeddings"), mask=(_TOWERS, "token_mask")),
         ModelTask(BOXES, "objects", "AutoModelForObjectDetection", (_DETECTION, "box_outputs"), True),
         ModelTask(
             "instance-segmentation", "objects", "AutoModelForUniversalSegmentation", (_DETECTION, "mask_outputs"), True
+        ),
+        ModelTask(
+            "mask-generation",
+            "prompted",
+            "AutoModelForMaskGeneration",
+            ("mlorq.models.mask_generation", "prompted_outputs"),
         ),
     )
 }

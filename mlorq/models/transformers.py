@@ -17,11 +17,13 @@ from mlorq.models.tasks import (
     ANSWERS,
     CHOICES,
     CLASSES,
+    DEPTHS,
     FEATURES,
     MAPS,
     MASKED,
     NEXT,
     PAIRS,
+    SOUNDS,
     TAGS,
     TARGETS,
     TASKS,
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from mlorq.models.batches import Batch
     from mlorq.models.detector import Detector
     from mlorq.models.image_processor import ImageProcessor
+    from mlorq.models.mask_generation import Prompted
     from mlorq.models.recogniser import Recogniser
+    from mlorq.models.transformers_sounds import SoundClassifier
     from mlorq.models.two_towers import TwoTowers
 
 NAME = "transformers"
@@ -80,8 +84,10 @@ class Transformers(ModelFamily[TransformersSettings]):
         "language": f"with task {tasks_of('language')}",
         "targets": f"with task {tasks_of('targets')}",
         "speech": f"with task {tasks_of('speech')}",
+        "sounds": f"with task {tasks_of('sounds')}",
         "images": f"with task {tasks_of('images')}",
         "objects": f"with task {tasks_of('objects')}",
+        "prompted": f"with task {tasks_of('prompted')}",
         "captioned": f"with task {tasks_of('captioned')}",
     }
 
@@ -119,8 +125,8 @@ class Transformers(ModelFamily[TransformersSettings]):
         mark_samples(module)
 
     def classes(self, model: FloatModel) -> int | None:
-        """``num_labels`` of a classifier or a segmentation; None for other tasks."""
-        if model.architecture.get("task") not in (CLASSES, "image-classification", MAPS):
+        """``num_labels`` of a classifier (of texts, images or recordings) or a segmentation; None for other tasks."""
+        if model.architecture.get("task") not in (CLASSES, "image-classification", MAPS, SOUNDS):
             return None
         return int(model.module.config.num_labels)  # type: ignore[union-attr, arg-type]
 
@@ -149,7 +155,7 @@ class Transformers(ModelFamily[TransformersSettings]):
         )
 
     def image_processor(self, settings: TransformersSettings, folder: str = "") -> ImageProcessor | None:
-        """The image processor of a classifier, encoder or segmentation of images; None for other models."""
+        """The image processor of a classifier, an encoder or a model of maps; None for other models."""
         if settings.inputs != "images":
             return None
         from mlorq.models.image_processor import load_processor
@@ -164,6 +170,10 @@ class Transformers(ModelFamily[TransformersSettings]):
     def maps(self, settings: TransformersSettings) -> bool:
         """Whether the task is semantic segmentation."""
         return settings.task == MAPS
+
+    def depths(self, settings: TransformersSettings) -> bool:
+        """Whether the task is depth estimation."""
+        return settings.task == DEPTHS
 
     def two_towers(self, settings: TransformersSettings, folder: str = "") -> TwoTowers | None:
         """Image processor and tokenizer of a model of two towers; None for other tasks."""
@@ -182,6 +192,15 @@ class Transformers(ModelFamily[TransformersSettings]):
 
         return detector(settings, locate(settings, folder))
 
+    def prompted(self, settings: TransformersSettings, folder: str = "") -> Prompted | None:
+        """Processor of a model that masks what boxes enclose; None for other models."""
+        if settings.inputs != "prompted":
+            return None
+        from mlorq.models.mask_generation import prompted
+
+        with quiet():
+            return prompted(settings, locate(settings, folder))
+
     def recogniser(
         self, settings: TransformersSettings, folder: str = "", language: str | None = None
     ) -> Recogniser | None:
@@ -191,6 +210,14 @@ class Transformers(ModelFamily[TransformersSettings]):
         from mlorq.models.transformers_speech import recogniser
 
         return recogniser(settings, locate(settings, folder), language)
+
+    def sound_classifier(self, settings: TransformersSettings, folder: str = "") -> SoundClassifier | None:
+        """Feature extractor and class names of a classifier of recordings; None for other models."""
+        if settings.inputs != "sounds":
+            return None
+        from mlorq.models.transformers_sounds import sound_classifier
+
+        return sound_classifier(settings, locate(settings, folder), folder)
 
     def preprocess(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
         """Keys of a batch, with the vocabulary size and maximum length of texts or the size of images."""

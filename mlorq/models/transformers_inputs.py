@@ -21,7 +21,8 @@ TOKENS = 16  # length of a random text, and frames of a random recording
 CHOICES_MADE = 3  # choices of a random sample
 TARGET_TOKENS = 10  # length of a random target text
 RECORDINGS = ("input_features", "input_values")
-UNMASKED = ("whisper",)  # recordings are padded to one length, and all of it is heard
+SPECTROGRAMS = "audio-spectrogram-transformer"
+UNMASKED = ("whisper", SPECTROGRAMS)  # recordings are padded to one length, and all of it is heard
 AMPLITUDES = (320,)  # per frame, where the configuration does not have the strides of convolutions
 # Architectures whose positions start after that of the padding token, which is given here or in the configuration.
 FROM_PADDING = {"mpnet": 1} | dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "camembert"))
@@ -65,7 +66,7 @@ def input_names(architecture: Mapping[str, Any]) -> list[str]:
         masked = masked and config.get("feat_extract_norm") != "group"
         return [kind.main_input_name, *(["attention_mask"] if masked else []), *decoder]
     if kind.main_input_name != "input_ids":
-        return [name for name in (kind.main_input_name, "pixel_mask") if name in taken]
+        return [name for name in (kind.main_input_name, "pixel_mask", "input_boxes") if name in taken]
     types = (config.get("type_vocab_size") or 0) > 1 and "token_type_ids" in taken
     return ["input_ids", "attention_mask", *(["token_type_ids"] if types else []), *decoder]
 
@@ -124,7 +125,11 @@ def _random_images(
         return _random_patches(architecture["config"]["vision_config"], samples, generator)
     pixels = torch.randn(samples, size["channels"], size["height"], size["width"], generator=generator)
     mask = torch.ones(samples, size["height"], size["width"], dtype=torch.int64)
-    return {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+    made = {"pixel_values": pixels} | ({"pixel_mask": mask} if "pixel_mask" in names else {})
+    if "input_boxes" in names:  # one per image: a corner in its first quarter, the other one in its last
+        corners = torch.rand(samples, 1, 4, generator=generator) / 4 + torch.tensor([0.0, 0.0, 0.75, 0.75])
+        made["input_boxes"] = corners * torch.tensor([size["width"], size["height"]] * 2)
+    return made
 
 
 def _random_tokens(
@@ -139,9 +144,11 @@ def _random_tokens(
 
 
 def _recording_size(config: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    """The shape of a recording: of Whisper's features, or of amplitudes that make ``TOKENS`` frames or a few more."""
+    """The shape of a recording: of features (Whisper, AST), or of amplitudes for ``TOKENS`` frames or a few more."""
     if config["model_type"] == "whisper":
         return config["num_mel_bins"], 2 * config["max_source_positions"]
+    if config["model_type"] == SPECTROGRAMS:
+        return config["max_length"], config["num_mel_bins"]
     if name == "input_features":
         return None
     return ((TOKENS + 1) * math.prod(config.get("conv_stride") or AMPLITUDES),)
@@ -195,7 +202,9 @@ def _longest_caption(config: Mapping[str, Any]) -> int | None:
 def _image_size(architecture: Mapping[str, Any]) -> dict[str, int]:
     config = architecture["config"]
     backbone = config.get("backbone_config") or config.get("vision_config") or {}
-    size = architecture.get("input_size") or config.get("image_size") or backbone.get("image_size") or SIDE
+    parts = (config, backbone, config.get("prompt_encoder_config") or {})
+    named = (part["image_size"] for part in parts if part.get("image_size"))
+    size = architecture.get("input_size") or next(named, SIDE)
     height, width = (size, size) if isinstance(size, int) else size
     channels = config.get("num_channels") or backbone.get("num_channels") or 3
     return {"channels": channels, "height": height, "width": width}

@@ -20,7 +20,7 @@ from mlorq.models.image_processor import prepared_size
 from mlorq.models.plain import ORIGIN, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
-from mlorq.models.tasks import BOXES, MAPS, MASKED, NEXT, PAIRS, TASKS
+from mlorq.models.tasks import BOXES, DEPTHS, MAPS, MASKED, NEXT, PAIRS, TASKS
 from mlorq.models.transformers import NAME, TransformersSettings, locate, quiet
 from mlorq.models.transformers_detection import chooses_positions, mark_samples
 from mlorq.models.transformers_rebuild import ATTENTION, LABELS, rebuild
@@ -75,7 +75,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
         "attention": _attention(module),
         "config": _described(module),
     }
-    if task.name == MAPS and (size := prepared_size(location, settings.name or location)):
+    if task.name in (MAPS, DEPTHS) and (size := prepared_size(location, settings.name or location)):
         architecture["input_size"] = size  # that of the configuration is another one, if there is one at all
     # Arguments that change the configuration are stored in it; those of the constructor are stored here.
     known = inspect.signature(type(module)).parameters

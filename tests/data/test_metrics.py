@@ -98,6 +98,8 @@ def test_every_metric_of_a_configuration_exists():
         metrics.WORD_ERRORS,
         metrics.PERPLEXITY,
         metrics.MIOU,
+        metrics.MASK_IOU,
+        metrics.DEPTH_ERROR,
         metrics.ZERO_SHOT,
         metrics.RECALL,
         metrics.ENTITIES,

@@ -300,9 +300,12 @@ def test_the_configurations_of_the_page_are_read() -> None:
         "text2text-generation",
         "sentence-similarity",
         "automatic-speech-recognition",
+        "audio-classification",
         True,
         "semantic-segmentation",
+        "depth-estimation",
         "zero-shot-image-classification",
+        "mask-generation",
         "text-classification",
     ]
     assert all(f"| `{name}` | `{task.auto}`" in page for name, task in TASKS.items())
