@@ -205,6 +205,9 @@ KNOWN = [
         _run("mask2former_swin_tiny"),
     ),
     KnownModel(
+        "transformers", "SamModel (ViT-B)", "mask-generation", WHOLE, "", _run("sam_vit_base"),
+    ),
+    KnownModel(
         "transformers", "SamModel, SamHQModel, Sam2Model (images)", "mask-generation",
         f"{RANDOM}, encoder and decoder; graphs in ONNX", "", "tests/models/test_mask_generation.py",
     ),
