@@ -25,8 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.huggingface.placement import Rename, compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.models.arrangement import Arrangement
 from mlorq.models.computed_weights import merge_computed_weights
-from mlorq.models.direct_weights import Arrangement, arrange
+from mlorq.models.direct_weights import arrange
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
 
