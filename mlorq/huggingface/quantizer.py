@@ -150,6 +150,15 @@ class MlorqQuantizer(HfQuantizer):
         }
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Read experts that are layers by their names in the model: a file of theirs has not one tensor per expert."""
+        from transformers.core_model_loading import PrefixChange
+
+        if (self.quantization_config.arranged or {}).get("stacks"):
+            return [one for one in weight_conversions if isinstance(one, PrefixChange)]
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales keep their dtypes: rules such as ``_keep_in_fp32_modules`` do not apply to them."""
         names = getattr(converter, "target_patterns", None) or [""]

@@ -21,13 +21,13 @@ from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, describe_batch, move_batch
 from mlorq.models.blocks import detect_blocks
 from mlorq.models.direct import weight_of
-from mlorq.models.direct_weights import arrange_direct_weights
+from mlorq.models.direct_weights import arrange_direct_weights, arrangement_of
 from mlorq.models.gradient_flow import without_gradient
 from mlorq.models.kinds import CLASSES, known_kind
 from mlorq.models.layer_list import EXCLUDED, Layer, LayerList, LeftFloat
 from mlorq.models.left_float import NO_GRADIENT, left_float, other_weights, why_float, why_not_used
 from mlorq.models.observe import LayerCalls, Observed, observe
-from mlorq.models.sample_rows import rows_of_samples, seen_later
+from mlorq.models.sample_rows import choosing_tokens, rows_of_samples, seen_later
 from mlorq.models.weight_range import small_rows
 
 MOST_NAMED = 5  # layers that a message names with their reasons
@@ -95,6 +95,7 @@ def find_layers(
         seen = observe(model, moved, list(targets.values()), blocks)
         rows = rows_of_samples(model, moved, targets, seen)
         others = (move_batch(one, device, model.dtype) for one in more)
+        first = seen
         seen, later = seen_later(model, others, targets, blocks, seen)
     except (MlorqError, torch.OutOfMemoryError):
         raise
@@ -148,7 +149,8 @@ def find_layers(
             f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
             stacklevel=2,
         )
-    alone = tuple(layer.name for layer in layers if (rows.alone | later) & {layer.name, *layer.aliases})
+    chosen = choosing_tokens(targets, rows.alone | later, arrangement_of(module).stacks, first)
+    alone = tuple(layer.name for layer in layers if chosen & {layer.name, *layer.aliases})
     if alone and samples > 1:
         warnings.warn(
             f"statistics are taken one sample at a time: in batches of several samples, inputs of {len(alone)} layers "

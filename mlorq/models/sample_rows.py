@@ -7,7 +7,7 @@ or tokens without padding, are those of all samples in a batch: whose they are s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -136,6 +136,28 @@ def seen_later(
         if not missing:
             break
     return seen, later
+
+
+def choosing_tokens(
+    layers: Mapping[str, nn.Module], alone: Collection[str], stacks: Collection[str], seen: Observed
+) -> set[str]:
+    """Names of the layers whose inputs may be some of the tokens only.
+
+    Those of one kind with a layer in ``alone``: a batch can have a token of each sample for one of the experts. And the
+    matrices of a stack, if they multiply different numbers of vectors: batches of one sample show nothing else.
+
+    Args:
+        layers: all layers by name.
+        alone: names of layers whose rows belong to samples in batches of one sample only.
+        stacks: names of parameters with a layer for each of their matrices.
+        seen: what a pass on the first batch showed.
+    """
+    counts: dict[str, set[int]] = {}
+    for name, child in layers.items():
+        counts.setdefault(name.rpartition(".")[0], set()).add(_vectors(seen, child))
+    kinds = {_kind(name) for name in alone}
+    uneven = {stack for stack in stacks if len(counts.get(stack, ())) > 1}
+    return {name for name in layers if _kind(name) in kinds or name.rpartition(".")[0] in uneven}
 
 
 def _kind(name: str) -> str:

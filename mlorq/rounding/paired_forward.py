@@ -225,24 +225,19 @@ class PairedForward:
         name = self._leaders.get(layer.name, layer.name)
         for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
             samples = batch_samples(batch)
-            is_alone = layer.name in self._alone
+            float_tokens = None
             try:
-                own_tokens = self._tokens(
-                    module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples
-                )
-            except NotReached:
-                if not is_alone:
-                    raise
+                own_tokens = self._tokens(module, self._changed, batch, changed, layer.name)
+                if layer.name not in self._alone:
+                    float_tokens = self._tokens(module, self._float, batch, carry, layer.name)
+            except NotReached:  # an expert without tokens
                 first += samples
                 continue
-            float_tokens = own_tokens
-            if not is_alone:
-                float_tokens = self._tokens(
-                    module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples
-                )
             mask = counting(mask_for(layer.name, self.model.token_mask(batch), self._alone), own_tokens)
             several = several or own_tokens.shape[1] > 1
-            weights = None if is_alone else importance.get(name)
+            weights = importance.get(name)
+            if float_tokens is None or float_tokens.shape != own_tokens.shape:
+                float_tokens, weights = own_tokens, None
             weights = None if weights is None else weights.to(device).unsqueeze(-1)
             for fold, sums in enumerate(folds):
                 sums.add(*_fold_part((float_tokens, own_tokens, weights), mask, (fold - first) % FOLDS))
@@ -328,8 +323,9 @@ class PairedForward:
         """f(x) of the float model continued from block ``start`` with input ``carry``, differentiable."""
         return self._float.differentiable_outputs(call.batch, start, carry)
 
-    def _tokens(self, module: torch.nn.Module, inputs: Tensor, samples: int) -> Tensor:
-        return input_tokens(module, inputs, samples).float()
+    def _tokens(self, module: torch.nn.Module, half: Segments, batch: Any, carry: Any, layer: str) -> Tensor:
+        """Inputs of a layer in one of the models, ``(samples, tokens, in_features)``."""
+        return input_tokens(module, half.layer_inputs(batch, self._at, carry, layer), batch_samples(batch)).float()
 
     def _advance(self, block: int) -> None:
         if block <= self._at or not self._is_chain():
