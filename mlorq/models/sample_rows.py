@@ -50,7 +50,7 @@ def rows_of_samples(model: FloatModel, batch: Batch, layers: Mapping[str, nn.Mod
         # Rows that belong to samples become fewer with these.
         others = [count * (samples - 1) // samples for count in rows]
         if fewer is not None:
-            others = fewer.calls[id(child)].rows if id(child) in fewer.calls else []
+            others = fewer.calls[id(child)].rows if fewer.reached(child) else []
         if [count * (samples - 1) for count in rows] != [count * samples for count in others]:
             uneven[name] = (
                 f"its inputs have {rows[0] if rows else 0} rows for {samples} samples, not the same number for each; "
