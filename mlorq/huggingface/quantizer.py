@@ -156,7 +156,7 @@ class MlorqQuantizer(HfQuantizer):
 
         if (self.quantization_config.arranged or {}).get("stacks"):
             return [one for one in weight_conversions if isinstance(one, PrefixChange)]
-        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
         return updated
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

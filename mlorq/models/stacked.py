@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlorq.errors import ModelError
 from mlorq.models.direct import ParameterLike, ParameterLinear, WeightView
 
 AXES = 3  # of a parameter with several matrices
@@ -92,9 +93,15 @@ class ParameterStack(ParameterLike, nn.Module):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        """One matrix, as a ``WeightView``, of an integer; other indices give values."""
+        """One matrix, as a ``WeightView``, of an integer; other indices give values.
+
+        Raises:
+            ModelError: a graph is recorded from an example, whose choice of matrices would be that of all inputs.
+        """
         if not is_item(index):
             return self.dense[index]
+        if isinstance(index, Tensor) and torch.jit.is_tracing():
+            raise ModelError("the inputs choose the experts: a graph recorded from an example would not")
         number = int(index)
         if not -len(self) <= number < len(self):
             raise IndexError(f"index {number} is out of range for {len(self)} matrices")

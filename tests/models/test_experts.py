@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mlorq
 from mlorq.checkpoint.io import inspect
-from mlorq.errors import CheckpointError
+from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms.trial import changed_by_replacement
 from mlorq.models import from_module
 from mlorq.models.arrangement import Arrangement
@@ -271,6 +271,13 @@ def test_everything_else_sees_the_dense_parameter() -> None:
         assert torch.equal(stack + 1, value + 1)
         with pytest.raises(IndexError, match="index 3 is out of range for 3 matrices"):
             stack[3]
+
+
+def test_a_recorded_graph_would_keep_the_examples_experts_and_is_refused() -> None:
+    module = Experts().eval()
+    find_layers(from_module(module), UNEVEN)
+    with pytest.raises(ModelError, match="the inputs choose the experts"):
+        torch.jit.trace(module, UNEVEN)
 
 
 class Whole(Experts):
