@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "pad_token_id": 0,
         "decoder_start_token_id": 0,
+        "tie_word_embeddings": False,
     },
 }
 STACKED = ("Mixtral", "Qwen3Moe", "GptOss")  # all experts' matrices in one parameter
