@@ -25,7 +25,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model as given, and the calibration data, whose first batch it is run on."""
+    """The model as given, and the calibration data: its first batch, and others while some experts are not reached."""
 
     model: ModelRef
     calibration: DataRef

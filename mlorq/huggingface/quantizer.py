@@ -152,10 +152,8 @@ class MlorqQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Read experts that are layers by their names in the model: a file of theirs has not one tensor per expert."""
-        from transformers.core_model_loading import PrefixChange
-
         if (self.quantization_config.arranged or {}).get("stacks"):
-            return [one for one in weight_conversions if isinstance(one, PrefixChange)]
+            return [one for one in weight_conversions if type(one).__name__ == "PrefixChange"]  # not in every version
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
         return updated
 
