@@ -110,8 +110,8 @@ def measure(kind: str, name: str, depth: str = "whole") -> dict[str, Any]:
 
     Returns:
         ``status``: ``ok``, ``refused`` (an error in one line), ``traceback``, ``not built``; ``share`` of the weights
-        of linear layers and convolutions that are compressed; ``share_run``: of those that the pass reaches; ``left``:
-        weights that stay float, by reason.
+        of linear layers, convolutions and experts that are compressed; ``share_run``: of those that the pass reaches;
+        ``left``: weights that stay float, by reason.
     """
     started = time.process_time()
     row: dict[str, Any] = {"name": name, "depth": depth}
@@ -175,18 +175,24 @@ def shares(module: nn.Module, compressed: Iterable[str], left: Iterable[tuple[st
         if weight is not None:
             owners[path] = first.setdefault(id(weight), path)
             sizes[owners[path]] = weight.numel()
+        elif "expert" in f"{path}.{type(child).__name__}".lower():  # all experts' matrices in one parameter
+            stacks = {f"{path}.{key}": value for key, value in child._parameters.items() if value is not None}
+            for name, value in stacks.items():
+                if value.dim() == 3 and first.setdefault(id(value), name) == name:
+                    sizes |= dict.fromkeys((f"{name}.{index}" for index in range(len(value))), value[0].numel())
     names = {owners.get(name, name) for name in compressed}
     done = sum(sizes.get(name, 0) for name in names)
     reasons = {owners.get(name, name): reason for name, reason in left}
     by_reason: Counter[str] = Counter()
     for path, size in sizes.items():
         if path not in names:
-            reason = reasons.get(path) or reasons.get(f"{path}.weight") or "not listed"
+            names_of_it = (path, f"{path}.weight", path.rpartition(".")[0])  # the last: a parameter of all experts
+            reason = next((reasons[name] for name in names_of_it if name in reasons), "not listed")
             by_reason[_reason(reason)] += size
     total = sum(sizes.values())
     others: Counter[str] = Counter()
     for name, reason in reasons.items():
-        if name not in sizes and name.removesuffix(".weight") not in sizes and "embedding table" not in reason:
+        if not {name, name.removesuffix(".weight"), f"{name}.0"} & set(sizes) and "embedding table" not in reason:
             others[_reason(reason)] += 1
     return {
         "layers": len(names),

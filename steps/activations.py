@@ -55,7 +55,8 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     model = context.model(inputs.model)
     settings = ACTIVATION_METHODS[params.method].settings.model_validate(params.settings)
     batches = spread_batches(context.calibration(inputs.calibration).batches, settings.samples)
-    layers = context.artifacts.layers(inputs.layers).layers
+    listed = context.artifacts.layers(inputs.layers)
+    layers, batches = listed.layers, list(listed.batches(batches))
     plan = calibrate(model, layers, batches, settings, seed=params.seed, device=context.device, progress=progress)
     return {PLAN: json_bytes(plan.to_json()), PLAN_TENSORS: tensors_bytes(dict(plan.tensors))}
 

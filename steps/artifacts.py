@@ -115,7 +115,7 @@ class ArtifactReader:
             extra = self._store.read_json(ref, "model.json")
             layers = layers_from_table(self._store.read_table(ref, "layers.parquet"))
             skipped, others = ([LeftFloat(*one) for one in extra.get(key, ())] for key in ("skipped", "others"))
-            self._layers[ref.key] = LayerList(layers, extra["blocks"], skipped, others)
+            self._layers[ref.key] = LayerList(layers, extra["blocks"], skipped, others, tuple(extra.get("alone", ())))
         return self._layers[ref.key]
 
     def moments(self, capture: ArtifactRef, layer: str) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) 
 
 def _covered(inputs: Inputs, context: Context) -> Iterator[Coverage]:
     """The layers' inputs between the folds, and on evaluation data."""
-    layers = [layer for layer in context.artifacts.layers(inputs.layers).layers if layer.groups == 1]
+    listed = context.artifacts.layers(inputs.layers)
+    layers = [layer for layer in listed.layers if layer.groups == 1]
     found: dict[str, Coverage] = {}
     factors: dict[str, torch.Tensor] = {}
     for name in dict.fromkeys(leaders(layers).values()):
@@ -93,11 +94,11 @@ def _covered(inputs: Inputs, context: Context) -> Iterator[Coverage]:
     own = mean_scores(
         model,
         factors,
-        list(held_out(calibration.batches, calibration.samples, SAMPLES)),
+        list(held_out(listed.batches(calibration.batches), calibration.samples, SAMPLES)),
         device=context.device,
     )
     chosen = spread_batches(context.evaluation(inputs.evaluation).batches, SAMPLES)
-    other = mean_scores(model, factors, chosen, device=context.device)
+    other = mean_scores(model, factors, listed.batches(chosen), device=context.device)
     for name, coverage in found.items():
         yield replace(coverage, evaluation=other[name] / own[name]) if own[name] > 0 else coverage
 

@@ -84,7 +84,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     model = context.model(inputs.model)
     listed = context.artifacts.layers(inputs.layers)
     layers = listed.layers
-    batches = context.calibration(inputs.calibration).batches
+    batches = listed.batches(context.calibration(inputs.calibration).batches)
     hessian_batches = spread_batches(batches, params.samples)
     # One unit of progress per pass; a backward pass costs about two forwards.
     weighing = (1 + PASSES) * len(batches) if params.token_weights else 0
@@ -100,6 +100,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
             batches,
             power=float(params.token_weights),
             seed=params.seed,
+            alone=listed.alone,
             device=context.device,
             progress=lambda done, _: progress((1 + PASSES) * done, unknown),
         )
@@ -111,6 +112,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         seed=params.seed,
         moments=params.moments,
         importance=importance,
+        alone=listed.alone,
         device=context.device,
         progress=lambda done, _: progress(weighing + done, unknown),
     )
@@ -129,6 +131,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         mode=params.mode,
         seed=params.seed,
         gradients=gradients,
+        alone=listed.alone,
         device=context.device,
         progress=lambda done, total: progress(before + done, before + total),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 from mlorq.artifacts.store import json_bytes, table_bytes
 from mlorq.forms.trial import changed_by_replacement
@@ -24,7 +25,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model as given, and the calibration data, whose first batch it is run on."""
+    """The model as given, and the calibration data: its first batch, and others while some experts are not reached."""
 
     model: ModelRef
     calibration: DataRef
@@ -48,8 +49,16 @@ def discover(session: Session) -> LayerList:
 
 
 def _discover(params: Params, inputs: Inputs, context: Context) -> LayerList:
-    model, batch = context.model(inputs.model), context.calibration(inputs.calibration).batches[0]
-    found = find_layers(model, batch, include=params.include, exclude=params.exclude, device=context.device)
+    model, batches = context.model(inputs.model), context.calibration(inputs.calibration).batches
+    batch = batches[0]
+    found = find_layers(
+        model,
+        batch,
+        more=islice(batches, 1, None),
+        include=params.include,
+        exclude=params.exclude,
+        device=context.device,
+    )
     changed = changed_by_replacement(model, found.layers, batch, context.device)
     if not changed:
         return found
@@ -60,6 +69,7 @@ def _discover(params: Params, inputs: Inputs, context: Context) -> LayerList:
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     found = _discover(params, inputs, context)
+    alone = {"alone": list(found.alone)} if found.alone else {}
     return {
         "layers.parquet": table_bytes(layers_table(found.layers)),
         "model.json": json_bytes(
@@ -68,9 +78,10 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
                 "blocks": found.blocks,
                 "skipped": [list(item) for item in found.skipped],
                 "others": [list(item) for item in found.others],
+                **alone,
             }
         ),
     }
 
 
-STEP = Step("layers", 5, Params, Inputs, run)
+STEP = Step("layers", 6, Params, Inputs, run)

@@ -117,6 +117,7 @@ class PairedCache:
             context.device,
             importance=importance,
             leaders=leaders(layers.layers),
+            alone=layers.alone,
             activations=context.plan(state.model),
         )
         set_tables(paired.compressed, context.artifacts.tables(state.embeddings))
@@ -136,11 +137,11 @@ def rounding_batches(context: Context, state: PairedState) -> tuple[list[Any], S
         context: of the worker.
         state: the data, the number of samples and the batch size.
     """
-    data = context.calibration(state.calibration)
-    weights = context.artifacts.importance(state.capture, len(data.batches))
+    batches = context.artifacts.layers(state.layers).batches(context.calibration(state.calibration).batches)
+    weights = context.artifacts.importance(state.capture, len(batches))
 
     def chosen(parts: Sequence[Any]) -> list[Any]:
         spread = spread_batches(parts, state.samples)
         return spread if state.batch_size is None else split_batches(spread, state.batch_size)
 
-    return chosen(data.batches), None if weights is None else [unmarked(part) for part in chosen(weights)]
+    return chosen(batches), None if weights is None else [unmarked(part) for part in chosen(weights)]

@@ -115,7 +115,7 @@ def _observed(
             device=device,
             progress=lambda done, _: advance(WEIGHING * done),
         )
-    return survey(
+    found = survey(
         model,
         layers,
         batches,
@@ -125,6 +125,7 @@ def _observed(
         device=device,
         progress=lambda done, _: advance(before + done),
     )
+    return [one for one in found if one.parts]  # no sample reached the others: their inputs stay float
 
 
 def _uneven(observed: Sequence[Observed], folds: dict[str, Fold]) -> set[str]:

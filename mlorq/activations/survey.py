@@ -126,6 +126,8 @@ def survey(
             mask: TokenMask = mask,
             weighted: Importance = weighted,
         ) -> None:
+            if not values.numel():  # an expert without tokens
+                return
             if not torch.isfinite(values).all():
                 raise ModelError(
                     f"activations at {name!r} are not finite; check the model's weights and the calibration data"

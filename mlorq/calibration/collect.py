@@ -6,7 +6,7 @@ Later statistics of activations start from the sample; every compressed model is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.observe import first_argument
 from mlorq.models.prefetch import feed
-from mlorq.models.token_masks import TokenMask, counting
+from mlorq.models.token_masks import TokenMask, counting, mask_for
 from mlorq.models.unfolding import input_tokens
 
 FLOAT16_LARGEST = 65504.0
@@ -67,6 +67,7 @@ def capture(
     seed: int = 0,
     moments: bool = False,
     importance: Sequence[Importance] | None = None,
+    alone: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Captured:
@@ -81,6 +82,7 @@ def capture(
         seed: seed of the choice of tokens.
         moments: whether to sum the outer products of all inputs as well (METHOD 7).
         importance: weights of the tokens in these sums, one mapping per batch; None: equal weights.
+        alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         device: device of the model.
         progress: called with (batches done, batches).
 
@@ -116,16 +118,17 @@ def capture(
                         f"layer {name!r}: its inputs contain NaN or infinite values; "
                         "check the model's weights and the calibration data"
                     )
-                if name in seen:
+                if name in seen or not inputs.numel():
                     return
                 seen.add(name)
                 try:
                     tokens = input_tokens(child, inputs, count)
                 except ModelError as error:
                     raise ModelError(f"layer {name!r}: {error}; or exclude it (search.exclude)") from error
-                kept[name].append(_choose(tokens, mask, share, start, generator))
+                own = mask_for(name, mask, alone)
+                kept[name].append(_choose(tokens, own, share, start, generator))
                 if name in leading:
-                    products[name].add(tokens, start, counting(mask, tokens), weights.get(name))
+                    products[name].add(tokens, start, counting(own, tokens), weights.get(name))
 
             return record
 
@@ -150,11 +153,16 @@ def capture(
         first += count
         if progress is not None:
             progress(index + 1, len(batches))
-    samples = {
-        name: InputSample(*(torch.cat([getattr(part, field) for part in parts]) for field in ("sample", "token", "x")))
-        for name, parts in kept.items()
-    }
+    samples = {layer.name: _joined(layer, kept[layer.name]) for layer in layers}
     return Captured(join_outputs(references), samples, products)
+
+
+def _joined(layer: Layer, parts: Sequence[InputSample]) -> InputSample:
+    """The rows of all batches; none, if no batch reached the layer."""
+    if not parts:
+        none = torch.empty(0, dtype=torch.int64)
+        return InputSample(none, none, torch.empty(0, layer.groups * layer.in_features, dtype=torch.float16))
+    return InputSample(*(torch.cat([getattr(part, field) for part in parts]) for field in ("sample", "token", "x")))
 
 
 def _choose(tokens: Tensor, mask: TokenMask, share: int, first: int, generator: torch.Generator) -> InputSample:

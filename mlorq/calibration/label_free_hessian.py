@@ -23,7 +23,7 @@ from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer
 from mlorq.models.observe import first_argument
-from mlorq.models.token_masks import TokenMask, counting
+from mlorq.models.token_masks import TokenMask, counting, mask_for
 from mlorq.models.unfolding import input_tokens, output_tokens
 
 Mode = Literal["auto", "probes", "exact"]
@@ -46,6 +46,7 @@ def label_free_hessian(
     mode: Mode = "auto",
     seed: int = 0,
     gradients: Mapping[str, OuterProducts] | None = None,
+    alone: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -62,6 +63,7 @@ def label_free_hessian(
         seed: seed of the probes, which are drawn on the CPU: every device uses the same ones.
         gradients: ``{layer: sums}`` to which the outer products of ``∂(v · f)/∂y`` are added, for the second moments of
             output gradients; from at most ``GRADIENT_PASSES`` passes per batch, spread evenly.
+        alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         device: device of the model.
         progress: called with (passes done, largest possible number of passes).
 
@@ -87,7 +89,7 @@ def label_free_hessian(
         done = 0
         for vectors in _vectors(outputs, exact, passes, generator):
             wanted = gradients if done * GRADIENT_PASSES // passes != (done - 1) * GRADIENT_PASSES // passes else None
-            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples, mask)
+            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples, mask, alone)
             done += 1
             if progress is not None:
                 progress(index * passes + done, len(batches) * passes)
@@ -195,6 +197,7 @@ def _add_pass(
     products: Mapping[str, OuterProducts] | None,
     first: int,
     mask: TokenMask,
+    alone: Collection[str],
 ) -> None:
     """Add ``Σ_samples (∂(v · f) / ∂W)²``, one v per sample, to ``total``, and output gradients to ``products``."""
     if not outputs.requires_grad:
@@ -212,7 +215,7 @@ def _add_pass(
         delta = torch.cat([output_tokens(module, gradient, samples) for _, gradient in parts], dim=1)
         add_squared_gradients(total[name], x.float(), delta.float(), getattr(module, "groups", 1))
         if products is not None and name in products:
-            products[name].add(delta, first, counting(mask, delta))
+            products[name].add(delta, first, counting(mask_for(name, mask, alone), delta))
 
 
 def add_squared_gradients(total: Tensor, inputs: Tensor, gradients: Tensor, groups: int = 1) -> None:

@@ -9,7 +9,7 @@ separately; here all channels of a token share a weight, so that layers with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.prefetch import feed
-from mlorq.models.token_masks import TokenMask, masks_of
+from mlorq.models.token_masks import TokenMask, mask_for, masks_of
 from mlorq.models.unfolding import output_tokens
 
 PASSES = 2  # backward passes per batch; weights are sums over many channels, so few probes suffice
@@ -43,6 +43,7 @@ def token_importance(
     passes: int = PASSES,
     power: float = 1.0,
     seed: int = 0,
+    alone: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Tensor]]:
@@ -57,12 +58,13 @@ def token_importance(
         passes: backward passes per batch.
         power: exponent of the weights before normalisation; below one they differ less.
         seed: seed of the vectors v, which are drawn on the CPU: every device uses the same ones.
+        alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         device: device of the model.
         progress: called with (batches done, batches).
 
     Returns:
         One mapping per batch: ``(samples, tokens)`` for a layer, the shape of its output without the last axis for a
-        block; float32 on the CPU. Layers and blocks without a gradient are left out.
+        block; float32 on the CPU. Layers and blocks without a gradient are left out, and layers without tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     leader = leaders(layers)
@@ -91,23 +93,31 @@ def token_importance(
         masks.append(tuple(mask.cpu() for mask in masks_of(model.token_mask(moved))))
         if progress is not None:
             progress(index + 1, len(batches))
-    return _normalised(found, masks, power)
+    return _normalised(found, masks, power, {leader[name] for name in alone if name in leader})
 
 
 def _normalised(
-    batches: Sequence[dict[str, Tensor]], masks: Sequence[TokenMask], power: float
+    batches: Sequence[dict[str, Tensor]], masks: Sequence[TokenMask], power: float, alone: Collection[str]
 ) -> list[dict[str, Tensor]]:
     """Weights divided by their mean over the unmasked tokens, mixed with one; without a gradient they are dropped."""
-    names = [name for name in batches[0] if all(name in batch for batch in batches)]
-    batches = [{name: batch[name].pow(power) for name in names} for batch in batches]
+    names = [name for name in batches[0] if name not in alone and all(name in batch for batch in batches)]
+    names += dict.fromkeys(name for batch in batches for name in batch if name in alone)
+    batches = [{name: batch[name].pow(power) for name in names if name in batch} for batch in batches]
 
     def mean(name: str) -> float:
-        values = [_counted(batch[name], mask) for batch, mask in zip(batches, masks, strict=True)]
+        own = [
+            (batch[name], mask_for(name, mask, alone))
+            for batch, mask in zip(batches, masks, strict=True)
+            if name in batch
+        ]
+        values = [_counted(weights, mask) for weights, mask in own]
         return float(torch.cat(values).double().mean())
 
     means = {name: mean(name) for name in names}
     useful = [name for name in names if means[name] > 0]
-    return [{name: (1 - FLOOR) * batch[name] / means[name] + FLOOR for name in useful} for batch in batches]
+    return [
+        {name: (1 - FLOOR) * batch[name] / means[name] + FLOOR for name in useful if name in batch} for batch in batches
+    ]
 
 
 def _counted(weights: Tensor, mask: TokenMask) -> Tensor:

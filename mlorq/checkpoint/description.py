@@ -16,7 +16,7 @@ from mlorq.checkpoint.entry import LayerEntry, dtype_name, dtype_of
 from mlorq.checkpoint.places import DESCRIPTION, OLD_DESCRIPTION, TENSORS, Location
 from mlorq.checkpoint.tensor_file import FORMAT_VERSION, Header, digest
 from mlorq.errors import CheckpointError, ConfigError, one_line
-from mlorq.models.direct_weights import Arrangement
+from mlorq.models.arrangement import Arrangement
 
 VERSION_KEY = "format_version"
 TRANSPOSED = "transposed"  # key in ``extra``: layers whose weight the original class stores transposed

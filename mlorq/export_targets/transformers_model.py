@@ -54,6 +54,8 @@ def pretrained_model(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     )
     _complete(module, config, checkpoint)
     model: Any = module
+    if (config.arranged or {}).get("stacks"):
+        model._weight_conversions = []  # names as in the model: ``MlorqQuantizer.update_weight_conversions``
     model.config.quantization_config = config
     model.hf_quantizer = MlorqQuantizer(config)
     return model, info

@@ -25,8 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mlorq.activations.plan import ActivationPlan, quantizers_of
 from mlorq.checkpoint.entry import LayerEntry, dtype_of
 from mlorq.huggingface.placement import Rename, compressed_modules, install_entry, renamed_entry, renamed_plan, renaming
+from mlorq.models.arrangement import Arrangement
 from mlorq.models.computed_weights import merge_computed_weights
-from mlorq.models.direct_weights import Arrangement, arrange
+from mlorq.models.direct_weights import arrange
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.transposed import transpose_conv1d
 
@@ -148,6 +149,13 @@ class MlorqQuantizer(HfQuantizer):
             name for entry in entries for path in (entry.layer, *entry.aliases) for name in entry.tensor_names(path)
         }
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Read experts that are layers by their names in the model: a file of theirs has not one tensor per expert."""
+        if (self.quantization_config.arranged or {}).get("stacks"):
+            return [one for one in weight_conversions if type(one).__name__ == "PrefixChange"]  # not in every version
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return updated
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales keep their dtypes: rules such as ``_keep_in_fp32_modules`` do not apply to them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -81,12 +81,15 @@ class LayerList:
         blocks: names of the modules in the chain of blocks; empty if the model has none.
         skipped: linear layers and convolutions that are not compressed.
         others: weights of other modules: embedding tables, and parameters of at least two axes.
+        alone: names of the layers whose inputs belong to samples only in batches of one sample (experts); statistics
+            are then taken one sample at a time.
     """
 
     layers: list[Layer]
     blocks: list[str]
     skipped: list[LeftFloat]
     others: list[LeftFloat] = field(default_factory=list)
+    alone: tuple[str, ...] = ()
 
     @property
     def params(self) -> int:
@@ -105,7 +108,17 @@ class LayerList:
             if layer.name in reasons:
                 skipped.append(LeftFloat(layer.name, reasons[layer.name], bytes_of(layer)))
                 skipped += [LeftFloat(name, reasons[layer.name]) for name in layer.aliases]
-        return replace(self, layers=[one for one in self.layers if one.name not in reasons], skipped=skipped)
+        alone = tuple(name for name in self.alone if name not in reasons)
+        layers = [one for one in self.layers if one.name not in reasons]
+        return replace(self, layers=layers, skipped=skipped, alone=alone)
+
+    def batches(self, batches: Sequence[Any]) -> Sequence[Any]:
+        """The batches in which the inputs of all layers belong to samples: these, or their samples one by one."""
+        if not self.alone:
+            return batches
+        from mlorq.models.batches import split_batches  # imports torch
+
+        return split_batches(batches, 1)
 
     def __getitem__(self, name: str) -> Layer:
         return next(layer for layer in self.layers if layer.name == name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,13 @@ from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, describe_batch, move_batch
 from mlorq.models.blocks import detect_blocks
 from mlorq.models.direct import weight_of
-from mlorq.models.direct_weights import arrange_direct_weights
+from mlorq.models.direct_weights import arrange_direct_weights, arrangement_of
 from mlorq.models.gradient_flow import without_gradient
 from mlorq.models.kinds import CLASSES, known_kind
 from mlorq.models.layer_list import EXCLUDED, Layer, LayerList, LeftFloat
-from mlorq.models.left_float import (
-    NO_GRADIENT,
-    left_float,
-    other_weights,
-    rows_that_stay,
-    why_float,
-    why_not_used,
-)
+from mlorq.models.left_float import NO_GRADIENT, left_float, other_weights, why_float, why_not_used
 from mlorq.models.observe import LayerCalls, Observed, observe
+from mlorq.models.sample_rows import choosing_tokens, rows_of_samples, seen_later
 from mlorq.models.weight_range import small_rows
 
 MOST_NAMED = 5  # layers that a message names with their reasons
@@ -67,6 +61,7 @@ def find_layers(
     model: FloatModel,
     batch: Any,
     *,
+    more: Iterable[Any] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     device: torch.device | str = "cpu",
@@ -79,6 +74,7 @@ def find_layers(
         model: the float model, on ``device``; weights that it reads directly become layers
             (``mlorq.models.direct_weights``).
         batch: one batch of calibration data.
+        more: further batches; they run only if the first reached some experts and not others.
         include: glob patterns of the names of layers to compress.
         exclude: glob patterns of the names of layers not to compress; wins over ``include``.
         device: device that the batch is moved to.
@@ -96,7 +92,11 @@ def find_layers(
         _check_patterns(key, patterns, list(targets), named)
     try:
         blocks = model.blocks or detect_blocks(module, lambda: model.outputs(module, moved))
-        seen = observe(model, moved, list({id(child): child for child in targets.values()}.values()), blocks)
+        seen = observe(model, moved, list(targets.values()), blocks)
+        rows = rows_of_samples(model, moved, targets, seen)
+        others = (move_batch(one, device, model.dtype) for one in more)
+        first = seen
+        seen, later = seen_later(model, others, targets, blocks, seen)
     except (MlorqError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the user's forward may raise anything
@@ -119,7 +119,6 @@ def find_layers(
         groups.setdefault(weight_identity(child), []).append(name)
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
-    fixed = rows_that_stay(model, moved, targets, seen)
     for names in groups.values():
         # A shared weight is named after the module that runs first; modules that never run come last.
         names.sort(key=lambda name: _order(seen, targets[name], len(targets)))
@@ -130,7 +129,9 @@ def find_layers(
         else:
             reason = next((found for child in children if (found := why_float(child))), None)
             reason = (
-                reason or why_not_used(seen, children) or next((fixed[name] for name in names if name in fixed), None)
+                reason
+                or why_not_used(seen, children)
+                or next((rows.fixed[name] for name in names if name in rows.fixed), None)
             )
         if reason:
             reasons |= dict.fromkeys(names, reason)
@@ -148,7 +149,15 @@ def find_layers(
             f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
             stacklevel=2,
         )
-    return LayerList(layers, blocks, skipped, other_weights(module, seen))
+    chosen = choosing_tokens(targets, rows.alone | later, arrangement_of(module).stacks, first)
+    alone = tuple(layer.name for layer in layers if chosen & {layer.name, *layer.aliases})
+    if alone and samples > 1:
+        warnings.warn(
+            f"statistics are taken one sample at a time: in batches of several samples, inputs of {len(alone)} layers "
+            f"(tokens of an expert, or tokens without padding) belong to no sample: {_listed(alone)}",
+            stacklevel=2,
+        )
+    return LayerList(layers, blocks, skipped, other_weights(module, seen), alone)
 
 
 def check_any(

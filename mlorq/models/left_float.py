@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from mlorq.models.base import FloatModel
-from mlorq.models.batches import Batch, Listed, batch_samples, take_samples
 from mlorq.models.computed_weights import computed_tensors
 from mlorq.models.direct import DirectLinear
 from mlorq.models.kinds import CLASSES, Kind, kind_of, why_not_a_product
 from mlorq.models.layer_list import OTHER, UNUSED, LeftFloat
-from mlorq.models.observe import Observed, observe
+from mlorq.models.observe import Observed
 from mlorq.models.weight_range import why_float as out_of_range
 
 NO_GRADIENT = (
@@ -84,54 +81,12 @@ def why_not_used(seen: Observed, children: Sequence[nn.Module]) -> str | None:
         seen: what the pass showed.
         children: the layers with that weight.
     """
-    if any(id(child) in seen.calls for child in children):
+    if any(seen.reached(child) for child in children):
         return None
     reader = next(
         (found for child in children if (found := seen.readers.get(id(child._parameters.get("weight"))))), None
     )
     return UNUSED if reader is None else f"never called: its weight is read directly, by {reader}"
-
-
-def rows_that_stay(model: FloatModel, batch: Batch, layers: Mapping[str, nn.Module], seen: Observed) -> dict[str, str]:
-    """Reasons for layers whose inputs do not have the same number of rows for every sample, by name.
-
-    Statistics are means over samples. Rows of a table of positions, or of all tokens without padding, belong to none.
-
-    Args:
-        model: the float model.
-        batch: the observed batch, on the model's device.
-        layers: layers by name.
-        seen: what the pass on the batch showed.
-    """
-    samples = batch_samples(batch)
-    fewer = None if samples == 1 or isinstance(batch, Listed) else _seen_without_one(model, batch, layers, seen)
-    found = {}
-    for name, child in layers.items():
-        rows = seen.calls[id(child)].rows if id(child) in seen.calls else []
-        # Rows that belong to samples become fewer with these.
-        others = [count * (samples - 1) // samples for count in rows]
-        if fewer is not None:
-            others = fewer.calls[id(child)].rows if id(child) in fewer.calls else []
-        if [count * (samples - 1) for count in rows] != [count * samples for count in others]:
-            found[name] = (
-                f"its inputs have {rows[0]} rows for {samples} samples, not the same number for each; batches of one "
-                "sample each have no such limit"
-            )
-    return found
-
-
-def _seen_without_one(
-    model: FloatModel, batch: Batch, layers: Mapping[str, nn.Module], seen: Observed
-) -> Observed | None:
-    """What a pass on all samples but the last shows; None if the model does not take these."""
-    samples = batch_samples(batch)
-    try:
-        fewer = observe(model, take_samples(batch, slice(0, samples - 1)), list(layers.values()), [])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a model may insist on the size of its batches
-        return None
-    return fewer if fewer.rows * samples == seen.rows * (samples - 1) else None
 
 
 def left_float(

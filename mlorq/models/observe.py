@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,14 +48,50 @@ class Observed:
     Attributes:
         calls: by id of the layer.
         readers: ``{id of a parameter: name of the function}`` that read it outside the layers' own calls.
-        rows: number of rows of the model's outputs.
+        outputs: f(x), ``(rows, outputs)``.
         weighed: names of the tensors that make up the outputs, if the model returns several.
     """
 
     calls: dict[int, LayerCalls]
     readers: dict[int, str]
-    rows: int
+    outputs: Tensor
     weighed: Sequence[str] = ()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the model's outputs."""
+        return len(self.outputs)
+
+    def reached(self, layer: nn.Module) -> bool:
+        """Whether a layer's matrix multiplied a vector: a call without rows multiplies none."""
+        return id(layer) in self.calls and self.calls[id(layer)].positions > 0
+
+    def joined(self, other: Observed) -> Observed:
+        """This pass, with the calls of layers that only another pass reached, in their place in the order."""
+        ours, theirs = (
+            sorted((key for key, call in one.calls.items() if call.positions), key=lambda key: one.calls[key].order)
+            for one in (self, other)
+        )
+        groups = {other.calls[key].input_group: self.calls[key].input_group for key in ours if key in other.calls}
+        last = max((call.input_group for call in self.calls.values()), default=-1)
+        calls = {key: self.calls[key] for key in ours}
+        after: dict[int | None, list[int]] = {}  # new layers, by the last known one that ran before them
+        known: int | None = None
+        for key in theirs:
+            if key in calls:
+                known = key
+                continue
+            group = other.calls[key].input_group
+            if group not in groups:
+                last += 1
+                groups[group] = last if group >= 0 else group
+            calls[key] = replace(other.calls[key], input_group=groups[group])
+            after.setdefault(known, []).append(key)
+        order = [*after.get(None, ()), *(one for key in ours for one in (key, *after.get(key, ())))]
+        for place, key in enumerate(order):
+            group = calls[key].input_group
+            calls[key] = replace(calls[key], order=place, input_group=group if group >= 0 else -place - 1)
+        return replace(self, calls=calls)
 
 
 def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks: Sequence[str]) -> Observed:
@@ -85,7 +121,9 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
             inputs.append(read)
             # The version distinguishes a tensor from itself after a change in place.
             # Convolutions that unfold one tensor differently have different inputs of their matrix products.
-            identity = (read.data_ptr(), read._version, complete, tuple(read.shape), reading(child))
+            identity: tuple[Any, ...] = (read.data_ptr(), read._version, complete, tuple(read.shape), reading(child))
+            if not read.numel():  # an expert without tokens: such tensors have no address
+                identity = (id(child),)
             call = calls[id(child)] = LayerCalls(len(calls), complete, groups.setdefault(identity, len(groups)))
         else:
             call.input_group = -call.order - 1  # called more than once: its own group
@@ -102,11 +140,11 @@ def observe(model: FloatModel, batch: Batch, layers: Sequence[nn.Module], blocks
     try:
         with torch.no_grad(), readers:
             returned = model.returned(model.module, batch)
-            rows = model.joined(returned, batch).shape[0]
+            outputs = model.joined(returned, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return Observed(calls, readers.found, rows, weighed_outputs(returned, batch_samples(batch)))
+    return Observed(calls, readers.found, outputs, weighed_outputs(returned, batch_samples(batch)))
 
 
 class _Readers(TorchFunctionMode):

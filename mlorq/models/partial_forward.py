@@ -30,6 +30,10 @@ class _Reached(Exception):
         self.value = value
 
 
+class NotReached(RuntimeError):
+    """A forward pass did not call the requested block or layer: an expert without tokens."""
+
+
 class Segments:
     """Partial forward passes of one module.
 
@@ -81,7 +85,11 @@ class Segments:
 
     @torch.no_grad()
     def layer_inputs(self, batch: Any, start: int, carry: Any, layer: str) -> Tensor:
-        """Input of the first call of layer ``layer``, entered at block ``start``."""
+        """Input of the first call of layer ``layer``, entered at block ``start``.
+
+        Raises:
+            NotReached: the pass does not call it.
+        """
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(first_argument(args, kwargs))
@@ -98,7 +106,7 @@ class Segments:
             return reached.value
         finally:
             handle.remove()
-        raise RuntimeError("the forward pass did not reach the requested block or layer")
+        raise NotReached("the forward pass did not reach the requested block or layer")
 
     @contextmanager
     def _entered_at(self, start: int, carry: Any) -> Iterator[None]:

@@ -6,6 +6,8 @@ so that sources make batches in which they differ.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 TokenMask = Tensor | tuple[Tensor, ...] | None
@@ -15,6 +17,17 @@ TokenMask = Tensor | tuple[Tensor, ...] | None
 def masks_of(mask: TokenMask) -> tuple[Tensor, ...]:
     """The masks of all sequences."""
     return (mask,) if isinstance(mask, Tensor) else mask or ()
+
+
+def mask_for(layer: str, mask: TokenMask, alone: Collection[str]) -> TokenMask:
+    """The masks of a batch for one layer: None if its inputs are some of the tokens, in an order of their own.
+
+    Args:
+        layer: name of the layer.
+        mask: masks of the batch.
+        alone: names of such layers (``LayerList.alone``).
+    """
+    return None if layer in alone else mask
 
 
 def counting(mask: TokenMask, tokens: Tensor, axis: int = 1) -> Tensor | None:

@@ -135,4 +135,4 @@ def _by_sample(values: Tensor, samples: int, axis: int = 0) -> Tensor:
             f"its inputs have {values.shape[0]} rows, not a multiple of {samples} samples: put samples on the first "
             "axis, or pass batches of one sample each"
         )
-    return values.reshape(samples, -1, values.shape[-1])
+    return values.reshape(samples, -1 if values.numel() else 0, values.shape[-1])

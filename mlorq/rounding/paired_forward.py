@@ -8,7 +8,7 @@ all layers does not take a forward pass of the whole model per layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +26,9 @@ from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import set_matrix
 from mlorq.models.norms import set_parameters
-from mlorq.models.partial_forward import Segments, enters_cleanly
+from mlorq.models.partial_forward import NotReached, Segments, enters_cleanly
 from mlorq.models.passes import plain_passes
-from mlorq.models.token_masks import counting
+from mlorq.models.token_masks import counting, mask_for
 from mlorq.models.unfolding import input_tokens
 
 
@@ -161,6 +161,7 @@ class PairedForward:
         device: device of the computation.
         importance: token weights by name, one mapping per batch; None: equal weights.
         leaders: maps the name of a layer to its name in ``importance``; default: the same.
+        alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         activations: activation quantizers of the compressed copy; None: float activations.
     """
 
@@ -173,12 +174,14 @@ class PairedForward:
         *,
         importance: Sequence[Importance] | None = None,
         leaders: Mapping[str, str] | None = None,
+        alone: Collection[str] = (),
         activations: ActivationPlan | None = None,
     ) -> None:
         self.model = model
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
         self._block_names = list(blocks)
         self._leaders = leaders or {}
+        self._alone = alone
         self._importance: Sequence[Importance] = importance or [{}] * len(self.batches)
         self.compressed = copy_module(model.module)
         if activations is not None:
@@ -209,7 +212,8 @@ class PairedForward:
         """Second moments of a layer's inputs; the earlier blocks run once for all layers of its block.
 
         Layers with the same input tensor (query, key and value) share one computation, since rounding one of them does
-        not change the input of the others.
+        not change the input of the others. The tokens of an expert are not the same in both models: those of the
+        compressed model count, with equal weights and without drift.
         """
         if self._last is not None and self._last[0] == layer.input_group:
             return self._last[1]
@@ -221,11 +225,19 @@ class PairedForward:
         name = self._leaders.get(layer.name, layer.name)
         for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
             samples = batch_samples(batch)
-            float_tokens = self._tokens(module, self._float.layer_inputs(batch, self._at, carry, layer.name), samples)
-            own_tokens = self._tokens(module, self._changed.layer_inputs(batch, self._at, changed, layer.name), samples)
-            mask = counting(self.model.token_mask(batch), own_tokens)
+            float_tokens = None
+            try:
+                own_tokens = self._tokens(module, self._changed, batch, changed, layer.name)
+                if layer.name not in self._alone:
+                    float_tokens = self._tokens(module, self._float, batch, carry, layer.name)
+            except NotReached:  # an expert without tokens
+                first += samples
+                continue
+            mask = counting(mask_for(layer.name, self.model.token_mask(batch), self._alone), own_tokens)
             several = several or own_tokens.shape[1] > 1
             weights = importance.get(name)
+            if float_tokens is None or float_tokens.shape != own_tokens.shape:
+                float_tokens, weights = own_tokens, None
             weights = None if weights is None else weights.to(device).unsqueeze(-1)
             for fold, sums in enumerate(folds):
                 sums.add(*_fold_part((float_tokens, own_tokens, weights), mask, (fold - first) % FOLDS))
@@ -311,8 +323,9 @@ class PairedForward:
         """f(x) of the float model continued from block ``start`` with input ``carry``, differentiable."""
         return self._float.differentiable_outputs(call.batch, start, carry)
 
-    def _tokens(self, module: torch.nn.Module, inputs: Tensor, samples: int) -> Tensor:
-        return input_tokens(module, inputs, samples).float()
+    def _tokens(self, module: torch.nn.Module, half: Segments, batch: Any, carry: Any, layer: str) -> Tensor:
+        """Inputs of a layer in one of the models, ``(samples, tokens, in_features)``."""
+        return input_tokens(module, half.layer_inputs(batch, self._at, carry, layer), batch_samples(batch)).float()
 
     def _advance(self, block: int) -> None:
         if block <= self._at or not self._is_chain():

@@ -18,9 +18,10 @@ import mlorq
 from mlorq.checkpoint.io import dense_state, inspect, load
 from mlorq.errors import CheckpointError
 from mlorq.models import from_module
+from mlorq.models.arrangement import Arrangement
 from mlorq.models.attention import ProjectedAttention, split
 from mlorq.models.direct import WeightView, weight_of
-from mlorq.models.direct_weights import Arrangement, arrange, arrangement_of
+from mlorq.models.direct_weights import arrange, arrangement_of
 from mlorq.models.layers import find_layers
 
 QUICK: dict[str, Any] = {"preset": "quick", "rounding": "nearest", "search": {"sensitivity": "closed_form"}}
