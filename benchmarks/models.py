@@ -323,7 +323,7 @@ def measure(
         "bytes": result.metrics["bytes"],
         "budget_bytes": result.metrics["budget_bytes"],
         "file_bytes": sum(path.stat().st_size for path in (folder / "out").iterdir()),
-        "float_bytes": sum(value.nbytes for value in module.state_dict().values()),
+        "float_bytes": sum({value.data_ptr(): value.nbytes for value in module.state_dict().values()}.values()),
         "nmse": result.metrics["nmse"],
         "seconds": seconds,
         "peak": peak,
