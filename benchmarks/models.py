@@ -344,7 +344,7 @@ def _graph(folder: Path, model: nn.Module, batch: Batch) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             described = _float_instance(folder / "out", model) is None
-            given = {} if described else {"model": model, "example": batch}
+            given = {"example": batch} | ({} if described else {"model": model})
             files = mlorq.export(str(folder / "out"), str(folder / "model.onnx"), **given)
     except MlorqError as error:
         return one_line(error)[:160]

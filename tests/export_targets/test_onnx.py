@@ -173,6 +173,8 @@ def test_modules_of_the_user(tmp_path: Path) -> None:
         mlorq.export(folder, tmp_path / "model.onnx", model=net)
     with pytest.raises(CheckpointError, match="pass two or more"):
         mlorq.export(folder, tmp_path / "model.onnx", model=net, example=images(1, 0))
+    with pytest.raises(CheckpointError, match="does not run on the example: Given normalized_shape"):
+        mlorq.export(folder, tmp_path / "model.onnx", model=net, example=torch.zeros(2, 5, 3))
     (file,) = mlorq.export(folder, tmp_path / "model.onnx", model=net, example=images(2, 0))
     assert_close(mlorq.load(file, runtime="onnxruntime")(images(7, 1)), call(module, images(7, 1)))
 

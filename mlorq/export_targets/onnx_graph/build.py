@@ -92,7 +92,11 @@ def build(
     values = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else [*batch]
     inputs = dict(zip(call.names, values, strict=True))
     with torch.no_grad(), _recorded_calls(twin) as called:
-        output = call.run(twin, values)
+        try:
+            output = call.run(twin, values)
+        except Exception as error:  # what a model raises, for images of a size that it does not take
+            made = "inputs made for it; pass example=batch" if example is None else "the example"
+            raise ModelError(f"the model does not run on {made}: {one_line(error)}") from error
         structure = described(output)
         extras = {} if part else family.derived_outputs(architecture)
         outputs = flat(output, structure)
