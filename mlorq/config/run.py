@@ -74,6 +74,7 @@ __all__ = [
     "TargetConfig",
     "location_and_folder",
     "read_values",
+    "texts_of",
 ]
 
 
@@ -127,7 +128,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _refuse_secrets(self) -> Self:
         """Configurations are parameters of flows, which servers store and show."""
-        for key, text in _texts(self.model_dump(mode="json"), ""):
+        for key, text in texts_of(self.model_dump(mode="json"), ""):
             if (shown := hide_secrets(text)) != text:
                 raise ValueError(
                     f"{key}: {shown} holds a secret, and configurations are stored: leave it out, and give it to the "
@@ -201,13 +202,18 @@ class RunConfig(Settings):
         return resolve_location(location, self.folder)
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """All texts of a configuration, with their dotted keys."""
+def texts_of(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """All texts in a value, with their dotted keys.
+
+    Args:
+        value: JSON values, such as those of a configuration.
+        key: dotted key of the value itself; empty for a whole configuration.
+    """
     if isinstance(value, str):
         yield key, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
-        yield from _texts(item, f"{key}.{name}" if key else str(name))
+        yield from texts_of(item, f"{key}.{name}" if key else str(name))
 
 
 def run_config() -> type[RunConfig]:
