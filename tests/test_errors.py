@@ -134,7 +134,7 @@ def test_places_that_cannot_be_read_are_named_without_them(tmp_path):
 def test_configurations_have_no_secret_by_name_or_in_their_folder():
     values = {
         "model": {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "x.safetensors"},
-        "data": {role: {"source": "synthetic", "samples": 4} for role in ("calibration", "evaluation")},
+        "data": {role: {"source": "image_folder", "root": "x"} for role in ("calibration", "evaluation")},
     }
     for key in ("token", "secret_key"):
         wrong = values | {"model": values["model"] | {"arguments": {key: SECRET}}}
