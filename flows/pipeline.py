@@ -20,7 +20,7 @@ from flows.render import budgets_table, picture_markdown, result_line, result_ma
 from flows.run import handed, prepare
 from flows.run_form import read_config
 from mlorq.config.budget import Budget, parse_budgets
-from mlorq.errors import MlorqError, hide_secrets
+from mlorq.errors import MlorqError, hide_secrets, no_secrets
 from mlorq.evaluation.report import size_accuracy_picture
 from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
@@ -49,6 +49,7 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
     return f"{config.model.display_name} {' '.join(budgets)}"
 
 
+@no_secrets()
 def carry_out(
     config: Any,
     folder: str,

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
+from flows.permissions import check_permitted, check_place, is_limited
 from mlorq.artifacts.locations import absolute_folder, resolve_location
 from mlorq.config.run import PRESETS, RunConfig, location_and_folder, read_values, run_config
+from mlorq.errors import ConfigError, hide_secrets
 from mlorq.rounding import METHODS
 
 BY_PRESET = ("search", "rounding")
@@ -128,11 +130,10 @@ def read_config(config: Any, folder: str = "") -> RunConfig:
             working directory. Relative paths in a file start from the file's folder.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown or a value is wrong; the first problem is named.
+        ConfigError: the file cannot be read, a key is unknown or a value is wrong; the first problem is named. Or a
+            deployment started the run, and it names something that the owner of the worker does not allow.
     """
-    if isinstance(config, str):
-        return RunConfig.from_yaml(resolve_location(config, absolute_folder(folder) if folder else ""))
-    return RunConfig.from_mapping(*explicit_values(config, folder))
+    return _read(config, folder)[0]
 
 
 def explicit_values(config: Any, folder: str = "") -> tuple[Any, str]:
@@ -142,17 +143,35 @@ def explicit_values(config: Any, folder: str = "") -> tuple[Any, str]:
         config, folder: as for ``read_config``.
 
     Raises:
-        ConfigError: a file cannot be read.
+        ConfigError: as for ``read_config``.
     """
+    return _read(config, folder)[1:]
+
+
+def _read(config: Any, folder: str) -> tuple[RunConfig, Any, str]:
+    """The configuration, its explicit values, and its folder: the only place where flows take parameters."""
+    limited = is_limited()
+    if limited and folder:
+        check_place("folder", absolute_folder(folder))
     folder = absolute_folder(folder) if folder else ""
+    named = ""
     if isinstance(config, str):
-        location, own = location_and_folder(resolve_location(config, folder))
-        return read_values(location), own
-    if isinstance(config, BaseModel):
+        location = resolve_location(config, folder)
+        if limited:
+            check_place("config", location)
+        location, folder = location_and_folder(location)
+        config, named = read_values(location), f"{hide_secrets(location)}: "
+    elif isinstance(config, BaseModel):
         config = config.model_dump(mode="json")
-    if isinstance(config, Mapping):
+    if not named and isinstance(config, Mapping):
         config = {name: _without_none(value) if name in BY_PRESET else value for name, value in config.items()}
-    return config, folder
+    try:
+        found = RunConfig.from_mapping(config, folder)
+        if limited:
+            check_permitted(found)
+    except ConfigError as error:
+        raise ConfigError(f"{named}{error}") from None
+    return found, config, folder
 
 
 def _without_none(section: Any) -> Any:

@@ -12,17 +12,26 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_WORDS = "sig|token|key|secret|pass|pwd|auth|cred"
+_WORDS = "sig|token|key|secret|pass|pwd|auth|cred|jwt|session"
+_NAMED = r"[\w-]*(?:secret|password|passwd|token|api_?key|access_?key|account_?key|connection_string|credential)[\w-]*"
 _HIDDEN = (
-    (re.compile(r"(://[^/?#@:\s]*):[^/?#\s]*@"), r"\1:***@"),  # a password, which may have an @
+    # A password, which may have any characters; not the port of a host, nor the next part of a chained URL.
+    (re.compile(r"(://[^/?#@:\s]*):(?!\d{1,5}/|:\w[\w+.-]*://)\S*@"), r"\1:***@"),
     (re.compile(r"(https?://)[^/?#@:\s]+@"), r"\1***@"),  # a token in place of a user's name
     (re.compile(rf"([?&;][\w.%-]*(?:{_WORDS})[\w.%-]*=)[^&;#\s'\"]+", re.IGNORECASE), r"\1***"),
     (re.compile(r"(AccountKey=|SharedAccessSignature=|Bearer )[^;\s'\"]+"), r"\1***"),
+    (re.compile(rf"(['\"]{_NAMED}['\"]\s*:\s*(['\"]))[^'\"]+(?=\2)", re.IGNORECASE), r"\1***"),  # options of drivers
+    (re.compile(r"(\b[A-Z0-9_]*(?:SECRET|PASSWORD|TOKEN|ACCESS_KEY)[A-Z0-9_]*=)[^\s'\",;]+"), r"\1***"),  # variables
+)
+SECRET_KEY = re.compile(
+    r"(?:(?:use_|hf_)?(?:auth_|access_)?token|.*(?:secret|password|passwd|(?:api|access|account|secret)_?key"
+    r"|connection_string|sas_token))",
+    re.IGNORECASE,
 )
 
 
 def hide_secrets(text: str) -> str:
-    """A text with the secrets of its URLs replaced by ``***``: passwords, tokens, and signatures of queries."""
+    """A text with its secrets replaced by ``***``: passwords, tokens and signatures of URLs, and named credentials."""
     for pattern, shown in _HIDDEN:
         text = pattern.sub(shown, text)
     return text

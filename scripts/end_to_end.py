@@ -136,7 +136,12 @@ def go(stack: Stack, folder: Path, image: str) -> None:
         "image": image,
         "volumes": [f"{folder}:{folder}"],
         "container_create_kwargs": {"user": f"{os.getuid()}:{os.getgid()}"},
-        "env": {"PREFECT_API_URL": stack.url, "PREFECT_HOME": "/tmp/prefect", "HOME": "/tmp"},
+        "env": {
+            "PREFECT_API_URL": stack.url,
+            "PREFECT_HOME": "/tmp/prefect",
+            "HOME": "/tmp",
+            **{name: value for name, value in stack.environment.items() if name.startswith("MLORQ_")},
+        },
     }
     for name in ("compress/compress-docker", "rebudget/rebudget-docker"):
         stack.change_job_variables(name, variables)

@@ -57,6 +57,11 @@ class Stack:
             "PYTHONPATH": str(REPOSITORY),
             "OMP_WAIT_POLICY": "PASSIVE",
             "NO_PROXY": "127.0.0.1,localhost",
+            # The runs are the script's own; docs/SECURITY.md.
+            "MLORQ_ROOTS": "*",
+            "MLORQ_ALLOWED_FACTORIES": "*",
+            "MLORQ_ALLOWED_IMAGES": "*",
+            "MLORQ_ALLOWED_ARGUMENTS": "model.arguments.weights",
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs: list[IO[bytes]] = []

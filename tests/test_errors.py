@@ -8,6 +8,7 @@ import traceback
 import pytest
 
 import mlorq
+from mlorq.artifacts.locations import folder_of_url
 from mlorq.config.run import RunConfig
 from mlorq.config.sections import model_section
 from mlorq.errors import KINDS, ConfigError, DataError, MlorqError, hide_secrets, no_secrets, one_line
@@ -24,6 +25,9 @@ URLS = [
     "https://host/x?a=b&X-Amz-Signature=hunter2&X-Amz-Security-Token=hunter2",
     "https://host/x?X-Goog-Credential=hunter2%2Fx;api_key=hunter2#part",
     "zip://a.csv::https://me:hunter2@host/x.zip?access_token=hunter2",
+    "sftp://me:hun/te@r?hunter2@host/x",
+    '{"endpoint":"x","secret_key":"hunter2"}',
+    "AWS_SECRET_ACCESS_KEY=hunter2",
 ]
 PLAIN = [
     "s3://bucket/a@b:c",
@@ -125,3 +129,19 @@ def test_places_that_cannot_be_read_are_named_without_them(tmp_path):
         with pytest.raises(MlorqError) as caught:
             load_model(model, str(tmp_path))
         assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_configurations_have_no_secret_by_name_or_in_their_folder():
+    values = {
+        "model": {"family": "timm", "name": "vit_tiny_patch16_224", "checkpoint": "x.safetensors"},
+        "data": {role: {"source": "image_folder", "root": "x"} for role in ("calibration", "evaluation")},
+    }
+    for key in ("token", "secret_key"):
+        wrong = values | {"model": values["model"] | {"arguments": {key: SECRET}}}
+        with pytest.raises(ConfigError, match=f"model.arguments.{key}: its value holds a secret") as error:
+            RunConfig.from_mapping(wrong)
+        assert SECRET not in str(error.value)
+    with pytest.raises(ConfigError, match=r"folder: .* holds a secret") as error:
+        RunConfig.from_mapping(values, f"https://me:{SECRET}@host/runs")
+    assert SECRET not in str(error.value)
+    assert folder_of_url(f"https://host/runs/a.yaml?sig={SECRET}/{SECRET}") == "https://host/runs"

@@ -51,6 +51,8 @@ def folder_of_url(url: str) -> str:
     scheme, _, rest = url.partition("://")
     if "::" in rest:  # the neighbours of the file are in an archive
         raise ConfigError(f"configuration {hide_secrets(url)} is behind a chained URL: give the URL of a plain file")
+    if scheme in ("http", "https"):
+        rest = rest.partition("?")[0].partition("#")[0]  # a signature is of the file alone
     return f"{scheme}://{posixpath.dirname(rest)}"
 
 

@@ -17,6 +17,7 @@ import datetime
 import functools
 import io
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ from mlorq.artifacts.hashing import digest_bytes
 from mlorq.artifacts.leases import Leases
 from mlorq.artifacts.transfer import Files, Traffic
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
-from mlorq.errors import StoreError, hide_secrets
+from mlorq.errors import StoreError, hide_secrets, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,11 +125,23 @@ class Store:
                 raise StoreError(f"{name!r} is not the name of a step or the key of an artifact")
         for name in (ref.step, ref.key, *names):
             check_inside(name)
-        return posixpath.join(self.root, ref.step, ref.key, *names)
+        return self._without_links(posixpath.join(self.root, ref.step, ref.key, *names))
+
+    def _without_links(self, path: str) -> str:
+        """The path itself, if no link on its way leads out of a local store.
+
+        Raises:
+            StoreError: a link leads out of the store.
+        """
+        if self.is_local:
+            root = os.path.realpath(self.root)
+            if not os.path.realpath(path).startswith(root.rstrip("/") + "/"):
+                raise StoreError(f"{path} leads out of the store {self.root} by a link: remove the link")
+        return path
 
     def uri(self, ref: ArtifactRef, *names: str) -> str:
-        """URI of an artifact, or of a file in it."""
-        return str(self.fs.unstrip_protocol(self.path(ref, *names)))
+        """URI of an artifact, or of a file in it, without secrets: it is shown and stored."""
+        return hide_secrets(str(self.fs.unstrip_protocol(self.path(ref, *names))))
 
     # -- existence --------------------------------------------------------------------------------------------
 
@@ -201,8 +214,10 @@ class Store:
                 check_inside(name)
                 if not isinstance(listed["bytes"], int) or not re.fullmatch("[0-9a-f]{32}", listed["digest"]):
                     raise ValueError(f"the size or digest of {name} is missing")
-        except (ValueError, KeyError, TypeError, StoreError) as error:
-            raise self._damaged(ref, MANIFEST, str(error)) from error
+        except RecursionError:
+            raise self._damaged(ref, MANIFEST, "it is nested too deeply") from None
+        except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
+            raise self._damaged(ref, MANIFEST, one_line(error)) from error
         if self.is_remote:
             self._manifests[ref] = manifest
         return manifest
@@ -213,7 +228,8 @@ class Store:
         Raises:
             StoreError: the store cannot be reached.
         """
-        folder = posixpath.join(self.root, step)
+        check_inside(step)
+        folder = self._without_links(posixpath.join(self.root, step))
         try:
             if self.is_local:
                 keys = self.files.children(folder)
@@ -393,6 +409,8 @@ class Store:
         """
         try:
             return json.loads(self.read_bytes(ref, name))
+        except RecursionError:
+            raise self._damaged(ref, name, "it is nested too deeply") from None
         except ValueError as error:
             raise self._damaged(ref, name, str(error)) from error
 

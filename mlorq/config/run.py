@@ -23,6 +23,7 @@ from pydantic import BeforeValidator, Field, ValidationError, create_model, mode
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location
 from mlorq.codecs.base import Residency
+from mlorq.config.bounded import MOST_CHARACTERS, check_values, read_yaml
 from mlorq.config.budget import Budget, budget_text, parse_budgets
 from mlorq.config.presets import DEFAULT_PRESET, PRESETS, Preset
 from mlorq.config.sections import (
@@ -49,7 +50,7 @@ from mlorq.config.sections import (
     source_section,
 )
 from mlorq.config.target import TargetConfig, target_section
-from mlorq.errors import ConfigError, hide_secrets
+from mlorq.errors import SECRET_KEY, ConfigError, hide_secrets
 from mlorq.registry import Settings
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "TargetConfig",
     "location_and_folder",
     "read_values",
+    "texts_of",
 ]
 
 
@@ -127,8 +129,10 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _refuse_secrets(self) -> Self:
         """Configurations are parameters of flows, which servers store and show."""
-        for key, text in _texts(self.model_dump(mode="json"), ""):
-            if (shown := hide_secrets(text)) != text:
+        for key, text in (("folder", self.folder), *texts_of(self.model_dump(mode="json"), "")):
+            named = bool(text) and SECRET_KEY.fullmatch(key.rpartition(".")[2]) is not None
+            shown = "its value" if named else hide_secrets(text)
+            if shown != text:
                 raise ValueError(
                     f"{key}: {shown} holds a secret, and configurations are stored: leave it out, and give it to the "
                     "file system's driver by its environment variables or fsspec's configuration (docs/STORES.md)"
@@ -157,6 +161,7 @@ class RunConfig(Settings):
         """
         if not isinstance(values, dict):
             raise ConfigError("a configuration must be a mapping of keys to values")
+        check_values(values)
         values = dict(values)
         preset = values.get("preset", DEFAULT_PRESET)
         for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
@@ -201,13 +206,18 @@ class RunConfig(Settings):
         return resolve_location(location, self.folder)
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """All texts of a configuration, with their dotted keys."""
+def texts_of(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """All texts in a value, with their dotted keys.
+
+    Args:
+        value: JSON values, such as those of a configuration.
+        key: dotted key of the value itself; empty for a whole configuration.
+    """
     if isinstance(value, str):
         yield key, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
-        yield from _texts(item, f"{key}.{name}" if key else str(name))
+        yield from texts_of(item, f"{key}.{name}" if key else str(name))
 
 
 def run_config() -> type[RunConfig]:
@@ -263,13 +273,12 @@ def _read_mapping(location: str) -> dict[str, Any]:
     shown = f"configuration {hide_secrets(location)}"
     try:
         with fsspec.open(location, "rt") if "://" in location else open(location, encoding="utf-8") as file:
-            values = yaml.safe_load(file.read())
+            text = file.read(MOST_CHARACTERS + 1)
     except FileNotFoundError:
         raise ConfigError(f"{shown} does not exist") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{shown} is not YAML: {' '.join(str(error).split())}") from None
     except Exception as error:  # file-system drivers raise exceptions of any type
         raise ConfigError(f"{shown} cannot be read: {error}") from None
+    values = read_yaml(text, shown)
     if not isinstance(values, dict):
         raise ConfigError(f"{shown} is not a mapping of keys to values")
     return values
@@ -316,5 +325,5 @@ def _explain(error: ValidationError, config: type[RunConfig]) -> str:
     if isinstance(given, str) and (where, given) in REMOVED_VALUES:
         return f"{where}: {REMOVED_VALUES[where, given]}"
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, (dict, list)) else f" (given: {given!r})"
+    shown = "" if isinstance(given, (dict, list)) else f" (given: {given!r:.200})"
     return f"{where}: {message}{shown}" if where else message

@@ -328,7 +328,8 @@ def locate(settings: TransformersSettings, folder: str = "") -> str:
     if os.path.isdir(path):
         return path
     package, _, inside = name.partition("/")
-    if inside and package.isidentifier() and (spec := importlib.util.find_spec(package)) is not None:
+    named = inside and ".." not in inside.split("/") and package.isidentifier()
+    if named and (spec := importlib.util.find_spec(package)) is not None:
         for root in spec.submodule_search_locations or ():
             if os.path.isdir(os.path.join(root, inside)):
                 return os.path.join(root, inside)

@@ -101,6 +101,7 @@ def test_a_script_of_evaluate_in_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert result["metric"]["float"] == pytest.approx(wanted)
 
 
+@pytest.mark.long
 def test_a_run_reports_the_metric_of_a_package(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics", reason="needs the extra metrics")
     values = section(tmp_path, **MACRO)

@@ -24,6 +24,7 @@ from mlorq.models.layers import find_layers
 from mlorq.models.loading import from_module
 from mlorq.models.task_outputs import sketched_logits
 from tests import zoo
+from tests.long import few
 
 SIZES = {
     "vocab_size": 24,
@@ -319,7 +320,7 @@ def test_padding_of_choices_is_no_data(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(products.means(), found[0].inputs[name].means(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["text-generation", "multiple-choice"])
+@pytest.mark.parametrize("task", few(["text-generation", "multiple-choice"], "multiple-choice"))
 def test_a_model_is_compressed_measured_and_loaded_alone(task: str, tmp_path: Path) -> None:
     module = save_decoder(tmp_path / "model") if task == "text-generation" else save_reader(tmp_path / "model")
     save_table(tmp_path)

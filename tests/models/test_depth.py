@@ -252,6 +252,7 @@ def test_models_of_depth_are_loaded_and_rebuilt(kind: str, tmp_path: Path) -> No
     assert model.outputs(model.module, made).isfinite().all()
 
 
+@pytest.mark.long
 def test_a_model_of_depth_is_compressed_saved_and_loaded(tmp_path: Path) -> None:
     module = save(tmp_path, "depth_anything")
     search = {**zoo.FAST, "include": ["backbone.encoder.layer.1.*", "head.*"]}
