@@ -202,6 +202,9 @@ def _store_commands(parser: argparse.ArgumentParser) -> None:
     ls = commands.add_parser("ls", help="artifacts by step")
     ls.add_argument("--step", metavar="NAME", help="list the artifacts of one step")
     verify = commands.add_parser("verify", help="check every file against its manifest")
+    verify.add_argument(
+        "--repair", action="store_true", help="remove damaged artifacts and all that was made from them"
+    )
     gc = commands.add_parser("gc", help="remove the artifacts that none of the kept runs needs")
     gc.add_argument("--keep", action="append", metavar="RUN", help="a run to keep; can be repeated")
     gc.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")

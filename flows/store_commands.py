@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.command_tools import Finish, named_store, print_json
@@ -85,11 +85,22 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
 
 
 def verify(arguments: argparse.Namespace) -> Finish:
-    """Check every file against its manifest; exit status 2 if one is damaged."""
+    """Check every file against its manifest; exit status 2 if one is damaged, unless it is removed by ``--repair``."""
+    from mlorq.artifacts.gc import remove
     from mlorq.artifacts.gc import verify as verify_store
+    from mlorq.artifacts.repair import derived_from
 
     found = named_store(arguments)
-    findings = verify_store(found, _progress("verified"))
+    gone: list[Folder] = []
+    if arguments.repair:
+        found.check_writable()
+        with _alone(found, "store verify --repair"):
+            findings = verify_store(found, _progress("verified"))
+            gone = derived_from(found, findings.refs)
+            remove(found, gone, _progress("removed"))
+    else:
+        findings = verify_store(found, _progress("verified"))
+    removed = [f"{folder.ref.step}/{folder.ref.key}" for folder in gone]
     left_over = [found.uri(folder.ref) for folder in findings.left_over]
 
     def finish() -> int:
@@ -97,15 +108,19 @@ def verify(arguments: argparse.Namespace) -> Finish:
 
         if arguments.json:
             counts = {"artifacts": findings.artifacts, "bytes": findings.bytes}
-            print_json(
-                {"store": hide_secrets(found.url), **counts, "damaged": findings.damaged, "left_over": left_over}
-            )
+            lists = {"damaged": findings.damaged, "left_over": left_over, "removed": removed}
+            print_json({"store": hide_secrets(found.url), **counts, **lists})
         else:
             out = console()
             for name in left_over:
                 out.print(f"left over from an interrupted write: {name}", markup=False, soft_wrap=True)
             out.print(f"{findings.artifacts:,} artifacts, {size(findings.bytes)}", markup=False)
-        if findings.damaged:
+            if gone:
+                for message in findings.damaged:
+                    out.print(message, markup=False, soft_wrap=True)
+                derived = len(gone) - len(findings.refs)
+                out.print(f"removed: {len(findings.refs):,} damaged artifacts and {derived:,} made from them")
+        if findings.damaged and not arguments.repair:
             raise StoreError(f"{len(findings.damaged)} damaged: {'; '.join(findings.damaged)}")
         return 0
 
@@ -121,11 +136,7 @@ def gc(arguments: argparse.Namespace) -> Finish:
     found = named_store(arguments)
     if not arguments.dry_run:
         found.check_writable()
-    with contextlib.nullcontext() if arguments.dry_run else found.leases.hold("gc", "mlorq store gc") as own:
-        if not arguments.dry_run and (runs := found.leases.holders("runs", own)):
-            raise StoreError(
-                f"store gc: {' and '.join(map(str, runs))} may need any artifact: try again when it has ended"
-            )
+    with contextlib.nullcontext() if arguments.dry_run else _alone(found, "store gc"):
         # Listed before the needed artifacts are determined: artifacts written in the meantime are not removed.
         everything = folders(found)
         gone = removable(everything, needed_by(found, arguments.keep))
@@ -151,6 +162,21 @@ def gc(arguments: argparse.Namespace) -> Finish:
         return 0
 
     return finish
+
+
+@contextlib.contextmanager
+def _alone(found: Store, command: str) -> Iterator[None]:
+    """Keep runs from starting for the duration of a ``with`` block.
+
+    Raises:
+        StoreError: a run uses the store.
+    """
+    with found.leases.hold("gc", f"mlorq {command}") as own:
+        if runs := found.leases.holders("runs", own):
+            raise StoreError(
+                f"{command}: {' and '.join(map(str, runs))} may need any artifact: try again when it has ended"
+            )
+        yield
 
 
 def _progress(verb: str) -> Callable[[int, int], None]:

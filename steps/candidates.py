@@ -105,7 +105,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     fit = fits_of(context, inputs.model, inputs.capture, layer, params.fit).search
     forms = {name: FORMS[name].settings.model_validate(values) for name, values in params.forms.items()}
     shape = Shape(layer.out_features, layer.in_features, layer.groups)
-    storage = Storage(params.accounting, params.fit.zero_point, params.residency)
+    storage = Storage(params.accounting, fit.zero_point, params.residency)
     table = candidate_table(fit, shape, forms, storage)
     return {"candidates.parquet": table_bytes(table)}
 

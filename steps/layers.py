@@ -84,4 +84,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     }
 
 
-STEP = Step("layers", 6, Params, Inputs, run)
+STEP = Step("layers", 7, Params, Inputs, run)

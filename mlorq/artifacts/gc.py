@@ -80,12 +80,14 @@ class Findings:
         artifacts: number of artifacts checked.
         bytes: number of bytes read.
         damaged: one message per damaged artifact.
+        refs: the damaged artifacts, in the same order.
         left_over: folders without a manifest.
     """
 
     artifacts: int = 0
     bytes: int = 0
     damaged: list[str] = field(default_factory=list)
+    refs: list[ArtifactRef] = field(default_factory=list)
     left_over: list[Folder] = field(default_factory=list)
 
 
@@ -112,6 +114,7 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                 raise  # the store is unreachable; the artifact is not damaged
             findings.damaged.append(str(error))
+            findings.refs.append(folder.ref)
         findings.artifacts += 1
         if progress is not None:
             progress(done, len(artifacts))

@@ -370,10 +370,12 @@ class Store:
         Raises:
             StoreError: the artifact or the file is missing or damaged, or the store cannot be reached.
         """
+        data = self.read_bytes(ref, name)
         try:
-            return pq.read_table(io.BytesIO(self.read_bytes(ref, name)))
-        except pa.ArrowInvalid as error:
-            raise self._damaged(ref, name, str(error)) from error
+            return pq.read_table(io.BytesIO(data))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            # Not its cause: some damage is an OSError of Parquet, which would be taken for a fault of the network.
+            raise self._damaged(ref, name, one_line(error)) from None
 
     def read_tensors(self, ref: ArtifactRef, name: str) -> dict[str, Tensor]:
         """The tensors of one safetensors file of an artifact, by name.
@@ -423,7 +425,8 @@ class Store:
 
     def _damaged(self, ref: ArtifactRef, name: str, reason: str) -> StoreError:
         return StoreError(
-            f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete its folder, and it is computed again"
+            f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete its folder, and it is computed again "
+            "(mlorq store verify --repair does)"
         )
 
 

@@ -17,6 +17,7 @@ from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.float_sizes import TensorSize
 from mlorq.checkpoint.format import HASH_KEYS, description_bytes, sizes_of, stored_once, tensor_state
 from mlorq.checkpoint.tensor_file import ALIGNED, DTYPES, compact, digest, header_text, metadata
+from mlorq.codecs.affine import storage_for
 from mlorq.codecs.base import Accounting, Storage
 from mlorq.forms.base import FORMS, Shape, uniform_candidate
 from mlorq.forms.modules import compressed_class, get_layer, shared_names
@@ -85,8 +86,10 @@ def _longest_entry(module: nn.Module, name: str, further: Sequence[str]) -> Laye
     weight = weight_of(layer)
     kind, dtype = compressed_class(layer, name).kind, dtype_name(weight.dtype)
     shape = Shape(*BY_NAME[kind].matrix_shape(weight.shape))
+    matrix = BY_NAME[kind].to_matrix(weight)
+    stored = "int16" if weight.is_meta else storage_for(matrix, "int16")
     entries = [
-        LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), "int16", dtype, MOST, tuple(further), MOST)
+        LayerEntry(name, kind, tuple(weight.shape), form.largest(shape), stored, dtype, MOST, tuple(further), MOST)
         for form in FORMS
         if form.serves(shape)
     ]
@@ -139,7 +142,7 @@ def _unpaid(entry: LayerEntry) -> int:
             largest = form.largest(shape)
             if largest.rank is not None:
                 largest = replace(largest, rank=min(entry.matrix_shape))
-            matrices = form.matrices(largest, shape).values()
+            matrices = form.matrices(largest, shape, entry.zero_point).values()
             most = max(most, sum(codec.unpaid(rows, columns) for rows, columns, codec in matrices))
     return most
 

@@ -1,13 +1,14 @@
 """Uniform affine codes with a scale and a zero-point per row (METHOD 1; MLoRQ, arXiv 2507.09616).
 
 ``q = clamp(round(w / s) + z, 0, 2^b - 1)``, ``ŵ = (q - z) s``. "Row" is an output row of the matrix in question. Scales
-are rounded to float16 before codes are found, so that the searched, measured and stored quantizers are identical
+are rounded to float16, or to float32 for weights that
+float16 does not reach, before codes are found, so that the searched, measured and stored quantizers are identical
 (``mlorq.fitting.scale_search`` searches for them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,9 +32,52 @@ if TYPE_CHECKING:
 
     from mlorq.codecs.graph import Graph
 
-SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
-LARGEST_SCALE = 65504.0  # the largest finite float16
-ZERO_POINT_DTYPES: dict[ZeroPoint, str] = {"codes": "uint8", "int16": "int16"}
+ZERO_POINT_DTYPES: dict[ZeroPoint, str] = {
+    "codes": "uint8",
+    "int16": "int16",
+    "codes_float32": "uint8",
+    "int16_float32": "int16",
+}
+# Smallest and largest scales: the smallest positive and largest finite float16; in float32, those whose products with
+# codes are normal and finite.
+SCALE_LIMITS = {"float16": (2.0**-24, 65504.0), "float32": (2.0**-110, 2.0**110)}
+WEIGHTS_IN_FLOAT16 = (2.0**-18, 65504.0)  # largest weights of rows; below, a row would have less than 7 bits
+
+
+def scale_dtype(stored_as: ZeroPoint) -> str:
+    """Name of the dtype of the scales."""
+    return "float32" if stored_as.endswith("float32") else "float16"
+
+
+def stored_scale(scale: Tensor, stored_as: ZeroPoint) -> Tensor:
+    """The nearest scales that can be stored, float32, for positive scales of any shape."""
+    import torch
+
+    name = scale_dtype(stored_as)
+    return scale.clamp(*SCALE_LIMITS[name]).to(getattr(torch, name)).to(torch.float32)
+
+
+def storage_for(weight: Tensor, chosen: ZeroPoint) -> ZeroPoint:
+    """How the rows of a weight ``(rows, columns)`` are stored: as chosen, with float32 scales if it needs them.
+
+    It needs them if a row other than zeros is too small for float16 scales, or if a weight is too large.
+    """
+    largest = weight.detach().abs().amax(1)
+    low, high = WEIGHTS_IN_FLOAT16
+    if not bool((((largest > 0) & (largest < low)) | (largest > high)).any()):
+        return chosen
+    return "int16_float32" if ZERO_POINT_DTYPES[chosen] == "int16" else "codes_float32"
+
+
+def merged(stored: Iterable[ZeroPoint]) -> ZeroPoint:
+    """The storage that holds rows of every given storage."""
+    found = list(stored)
+    wide = any(ZERO_POINT_DTYPES[one] == "int16" for one in found)
+    if any(scale_dtype(one) == "float32" for one in found):
+        return "int16_float32" if wide else "codes_float32"
+    return "int16" if wide else "codes"
+
+
 PARTS = ("codes", "scale", "zero_point")
 
 
@@ -42,10 +86,10 @@ class RowQuantizer:
     """Scales and zero-points of the rows of a matrix, or of a batch of such matrices.
 
     Attributes:
-        scale: ``(..., rows)`` float32, each exactly a float16 value and positive.
+        scale: ``(..., rows)`` float32, each positive and exactly a value that can be stored.
         zero_point: ``(..., rows)`` float32 integers.
         bits: bit-width of the codes.
-        stored_as: how the zero-points are stored.
+        stored_as: how zero-points and scales are stored.
     """
 
     scale: Tensor
@@ -77,7 +121,7 @@ class RowQuantizer:
         zero_point = getattr(torch, ZERO_POINT_DTYPES[self.stored_as])
         return QuantizedMatrix(
             codes=codes.to(torch.uint8).cpu(),
-            scale=self.scale.to(torch.float16).cpu(),
+            scale=self.scale.to(getattr(torch, scale_dtype(self.stored_as))).cpu(),
             zero_point=self.zero_point.to(zero_point).cpu(),
             bits=self.bits,
         )
@@ -125,7 +169,7 @@ class QuantizedMatrix(StoredMatrix):
 
     Attributes:
         codes: ``(rows, columns)`` uint8.
-        scale: ``(rows,)`` float16.
+        scale: ``(rows,)`` float16 or float32.
         zero_point: ``(rows,)`` uint8, or int16 if zero-points may lie outside the codes.
         bits: bit-width of the codes, 1 to 8.
     """
@@ -141,7 +185,10 @@ class QuantizedMatrix(StoredMatrix):
 
     @property
     def codec(self) -> AffineCodec:
-        return AffineCodec(self.bits, "int16" if str(self.zero_point.dtype) == "torch.int16" else "codes")
+        wide = str(self.zero_point.dtype) == "torch.int16"
+        if str(self.scale.dtype) == "torch.float32":
+            return AffineCodec(self.bits, "int16_float32" if wide else "codes_float32")
+        return AffineCodec(self.bits, "int16" if wide else "codes")
 
     def tensors(self) -> dict[str, Tensor]:
         return {part: getattr(self, part) for part in PARTS}
@@ -162,11 +209,11 @@ class QuantizedMatrix(StoredMatrix):
 
 @dataclass(frozen=True)
 class AffineCodec(Codec):
-    """Codes packed row by row to whole bytes (``mlorq.codecs.packing``), a float16 scale and a zero-point per row.
+    """Codes packed row by row to whole bytes (``mlorq.codecs.packing``), a scale and a zero-point per row.
 
     Attributes:
         bits: bit-width of the codes, 1 to 8.
-        zero_point: ``codes`` (uint8) or ``int16``, see ``Storage``.
+        zero_point: storage of zero-points and scales, see ``Storage``.
 
     Raises:
         ValueError: ``bits`` is not 1 to 8.
@@ -182,14 +229,15 @@ class AffineCodec(Codec):
     def layout(self, rows: int, columns: int) -> dict[str, TensorSpec]:
         return {
             "codes": TensorSpec((rows, (columns * self.bits + 7) // 8), "uint8"),
-            "scale": TensorSpec((rows,), "float16"),
+            "scale": TensorSpec((rows,), scale_dtype(self.zero_point)),
             "zero_point": TensorSpec((rows,), ZERO_POINT_DTYPES[self.zero_point]),
         }
 
     def size(self, rows: int, columns: int) -> int:
-        """``rows (ceil(columns bits / 8) + 2 + z)`` bytes, z = 1 (codes) or 2 (int16)."""
+        """``rows (ceil(columns bits / 8) + s + z)`` bytes, s = 2 or 4 of the scale, z = 1 (codes) or 2 (int16)."""
         z = np.dtype(ZERO_POINT_DTYPES[self.zero_point]).itemsize
-        return rows * ((columns * self.bits + 7) // 8 + 2 + z)
+        s = np.dtype(scale_dtype(self.zero_point)).itemsize
+        return rows * ((columns * self.bits + 7) // 8 + s + z)
 
     def held(self, rows: int, columns: int, residency: Residency) -> Held:
         """Codes in the next bit-width of the runtime, a float32 scale and a zero-point per row."""
@@ -199,7 +247,8 @@ class AffineCodec(Codec):
         return Held(rows * columns * wide // 8 + (FLOAT_BYTES + 1) * rows, True)
 
     def unpaid(self, rows: int, columns: int) -> int:
-        return 5 * rows  # per row: a byte of padding, the scale, and a zero-point of either kind
+        # Per row: a byte of padding, the scale, and a zero-point of either kind.
+        return (3 + np.dtype(scale_dtype(self.zero_point)).itemsize) * rows
 
     def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:
         from mlorq.codecs.packing import pack_rows

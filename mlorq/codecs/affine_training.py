@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mlorq.codecs.affine import SMALLEST_SCALE, QuantizedMatrix
+from mlorq.codecs.affine import QuantizedMatrix, stored_scale
 
 
 class TrainableAffine:
@@ -27,7 +27,7 @@ class TrainableAffine:
         self.growth = nn.Parameter(torch.zeros_like(self.base))  # logarithm of scale / base
 
     def scale(self) -> Tensor:
-        """Scales, ``(rows, 1)`` float32, before they are rounded to float16."""
+        """Scales, ``(rows, 1)`` float32, before they are rounded to what is stored."""
         return self.base * self.growth.exp()
 
     def values(self) -> Tensor:
@@ -35,11 +35,11 @@ class TrainableAffine:
         inside = self.latent.clamp(0, self.top)
         codes = inside + (inside.round() - inside).detach()
         scale = self.scale()
-        stored = scale.detach().to(torch.float16).float().clamp(min=SMALLEST_SCALE)
+        stored = stored_scale(scale.detach(), self.stored.codec.zero_point)
         return (codes - self.zero) * (scale + (stored - scale).detach())
 
     def result(self) -> QuantizedMatrix:
         """The matrix with its current codes and scales, on the CPU."""
         codes = self.latent.detach().clamp(0, self.top).round().to(torch.uint8).cpu()
-        scale = self.scale().detach().squeeze(1).to(torch.float16).clamp(min=SMALLEST_SCALE).cpu()
-        return replace(self.stored, codes=codes, scale=scale)
+        scale = stored_scale(self.scale().detach().squeeze(1), self.stored.codec.zero_point)
+        return replace(self.stored, codes=codes, scale=scale.to(self.stored.scale.dtype).cpu())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mlorq.codecs.graph import Graph
 
-ZeroPoint = Literal["codes", "int16"]
+ZeroPoint = Literal["codes", "int16", "codes_float32", "int16_float32"]
 Accounting = Literal["exact", "paper"]
 
 FLOAT_BYTES = 4  # sizes are compared with the float32 size, whatever the model's dtype
@@ -45,7 +45,8 @@ class Storage:
 
     Attributes:
         accounting: ``exact``, what the checkpoint holds; ``paper``, the bits of the codes alone (arXiv 2507.09616).
-        zero_point: range of zero-points: ``codes``, those of the codes (uint8); ``int16``, any int16 value.
+        zero_point: range of zero-points: ``codes``, those of the codes (uint8); ``int16``, any int16 value. With
+            ``_float32`` scales are float32 instead of float16, for rows that float16 does not reach.
         residency: how the runtime that the model is meant for holds matrices; None: none is chosen.
     """
 

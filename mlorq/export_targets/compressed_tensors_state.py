@@ -110,7 +110,7 @@ def _why_not(model: Any, layers: Sequence[CompressedModule], info: Mapping[str, 
         if layer.candidate.bits is None or layer.candidate != uniform_candidate(layer.candidate.bits):
             return f"layer {layer.layer_name!r} has the form {layer.candidate.candidate_id}"
         if layer.zero_point != "codes":
-            return f"layer {layer.layer_name!r} has zero-points outside its codes"
+            return f"layer {layer.layer_name!r} has zero-points outside its codes, or float32 scales"
     if len(widths) > 1:
         return f"layers have {' and '.join(str(width) for width in sorted(widths, key=str))} bits"
     return None

@@ -29,7 +29,7 @@ class LayerFit(Protocol):
     Attributes:
         weight: W, ``(out_features, in_features)``.
         percentiles: upper percentiles p of the ranges (1-p, p) that scale searches try.
-        zero_point: range of zero-points (``codecs.base.Storage``).
+        zero_point: storage of zero-points and scales (``codecs.base.Storage``); float32 scales if W needs them.
         held_out: whether the fit uses the first fold of the calibration data alone, so that costs must be measured on
             the second.
     """

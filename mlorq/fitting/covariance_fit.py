@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mlorq.calibration.covariance import Moments, pooled
-from mlorq.codecs.affine import Rounded, RowQuantizer
+from mlorq.codecs.affine import Rounded, RowQuantizer, storage_for
 from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
@@ -123,7 +123,7 @@ class CovarianceFit:
         weight: W, ``(out_features, in_features)``.
         metric: Σ and G of the fit.
         percentiles: upper percentiles p of the ranges (1-p, p) tried.
-        zero_point: range of zero-points (``codecs.base.Storage``).
+        zero_point: storage of zero-points and scales (``codecs.base.Storage``).
         rotation: seed of the rotation of trellis codes; None: no rotation.
         judge: Σ and G of held-out samples, for local costs; default: ``metric``.
         output: G of all samples, for ``output_metric``; default: that of ``metric``.
@@ -303,7 +303,7 @@ def covariance_fit(weight: Tensor, folds: Sequence[Moments], settings: FitSettin
         weight.float(),
         Metric(*folds[0].shrunk()),
         settings.percentiles,
-        settings.zero_point,
+        storage_for(weight, settings.zero_point),
         settings.rotation,
         # Σ is not shrunk: directions without variance cost nothing.
         judge=Metric(last.inputs, last.shrunk()[1]),

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mlorq.codecs.affine import SMALLEST_SCALE, RowQuantizer
+from mlorq.codecs.affine import SCALE_LIMITS, RowQuantizer, scale_dtype, stored_scale
 from mlorq.fitting.cuda import has_kernels
 from mlorq.fitting.gram import damped
 
@@ -161,8 +161,8 @@ def refit_scale(
     """Least-squares scales for given codes, and the rows' errors with them.
 
     The error of a row is quadratic in its scale with its minimum at ``(q H wᵀ) / (q H qᵀ)``, q the codes minus the
-    zero-point, so that the nearest float16 value is optimal, and never worse than the given scale. Rows keep their
-    scale if the minimum is not positive or outside the range of float16.
+    zero-point, so that the nearest value that can be stored is optimal, and never worse than the given scale. Rows
+    keep their scale if the minimum is not positive or outside the range of stored scales.
 
     Args:
         weight, hessian, quantizer, codes: as for ``gptq``.
@@ -175,9 +175,10 @@ def refit_scale(
     weighted = centred @ hessian.matrix
     power = (weighted * centred).sum(1)
     cross = (weighted * weight.double()).sum(1)
-    stored = (cross / power.clamp(min=torch.finfo(torch.float64).tiny)).to(torch.float16).float()
-    usable = (power > 0) & torch.isfinite(stored) & (stored >= SMALLEST_SCALE)
-    scale = torch.where(usable, stored, quantizer.scale)
+    best = cross / power.clamp(min=torch.finfo(torch.float64).tiny)
+    low, high = SCALE_LIMITS[scale_dtype(quantizer.stored_as)]
+    usable = (power > 0) & (best >= low / 2) & (best <= high)
+    scale = torch.where(usable, stored_scale(best, quantizer.stored_as), quantizer.scale)
     wide = scale.double()
     errors = (hessian.norms(weight) if norms is None else norms) + wide * (wide * power - 2 * cross)
     return replace(quantizer, scale=scale), errors

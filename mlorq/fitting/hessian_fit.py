@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlorq.codecs.affine import Rounded, RowQuantizer
+from mlorq.codecs.affine import Rounded, RowQuantizer, storage_for
 from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
@@ -38,16 +38,19 @@ class HessianFit:
         weight: W, ``(out_features, in_features)``.
         hessian: label-free Hessian of W, same shape.
         settings: percentiles, zero-points and the split of the singular values.
+        zero_point: storage of zero-points and scales; None: as the settings say, with float32 scales if W needs them.
     """
 
     held_out = False
 
-    def __init__(self, weight: Tensor, hessian: Tensor, settings: FitSettings) -> None:
+    def __init__(
+        self, weight: Tensor, hessian: Tensor, settings: FitSettings, zero_point: ZeroPoint | None = None
+    ) -> None:
         self.weight = weight.to(torch.float32)
         self.hessian = hessian.to(torch.float32)
         self.settings = settings
         self.percentiles: Sequence[float] = settings.percentiles
-        self.zero_point: ZeroPoint = settings.zero_point
+        self.zero_point: ZeroPoint = zero_point or storage_for(weight, settings.zero_point)
         self._quantizers: dict[tuple[str, int], RowQuantizer] = {}
         self._residuals: dict[int, HessianFit] = {}
 
@@ -67,7 +70,7 @@ class HessianFit:
         return torch.diag(rows + max(1e-3 * float(rows.mean()), torch.finfo(torch.float64).tiny))
 
     def of(self, weight: Tensor) -> HessianFit:
-        return HessianFit(weight, self.hessian, self.settings)
+        return HessianFit(weight, self.hessian, self.settings, self.zero_point)
 
     # -- quantizers -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Range search for a matrix's rows: scales and zero-points of least weighted squared error (METHOD 1).
 
-Ranges are given by percentiles of each row. Scales are rounded to float16 before codes are found, so that the searched,
-measured and stored quantizers are identical.
+Ranges are given by percentiles of each row. Scales are rounded to what is stored before codes are found, so
+that the searched, measured and stored quantizers are identical.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlorq.codecs.affine import LARGEST_SCALE, SMALLEST_SCALE, RowQuantizer
+from mlorq.codecs.affine import SCALE_LIMITS, ZERO_POINT_DTYPES, RowQuantizer, scale_dtype, stored_scale
 from mlorq.codecs.base import ZeroPoint
 
 INT16_LIMIT = 32767
@@ -22,24 +22,25 @@ CHUNK_ELEMENTS = 1 << 22  # entries of one temporary of a search: bounds memory,
 def range_quantizer(low: Tensor, high: Tensor, bits: int, zero_point: ZeroPoint) -> RowQuantizer:
     """Quantizers for ranges ``[low, high]`` of any shape: ``s = (hi - lo) / (2^b - 1)``, ``z = round(-lo / s)``.
 
-    With ``zero_point="codes"`` the range is extended to contain 0, so that z is a code. Constant rows are extended
+    If zero-points are codes, the range is extended to contain 0, so that z is a code. Constant rows are extended
     as well (their range would give ``s = 0``), and so are rows whose z would not fit int16. Rows of zeros get
     ``s = 1``, ``z = 0``.
     """
     levels = 2**bits - 1
+    as_codes = ZERO_POINT_DTYPES[zero_point] == "uint8"
     constant = high <= low
-    if zero_point == "codes":
+    if as_codes:
         extend = torch.ones_like(constant)
     else:
-        step = ((high - low) / levels).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+        step = ((high - low) / levels).clamp(*SCALE_LIMITS[scale_dtype(zero_point)])
         extend = constant | ((low / step).abs() > INT16_LIMIT - 1)
     low = torch.where(extend, low.clamp(max=0), low)
     high = torch.where(extend, high.clamp(min=0), high)
-    scale = ((high - low) / levels).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
+    scale = stored_scale((high - low) / levels, zero_point)
     empty = (low == 0) & (high == 0)
     scale = torch.where(empty, torch.ones_like(scale), scale)
     zero = (-low / scale).round()
-    if zero_point == "codes":
+    if as_codes:
         zero = zero.clamp(0, levels)
     return RowQuantizer(scale, zero, bits, zero_point)
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from mlorq.codecs.base import ZeroPoint
 from mlorq.field_types import Percentiles
 from mlorq.registry import Settings
 
@@ -23,7 +22,7 @@ class FitSettings(Settings):
         description="metric of fits and local costs: hessian (paper), moments (input and output-gradient covariances)",
     )
     factor_split: Split = Field("U_SV", description="which factor carries the singular values")
-    zero_point: ZeroPoint = Field(
+    zero_point: Literal["codes", "int16"] = Field(
         "codes", description="codes: ranges contain 0 and zero-points are codes; int16: any zero-point (the paper)"
     )
     rotation: int | None = Field(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from mlorq.codecs.affine import merged
 from mlorq.codecs.base import Codec, StoredMatrix, ZeroPoint
 from mlorq.errors import ModelError
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
@@ -24,6 +25,8 @@ from mlorq.models.direct import weight_of
 from mlorq.models.kinds import BY_NAME, kind_of, why_not_a_product
 from mlorq.models.left_float import own_code
 from mlorq.models.library_layers import is_computed_by_class
+
+WIDENED = ((torch.uint8, torch.int16), (torch.float16, torch.float32))  # dtypes of one matrix and of its layer
 
 
 class CompressedModule(nn.Module):
@@ -37,7 +40,7 @@ class CompressedModule(nn.Module):
         float_class: class of the float layers that it replaces.
         layer_name: the layer's name in the model; modules that share one weight share the name.
         candidate: form, bits and rank.
-        zero_point: how zero-points are stored.
+        zero_point: how zero-points and scales are stored.
         weight_shape: shape of the float layer's weight.
         compute_dtype: dtype of the dequantized matrices.
         cache: keep dequantized matrices after first use (more memory, less time). They are not in the state dict, and
@@ -96,8 +99,8 @@ class CompressedModule(nn.Module):
             ValueError: a code does not fit its bits.
         """
         name, matrices = compressed.layer, compressed.matrices
-        wide = any(matrix.codec.zero_point == "int16" for matrix in matrices.values())
-        result = cls.placeholder(layer, name, compressed.candidate, "int16" if wide else "codes", cache=cache)
+        zero_point = merged(matrix.codec.zero_point for matrix in matrices.values())
+        result = cls.placeholder(layer, name, compressed.candidate, zero_point, cache=cache)
         expected = {part: ((rows, columns), codec.bits) for part, (rows, columns, codec) in result._matrices.items()}
         given = {part: (matrix.shape, matrix.codec.bits) for part, matrix in matrices.items()}
         if given != expected:
@@ -105,8 +108,8 @@ class CompressedModule(nn.Module):
         for part, matrix in matrices.items():
             for key, tensor in result._matrices[part].codec.pack(matrix).items():
                 buffer = result.get_buffer(f"{part}_{key}")
-                # If one matrix has int16 zero-points, all matrices of the layer store theirs as int16.
-                if tensor.dtype != buffer.dtype and (tensor.dtype, buffer.dtype) != (torch.uint8, torch.int16):
+                # If one matrix has int16 zero-points or float32 scales, all matrices of the layer have them.
+                if tensor.dtype != buffer.dtype and (tensor.dtype, buffer.dtype) not in WIDENED:
                     raise ModelError(f"layer {name!r}: {key} of {part} is {tensor.dtype} instead of {buffer.dtype}")
                 buffer.copy_(tensor)
         if compressed.bias is not None:

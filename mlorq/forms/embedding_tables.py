@@ -73,7 +73,7 @@ def _why_float(table: nn.Embedding, path: str, smallest: int, owners: Mapping[in
         return f"its weight is shared with {others[0]}"
     if table.weight.numel() < smallest:
         return f"{table.weight.numel()} entries, fewer than embeddings.smallest = {smallest}"
-    return why_float(table.weight)
+    return why_float(table.weight, float16=True)
 
 
 def quantize_table(name: str, table: nn.Embedding, bits: int, percentiles: Sequence[float]) -> CompressedLayer:

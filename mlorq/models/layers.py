@@ -146,7 +146,8 @@ def find_layers(
     small = [f"{count} in {layer.name}" for layer in layers if (count := small_rows(matrix_of(targets[layer.name])))]
     if small:
         warnings.warn(
-            f"rows of tiny weights may become zeros, because float16 scales do not reach them: {', '.join(small)}",
+            "rows of tiny weights may become zeros, because their errors are too small to be weighed: "
+            f"{', '.join(small)}",
             stacklevel=2,
         )
     chosen = choosing_tokens(targets, rows.alone | later, arrangement_of(module).stacks, first)

@@ -436,8 +436,8 @@ def test_matrices_that_do_not_fit_are_named() -> None:
     with pytest.raises(ModelError, match="'fc'"):
         CompressedLinear.from_layer(layer, replace(good, candidate=Candidate("Q", bits=4)))
     matrix = good.matrices["weight"]
-    wrong_scale = replace(matrix, scale=matrix.scale.float())
-    with pytest.raises(ModelError, match=r"'fc': scale of weight is torch\.float32 instead of torch\.float16"):
+    wrong_scale = replace(matrix, scale=matrix.scale.double())
+    with pytest.raises(ModelError, match=r"'fc': scale of weight is torch\.float64 instead of torch\.float16"):
         CompressedLinear.from_layer(layer, replace(good, matrices={"weight": wrong_scale}))
     too_large = replace(matrix, codes=torch.full_like(matrix.codes, 8))
     with pytest.raises(ValueError, match="code 8 does not fit 3 bits"):

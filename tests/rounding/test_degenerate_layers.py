@@ -50,6 +50,8 @@ CASES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "constant weight": lambda w, x: (torch.full_like(w, 0.3), x),
     "rank one": lambda w, x: (w[:, :1] * w[:1], x),
     "small row": lambda w, x: (torch.cat([w[:1] * 1e-9, w[1:]]), x),
+    "tiny row": lambda w, x: (torch.cat([w[:1] * 1e-5, w[1:]]), x),
+    "denormal row": lambda w, x: (torch.cat([w[:1] * 1e-40, w[1:]]), x),
     "large row": lambda w, x: (torch.cat([w[:1] * 1e4, w[1:]]), x),
     "large column": lambda w, x: column_up(w, x, 1e3),
     "very large column": lambda w, x: column_up(w, x, 1e5),
@@ -84,3 +86,32 @@ def test_no_method_fails_or_is_far_behind_nearest_rounding(case, candidate, seed
             assert not dense.any(), method
     floor = output_error(weight, weight, moments) + 1e-12 * float((x @ weight.T).square().mean())
     assert max(found.values()) <= 2 * max(found["nearest"], floor), found
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e-13, 1e8])
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.form)
+def test_the_magnitude_of_a_weight_does_not_matter(candidate, factor, seed):
+    weight, x = layer("small inputs", seed)
+    x = 1e12 * x
+    moments, hessian = moments_of(x, x), x.square().mean(0).expand_as(weight)
+    for method in LAYER_METHODS:
+        settings = {"iterations": 20} if "iterations" in METHODS[method].layer_settings.model_fields else {}
+        errors = {}
+        for one in (1.0, factor):
+            fit = hessian_fit(weight * one, hessian)
+            result = round_layer(method, fit, candidate, moments, torch.zeros(ROWS), **settings)
+            errors[one] = output_error(weight, result.layer.dense() / one, moments)
+            for matrix in result.layer.matrices.values():
+                again = matrix.codec.unpack(matrix.codec.pack(matrix), matrix.shape[1])
+                assert torch.equal(again.dequantize(), matrix.dequantize()), method
+        assert errors[factor] <= 1.3 * errors[1.0] + 1e-9, (method, errors)
+
+
+@pytest.mark.parametrize("method", LAYER_METHODS)
+def test_a_tiny_row_is_as_good_as_any_other(method, seed):
+    weight, x = layer("tiny row", seed)
+    fit = hessian_fit(weight * torch.cat([torch.full((1, 1), 1e-3), torch.ones(ROWS - 1, 1)]))
+    settings = {"iterations": 20} if "iterations" in METHODS[method].layer_settings.model_fields else {}
+    result = round_layer(method, fit, Candidate("Q", bits=6), moments_of(x, x), torch.zeros(ROWS), **settings)
+    wanted, found = fit.weight[0] @ x.T, result.layer.dense()[0] @ x.T
+    assert (found - wanted).square().sum() <= 0.02 * wanted.square().sum()
