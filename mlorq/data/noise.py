@@ -1,4 +1,4 @@
-"""Made inputs: images with the spectrum of natural ones, and texts of random tokens (source ``synthetic``).
+"""Made inputs: images with the spectrum of natural ones, boxes, and texts of random tokens (source ``synthetic``).
 
 Images are Gaussian noise whose amplitudes fall as 1/f, as those of natural images do on average (Field 1987, J. Opt.
 Soc. Am. A 4(12)), with most of their variance common to all channels. They have no edges and no objects.
@@ -10,6 +10,7 @@ stored in tokenizers. Special tokens, placeholders such as ``[unused7]`` and sin
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from mlorq.errors import DataError
 COMMON = 0.9  # share of the variance that all channels have in common
 BRIGHTNESS, BRIGHTNESS_SPREAD = 0.45, 0.12  # mean over images, and its standard deviation; white is 1
 CONTRAST = (0.1, 0.3)  # standard deviation within an image, lowest and highest
+BOX_SIDES = (0.2, 0.8)  # of an image's sides
 TOKENS, TOKENS_SPREAD, FEWEST_TOKENS = 16.0, 0.6, 4  # median length of texts, standard deviation of its logarithm
+MANY_TOKENS = 512  # longest text where texts are joined
 PLACEHOLDER = re.compile(r"^[\[<].+[\]>]$")
 MARKS = "#▁Ġ"  # marks of word pieces in vocabularies, which are no characters of the text
 
@@ -55,6 +58,25 @@ def _image(generator: np.random.Generator, shape: tuple[int, int, int]) -> np.nd
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
+def random_boxes(sizes: Sequence[tuple[int, int]], seed: int) -> list[tuple[float, ...]]:
+    """A box in each of several images: each side a fifth to four fifths of the image's, anywhere inside.
+
+    Args:
+        sizes: width and height of the images.
+        seed: of the boxes.
+
+    Returns:
+        left, top, right and bottom of each, in pixels.
+    """
+    generator = np.random.default_rng(seed)
+    found = []
+    for size in sizes:
+        sides = generator.uniform(*BOX_SIDES, 2)
+        corner = generator.uniform(0, 1 - sides)
+        found.append(tuple((np.concatenate([corner, corner + sides]) * [*size, *size]).tolist()))
+    return found
+
+
 def random_texts(tokenizer: Any, samples: int, longest: int, seed: int) -> list[str]:
     """Texts of random tokens, of plausible lengths (log-normal, median 16 tokens).
 
@@ -73,6 +95,23 @@ def random_texts(tokenizer: Any, samples: int, longest: int, seed: int) -> list[
     lengths = np.exp(generator.normal(np.log(TOKENS), TOKENS_SPREAD, samples)).round().astype(int)
     lengths = lengths.clip(min(FEWEST_TOKENS, room), room)
     return [str(tokenizer.decode(generator.choice(drawn, length).tolist())) for length in lengths]
+
+
+def texts_of_tokens(tokenizer: Any, tokens: int, seed: int) -> list[str]:
+    """Texts of random tokens that a tokenizer makes at least ``tokens`` tokens of.
+
+    Raises:
+        DataError: the vocabulary has no tokens to draw, or the tokenizer drops the texts.
+    """
+    count = max(1, round(tokens / TOKENS))
+    while True:
+        texts = random_texts(tokenizer, count, MANY_TOKENS, seed)
+        found = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        if found >= tokens:
+            return texts
+        if not found:
+            raise DataError("source synthetic: the tokenizer makes no tokens of texts of its own vocabulary")
+        count *= 2
 
 
 def drawn_tokens(tokenizer: Any) -> list[int]:

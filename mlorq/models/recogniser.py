@@ -25,6 +25,7 @@ class Recogniser:
             and of their transcripts; None: only start tokens for a decoder.
         transcribe: ``transcribe(module, batch)`` returns one text per recording, by greedy decoding.
         described: settings of the preparation as JSON values; part of the key of the data.
+        tokenizer: of the transcripts, with the interface of transformers.
     """
 
     rate: int
@@ -34,3 +35,4 @@ class Recogniser:
     prepare: Callable[[Sequence[np.ndarray], Sequence[str] | None], Batch]
     transcribe: Callable[[nn.Module, Batch], list[str]]
     described: dict[str, Any]
+    tokenizer: Any

@@ -103,7 +103,7 @@ def recogniser(settings: TransformersSettings, location: str, language: str | No
     described = {key: value for key, value in described.items() if key not in NOT_PREPROCESSING}
     described["language"] = language
     alike = limit is None and not masked
-    return Recogniser(rate, limit, decodes, alike, prepare, transcribe, described)
+    return Recogniser(rate, limit, decodes, alike, prepare, transcribe, described, tokenizer)
 
 
 def _generation(location: str, config: Any) -> Any:

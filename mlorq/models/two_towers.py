@@ -36,10 +36,12 @@ class TwoTowers:
     Attributes:
         images: the preparation of images.
         tokenize: the text inputs of a batch, from texts; longer ones are truncated at the model's length.
+        tokenizer: what ``tokenize`` calls, with the interface of transformers.
     """
 
     images: ImageProcessor
     tokenize: Callable[[Sequence[str]], dict[str, Tensor]]
+    tokenizer: Any
 
 
 def text_inputs(model_type: str) -> tuple[str, ...]:
@@ -124,7 +126,7 @@ def two_towers(settings: TransformersSettings, location: str) -> TwoTowers:
         )
         return {key: found[key] for key in read if key in found}
 
-    return TwoTowers(load_processor(location, name, IMAGE_INPUTS), tokenize)
+    return TwoTowers(load_processor(location, name, IMAGE_INPUTS), tokenize, tokenizer)
 
 
 def token_mask(module: nn.Module, batch: Batch) -> Tensor | None:

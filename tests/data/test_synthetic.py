@@ -117,7 +117,7 @@ def test_what_is_refused(texts):
     assert "give shape: [channels, height, width]" in refusal(CUSTOM)
     assert "leave shape out" in refusal(VIT, shape=[3, 8, 8])
     assert "leave pairs out" in refusal(VIT, pairs=True)
-    assert "a sentence encoder takes single texts" in refusal(text_model("encoder"), texts, pairs=True)
+    assert "pairs is for classifiers of two texts" in refusal(text_model("encoder"), texts, pairs=True)
     for values, message in (
         ({"samples": None}, "source synthetic needs samples"),
         ({"shape": [8, 8]}, "must be .channels, height, width."),
