@@ -239,7 +239,8 @@ def test_models_of_depth_are_loaded_and_rebuilt(kind: str, tmp_path: Path) -> No
     again.load_state_dict(model.module.state_dict())
     with torch.no_grad():
         outputs = model.outputs(model.module, batch)
-        assert torch.allclose(model.outputs(again.eval(), batch), outputs, rtol=1e-4)
+        tolerance = 1e-5 * float(outputs.abs().max())  # of other orders of summation
+        assert torch.allclose(model.outputs(again.eval(), batch), outputs, rtol=1e-4, atol=tolerance)
     assert float(outputs.std()) > 0
     layers = find_layers(model, batch)
     assert len(layers.layers) > 20
