@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check format setup-demo setup-dev clean
+.PHONY: help demo test test-long audit check format setup-demo setup-dev clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -15,6 +15,9 @@ test: check ## what CI runs: check, then the tests that are not marked long, a p
 
 test-long: setup-dev ## only the tests marked long
 	$(BIN)/python -m pytest -m long
+
+audit: setup-dev ## known vulnerabilities, licences and bill of materials of the dependencies
+	$(BIN)/python scripts/audit.py
 
 # Disables the telemetry of Prefect's server in the tests.
 test test-long: export PREFECT_SERVER_ANALYTICS_ENABLED = false
