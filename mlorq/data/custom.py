@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from mlorq.data.source import SOURCES, DataSource, MetricSettings, ModelSettings, RefusedElsewhere, Role
-from mlorq.errors import DataError
+from mlorq.errors import DataError, MlorqError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,8 +69,13 @@ class CustomSource(DataSource[CustomSettings]):
         function = import_function(factory, folder, DataError)
 
         def evaluate(module: nn.Module) -> dict[str, float]:
-            with importable(folder), torch.no_grad():
-                found = function(module)
+            try:
+                with importable(folder), torch.no_grad():
+                    found = function(module)
+            except MlorqError:
+                raise
+            except Exception as error:
+                raise DataError(f"factory {factory!r} failed: {describe_error(error)}") from error
             values = found if isinstance(found, Mapping) else {settings.metric or "metric": found}
             try:
                 return {str(name): float(value) for name, value in values.items()}

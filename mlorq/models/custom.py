@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 
 NAME = "custom"
+OWN_PACKAGES = ("mlorq", "steps", "flows")
 IN_MEMORY = {"family": NAME, "factory": "given:in_memory"}  # the ``model`` section if a module is passed in Python
 
 
@@ -165,5 +168,18 @@ def _forget_namesakes(package: str, folder: str) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """Type and message of an exception of the user's code, in one line of at most 300 characters."""
-    return f"{type(error).__name__}: {one_line(error)}"
+    """Type and message of an exception of the user's code and where it was raised, in one line."""
+    place = _user_line(error)
+    return f"{type(error).__name__}: {one_line(error)}" + (f" ({place})" if place else "")
+
+
+def _user_line(error: Exception) -> str:
+    """File and line of the innermost frame that is the user's: of no installed package; empty if there is none."""
+    installed = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in OWN_PACKAGES and os.path.isfile(file) and not file.startswith(installed):
+            found = f"{os.path.basename(file)}, line {line}"
+    return found

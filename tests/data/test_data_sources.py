@@ -539,6 +539,8 @@ def evaluate(module): return {"mean": module.weight.mean(), "grad": float(torch.
 def single(module): return 0.25
 def nothing(module): return None
 def text(module): return {"accuracy": "high"}
+def raises(module):
+    return torch.ones(2) @ module.weight[:, :1] @ torch.ones(3)
 """
 
 
@@ -576,7 +578,7 @@ def test_custom_calibration(own):
         ("a_number", "int"),
         ("not_finite", "batch 1"),
         ("no_tensors", "batch 0"),
-        ("breaks", "the disk is full"),
+        ("breaks", "the disk is full (zoo_data.py, line 16)"),
         ("absent", "'absent'"),
     ],
 )
@@ -600,6 +602,11 @@ def test_custom_evaluation(own):
     for function in ("nothing", "text"):
         assert f"zoo_data:{function}" in refusal(own(function, "evaluation").evaluate, module)
     assert "'absent'" in refusal(own, "absent", "evaluation")
+    message = refusal(own("raises", "evaluation").evaluate, module)
+    assert message.startswith("factory 'zoo_data:raises' failed: RuntimeError: ")
+    assert message.endswith(" (zoo_data.py, line 23)")
+    batches = own("batches", "evaluation").evaluate
+    assert refusal(batches, module).startswith("factory 'zoo_data:batches' failed: TypeError: ")  # it takes no model
 
 
 def test_custom_evaluation_with_held_out_batches(own):
