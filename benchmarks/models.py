@@ -328,7 +328,7 @@ def measure(
         "seconds": seconds,
         "peak": peak,
         "equal": bool(torch.equal(ours, theirs)),
-        "onnx": _graph(folder, result.model, calibration) if onnx else "not tried",
+        "onnx": _graph(folder, module, calibration) if onnx else "not tried",
     }
 
 
@@ -338,13 +338,13 @@ def _float_instance(checkpoint: Path, module: nn.Module) -> nn.Module | None:
     return copy_module(module) if family == "custom" else None
 
 
-def _graph(folder: Path, model: nn.Module, batch: Batch) -> str:
+def _graph(folder: Path, module: nn.Module, batch: Batch) -> str:
     """The largest difference of the graph's outputs from the model's, relative to their norm; or why there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            described = _float_instance(folder / "out", model) is None
-            given = {"example": batch} | ({} if described else {"model": model})
+            instance = _float_instance(folder / "out", module)
+            given = {"example": batch} | ({} if instance is None else {"model": instance})
             files = mlorq.export(str(folder / "out"), str(folder / "model.onnx"), **given)
     except MlorqError as error:
         return one_line(error)[:160]

@@ -70,8 +70,8 @@ def same_construction(module: nn.Module, other: nn.Module) -> bool:
 
 def _construction(module: nn.Module) -> tuple[Any, ...]:
     plain = (*_PLAIN, tuple)
-    # Attributes about origin or training do not affect the output.
-    ignored = ("training", "name_or_path")
+    # Attributes about origin or training, and marks of layers for the search, do not affect the output.
+    ignored = ("training", "name_or_path", "samples_axis")
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in ignored}
     # Libraries turn tuples of their configurations into lists, when these are written and read.
     own = {name: _as_tuple(value) for name, value in own.items()}
