@@ -210,9 +210,9 @@ def test_damage_is_found_and_repaired(project: Project, count: int) -> None:
                 assert main(["store", "verify", "--repair", str(project.path)]) == 0, said.getvalue()
             project.run()
             assert project.result_files() == project.results
-            again = verify(Store(f"file://{project.folder}"))
-            assert again.damaged == []
-            assert again.artifacts == len(project.values)
+            assert verify(Store(f"file://{project.folder}")).damaged == []
+            # The index of the search has no step of its own: there is none if a module has changed since it was imported.
+            assert {ref for ref in project.values if ref.step != "search"} <= of(project.contents())
             outcomes["repaired"] += 1
             return
         try:
