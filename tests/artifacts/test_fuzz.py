@@ -211,7 +211,7 @@ def test_damage_is_found_and_repaired(project: Project, count: int) -> None:
             project.run()
             assert project.result_files() == project.results
             assert verify(Store(f"file://{project.folder}")).damaged == []
-            # The index of the search has no step of its own: there is none if a module has changed since it was imported.
+            # The index of the search is of no step: there is none if a module has changed since its import.
             assert {ref for ref in project.values if ref.step != "search"} <= of(project.contents())
             outcomes["repaired"] += 1
             return
