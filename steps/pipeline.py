@@ -242,11 +242,12 @@ def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]
     """
     export.check(session)
     with running(session.store.leases, f"a run of {session.config.model.display_name}"):
+        # First, because it reads all evaluation data: a damaged image is named before hours of search.
+        executor.phase("baseline", 1)
+        float_evaluation = executor.run(baseline.spec(session)).ref
         search = run_search(session, executor)
         search_index.keep(session, search)
         results = run_allocations(session, executor, search, budgets)
-        executor.phase("baseline", 1)
-        float_evaluation = executor.run(baseline.spec(session)).ref
         return [run_budget(session, executor, search, result, float_evaluation) for result in results]
 
 

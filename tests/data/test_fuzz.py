@@ -1,6 +1,7 @@
 """Damaged and hostile data files: finite data, or one line of ``DataError`` that names the file, when it is loaded.
 
-Images are decoded with the batch that needs them; everything else is read, and refused, by ``load_dataset``.
+Images are decoded with the batch that needs them (the first step of a run needs all of the evaluation data); everything
+else is read, and refused, by ``load_dataset``.
 """
 
 from __future__ import annotations
