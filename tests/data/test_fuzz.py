@@ -57,7 +57,7 @@ class Case:
     Attributes:
         files: those that are damaged.
         load: loads and reads everything.
-        named: parts of names of files, one of which an error has; default: the names of the files.
+        named: what errors have besides the names of the damaged files: those of files that these name.
     """
 
     files: list[Path]
@@ -105,7 +105,7 @@ def image_folder(folder: Path) -> Case:
         some = source(folder, VIT, source="image_folder", root="images", labels="labels.tsv", list="list.txt")
         return whole(every) + whole(some)
 
-    return Case([*files, folder / "labels.tsv", folder / "list.txt"], load)
+    return Case([*files, folder / "labels.tsv", folder / "list.txt"], load, named=("list.txt", "/images/"))
 
 
 def image_parquet(folder: Path) -> Case:
@@ -174,7 +174,7 @@ def coco(folder: Path) -> Case:
         assert all(0 <= value <= 1 for value in (figures | with_masks).values())
         return whole(data)
 
-    return Case([folder / "instances.json", *sorted((folder / "images").iterdir())[:2]], load, values=rows)
+    return Case([folder / "instances.json", *sorted((folder / "images").iterdir())[:2]], load, ("/images/",), rows)
 
 
 def recordings(folder: Path) -> Case:
@@ -251,7 +251,7 @@ def outcome(case: Case, touched: list[Path], found: Counter[str]) -> None:
         assert equal(first, again)
         found["read"] += 1
     except DataError as error:
-        told(error, case.named or tuple(path.name for path in touched))
+        told(error, (*case.named, *(path.name for path in touched)))
         found["refused"] += 1
 
 
@@ -314,7 +314,7 @@ def test_changed_annotations(annotations: Case, count: int) -> None:
             path.write_text(json.dumps(values))
         except ValueError:  # a number of more digits than Python writes
             return
-        outcome(annotations, [path, Path("image folder")], found)
+        outcome(annotations, [path], found)
 
     try:
         check()
