@@ -148,13 +148,13 @@ def read_annotations(location: str) -> dict[str, Any]:
             if not isinstance(row["name"], str):  # detectors match classes by name
                 raise DataError(f"annotations {location}: the name of category {row['id']} is not a text")
         for number, row in enumerate(truth["annotations"], 1):
-            where = f"annotations {location}: annotation {row.get('id', f'number {number}')}"
+            where = f"annotations {location}: annotation {row.get('id', f'number {number}')!s:.60}"
             if row["category_id"] not in categories:
-                raise DataError(f"{where} has category {row['category_id']}, which is not listed")
+                raise DataError(f"{where} has category {row['category_id']!s:.60}, which is not listed")
             if row["image_id"] not in images:
-                raise DataError(f"{where} has image {row['image_id']}, which is not listed")
+                raise DataError(f"{where} has image {row['image_id']!s:.60}, which is not listed")
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"annotations {location}: an entry lacks {error}") from error
+        raise DataError(f"annotations {location}: an entry lacks {one_line(error)}") from error
     return truth
 
 
@@ -174,7 +174,9 @@ def _image(row: Mapping[str, Any], location: str) -> CocoImage:
     try:
         found = CocoImage(int(row["id"]), str(row["file_name"]), int(row["height"]), int(row["width"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"annotations {location}: image {row.get('id')} is malformed: {error}") from error
+        raise DataError(
+            f"annotations {location}: image {row.get('id')!s:.60} is malformed: {one_line(error)}"
+        ) from error
     if not (0 < found.height < LARGEST and 0 < found.width < LARGEST):
         raise DataError(f"annotations {location}: image {found.id} is {found.width} × {found.height}")
     return found

@@ -126,7 +126,7 @@ def _objects(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[int, list[_
     """The objects of each image that has any, from the largest to the smallest."""
     found: defaultdict[int, list[_Object]] = defaultdict(list)
     for number, row in enumerate(rows, 1):
-        where = f"{origin}: annotation {row.get('id', f'number {number}')}"
+        where = f"{origin}: annotation {row.get('id', f'number {number}')!s:.60}"
         if row.get("bbox") is None:
             raise DataError(f"{where} lacks 'bbox'")
         try:

@@ -36,7 +36,6 @@ PROJECTS: dict[str, dict[str, Any]] = {
         "search": {"points": 2, "samples": 8, "forms": ["Q", "QLR", "TCQ"]},
         "rounding": {"method": "brecq", "iterations": 5, "tuning": 5},
         "activations": {"bits": 8},
-        "export": [{"to": "dense"}],
     },
 }
 RESULTS = ("compressed", "evaluate")  # what a run is made for

@@ -174,7 +174,9 @@ def coco(folder: Path) -> Case:
         assert all(0 <= value <= 1 for value in (figures | with_masks).values())
         return whole(data)
 
-    return Case([folder / "instances.json", *sorted((folder / "images").iterdir())[:2]], load, ("/images/",), rows)
+    return Case(
+        [folder / "instances.json", *sorted((folder / "images").iterdir())[:2]], load, ("/images/", ".png is"), rows
+    )
 
 
 def recordings(folder: Path) -> Case:
@@ -302,7 +304,7 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return coco(tmp_path_factory.mktemp("annotations"))
 
 
-@counts(40, 2000)
+@counts(40, 1000)
 def test_changed_annotations(annotations: Case, count: int) -> None:
     path, found = annotations.files[0], Counter[str]()
     content = path.read_bytes()
