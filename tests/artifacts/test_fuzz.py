@@ -164,7 +164,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Project(tmp_path_factory.mktemp("fuzz"), **PROJECTS[request.param])
 
 
-@counts(8, 600)
+@counts(6, 600)
 def test_damage_is_found_and_repaired(project: Project, count: int) -> None:
     outcomes: Counter[str] = Counter()
 

@@ -257,7 +257,7 @@ def outcome(case: Case, touched: list[Path], found: Counter[str]) -> None:
         found["refused"] += 1
 
 
-@counts(25, 600)
+@counts(12, 600)
 def test_damaged_files(case: Case, count: int) -> None:
     contents = {path: path.read_bytes() for path in case.files}
     wanted = case.load()
@@ -304,7 +304,7 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return coco(tmp_path_factory.mktemp("annotations"))
 
 
-@counts(40, 1000)
+@counts(20, 1000)
 def test_changed_annotations(annotations: Case, count: int) -> None:
     path, found = annotations.files[0], Counter[str]()
     content = path.read_bytes()
@@ -331,7 +331,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return tables(tmp_path_factory.mktemp("texts"))
 
 
-@counts(30, 1000)
+@counts(15, 1000)
 def test_hostile_cells_of_tables(texts: Case, count: int) -> None:
     """Cells of every type, in JSON lines and in columns of Parquet."""
     lines, parquet = texts.files[2], texts.files[3]
