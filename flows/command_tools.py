@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mlorq.artifacts.locations import resolve_location
+from mlorq.config.bounded import read_value
 from mlorq.config.run import RunConfig
-from mlorq.errors import CheckpointError, ConfigError, StoreError
+from mlorq.errors import CheckpointError, ConfigError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
     from mlorq.artifacts.store import Store
@@ -39,15 +38,15 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The overrides of ``--set`` by key.
 
     Raises:
-        ConfigError: a value is not YAML.
+        ConfigError: a value is not YAML, or beyond a limit.
     """
-    overrides = {}
-    for key, text in arguments.set:
-        try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
-    return overrides
+    return {key: read_value(text, f"--set {key}={shown(text)}: the value") for key, text in arguments.set}
+
+
+def shown(text: str) -> str:
+    """A value of the command line, for messages: one line, cut, and without secrets."""
+    line = hide_secrets(" ".join(text.split()))
+    return line if len(line) <= 60 else f"{line[:60]}…"
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say
+from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say, shown
 from mlorq.artifacts.locations import resolve_location
 from mlorq.errors import ConfigError, MlorqError, StoreError, hide_secrets
 
@@ -106,15 +106,11 @@ def inspect(arguments: argparse.Namespace) -> Finish:
 
 def export(arguments: argparse.Namespace) -> Finish:
     """Convert a checkpoint to files of another format."""
-    import yaml
-
+    from mlorq.config.bounded import read_value
     from mlorq.export_targets import export as write
     from mlorq.export_targets.base import target_of
 
-    try:
-        options = {key: yaml.safe_load(text) for key, text in arguments.option}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--option: {' '.join(str(error).split())}") from None
+    options = {key: read_value(text, f"--option {key}={shown(text)}: the value") for key, text in arguments.option}
     if arguments.precision is not None:
         options["precision"] = arguments.precision
     files = write(arguments.checkpoint, arguments.output, arguments.to, **options)

@@ -37,15 +37,19 @@ def hide_secrets(text: str) -> str:
     return text
 
 
+# Names in files and configurations may hold line breaks, and characters that change what a terminal shows.
+_CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+\s*")
+
+
 class MlorqError(Exception):
     """Base class of errors caused by the input or the environment, not by a defect of the software.
 
     Args:
-        message: one line; secrets of URLs in it are hidden.
+        message: becomes one line: spaces replace line breaks and other control characters. Secrets of URLs are hidden.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(hide_secrets(str(message)))
+        super().__init__(_CONTROL.sub(" ", hide_secrets(str(message))).strip())
 
 
 class ConfigError(MlorqError):

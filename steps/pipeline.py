@@ -8,7 +8,7 @@ the flows runs them as Prefect tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,15 @@ from steps.measuring import labels_digest
 from steps.session import Session
 
 
-def run_search(session: Session, executor: Executor) -> Search:
-    """Run every step that does not depend on the budget, except the float model's evaluation."""
+def run_search(session: Session, executor: Executor, measure: Callable[[], None] | None = None) -> Search:
+    """Run every step that does not depend on the budget, except the float model's evaluation.
+
+    Args:
+        session: of the run.
+        executor: runs the steps.
+        measure: runs that evaluation, which is called once the model is known to fit: it reads all evaluation data, so
+            that a damaged image is named before hours of search.
+    """
     labels_digest(session)  # raises before anything is computed if the cost needs labels and there are none
     specs: list[StepSpec] = []
 
@@ -64,6 +71,8 @@ def run_search(session: Session, executor: Executor) -> Search:
     layers_ref = run("layers", layers.spec(session))
     listed = session.artifacts.layers(layers_ref)
     check_overrides(session.config.search, listed)
+    if measure is not None:
+        measure()
     found = listed.layers
     tables = embeddings.fixed(session)
     if tables is not None:
@@ -241,13 +250,17 @@ def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]
         ConfigError: an export target needs a package or a folder that is missing.
     """
     export.check(session)
+    measured = baseline.spec(session)
     with running(session.store.leases, f"a run of {session.config.model.display_name}"):
-        search = run_search(session, executor)
+
+        def measure() -> None:
+            executor.phase("baseline", 1)
+            executor.run(measured)
+
+        search = run_search(session, executor, measure)
         search_index.keep(session, search)
         results = run_allocations(session, executor, search, budgets)
-        executor.phase("baseline", 1)
-        float_evaluation = executor.run(baseline.spec(session)).ref
-        return [run_budget(session, executor, search, result, float_evaluation) for result in results]
+        return [run_budget(session, executor, search, result, measured.ref) for result in results]
 
 
 def result_json(session: Session, result: Compressed) -> dict[str, Any]:

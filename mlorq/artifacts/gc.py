@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from mlorq.artifacts.store import MANIFEST, ArtifactRef, Store
+from mlorq.artifacts.store import MANIFEST, NO_FILE, ArtifactRef, Store
 from mlorq.artifacts.transfer import Entry, side_by_side
 from mlorq.errors import StoreError, hide_secrets
 
@@ -111,7 +111,7 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
             for name in manifest["files"]:
                 findings.bytes += len(store.read_bytes(folder.ref, name))
         except StoreError as error:
-            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, NO_FILE):
                 raise  # the store is unreachable; the artifact is not damaged
             findings.damaged.append(str(error))
             findings.refs.append(folder.ref)

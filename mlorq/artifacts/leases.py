@@ -26,12 +26,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from mlorq.errors import StoreError
+
 if TYPE_CHECKING:
     from mlorq.artifacts.transfer import Files
 
 FOLDER = "leases"
 RENEWAL_SECONDS = 10.0
 EXPIRY_SECONDS = 60.0
+MOST_BYTES = 2**16  # of a lease
 PAUSE_SECONDS = 0.5  # between two looks at what another process holds
 
 T = TypeVar("T")
@@ -68,10 +71,11 @@ class Leases:
     Args:
         files: the store's files.
         root: the store's path.
+        checked: returns a path, or raises ``StoreError`` if a link on its way leads out of the store.
     """
 
-    def __init__(self, files: Files, root: str) -> None:
-        self._files, self._root = files, posixpath.join(root, FOLDER)
+    def __init__(self, files: Files, root: str, checked: Callable[[str], str] = str) -> None:
+        self._files, self._root, self._checked = files, posixpath.join(root, FOLDER), checked
         self._held: dict[str, bytes] = {}  # contents by path
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._renewal: threading.Thread | None = None
@@ -87,6 +91,9 @@ class Leases:
 
         Returns:
             The lease's file name; None if it cannot be written.
+
+        Raises:
+            StoreError: a link leads out of the store.
         """
         name = f"{uuid.uuid4().hex}.json"
         path = posixpath.join(self._root, kind, name)
@@ -107,8 +114,11 @@ class Leases:
         Args:
             kind: the leases' folder.
             own: this process's lease among them: its age, by the store's clock, tells that of the others.
+
+        Raises:
+            StoreError: a link leads out of the store.
         """
-        folder = posixpath.join(self._root, kind)
+        folder = self._checked(posixpath.join(self._root, kind))
         try:
             found = self._files.listing(folder)
             named = [(name, entry.modified) for name, entry in found.items() if "/" not in name]
@@ -126,12 +136,13 @@ class Leases:
     def _holder(self, path: str, modified: datetime.datetime | None) -> Holder | None:
         """The holder that a file describes; None if the file has gone, or is another's."""
         try:
-            read = json.loads(self._held.get(path) or self._files.read(path))
+            text = self._held.get(path) or self._files.read_at_most(self._checked(path), MOST_BYTES)
+            read = json.loads(text[:MOST_BYTES])
             number, started = read["process"]
             place, what = str(read["place"]), str(read["what"])
             name = posixpath.basename(path)
             return Holder(name, modified, float(read["created"]), place, (int(number), str(started)), what)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -140,7 +151,7 @@ class Leases:
         """Write a lease; False if the store cannot be written."""
         for _ in range(10):
             try:
-                self._files.write(path, data)
+                self._files.write(self._checked(path), data)
                 return True
             except FileNotFoundError:  # another process has just removed the empty folder
                 continue
@@ -150,8 +161,8 @@ class Leases:
 
     def _remove(self, path: str) -> None:
         """Remove a lease, and the folders that are empty without it: a run that computes nothing leaves nothing."""
-        with contextlib.suppress(OSError):
-            self._files.remove(path)
+        with contextlib.suppress(OSError, StoreError):
+            self._files.remove(self._checked(path))
             folder = posixpath.dirname(path)
             while self._files.is_local and len(folder) >= len(posixpath.dirname(self._root)):
                 os.rmdir(folder)
@@ -186,9 +197,9 @@ class Leases:
             with self._lock:
                 held = dict(self._held)
             for path, data in held.items():
-                with contextlib.suppress(OSError), self._writing:
+                with contextlib.suppress(OSError, StoreError), self._writing:
                     if path in self._held:
-                        self._files.write(path, data)
+                        self._files.write(self._checked(path), data)
 
 
 @contextlib.contextmanager

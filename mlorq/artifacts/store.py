@@ -41,8 +41,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2  # format 1 has no digest of the manifest itself; it is read, too
+MOST_MANIFEST_BYTES = 2**26  # some 400,000 files
+MOST_FILE_BYTES = 2**40
 LEASE_PATIENCE_SECONDS = 2.0
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # damage of an artifact, not faults of a network
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ class Store:
             raise StoreError(f"store {hide_secrets(url)!r}: {error}") from error
         self.root = root.rstrip("/")
         self.files = Files(self.fs)
+        self.is_local = self.files.is_local
         # Transfers of artifacts alone are counted. Work goes on without leases, so that a store that is down is not
         # waited for here.
-        self.leases = Leases(Files(self.fs, patience=LEASE_PATIENCE_SECONDS), self.root)
-        self.is_local = self.files.is_local
+        self.leases = Leases(Files(self.fs, patience=LEASE_PATIENCE_SECONDS), self.root, self._without_links)
         self.is_remote = not self.is_local and not isinstance(self.fs, fsspec.get_filesystem_class("memory"))
         folder = cache_folder(cache, self.url) if self.is_remote else None
         self.cache = None if folder is None else Cache(folder, self.traffic.cached)
@@ -160,7 +163,7 @@ class Store:
             for name in manifest["files"]:
                 try:
                     size = self.files.size(self.path(ref, name))
-                except FileNotFoundError as error:
+                except NO_FILE as error:
                     raise self._damaged(ref, name, "the file is missing") from error
                 except OSError as error:
                     raise StoreError(f"cannot read {self.uri(ref, name)}: {error}") from error
@@ -197,23 +200,17 @@ class Store:
         if known is not None:
             return known
         try:
-            text = self.files.read(self.path(ref, MANIFEST), manifest=True)
+            text = self.files.read_at_most(self.path(ref, MANIFEST), MOST_MANIFEST_BYTES, manifest=True)
         except (FileNotFoundError, NotADirectoryError):
             if missing_ok:
                 return None
             raise StoreError(f"artifact {self.uri(ref)} is not in the store") from None
+        except IsADirectoryError as error:
+            raise self._damaged(ref, MANIFEST, "it is a folder") from error
         except OSError as error:
             raise StoreError(f"cannot read {self.uri(ref, MANIFEST)}: {error}") from error
         try:
-            manifest: dict[str, Any] = json.loads(text)
-            if manifest["format"] != MANIFEST_FORMAT or not isinstance(manifest["files"], dict):
-                raise ValueError(f"unknown manifest format {manifest['format']!r}")
-            if (manifest["step"], manifest["key"]) != (ref.step, ref.key):
-                raise ValueError(f"it is that of artifact {manifest['step']}/{manifest['key']}")
-            for name, listed in manifest["files"].items():
-                check_inside(name)
-                if not isinstance(listed["bytes"], int) or not re.fullmatch("[0-9a-f]{32}", listed["digest"]):
-                    raise ValueError(f"the size or digest of {name} is missing")
+            manifest = _checked_manifest(text, ref)
         except RecursionError:
             raise self._damaged(ref, MANIFEST, "it is nested too deeply") from None
         except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
@@ -286,7 +283,7 @@ class Store:
         listed: dict[str, dict[str, Any]] = {
             name: {"bytes": len(data), "digest": digest_bytes(data)} for name, data in files.items()
         }
-        manifest = {
+        described = {
             "format": MANIFEST_FORMAT,
             "step": step,
             "key": key,
@@ -295,7 +292,8 @@ class Store:
             "seconds": seconds,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        text = json.dumps(manifest, indent=1).encode()
+        manifest: dict[str, Any] = json.loads(json.dumps(described))
+        text = json.dumps(manifest | {"digest": _digest_of(manifest)}, indent=1).encode()
         try:
             if self.is_local:
                 for name, data in files.items():
@@ -306,7 +304,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot write artifact {self.uri(ref)}: {error}") from error
         if self.is_remote:
-            self._manifests[ref] = json.loads(text)
+            self._manifests[ref] = manifest
         if self.cache is not None:
             for name, data in files.items():
                 self.cache.keep(listed[name]["digest"], data)
@@ -337,7 +335,7 @@ class Store:
         try:
             return self._read(ref, name, manifest)
         except StoreError as error:
-            unreachable = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+            unreachable = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, NO_FILE)
             if unreachable or not self._is_outdated(ref, manifest):
                 raise
         return self.read_bytes(ref, name)
@@ -354,8 +352,11 @@ class Store:
     def _download(self, ref: ArtifactRef, name: str, manifest: dict[str, Any]) -> bytes:
         listed = manifest["files"][name]
         try:
-            data = self.files.read(self.path(ref, name), listed["bytes"])
-        except FileNotFoundError as error:
+            path = self.path(ref, name)
+            if self.is_local:  # before memory is taken
+                self._check_size(ref, name, self.files.size(path), manifest)
+            data = self.files.read(path, listed["bytes"])
+        except NO_FILE as error:
             raise self._damaged(ref, name, "the file is missing") from error
         except OSError as error:
             raise StoreError(f"cannot read {self.uri(ref, name)}: {error}") from error
@@ -428,6 +429,44 @@ class Store:
             f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete its folder, and it is computed again "
             "(mlorq store verify --repair does)"
         )
+
+
+def _checked_manifest(text: bytes, ref: ArtifactRef) -> dict[str, Any]:
+    """The manifest of an artifact from its text.
+
+    Raises:
+        StoreError: a file is not inside the artifact.
+        ValueError, KeyError, TypeError, AttributeError: it is damaged, too large, or that of another artifact.
+    """
+    if len(text) > MOST_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {MOST_MANIFEST_BYTES} bytes")
+    manifest: dict[str, Any] = json.loads(text)
+    version = manifest["format"]
+    if version not in (1, MANIFEST_FORMAT) or not isinstance(manifest["files"], dict):
+        raise ValueError(f"unknown manifest format {version!r}")
+    if (manifest["step"], manifest["key"]) != (ref.step, ref.key):
+        raise ValueError(f"it is that of artifact {manifest['step']}/{manifest['key']}")
+    for name, listed in manifest["files"].items():
+        check_inside(name)
+        size = listed["bytes"]
+        if type(size) is not int or not 0 <= size <= MOST_FILE_BYTES:
+            raise ValueError(f"the size of {name} is not a number of bytes")
+        if not re.fullmatch("[0-9a-f]{32}", listed["digest"]):
+            raise ValueError(f"the digest of {name} is missing")
+    seconds = manifest["seconds"]
+    if not isinstance(manifest["details"], dict) or not isinstance(manifest["created"], str):
+        raise ValueError("details must be a mapping, and created a date")
+    if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds < float("inf")):
+        raise ValueError(f"seconds {seconds!r} is not a time")
+    # All that a manifest says counts: a file that it no longer lists would be taken for one that was never written.
+    own = manifest.pop("digest", None)
+    if own != (_digest_of(manifest) if version == MANIFEST_FORMAT else None):
+        raise ValueError("its digest differs from its content")
+    return manifest
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return digest_bytes(json.dumps(manifest, sort_keys=True).encode())
 
 
 def check_inside(name: str) -> None:

@@ -246,6 +246,24 @@ class Files:
         self.traffic.read(len(data), manifest=manifest)
         return data
 
+    def read_at_most(self, path: str, most: int, *, manifest: bool = False) -> bytes:
+        """The content of a file, or its first ``most + 1`` bytes if it has more than ``most``.
+
+        Args:
+            path: path of the file.
+            most: number of bytes.
+            manifest: whether ``traffic`` counts the file as a manifest.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            OSError: as for ``ask``.
+        """
+        if self.is_local and self.size(path) <= most:  # a range would make it take the memory of the limit
+            return self.read(path, manifest=manifest)
+        data = self._part(path, 0, most + 1)
+        self.traffic.read(len(data), manifest=manifest)
+        return data
+
     def _part(self, path: str, start: int, stop: int) -> bytes:
         def get() -> bytes:
             try:

@@ -83,3 +83,21 @@ def check_values(values: Any) -> None:
             waiting += [(part, depth + 1) for pair in value.items() for part in pair]
         elif isinstance(value, (list, tuple)):
             waiting += [(part, depth + 1) for part in value]
+
+
+def read_value(text: str, what: str) -> Any:
+    """The value of a YAML text within all limits, such as one that a command line gives.
+
+    Args:
+        text: the YAML.
+        what: names it, for errors.
+
+    Raises:
+        ConfigError: it is not YAML, or beyond a limit.
+    """
+    value = read_yaml(text, what)
+    try:
+        check_values(value)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
+    return value

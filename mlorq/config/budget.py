@@ -32,6 +32,7 @@ UNITS = {
     "GiB": 2**30, "gib": 2**30,
 }  # fmt: skip
 PARTS = ("disk", "memory")
+LONGEST = 200  # characters of a budget
 
 _BUDGET = re.compile(r"\s*(?P<sign>[+-]?)(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]+|%)\s*", re.ASCII)
 _EXPECTED = "expected bits per weight (3bit), a percentage (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
@@ -152,7 +153,9 @@ def budget_text(value: Any) -> Any:
         return value
     unknown = [key for key in value if key not in PARTS]
     if unknown or not value or not all(isinstance(size, str) for size in value.values()):
-        raise BudgetError(f"budget {dict(value)!r}: expected disk, memory or both, as in {{disk: 25MB, memory: 40MB}}")
+        raise BudgetError(
+            f"budget {dict(value)!r:.200}: expected disk, memory or both, as in {{disk: 25MB, memory: 40MB}}"
+        )
     return ",".join(f"{key}={value[key].strip()}" for key in PARTS if key in value)
 
 
@@ -166,15 +169,18 @@ def parse_budget(text: str | Mapping[str, str]) -> Budget:
         BudgetError: the text cannot be parsed, is not positive, or exceeds the float32 model.
     """
     asked = budget_text(text)
-    if isinstance(asked, str) and "=" in asked:
-        return _in_parts(asked)
+    if isinstance(asked, str):
+        if len(asked) > LONGEST:
+            raise BudgetError(f"budget {asked[:40]!r}…: it has more than {LONGEST} characters; {_EXPECTED}")
+        asked = " ".join(asked.split())
+        if "=" in asked:
+            return _in_parts(asked)
     match = _BUDGET.fullmatch(asked) if isinstance(asked, str) else None
     if match is None:
-        raise BudgetError(f"budget {text!r}: {_EXPECTED}")
+        raise BudgetError(f"budget {text!r:.200}: {_EXPECTED}")
     value, unit = Fraction(match["number"]), match["unit"]
     if match["sign"] == "-" or value == 0:
         raise BudgetError(f"budget {text!r}: must be more than zero")
-    asked = asked.strip()
     if unit.lower() in ("bit", "bits"):
         if value > 8 * FLOAT_BYTES:
             raise BudgetError(f"budget {text!r}: more than the {8 * FLOAT_BYTES} bits of a float32 weight")

@@ -50,7 +50,7 @@ from mlorq.config.sections import (
     source_section,
 )
 from mlorq.config.target import TargetConfig, target_section
-from mlorq.errors import SECRET_KEY, ConfigError, hide_secrets
+from mlorq.errors import SECRET_KEY, BudgetError, ConfigError, hide_secrets
 from mlorq.registry import Settings
 
 __all__ = [
@@ -87,7 +87,10 @@ REMOVED_VALUES = {("search.sensitivity", "auto"): "auto was removed; use closed_
 
 
 def _budget_texts(value: Any) -> Any:
-    return [budget_text(one) for one in value] if isinstance(value, list) else budget_text(value)
+    try:
+        return [budget_text(one) for one in value] if isinstance(value, list) else budget_text(value)
+    except BudgetError as error:  # of a configuration, which names the key
+        raise ValueError(str(error)) from None
 
 
 class RunConfig(Settings):

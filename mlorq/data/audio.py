@@ -6,13 +6,14 @@ import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fsspec.core import url_to_fs
 from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, chosen_rows
+from mlorq.data.contents import contents
 from mlorq.data.metrics import WORD_ERRORS
 from mlorq.data.model_inputs import recogniser, sound_classifier
 from mlorq.data.packages import SOUNDFILE
@@ -28,7 +29,7 @@ from mlorq.data.source import (
     Role,
     RootSettings,
 )
-from mlorq.errors import DataError, one_line
+from mlorq.errors import DataError
 from mlorq.models.tasks import SPEECH
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ class AudioSource(DataSource[AudioSettings]):
             texts = [entry(settings.label, "transcript" if inputs else "class", index) for index in picked]
         root = location.rpartition("/")[0] if settings.root is None else resolve_location(settings.root, folder)
         with ThreadPoolExecutor(READERS) as pool:
-            contents = list(pool.map(partial(_read, root), files))
-        parts = zip(files, contents, texts, strict=True)
+            encoded = list(pool.map(partial(_read, root), files))
+        parts = zip(files, encoded, texts, strict=True)
         recordings = [Recording(*part) for part in parts]
         if sounds is not None:
             where = [f"{origin}, row {numbers[index]}, column {settings.label!r}" for index in picked]
@@ -113,14 +114,7 @@ class AudioSource(DataSource[AudioSettings]):
 
 def _read(root: str, file: str) -> bytes:
     fs, path = url_to_fs(resolve_location(file, root))
-    try:
-        data: Any = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"recording {file} does not exist in {root}") from None
-    except OSError as error:
-        raise DataError(f"recording {file} in {root} cannot be read: {one_line(error)}") from error
-    found: bytes = data
-    return found
+    return contents(fs, path, f"recording {file}", f"does not exist in {root}")
 
 
 SOURCES.register(AudioSource())

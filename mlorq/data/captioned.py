@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mlorq.artifacts.hashing import digest_batch, digest_bytes, digest_json
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.base import Dataset
+from mlorq.data.contents import contents, text_of
 from mlorq.data.images import Image, PreparedBatches
 from mlorq.data.metrics import RECALL, ZERO_SHOT, first_recalls, zero_shot_accuracy
 from mlorq.data.source import Role
@@ -85,12 +86,8 @@ def class_names(location: str | None, folder: str, folders: Sequence[str], origi
         return [name.replace("_", " ") for name in folders]
     place = resolve_location(location, folder)
     fs, path = url_to_fs(place)
-    try:
-        lines = fs.cat_file(path).decode("utf-8-sig").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"class names {place} do not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"class names {place} cannot be read: {error}") from error
+    shown = f"class names {place}"
+    lines = text_of(contents(fs, path, shown, "do not exist"), shown).splitlines()
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise DataError(f"class names {place} are empty")

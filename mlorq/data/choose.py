@@ -14,6 +14,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from mlorq.artifacts.locations import resolve_location
+from mlorq.data.contents import contents, text_of
 from mlorq.data.source import ListSettings
 from mlorq.errors import DataError
 
@@ -53,12 +54,7 @@ def listed_samples(settings: ListSettings, folder: str) -> tuple[str, list[str]]
         return None
     location = resolve_location(settings.list, folder)
     fs, path = url_to_fs(location)
-    try:
-        lines = fs.cat_file(path).decode("utf-8-sig").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"list {location} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"list {location} cannot be read: {error}") from error
+    lines = text_of(contents(fs, path, f"list {location}"), f"list {location}").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise DataError(f"list {location} is empty")
@@ -152,13 +148,9 @@ def read_image(fs: Any, path: str) -> bytes:
     """The encoded bytes of an image file.
 
     Raises:
-        DataError: the file does not exist.
+        DataError: the file does not exist or cannot be read.
     """
-    try:
-        data: bytes = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"image {path} does not exist") from None
-    return data
+    return contents(fs, path, f"image {path}")
 
 
 def before_glob(location: str | None) -> str | None:

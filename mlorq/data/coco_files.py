@@ -15,8 +15,11 @@ from mlorq.artifacts.hashing import digest_bytes
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, read_image, seeded_choice
 from mlorq.data.coco import CocoSettings
+from mlorq.data.contents import contents
 from mlorq.data.pixels import decoded
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
+
+LARGEST = 2**17  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def load_images(
     if not fs.isdir(path):
         raise DataError(f"image folder {root} does not exist")
     with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
-    return [replace(image, data=data) for image, data in zip(images, contents, strict=True)]
+        encoded = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
+    return [replace(image, data=data) for image, data in zip(images, encoded, strict=True)]
 
 
 def image_names(images: Sequence[CocoImage]) -> list[list[str]]:
@@ -130,12 +133,11 @@ def read_annotations(location: str) -> dict[str, Any]:
             list.
     """
     fs, path = url_to_fs(location)
+    data = contents(fs, path, f"annotations {location}", "do not exist")
     try:
-        truth: dict[str, Any] = json.loads(fs.cat_file(path))
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"annotations {location} do not exist") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"annotations {location} are not JSON: {error}") from error
+        truth: dict[str, Any] = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"annotations {location} are not JSON: {one_line(error)}") from error
     for part in ("images", "annotations", "categories"):
         if not isinstance(truth, dict) or not isinstance(truth.get(part), list):
             raise DataError(f"annotations {location} have no list {part!r}")
@@ -143,15 +145,16 @@ def read_annotations(location: str) -> dict[str, Any]:
         images = _ids(truth["images"], "image", location)
         categories = _ids(truth["categories"], "category", location)
         for row in truth["categories"]:
-            row["name"]  # detectors match classes by name
+            if not isinstance(row["name"], str):  # detectors match classes by name
+                raise DataError(f"annotations {location}: the name of category {row['id']} is not a text")
         for number, row in enumerate(truth["annotations"], 1):
-            where = f"annotations {location}: annotation {row.get('id', f'number {number}')}"
+            where = f"annotations {location}: annotation {row.get('id', f'number {number}')!s:.60}"
             if row["category_id"] not in categories:
-                raise DataError(f"{where} has category {row['category_id']}, which is not listed")
+                raise DataError(f"{where} has category {row['category_id']!s:.60}, which is not listed")
             if row["image_id"] not in images:
-                raise DataError(f"{where} has image {row['image_id']}, which is not listed")
+                raise DataError(f"{where} has image {row['image_id']!s:.60}, which is not listed")
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"annotations {location}: an entry lacks {error}") from error
+        raise DataError(f"annotations {location}: an entry lacks {one_line(error)}") from error
     return truth
 
 
@@ -159,18 +162,24 @@ def _ids(rows: Sequence[Mapping[str, Any]], kind: str, location: str) -> set[int
     """The ids of images or categories: different integers, because results refer to them."""
     found: set[int] = set()
     for row in rows:
-        if not isinstance(row["id"], int) or row["id"] in found:
-            problem = "occurs twice" if row["id"] in found else "is not an integer"
-            raise DataError(f"annotations {location}: {kind} id {row['id']!r} {problem}")
+        if type(row["id"]) is not int or abs(row["id"]) >= 2**63:
+            raise DataError(f"annotations {location}: {kind} id {row['id']!r:.60} is not an integer of 64 bits")
+        if row["id"] in found:
+            raise DataError(f"annotations {location}: {kind} id {row['id']} occurs twice")
         found.add(row["id"])
     return found
 
 
 def _image(row: Mapping[str, Any], location: str) -> CocoImage:
     try:
-        return CocoImage(int(row["id"]), str(row["file_name"]), int(row["height"]), int(row["width"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"annotations {location}: image {row.get('id')} is malformed: {error}") from error
+        found = CocoImage(int(row["id"]), str(row["file_name"]), int(row["height"]), int(row["width"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"annotations {location}: image {row.get('id')!s:.60} is malformed: {one_line(error)}"
+        ) from error
+    if not (0 < found.height < LARGEST and 0 < found.width < LARGEST):
+        raise DataError(f"annotations {location}: image {found.id} is {found.width} × {found.height}")
+    return found
 
 
 def _choose(images: list[CocoImage], samples: int | None, seed: int, location: str) -> list[CocoImage]:

@@ -21,6 +21,7 @@ from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.data.base import Dataset
 from mlorq.data.coco import CocoSettings
 from mlorq.data.coco_files import CocoBatches, CocoImage, decode, image_names, load_images, read_annotations
+from mlorq.data.coco_shapes import check_object
 from mlorq.data.metrics import DETECTION
 from mlorq.data.packages import PYCOCOTOOLS
 from mlorq.data.source import ModelSettings, Role
@@ -70,10 +71,11 @@ def coco_dataset(
     if role == "calibration":
         return Dataset(batches, len(images), digest_json(described))
     PYCOCOTOOLS.require("the metric of source coco")
+    sizes = {image.id: (image.height, image.width) for image in images}
     for number, row in enumerate(truth["annotations"], 1):
-        for key in ("bbox", "area", *(["segmentation"] if detector.masks else [])):
-            if row.get(key) is None:
-                raise DataError(f"annotations {location}: annotation {row.get('id', f'number {number}')} lacks {key!r}")
+        if row["image_id"] in sizes:
+            where = f"annotations {location}: annotation {row.get('id', f'number {number}')!s:.60}"
+            check_object(row, *sizes[row["image_id"]], where, masks=detector.masks)
     names = {category["id"]: category["name"] for category in truth["categories"]}
     categories = detector.categories(names)
     chosen = {image.id for image in images}

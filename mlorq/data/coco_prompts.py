@@ -7,6 +7,7 @@ and images without objects are left out.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mlorq.data.base import Dataset
 from mlorq.data.coco import CocoSettings
 from mlorq.data.coco_files import CocoBatches, CocoImage, decode, image_names, load_images, read_annotations
 from mlorq.data.coco_images import NMSE_SAMPLES
+from mlorq.data.coco_shapes import check_outline
 from mlorq.data.metrics import MASK_IOU, iou
 from mlorq.data.packages import PYCOCOTOOLS
 from mlorq.data.source import Role
@@ -79,9 +81,11 @@ def prompt_dataset(settings: CocoSettings, inputs: Prompted, role: Role, folder:
     if role == "calibration":
         return Dataset(batches, len(images), digest_json(described))
     PYCOCOTOOLS.require(f"metric {MASK_IOU}")
-    for row in (each for rows in many.values() for each in rows):
-        if row.row.get("segmentation") is None:
-            raise DataError(f"{row.where} lacks 'segmentation'")
+    for image in images:
+        for each in many[image.id]:
+            if each.row.get("segmentation") is None:
+                raise DataError(f"{each.where} lacks 'segmentation'")
+            check_outline(each.row["segmentation"], image.height, image.width, each.where)
     described["truth"] = [[each.row["segmentation"] for each in many[image.id]] for image in images]
     described["metric"] = MASK_IOU
     spread = batches.spread(min(len(batches), max(1, NMSE_SAMPLES // settings.batch_size)))
@@ -122,12 +126,14 @@ def _objects(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[int, list[_
     """The objects of each image that has any, from the largest to the smallest."""
     found: defaultdict[int, list[_Object]] = defaultdict(list)
     for number, row in enumerate(rows, 1):
-        where = f"{origin}: annotation {row.get('id', f'number {number}')}"
+        where = f"{origin}: annotation {row.get('id', f'number {number}')!s:.60}"
         if row.get("bbox") is None:
             raise DataError(f"{where} lacks 'bbox'")
         try:
             left, top, width, height = (float(value) for value in row["bbox"])
-        except (TypeError, ValueError):
+            if not math.isfinite(left + top + width + height):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{where}: its bbox {row['bbox']!r:.60} is not [left, top, width, height]") from None
         if not row.get("iscrowd") and width > 0 and height > 0:
             found[row["image_id"]].append(_Object((left, top, left + width, top + height), row, where))

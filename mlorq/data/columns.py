@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from mlorq.data.contents import contents, text_of
 from mlorq.data.delimited import read_rows
-from mlorq.errors import DataError
+from mlorq.errors import DataError, one_line
 
+MOST_ROWS = 1000  # per byte of a Parquet file; only copies of one value take less
 LINES = (".jsonl", ".ndjson")
 
 
@@ -27,22 +30,10 @@ def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | 
         DataError: the file is missing, empty or malformed, or a column is missing.
     """
     fs, path = url_to_fs(location)
-    try:
-        data = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"table {location} does not exist") from None
+    data = contents(fs, path, f"table {location}")
+    numbers: Sequence[int]
     if path.endswith(".parquet"):
-        try:
-            table = pq.read_table(io.BytesIO(data))
-        except (OSError, ValueError) as error:
-            raise DataError(f"table {location} is not a Parquet file: {error}") from error
-        known = {name: table[name].to_pylist() for name in table.column_names}
-        known |= {index: table.column(index).to_pylist() for index in range(table.num_columns)}
-        for name in names:
-            if name not in known:
-                raise DataError(f"table {location} has no column {name!r}; it has {', '.join(table.column_names)}")
-        found = {name: known[name] for name in names}
-        numbers: Sequence[int] = range(1, table.num_rows + 1)
+        found, numbers = _parquet(location, data, names)
     elif path.endswith(LINES):
         found, numbers = _json_lines(location, data, names)
     else:
@@ -52,12 +43,57 @@ def read_columns(location: str, names: Sequence[int | str]) -> tuple[dict[int | 
     return found, numbers
 
 
+def _parquet(
+    location: str, data: bytes, names: Sequence[int | str]
+) -> tuple[dict[int | str, list[Any]], Sequence[int]]:
+    """Columns of a Parquet file."""
+    with reading(f"table {location}"):
+        file = pq.ParquetFile(io.BytesIO(data))
+        check_rows(file.metadata, len(data))
+        table = file.read()
+        table.validate(full=True)
+    titles = table.column_names
+    found: dict[int | str, list[Any]] = {}
+    for name in names:
+        places = [name] if isinstance(name, int) else [at for at, title in enumerate(titles) if title == name]
+        if not places or not 0 <= places[0] < len(titles):
+            raise DataError(f"table {location} has no column {name!r}; it has {', '.join(titles)}")
+        if len(places) > 1:
+            raise DataError(f"table {location} has {len(places)} columns {name!r}")
+        with reading(f"table {location}"):
+            found[name] = table.column(places[0]).to_pylist()
+    return found, range(1, table.num_rows + 1)
+
+
+@contextlib.contextmanager
+def reading(origin: str) -> Iterator[None]:
+    """Name a Parquet file in errors of reading it, which are of many types.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        yield
+    except (DataError, ConnectionError, TimeoutError):  # the latter of a network: a step tries again
+        raise
+    except Exception as error:
+        raise DataError(f"{origin} is not a Parquet file: {one_line(error) or type(error).__name__}") from error
+
+
+def check_rows(metadata: pq.FileMetaData, size: int) -> None:
+    """Refuse numbers of rows that a file of ``size`` bytes does not hold, before memory is taken for them.
+
+    Raises:
+        ValueError: there are too many, or the row groups have other numbers than the file.
+    """
+    groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows or metadata.num_rows > MOST_ROWS * size:
+        raise ValueError(f"it says that it has {metadata.num_rows} rows, in groups of {groups!r:.100}")
+
+
 def _json_lines(location: str, data: bytes, names: Sequence[int | str]) -> tuple[dict[int | str, list[Any]], list[int]]:
     """Entries of the objects of a file with one on each line; empty lines do not count."""
-    try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"table {location} cannot be read: {error}") from error
+    lines = text_of(data, f"table {location}").split("\n")
     found: dict[int | str, list[Any]] = {name: [] for name in names}
     numbers = []
     for number, line in enumerate(lines, 1):
@@ -65,8 +101,10 @@ def _json_lines(location: str, data: bytes, names: Sequence[int | str]) -> tuple
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"table {location}, row {number} is not JSON: {error}") from error
+            if "\\" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # halves of characters are no text
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"table {location}, row {number} is not JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise DataError(f"table {location}, row {number} is not a JSON object")
         for name in names:

@@ -6,6 +6,7 @@ import csv
 import io
 import threading
 
+from mlorq.data.contents import text_of
 from mlorq.errors import DataError
 
 _END = "\x03"  # a last row of one field; it is part of the row before if a quoted field has no end
@@ -24,10 +25,7 @@ def read_rows(data: bytes, origin: str, *, tabs: bool, quotes: bool) -> list[tup
     Raises:
         DataError: the file is not UTF-8, or a quoted field has no end.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin} cannot be read: {error}") from error
+    text = text_of(data, origin)
     if text and not text.endswith("\n"):
         text += "\n"
     source = io.StringIO(f"{text}{_END}\n")

@@ -23,6 +23,7 @@ from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.base import Dataset
 from mlorq.data.choose import READERS
+from mlorq.data.contents import contents
 from mlorq.data.images import Image, PreparedBatches
 from mlorq.data.label_maps import NMSE_SAMPLES, class_numbers, image_size
 from mlorq.data.metrics import DEPTH_ERROR, depth_error
@@ -70,8 +71,8 @@ class DepthMaps:
 def _array(data: bytes, name: str) -> np.ndarray:
     try:
         values: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"depth map {name} cannot be read: {one_line(error)}") from error
+    except Exception as error:  # damaged headers raise errors of many types
+        raise DataError(f"depth map {name} cannot be read: {one_line(error) or type(error).__name__}") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "iuf":
         raise DataError(f"depth map {name} is no matrix of numbers, (height, width)")
     return values.astype(np.float64)
@@ -100,10 +101,8 @@ def read_depth_maps(
     def read(image: str) -> tuple[str, bytes]:
         names = [posixpath.splitext(image)[0] + suffix for suffix in SUFFIXES]
         for name in names:
-            try:
-                return name, fs.cat_file(posixpath.join(path, name))
-            except (FileNotFoundError, IsADirectoryError):
-                continue
+            if fs.isfile(posixpath.join(path, name)):
+                return name, contents(fs, posixpath.join(path, name), f"depth map {name}")
         raise DataError(f"depth map {' or '.join(names)} of image {image} is missing in {root}")
 
     with ThreadPoolExecutor(READERS) as pool:

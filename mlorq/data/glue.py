@@ -199,7 +199,7 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
     """
     import pyarrow.parquet as pq
 
-    from mlorq.data.columns import read_columns
+    from mlorq.data.columns import read_columns, reading
 
     wanted = (*TASKS[name].text, LABEL)
     if location is None:
@@ -214,11 +214,8 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
     fs, files = parquet_files(location, split)
     parts = []
     for file in files:
-        try:
-            with fs.open(file, "rb") as opened:
-                parts.append(_of_table(pq.read_table(opened), wanted, f"table {file}"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"table {file} is not a Parquet file: {error}") from error
+        with reading(f"table {file}"), fs.open(file, "rb") as opened:
+            parts.append(_of_table(pq.read_table(opened), wanted, f"table {file}"))
     return {key: [value for part in parts for value in part[key]] for key in wanted}
 
 

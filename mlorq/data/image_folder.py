@@ -16,6 +16,7 @@ from pydantic import Field
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, indices_of, listed_samples, read_image, seeded_choice
+from mlorq.data.contents import contents
 from mlorq.data.delimited import read_rows
 from mlorq.data.metrics import ZERO_SHOT
 from mlorq.data.model_inputs import two_towers
@@ -35,6 +36,7 @@ UNREADABLE = (
     *(".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
     *(".rw2", ".raf", ".dcm"),
 )
+LARGEST = 2**31  # class number
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation", "calibration"}
 
 Prompts = list[str]  # defined here because ``list`` is a key in the class below
@@ -123,8 +125,8 @@ class ImageFolderSource(DataSource[ImageFolderSettings]):
             )
         images, classes = _chosen(fs, path, root, settings, folder, seed, maps=segments or measures)
         with ThreadPoolExecutor(READERS) as pool:
-            contents = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
-        pairs = zip(images, contents, strict=True)
+            encoded = list(pool.map(lambda image: read_image(fs, posixpath.join(path, image.path)), images))
+        pairs = zip(images, encoded, strict=True)
         made = [Image(each.path, data, each.label, each.where, posixpath.basename(each.path)) for each, data in pairs]
         if towers is not None:
             names = class_names(settings.class_names, folder, classes, f"image folder {root}")
@@ -185,10 +187,7 @@ def _listed(settings: ImageFolderSettings, folder: str) -> list[_Named]:
     assert settings.labels is not None
     location = resolve_location(settings.labels, folder)
     fs, path = url_to_fs(location)
-    try:
-        data = fs.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"label table {location} does not exist") from None
+    data = contents(fs, path, f"label table {location}")
     rows = read_rows(data, f"label table {location}", tabs=not path.endswith(".csv"), quotes=True)
     titles = rows[0][1] if rows else []
     for column in ("file", "label", *(("split",) if settings.split else ())):
@@ -220,9 +219,12 @@ def _labelled(row: Mapping[str, str], where: str) -> _Named:
         if not row.get(column):
             raise DataError(f"{where}: the {column} is missing")
     try:
-        return _Named(row["file"], int(row["label"]), where)
+        label = int(row["label"])
     except ValueError:
-        raise DataError(f"{where}: label {row['label']!r} is not a class number") from None
+        label = LARGEST
+    if abs(label) >= LARGEST:
+        raise DataError(f"{where}: label {row['label']!r:.60} is not a class number")
+    return _Named(row["file"], label, where)
 
 
 def _images(files: Sequence[str], location: str) -> list[str]:

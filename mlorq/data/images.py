@@ -281,7 +281,7 @@ def decode(image: Image, transform: Callable[[Any], Any], mode: str) -> Tensor:
     pixels = decoded(image.data, image.name, mode)
     try:
         result: Tensor = transform(pixels)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError, MemoryError) as error:
         raise DataError(f"image {image.name} cannot be resized: {one_line(error)}") from error
     return result
 

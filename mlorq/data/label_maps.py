@@ -25,6 +25,7 @@ from mlorq.artifacts.hashing import digest_bytes, digest_json
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.base import Dataset, LabelCheck
 from mlorq.data.choose import READERS
+from mlorq.data.contents import contents
 from mlorq.data.images import Image, PreparedBatches
 from mlorq.data.metrics import MIOU, mean_iou
 from mlorq.data.model_inputs import ImageInputs
@@ -122,11 +123,7 @@ def read_label_maps(
 
     def read(pair: tuple[str, str]) -> bytes:
         name, image = pair
-        try:
-            data: bytes = fs.cat_file(posixpath.join(path, name))
-        except (FileNotFoundError, IsADirectoryError):
-            raise DataError(f"mask {name} of image {image} is missing in {root}") from None
-        return data
+        return contents(fs, posixpath.join(path, name), f"mask {name} of image {image}", f"is missing in {root}")
 
     with ThreadPoolExecutor(READERS) as pool:
         data = list(pool.map(read, zip(names, paths, strict=True)))

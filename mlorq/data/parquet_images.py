@@ -18,12 +18,14 @@ import pyarrow.parquet as pq
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import READERS, indices_of, listed_samples, parquet_files, row_names, seeded_choice
+from mlorq.data.columns import check_rows, reading
 from mlorq.data.image_parquet import ImageParquetSettings
 from mlorq.data.images import Image
 from mlorq.data.source import Role
 from mlorq.errors import DataError
 
 LABEL = "label"  # the column's usual name on the hub
+LARGEST = 2**31  # class number
 HIDDEN = -1  # the hub's label in splits with secret labels
 
 
@@ -92,19 +94,21 @@ def read_images(settings: ImageParquetSettings, role: Role, folder: str, seed: i
 
 
 def _open(fs: Any, path: str) -> pq.ParquetFile:
-    try:
+    with reading(path):
         # One request per column chunk instead of one for the whole file.
         return pq.ParquetFile(fs.open(path, "rb"), pre_buffer=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _shard(fs: Any, path: str, settings: ImageParquetSettings) -> _Shard:
     """The description of a shard, from its footer."""
-    with _open(fs, path) as file:
+    with _open(fs, path) as file, reading(path):
         schema, metadata = file.schema_arrow, file.metadata
+        check_rows(metadata, fs.size(path))
         groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
     columns = ", ".join(schema.names)
+    twice = [name for name in (settings.image, settings.label or LABEL) if schema.names.count(str(name)) > 1]
+    if twice:
+        raise DataError(f"{path} has several columns {twice[0]!r}")
     if settings.image not in schema.names:
         raise DataError(f"{path} has no column {settings.image!r} of images; it has {columns}")
     kind = schema.field(settings.image).type
@@ -138,12 +142,14 @@ def _read(fs: Any, shard: _Shard, rows: Sequence[int]) -> dict[int, Image]:
     """Some rows of a shard."""
     columns = [shard.bytes_column, *([] if shard.label is None else [shard.label])]
     found: dict[int, Image] = {}
-    with _open(fs, shard.path) as file:
+    with _open(fs, shard.path) as file, reading(shard.path):
         first = 0
         for group, count in enumerate(shard.groups):
             own = sorted(row for row in rows if first <= row < first + count)
             if own:
-                table = file.read_row_group(group, columns=columns).take([row - first for row in own])
+                table = file.read_row_group(group, columns=columns)
+                table.validate(full=True)
+                table = table.take([row - first for row in own])
                 contents = table.column(0).combine_chunks()
                 if pa.types.is_struct(contents.type):
                     contents = contents.field("bytes")
@@ -160,6 +166,8 @@ def _image(shard: _Shard, row: int, data: bytes | None, label: int | None) -> Im
         raise DataError(f"{where}: the image has a path but no bytes; store the encoded images in the table")
     if shard.label is not None and label is None:
         raise DataError(f"{where}: the label is missing")
+    if label is not None and abs(label) >= LARGEST:
+        raise DataError(f"{where}: label {label} is not a class number")
     return Image(where, data, label, f"{where}, column {shard.label!r}")
 
 
@@ -173,9 +181,9 @@ def _listed_rows(
     for shard in shards:
         if shard.path_column is None:
             continue
-        with _open(fs, shard.path) as file:
+        with _open(fs, shard.path) as file, reading(shard.path):
             column = file.read(columns=[shard.path_column]).column(0).combine_chunks()
-        names = (column.field("path") if pa.types.is_struct(column.type) else column).to_pylist()
+            names = (column.field("path") if pa.types.is_struct(column.type) else column).to_pylist()
         for row, name in enumerate(names):
             if name in known and name in listed[1]:
                 raise DataError(f"list {listed[0]}: two images have the path {name!r}; give row numbers")

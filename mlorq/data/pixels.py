@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Formats whose mode "I" (32-bit integers) holds 16-bit values; in others, such as TIFF, their range is unknown.
 SIXTEEN_BITS = ("PNG", "PPM")
+MOST_SIDES = 1000
 
 
 def decoded(data: bytes, name: str, mode: str) -> Image:
@@ -32,6 +33,7 @@ def decoded(data: bytes, name: str, mode: str) -> Image:
 
     try:
         with Pillow.open(io.BytesIO(data)) as opened:
+            _check_sides(opened, name)
             opened.load()
             return _eight_bits(opened, name).convert(mode)
     except DataError:
@@ -42,6 +44,13 @@ def decoded(data: bytes, name: str, mode: str) -> Image:
         raise DataError(f"image {name} is too large for this machine's memory: store it with fewer pixels") from None
     except Exception as error:  # decoders raise anything for damaged files: struct.error, KeyError, zlib.error, …
         raise DataError(f"image {name} cannot be decoded: {one_line(error) or type(error).__name__}") from error
+
+
+def _check_sides(opened: Image, name: str) -> None:
+    """Refuse an image whose longer side would take all memory once the shorter one has the model's size."""
+    width, height = opened.size
+    if min(width, height) < 1 or max(width, height) > MOST_SIDES * min(width, height):
+        raise DataError(f"image {name} is {width} × {height}: one side is more than {MOST_SIDES} times the other")
 
 
 def _eight_bits(opened: Image, name: str) -> Image:

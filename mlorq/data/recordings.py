@@ -11,6 +11,7 @@ import numpy as np
 from mlorq.data.packages import SOUNDFILE
 from mlorq.errors import DataError, one_line
 
+RATES = (1000, 1_000_000)  # lowest and highest, in Hz
 WAV = (b"RIFF", b"RIFX", b"RF64")  # first bytes of a file
 
 
@@ -33,6 +34,8 @@ def decoded_recording(data: bytes, name: str, rate: int) -> np.ndarray:
     values, own = _wav(data, name) if data[:4] in WAV else _other(data, name)
     if not len(values):
         raise DataError(f"recording {name} is empty: it has no samples")
+    if not RATES[0] <= own <= RATES[1]:  # resampling from others would take all memory
+        raise DataError(f"recording {name} cannot be read: its sampling rate is {own} Hz")
     if not np.isfinite(values).all():
         raise DataError(f"recording {name} has NaN or infinite values")
     mono = values.mean(axis=1) if values.ndim > 1 else values
@@ -67,8 +70,6 @@ def _wav(data: bytes, name: str) -> tuple[np.ndarray, int]:
         raise DataError(f"recording {name} cannot be read: {one_line(error)}") from error
     if any("prematurely" in str(warning.message) for warning in seen):
         raise DataError(f"recording {name} cannot be read: it is cut off")
-    if rate <= 0:
-        raise DataError(f"recording {name} cannot be read: its sampling rate is {rate}")
     if values.dtype == np.uint8:
         return (values.astype(np.float64) - 128) / 128, int(rate)
     if values.dtype.kind == "i":

@@ -9,6 +9,7 @@ from fsspec.core import url_to_fs
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.data.choose import before_glob
+from mlorq.data.contents import contents, text_of
 from mlorq.data.model_inputs import text_inputs
 from mlorq.data.source import SOURCES, DataSource, LanguageSettings, ModelSettings, PathSettings, Role
 from mlorq.errors import DataError
@@ -58,12 +59,7 @@ def _texts(location: str) -> list[str]:
         raise DataError(f"text {location}: there are no files")
     found = []
     for file in files:
-        try:
-            found.append(fs.cat_file(file).decode("utf-8-sig"))
-        except (FileNotFoundError, IsADirectoryError):
-            raise DataError(f"text {file} does not exist") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"text {file} is not UTF-8: {error}") from None
+        found.append(text_of(contents(fs, file, f"text {file}"), f"text {file}"))
     return found
 
 

@@ -241,11 +241,11 @@ def checked_labels(values: Sequence[Any], where: Callable[[int], str], *, classe
     for index, value in enumerate(values):
         try:
             labels[index] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             labels[index] = np.nan
         if not np.isfinite(labels[index]) or (classes and labels[index] % 1):
             raise DataError(
-                f"{where(index)}: label {value!r} is not a {'class number' if classes else 'finite number'}"
+                f"{where(index)}: label {value!r:.100} is not a {'class number' if classes else 'finite number'}"
             )
     return labels
 

@@ -57,7 +57,7 @@ def front_matter(card: bytes) -> dict[str, Any]:
         return {}
     try:
         facts = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # of dates and numbers, and of deep nesting
         return {}
     return facts if isinstance(facts, dict) else {}
 

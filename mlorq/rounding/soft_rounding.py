@@ -85,8 +85,8 @@ class Regulariser:
         warm = WARM_UP * self._steps
         share = max(0.0, (self._done - warm) / max(1.0, self._steps - warm))
         self._done += 1
-        if share == 0:
-            return torch.zeros((), device=self._matrices[0].base.device)
+        if share == 0 or not self._matrices:  # there is none in a block of trellis codes
+            return torch.zeros(())
         beta = BETA_START + (BETA_END - BETA_START) * share
         parts = [(1 - (2 * matrix.rounding() - 1).abs().pow(beta)).mean() for matrix in self._matrices]
         return self._weight * torch.stack(parts).sum()

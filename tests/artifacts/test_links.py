@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from mlorq.artifacts.gc import folders, removable, remove
+from mlorq.artifacts.leases import running
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.errors import StoreError
 
@@ -49,3 +51,46 @@ def test_hostile_manifests_are_one_line(tmp_path: Path, text: bytes) -> None:
         store.exists(ref)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize("linked", ["leases", "leases/runs"])
+def test_leases_do_not_lead_out_of_a_store(tmp_path: Path, linked: str) -> None:
+    store, outside, inside = Store(f"file://{tmp_path}/store"), tmp_path / "outside", tmp_path / "store" / linked
+    inside.parent.mkdir(parents=True)
+    outside.mkdir()
+    inside.symlink_to(outside)
+    with pytest.raises(StoreError, match="leads out of the store"), running(store.leases, "a run"):
+        pass
+    with pytest.raises(StoreError, match="leads out of the store"):
+        store.leases.holders("runs")
+    assert not list(outside.iterdir())
+
+
+def test_damaged_leases_hold_nobody_up(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store")
+    place = '"created": 0, "place": "p", "what": "w"'
+    texts = ["[" * 100_000, f'{{{place}, "process": [Infinity, ""]}}', f'{{{place}, "process": 5}}', "x" * 10**6, ""]
+    for index, text in enumerate(texts):
+        store.files.write(f"{store.root}/leases/runs/{index}.json", text.encode())
+    assert store.leases.holders("runs") == []
+
+
+def test_a_manifest_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"file://{tmp_path}")
+    ref = store.write("step", KEY, {"a": b"1"})
+    monkeypatch.setattr("mlorq.artifacts.store.MOST_MANIFEST_BYTES", 1000)
+    with (tmp_path / "step" / KEY / "manifest.json").open("ab") as file:
+        file.write(b" " * 900)
+    with pytest.raises(StoreError, match=r"is damaged: manifest\.json: it has more than 1000 bytes"):
+        store.exists(ref)
+
+
+def test_a_manifest_that_lists_less_is_damaged(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    ref = store.write("step", KEY, {"a": b"1", "b": b"2"}, details={"layer": "x"})
+    path = tmp_path / "step" / KEY / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["files"]["b"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(StoreError, match=r"manifest\.json: its digest differs"):
+        store.exists(ref)

@@ -257,9 +257,9 @@ def test_annotations_at_fault_are_named(tmp_path: Path) -> None:
     assert "annotation 1 lacks 'bbox'" in refusal(of_first(bbox=None))
     assert "annotation 1: its bbox [1, 2] is not [left, top, width, height]" in refusal(of_first(bbox=[1, 2]))
     assert "annotation 1 lacks 'segmentation'" in refusal(of_first(segmentation=None))
-    assert "annotation 1: its segmentation cannot be read: " in refusal(of_first(segmentation=[["a"]]))
+    assert "annotation 1: its segmentation is neither polygons" in refusal(of_first(segmentation=[["a"]]))
     odd = {"size": [2, 3], "counts": [2, 4]}
-    assert "annotation 1: its segmentation is 3 × 2, unlike its image" in refusal(of_first(segmentation=odd))
+    assert "annotation 1: the run lengths of its segmentation are not" in refusal(of_first(segmentation=odd))
     assert "have no objects, only images or crowds" in refusal(lambda rows: rows["annotations"].clear())
     assert "metric 'box_ap' does not fit masks of prompts; choose mask_iou" in refusal(lambda _: None, metric="box_ap")
 

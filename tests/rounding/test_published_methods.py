@@ -269,3 +269,8 @@ def test_moments_know_whether_there_are_tokens(seed):
     assert set(found.values()) <= {True, False}
     tokens = {layer.name: layer.macs // layer.params > 1 for layer in listed.layers}
     assert found == tokens
+
+
+def test_a_block_without_soft_codes_has_no_penalty() -> None:
+    regulariser = Regulariser([], 10, 1.0)
+    assert [regulariser().item() for _ in range(10)] == [0.0] * 10
