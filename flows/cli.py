@@ -16,7 +16,7 @@ from typing import NoReturn
 # The registries are imported in ``main``: an interrupt while they are is then one line, as at any other time.
 from flows.terminal import Interrupt, interruptible, quiet_stdout
 from mlorq import __version__
-from mlorq.errors import MlorqError
+from mlorq.errors import MlorqError, hide_secrets
 
 # Set before torch is imported: its threads then sleep instead of spinning while they wait for work. Spinning threads
 # slow down every other process of the machine, such as the server that records the run.
@@ -251,7 +251,7 @@ def _running(parser: argparse.ArgumentParser) -> None:
 def _setting(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{hide_secrets(text)!r}: expected KEY=VALUE")
     return key.strip(), value.strip()
 
 
