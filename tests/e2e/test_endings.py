@@ -20,7 +20,8 @@ from torch import nn
 torch.manual_seed(0)
 def net():
     return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
-result = mlorq.compress(net(), [torch.randn(8, 16) for _ in range(4)], budget="6bit", preset="quick", rounding="nearest")
+batches = [torch.randn(8, 16) for _ in range(4)]
+result = mlorq.compress(net(), batches, budget="6bit", preset="quick", rounding="nearest")
 result.save("out")
 model = mlorq.load("out", model=net())
 mlorq.export("out", "dense.safetensors")
