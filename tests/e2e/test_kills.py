@@ -350,6 +350,7 @@ def concurrent(warm: Warm, folder: Path, count: int) -> None:
     assert verify(Store(project.url)).damaged == []
 
 
+@pytest.mark.long
 def test_two_runs_at_once_with_gc_and_verify(warm: Warm, tmp_path: Path) -> None:
     concurrent(warm, tmp_path, 2)
 
