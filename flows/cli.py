@@ -1,21 +1,22 @@
 """The command line: ``mlorq COMMAND …``.
 
 Results go to standard output, everything else to standard error. Exit status: 0 for success, 2 for wrong input (one
-line, no traceback), 130 after Ctrl-C, 1 for a defect, with a traceback.
+line, no traceback), 130 after Ctrl-C, 143 after SIGTERM, 1 for a defect, with a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from flows.comparison_methods import known_methods
-from flows.terminal import interruptible, quiet_stdout
+# The registries are imported in ``main``: an interrupt while they are is then one line, as at any other time.
+from flows.terminal import Interrupt, interruptible, quiet_stdout
 from mlorq import __version__
-from mlorq.errors import MlorqError
-from mlorq.models.family import FAMILIES
+from mlorq.errors import MlorqError, hide_secrets
 
 # Set before torch is imported: its threads then sleep instead of spinning while they wait for work. Spinning threads
 # slow down every other process of the machine, such as the server that records the run.
@@ -31,29 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as exit_:  # argparse has printed its message, or the help that was asked for
-        return int(exit_.code or 0)
-    except MlorqError as error:  # a plugin that cannot be imported
-        return _wrong_input(error)
-    interrupted = None
+    interrupted = Interrupt()
     try:
         with interruptible() as interrupted:
+            try:
+                arguments = _parser().parse_args(argv)
+            except SystemExit as exit_:  # argparse has printed its message, or the help that was asked for
+                return int(exit_.code or 0)
             arguments.interrupted = interrupted
             return _dispatch(arguments)
-    except MlorqError as error:
-        return _wrong_input(error)
     except KeyboardInterrupt:
-        return _interrupted()
-    except BrokenPipeError:  # the reader of the output (a pager, `head`) has closed it
-        sys.stderr.close()
-        return 1
-    except Exception:
+        return _interrupted(interrupted)
+    except Exception as error:
         # An interrupt between two states of a task makes Prefect raise an error of its own.
-        if interrupted is not None and interrupted.is_set():
-            return _interrupted()
+        if interrupted.is_set():
+            return _interrupted(interrupted)
+        if isinstance(error, BrokenPipeError):  # the reader of the output (a pager, `head`) has closed it
+            sys.stderr.close()
+            return 1
+        if isinstance(error, MlorqError):
+            return _wrong_input(error)
         raise
+
+
+def script(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command ``mlorq``: ``main`` in a process of its own."""
+    status = main(argv)
+    # The result is printed: an interrupt while Python ends does not show where it does.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 def _wrong_input(error: MlorqError) -> int:
@@ -61,9 +68,9 @@ def _wrong_input(error: MlorqError) -> int:
     return 2
 
 
-def _interrupted() -> int:
+def _interrupted(interrupted: Interrupt) -> int:
     print("mlorq: interrupted; run the same command again to resume", file=sys.stderr)
-    return 130
+    return interrupted.status
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
@@ -79,6 +86,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from flows.comparison_methods import known_methods
+    from mlorq.models.family import FAMILIES
+
     parser = argparse.ArgumentParser(
         prog="mlorq",
         description="Compress a trained transformer to a memory budget by mixed-precision quantization and "
@@ -241,9 +251,9 @@ def _running(parser: argparse.ArgumentParser) -> None:
 def _setting(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{hide_secrets(text)!r}: expected KEY=VALUE")
     return key.strip(), value.strip()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -25,7 +25,7 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig
-from mlorq.errors import MlorqError
+from mlorq.errors import MlorqError, no_secrets
 from mlorq.evaluation.report import render_table
 from steps.session import Session
 
@@ -53,9 +53,10 @@ def method_flow(method: str, config: dict[str, Any], folder: str, budget: dict[s
     """
     started = time.perf_counter()
     given = handed()
-    budgets = [Budget.from_json(budget)]
-    session = given.session if given else prepare(RunConfig.from_mapping(config, folder), budgets)
-    return run_on(session, budgets, started)
+    with no_secrets():
+        budgets = [Budget.from_json(budget)]
+        session = given.session if given else prepare(RunConfig.from_mapping(config, folder), budgets)
+        return run_on(session, budgets, started)
 
 
 @flow(name="compare", flow_run_name=compare_name, validate_parameters=False, persist_result=False)
@@ -79,6 +80,14 @@ def compare_flow(
         ``{"rows": [one per budget and method], "results": [as compress_flow], "files": {"table", "page", "rows"},
         "steps", "wall_seconds"}``.
     """
+    return carry_out(config, folder, budgets, methods, activations)
+
+
+@no_secrets()
+def carry_out(
+    config: Any, folder: str, budgets: Sequence[str] | None, methods: Sequence[str] | None, activations: int | None
+) -> dict[str, Any]:
+    """The body of ``compare_flow``."""
     started = time.perf_counter()
     values, folder = explicit_values(config, folder)
     wanted, width = chosen(methods), activation_width(values, activations)

@@ -129,7 +129,7 @@ def verify(arguments: argparse.Namespace) -> Finish:
 
 def gc(arguments: argparse.Namespace) -> Finish:
     """Remove the artifacts that none of the kept runs needs."""
-    from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, temporaries
+    from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, strays, temporaries
 
     if not arguments.keep:
         raise ConfigError("store gc: name the runs to keep with --keep RUN (mlorq runs lists them)")
@@ -142,12 +142,15 @@ def gc(arguments: argparse.Namespace) -> Finish:
         gone = removable(everything, needed_by(found, arguments.keep))
         refs = {folder.ref for folder in gone}
         in_kept = [folder for folder in temporaries(everything) if folder.ref not in refs]
+        outside = strays(found)
         if not arguments.dry_run:
             remove(found, gone, _progress("removed"))
             remove_files(found, in_kept)
-    freed = sum(folder.bytes for folder in (*gone, *in_kept))
+            for path in outside:
+                found.leases.discard(path)
+    freed = sum(folder.bytes for folder in (*gone, *in_kept)) + sum(entry.bytes for entry in outside.values())
     row = {"artifacts": sum(folder.is_artifact for folder in gone), "bytes": freed}
-    row["left_over"] = len(gone) - row["artifacts"] + sum(len(folder.files) for folder in in_kept)
+    row["left_over"] = len(gone) - row["artifacts"] + sum(len(folder.files) for folder in in_kept) + len(outside)
 
     def finish() -> int:
         from flows.render import console, size

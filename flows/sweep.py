@@ -16,7 +16,7 @@ from flows.run_form import ConfigFile, RunForm, read_config
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
-from mlorq.errors import BudgetError, MlorqError
+from mlorq.errors import BudgetError, MlorqError, no_secrets
 from mlorq.evaluation.report import render_sweep, size_accuracy_picture
 from steps.session import Session
 
@@ -42,6 +42,12 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
     Returns:
         As ``compress_flow``, with ``curve``: ``{"picture", "page", "points"}``, URIs in the store.
     """
+    return carry_out(config, folder, budgets)
+
+
+@no_secrets()
+def carry_out(config: Any, folder: str, budgets: Sequence[str] | None) -> dict[str, Any]:
+    """The body of ``sweep_flow``."""
     started = time.perf_counter()
     run_config = read_config(config, folder)
     given = handed()

@@ -30,27 +30,42 @@ def quiet_stdout() -> Iterator[None]:
             os.close(kept)
 
 
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C raises KeyboardInterrupt as usual; a second one, during the clean-up, ends the process at once.
+class Interrupt(threading.Event):
+    """Set by the first signal that asks the process to end.
 
-    The store is always consistent, so ending at once loses no finished step. The first Ctrl-C also sets the event that
+    Attributes:
+        status: exit status after it: 128 and its number, as shells have it.
+    """
+
+    status = 128 + signal.SIGINT
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; a second one, during the clean-up, ends at once.
+
+    The store is always consistent, so ending at once loses no finished step. The first signal also sets the event that
     is returned, which running work polls: Python discards an exception that is raised in a finalizer or callback.
     """
-    interrupted = threading.Event()
-    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not mine or threading.current_thread() is not threading.main_thread():
-        yield interrupted  # ignored from the start, or handled by the caller: left unchanged
+    interrupted = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
         return
+    # One that is ignored from the start, or handled by the caller, is left unchanged.
+    unhandled = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    mine = {number: before for number, before in unhandled.items() if signal.getsignal(number) is before}
 
     def handle(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
-            os._exit(130)
+            os._exit(interrupted.status)
+        interrupted.status = 128 + number
         interrupted.set()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, handle)
+    for number in mine:
+        signal.signal(number, handle)
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, before in mine.items():
+            signal.signal(number, before)

@@ -3,7 +3,7 @@
 The last line on standard output is a JSON object: the artifact's step and key, whether it was reused, and seconds; with
 ``--events`` every line is one object, progress included (``steps.protocol``). ``python -m steps --serve`` reads lines
 ``{"name": …, "spec": URI}`` from standard input and runs one step after another, so that torch, model and data are
-loaded once for many steps.
+loaded once for many steps; it ends when the process that started it has ended.
 
 Exit status: 0 if the artifact exists, 2 for wrong input, 75 for a transient error (a retry makes sense), 1 for a
 defect.
@@ -15,7 +15,10 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import IO
 
@@ -26,6 +29,7 @@ from steps import REGISTRY
 from steps.protocol import Event, StepServer
 
 WRONG_INPUT, TRANSIENT, DEFECT = 2, os.EX_TEMPFAIL, 1
+PARENT_SECONDS = 1.0  # between two looks at whether the parent still runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,11 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(out: IO[str]) -> int:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     server = StepServer()
     for line in sys.stdin:
         request = json.loads(line)
         _print(server.run(request["spec"], request["name"], lambda event: _print(event, out)), out)
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, even in the middle of a step: nobody waits for it.
+
+    The same run can be started again meanwhile; it would wait for the step, on a device that this process holds.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)  # with processes that user code may have started
+    os._exit(TRANSIENT)
 
 
 def _events_on_stdout() -> IO[str]:

@@ -68,9 +68,9 @@ class Description:
             spec = StepSpec.from_json(values["spec"])
             config, folder, device = values["config"], values["folder"], values["device"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"step description {uri}: {error!r}") from error
+            raise StoreError(f"step description {uri:.200}: {error!r}") from error
         if spec.step != step:
-            raise StoreError(f"step description {uri} is for step {spec.step!r}, not {step!r}")
+            raise StoreError(f"step description {uri:.200} is for step {spec.step!r}, not {step!r}")
         return cls(spec, RunConfig.from_mapping(config, folder), device)
 
 

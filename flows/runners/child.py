@@ -7,6 +7,7 @@ with the first step and, if it is lost, again with the next.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -14,7 +15,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from typing import IO, Any
@@ -64,19 +64,18 @@ class ChildRunner:
         for text in pending:
             watch.log(text)
         inside = "cpu" if self.device == "cpu" else "cuda:0"  # the only device of the child
-        with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder:
-            path = os.path.join(folder, "step.json")
-            with open(path, "wb") as file:
-                file.write(Description(spec, self.config, inside).to_bytes())
-            try:
-                return outcome_of(self._ask({"name": spec.step, "spec": path}, spec.label, watch), spec.label)
-            except BaseException:
-                if self._busy:
-                    self.close()  # interrupted: its step is no longer needed
-                raise
-            finally:
-                with self._lock:
-                    self._watch = None
+        # In the URI itself: a file would be left behind if this process were killed.
+        content = base64.b64encode(Description(spec, self.config, inside).to_bytes()).decode()
+        request = {"name": spec.step, "spec": f"data:application/json;base64,{content}"}
+        try:
+            return outcome_of(self._ask(request, spec.label, watch), spec.label)
+        except BaseException:
+            if self._busy:
+                self.close()  # interrupted: its step is no longer needed
+            raise
+        finally:
+            with self._lock:
+                self._watch = None
 
     def _ask(self, request: dict[str, Any], label: str, watch: Watch) -> dict[str, Any]:
         """Send a request and handle its events; returns the last one."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from mlorq.artifacts.leases import FOLDER as LEASES
 from mlorq.artifacts.store import MANIFEST, NO_FILE, ArtifactRef, Store
 from mlorq.artifacts.transfer import Entry, side_by_side
 from mlorq.errors import StoreError, hide_secrets
@@ -20,6 +21,10 @@ from mlorq.errors import StoreError, hide_secrets
 LEFT_OVER_AGE = datetime.timedelta(days=1)  # longer than any write of one artifact
 KEY = re.compile("[0-9a-f]{32}")
 TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # temporary names of ``transfer.replace_file``
+# Files outside artifacts: leases, and the files that show whether a store can be written.
+STRAY = re.compile(
+    rf"(?:{LEASES}/(?:runs|gc|[^/]+/[0-9a-f]{{32}})/[0-9a-f]{{32}}\.json|\.probe-[0-9a-f]{{32}})(?:\.[0-9a-f]{{32}}\.tmp)?"
+)
 
 
 @dataclass
@@ -57,12 +62,8 @@ def folders(store: Store) -> list[Folder]:
     Raises:
         StoreError: the store cannot be reached.
     """
-    try:
-        listing = store.files.listing(store.root)
-    except OSError as error:
-        raise StoreError(f"cannot list the store {hide_secrets(store.url)}: {error}") from error
     found: dict[ArtifactRef, Folder] = {}
-    for path, entry in listing.items():
+    for path, entry in _listing(store).items():
         step, _, rest = path.partition("/")
         key, _, name = rest.partition("/")
         if not name or not KEY.fullmatch(key):  # not a file of the store
@@ -70,6 +71,13 @@ def folders(store: Store) -> list[Folder]:
         ref = ArtifactRef(step, key)
         found.setdefault(ref, Folder(ref)).files[name] = entry
     return [found[ref] for ref in sorted(found, key=lambda ref: (ref.step, ref.key))]
+
+
+def _listing(store: Store) -> dict[str, Entry]:
+    try:
+        return store.files.listing(store.root)
+    except OSError as error:
+        raise StoreError(f"cannot list the store {hide_secrets(store.url)}: {error}") from error
 
 
 @dataclass
@@ -113,12 +121,21 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
         except StoreError as error:
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, NO_FILE):
                 raise  # the store is unreachable; the artifact is not damaged
+            if _is_gone(store, folder.ref):
+                continue  # removed by another process since the listing
             findings.damaged.append(str(error))
             findings.refs.append(folder.ref)
         findings.artifacts += 1
         if progress is not None:
             progress(done, len(artifacts))
     return findings
+
+
+def _is_gone(store: Store, ref: ArtifactRef) -> bool:
+    try:
+        return not store.files.exists(store.path(ref, MANIFEST))
+    except OSError as error:
+        raise StoreError(f"cannot read {store.uri(ref, MANIFEST)}: {error}") from error
 
 
 def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
@@ -197,6 +214,16 @@ def temporaries(everything: Iterable[Folder], now: datetime.datetime | None = No
             if old:
                 found.append(Folder(folder.ref, old))
     return found
+
+
+def strays(store: Store, now: datetime.datetime | None = None) -> dict[str, Entry]:
+    """Files outside artifacts that processes have left behind that were killed, by path: leases, at least a day old.
+
+    Raises:
+        StoreError: the store cannot be reached.
+    """
+    found = _listing(store)
+    return {path: entry for path, entry in found.items() if STRAY.fullmatch(path) and _is_old(entry.modified, now)}
 
 
 def _is_old(modified: datetime.datetime | None, now: datetime.datetime | None) -> bool:

@@ -3,7 +3,7 @@
 A lease is a small file below ``<store>/leases/`` that its holder renews while it works and removes at the end. Nobody
 waits for a holder that has died: on the machine of the holder its process is looked up, elsewhere a lease counts for
 ``EXPIRY_SECONDS`` after its last renewal. Ages are differences of times that the store itself reports, so that clocks
-of machines do not matter.
+of machines do not matter; nor does a jump of the store's: a lease that stays as it is while it is watched expires, too.
 
 Leases save work and keep ``gc`` away from what a run needs. Results do not depend on them: two writers of one artifact
 write the same bytes. Where a lease cannot be written, as in a store that is read only, work goes on without.
@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mlorq.errors import StoreError
 
@@ -74,10 +74,14 @@ class Leases:
         checked: returns a path, or raises ``StoreError`` if a link on its way leads out of the store.
     """
 
+    # Names of the leases that this process holds, in any store. Its others could not be removed: the store was down.
+    _of_process: ClassVar[set[str]] = set()
+
     def __init__(self, files: Files, root: str, checked: Callable[[str], str] = str) -> None:
         self._files, self._root, self._checked = files, posixpath.join(root, FOLDER), checked
         self._held: dict[str, bytes] = {}  # contents by path
         self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._seen: dict[str, tuple[datetime.datetime | None, float]] = {}  # last renewals of others, and since when
         self._renewal: threading.Thread | None = None
         self._end = threading.Event()
 
@@ -128,10 +132,25 @@ class Leases:
         known = [holder for holder in read if holder is not None]
         now = next((holder.modified for holder in known if holder.name == own), None)
         now = now or datetime.datetime.now(datetime.UTC)
-        alive = [holder for holder in known if holder.name == own or _is_alive(holder, now)]
+        alive = [holder for holder in known if holder.name == own or self._is_alive(holder, now)]
         # By the time of writing: of two that begin at once, the one that the other sees is the older. Where the store
         # counts in seconds, the holders' clocks and the names decide.
         return sorted(alive, key=lambda holder: (holder.modified or now, holder.created, holder.name))
+
+    def _is_alive(self, holder: Holder, now: datetime.datetime) -> bool:
+        number, started = holder.process
+        here = holder.place == _place()
+        if here and _process(number)[1] != started:
+            return False
+        if here and number == os.getpid():
+            return holder.name in self._of_process
+        renewed, since = self._seen.get(holder.name, (None, 0.0))
+        if holder.name not in self._seen or renewed != holder.modified:
+            since = time.monotonic()
+            self._seen[holder.name] = (holder.modified, since)
+        # A process of this machine may have slept with it, and renews as soon as it is awake.
+        age = 0.0 if here or holder.modified is None else (now - holder.modified).total_seconds()
+        return max(age, time.monotonic() - since) < EXPIRY_SECONDS
 
     def _holder(self, path: str, modified: datetime.datetime | None) -> Holder | None:
         """The holder that a file describes; None if the file has gone, or is another's."""
@@ -144,6 +163,14 @@ class Leases:
             return Holder(name, modified, float(read["created"]), place, (int(number), str(started)), what)
         except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
+
+    def discard(self, path: str) -> None:
+        """Remove a file that an ended process has left behind, and the folders that are empty without it.
+
+        Args:
+            path: relative to the store.
+        """
+        self._remove(posixpath.join(posixpath.dirname(self._root), path))
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -173,6 +200,7 @@ class Leases:
     def _keep(self, path: str, data: bytes) -> None:
         with self._lock:
             self._held[path] = data
+            self._of_process.add(posixpath.basename(path))
             if self._renewal is None:
                 self._end = threading.Event()
                 self._renewal = threading.Thread(
@@ -183,6 +211,7 @@ class Leases:
     def _drop(self, path: str) -> None:
         with self._lock:
             self._held.pop(path, None)
+            self._of_process.discard(posixpath.basename(path))
             ended = None if self._held else self._renewal
             if ended is not None:
                 self._end.set()
@@ -247,13 +276,6 @@ def once(leases: Leases, kind: str, what: str, find: Callable[[], T | None], mak
         found = find()
         if found is not None:
             return found
-
-
-def _is_alive(holder: Holder, now: datetime.datetime) -> bool:
-    number, started = holder.process
-    if holder.place == _place():
-        return _process(number)[1] == started
-    return holder.modified is None or (now - holder.modified).total_seconds() < EXPIRY_SECONDS
 
 
 @functools.cache

@@ -32,7 +32,7 @@ PARALLEL = 8  # transfers at a time; botocore opens 10 connections
 PATIENCE_SECONDS = 45.0  # time limit of retries for a store that has answered before
 LONGEST_PAUSE = 5.0  # seconds between two retries
 
-PERMANENT_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG}
+PERMANENT_ERRNO = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG}
 # Error codes of S3 that are worth a retry although their status blames the request.
 TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "OperationAborted"}
 TRANSIENT_STATUS = {408, 409, 425, 429}

@@ -212,3 +212,18 @@ def test_an_unknown_run_ends_the_lease_of_gc(tmp_path: Path) -> None:
     with pytest.raises(StoreError), store.leases.hold("gc", "mlorq store gc"):
         raise StoreError("no run")
     assert not left(store)
+
+
+def test_a_lease_that_could_not_be_removed_holds_its_own_process_up_no_longer(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run in a notebook that has met a store that was down."""
+    with monkeypatch.context() as patch, store.leases.hold("step/key", "it"):
+        patch.setattr(store.leases, "_remove", lambda path: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Leases, "_remove", lambda self, path: None)
+        with Leases(store.files, store.root).hold("step/key", "it"):
+            assert len(Leases(store.files, store.root).holders("step/key")) == 1
+    assert left(store)
+    assert not Leases(store.files, store.root).holders("step/key")
+    assert once(Leases(store.files, store.root), "step/key", "it", lambda: None, lambda: 1) == 1
