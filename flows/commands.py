@@ -11,7 +11,7 @@ import click
 from flows.command_tools import check_output, overrides_of, print_json, read_arguments
 from flows.comparison_methods import chosen, known_methods
 from flows.completion_values import methods
-from flows.options import PATH, Arguments, Finish, budgeted, command, configured, json_option
+from flows.options import PATH, Arguments, Finish, RegistryOption, budgeted, command, configured, json_option
 from flows.verbosity import complain, say
 from mlorq.config.run import RunConfig, location_and_folder, read_values
 from mlorq.errors import ConfigError
@@ -116,7 +116,10 @@ def sweep(arguments: Arguments) -> Finish:
     return _finish(arguments, found, show, found["curve"])
 
 
-_METHODS = known_methods()
+def _about_methods() -> str:
+    known = known_methods()
+    shown = ", ".join(name for name, method in known.items() if method.shown)
+    return f"of {', '.join(known)}; default: {shown}"
 
 
 @command
@@ -125,7 +128,8 @@ _METHODS = known_methods()
 @click.option(
     "--methods",
     metavar="M,M",
-    help=f"of {', '.join(_METHODS)}; default: {', '.join(name for name, one in _METHODS.items() if one.shown)}",
+    cls=RegistryOption,
+    about=_about_methods,
     shell_complete=methods,
 )
 @click.option("--activations", type=int, metavar="BITS", help="bit-width of activations")

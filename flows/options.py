@@ -20,6 +20,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 PATH = click.Path()  # of a file, a folder or an fsspec URL; shells complete paths
 
 
+class RegistryOption(click.Option):
+    """An option whose help lists what is registered when help is asked for.
+
+    Args:
+        about: gives the help text.
+    """
+
+    def __init__(self, *args: Any, about: Callable[[], str], **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.about = about
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        self.help = self.about()
+        return super().get_help_record(ctx)
+
+
 def command(function: Callable[[Arguments], Finish]) -> Command:
     """A command that computes with standard output redirected, and then prints its result on standard output."""
 

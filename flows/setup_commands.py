@@ -9,12 +9,17 @@ import click
 
 from flows.command_tools import print_json, print_text
 from flows.completion_values import families
-from flows.options import PATH, Arguments, Finish, command, json_option
+from flows.options import PATH, Arguments, Finish, RegistryOption, command, json_option
 from flows.verbosity import say
 from mlorq.errors import ConfigError
-from mlorq.models.family import FAMILIES
 
 SCHEMA_FILE = "mlorq.schema.json"
+
+
+def _about_families() -> str:
+    from mlorq.models.family import FAMILIES
+
+    return ", ".join(f"{family.name}:{family.example().named}" for family in FAMILIES) + "; default: the first"
 
 
 @command
@@ -22,7 +27,8 @@ SCHEMA_FILE = "mlorq.schema.json"
 @click.option(
     "--model",
     metavar="FAMILY[:NAME]",
-    help=", ".join(f"{family.name}:{family.example().named}" for family in FAMILIES) + "; default: the first",
+    cls=RegistryOption,
+    about=_about_families,
     shell_complete=families,
 )
 def init(arguments: Arguments) -> Finish:
