@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.command_tools import check_output, overrides_of, print_json, read_arguments
-from flows.comparison_methods import chosen, known_methods
 from flows.completion_values import methods
 from flows.options import PATH, Arguments, Finish, RegistryOption, budgeted, command, configured, json_option
 from flows.verbosity import complain, say
-from mlorq.config.run import RunConfig, location_and_folder, read_values
 from mlorq.errors import ConfigError
-from mlorq.models.family import FAMILIES
 
 if TYPE_CHECKING:
     from mlorq.config.budget import Budget
+    from mlorq.config.run import RunConfig
 
 # -- compress and rebudget --------------------------------------------------------------------------------------
 
@@ -117,6 +115,8 @@ def sweep(arguments: Arguments) -> Finish:
 
 
 def _about_methods() -> str:
+    from flows.comparison_methods import known_methods
+
     known = known_methods()
     shown = ", ".join(name for name, method in known.items() if method.shown)
     return f"of {', '.join(known)}; default: {shown}"
@@ -137,6 +137,8 @@ def _about_methods() -> str:
 @json_option
 def compare(arguments: Arguments) -> Finish:
     """Compare several methods on one model."""
+    from flows.comparison_methods import chosen
+
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
     chosen(_names(arguments))
@@ -219,6 +221,7 @@ def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None)
     with PrefectSession() as prefect:
         # The embedded server starts while the model is loaded.
         from flows.comparison import plan
+        from flows.comparison_methods import chosen
         from flows.progress import terminal_progress
         from flows.run import Handed, handing, prepare
 
@@ -236,6 +239,8 @@ def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None)
                 say(left_out_note(left_out))
         values = config.model_dump(mode="json")
         if arguments.command == "compare":
+            from mlorq.config.run import location_and_folder, read_values
+
             # Without the preset's defaults: each method has its own preset.
             values = read_values(location_and_folder(arguments.config)[0], overrides_of(arguments))
             plan(session, values, budgets or [], chosen(_names(arguments)), arguments.activations)
@@ -256,6 +261,7 @@ def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None)
 def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, config: RunConfig) -> None:
     from flows.progress import format_seconds
     from flows.render import console, print_result
+    from mlorq.models.family import FAMILIES
 
     out = console()
     instance = "" if FAMILIES[config.model.family].rebuilds else ", model=instance"
