@@ -6,10 +6,14 @@ import importlib.util
 import os
 import socket
 from base64 import b64encode
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flows.doctor.row import Row
 from mlorq.errors import hide_secrets, one_line
+
+if TYPE_CHECKING:
+    import httpx
 
 SECONDS = 4.0  # for each connection
 PREFECT, DOCKER, DASK = "Prefect server", "Docker engine", "Dask"
@@ -25,30 +29,42 @@ def prefect_rows() -> list[Row]:
     if url is None:
         detail = f"PREFECT_API_URL is not set: commands start a server of their own (Prefect {prefect.__version__})"
         return [Row(PREFECT, "ok", detail)]
-    shown = hide_secrets(url)
+    url, shown = url.rstrip("/"), hide_secrets(url)
     try:
         with httpx.Client(timeout=SECONDS) as client:
             answer = client.get(f"{url}/admin/version")
             authenticates = answer.status_code in (401, 403)
             if authenticates:
                 key, pair = PREFECT_API_KEY.value(), PREFECT_API_AUTH_STRING.value() or ""
-                credentials = f"Bearer {key}" if key else f"Basic {b64encode(pair.encode()).decode()}"
-                answer = client.get(f"{url}/admin/version", headers={"Authorization": credentials})
+                client.headers["Authorization"] = (
+                    f"Bearer {key}" if key else f"Basic {b64encode(pair.encode()).decode()}"
+                )
+                answer = client.get(f"{url}/admin/version")
+            version = _version(answer)
+            if answer.status_code == 404:  # Prefect Cloud has no such page
+                answer = client.get(f"{url}/health")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         detail = f"{shown} does not answer: {one_line(error) or type(error).__name__}"
         return [Row(PREFECT, "problem", detail, "start it, or unset PREFECT_API_URL to run without one")]
     if answer.status_code in (401, 403):
         advice = "set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY) to its credentials"
         return [Row(PREFECT, "problem", f"{shown} refuses the credentials", advice)]
-    if answer.status_code != 200:
-        detail = f"{shown} answers with status {answer.status_code}"
+    if answer.status_code != 200 or _version(answer) is None:
+        detail = f"{shown} answers otherwise than a Prefect server (status {answer.status_code})"
         return [Row(PREFECT, "problem", detail, "PREFECT_API_URL is the address of its API: http://HOST:4200/api")]
-    version = str(answer.json())
     how = "with authentication" if authenticates else "without authentication"
-    detail = f"{shown}: version {version}, {how} (this client: {prefect.__version__})"
-    if version.split(".")[0] != prefect.__version__.split(".")[0]:
+    detail = f"{shown}: version {version or 'unknown'}, {how} (this client: {prefect.__version__})"
+    if version and version.split(".")[0] != prefect.__version__.split(".")[0]:
         return [Row(PREFECT, "problem", detail, "use the same version of Prefect on both sides")]
     return [Row(PREFECT, "ok", detail)]
+
+
+def _version(answer: httpx.Response) -> str | None:
+    """The JSON value of an answer as text; None if it is none, such as a page of the user interface."""
+    try:
+        return str(answer.json()) if answer.status_code == 200 else None
+    except ValueError:
+        return None
 
 
 def docker_rows(image: str | None) -> list[Row]:

@@ -21,6 +21,7 @@ from flows.completion import SHELLS
 from flows.completion_values import setting_values
 from flows.options import Arguments, Finish, command
 from flows.progress import terminal_progress
+from flows.server import _Quiet
 from flows.terminal import quiet_stdout
 from flows.verbosity import LEVELS, Verbosity, say, showing, verbosity
 from tests.flows.test_cli import fails, write_project
@@ -161,6 +162,20 @@ def test_quiet_hides_notes_warnings_progress_and_child_processes(capfd: pytest.C
         say("a note")
         subprocess.run(["echo", "a solver"], check=True)
     assert capfd.readouterr() == ("", "mlorq: a note\na solver\n")
+
+
+def test_prefects_warnings_are_shown_unless_the_command_is_quiet() -> None:
+    def shown(least: int) -> list[tuple[str, int]]:
+        records = [
+            (name, level)
+            for name in ("prefect.events", "prefect.flow_runs")
+            for level in (logging.INFO, logging.WARNING, logging.ERROR)
+        ]
+        prefect_filter = _Quiet(least)
+        return [one for one in records if prefect_filter.filter(logging.LogRecord(*one, "", 0, "", None, None))]
+
+    assert shown(logging.WARNING) == [("prefect.events", logging.WARNING), ("prefect.events", logging.ERROR)]
+    assert shown(logging.ERROR) == [("prefect.events", logging.ERROR)]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -9,12 +9,14 @@ import socket
 import sys
 import threading
 import tomllib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flows.cli import main
 from flows.doctor import machine, packages, services, torch_report
@@ -31,11 +33,12 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 
 @contextmanager
-def serving(answers: dict[str, tuple[int, Any]], token: str | None = None) -> Iterator[str]:
+def serving(answers: dict[str, tuple[int, Any]], token: str | None = None, *, raw: bool = False) -> Iterator[str]:
     """An HTTP server with JSON answers by path; gives its host and port.
 
     Args:
         answers: status and value by path; other paths are unknown.
+        raw: whether to send texts as they are, not as JSON.
         token: value of the header Authorization without which the status is 401.
     """
 
@@ -44,7 +47,7 @@ def serving(answers: dict[str, tuple[int, Any]], token: str | None = None) -> It
             status, value = answers.get(self.path.partition("?")[0], (404, {"message": "unknown"}))
             if token is not None and self.headers.get("Authorization") != token:
                 status, value = 401, {}
-            body = json.dumps(value).encode()
+            body = (value if raw else json.dumps(value)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -150,6 +153,26 @@ def test_the_compiled_loops_are_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch_report.compiled_row().state == "missing"
 
 
+@pytest.mark.parametrize(
+    ("has", "place", "state"), [(False, "cuda:0", "missing"), (True, "cuda:0", "ok"), (True, "cpu", "problem")]
+)
+def test_triton_kernels_are_those_that_the_search_would_use(
+    has: bool, place: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: with what the library says about one."""
+
+    def chosen(device: torch.device, bits: int) -> Any:
+        if torch.device(place) != device:
+            warnings.warn("trellis codes are computed on the CPU: no compiler", RuntimeWarning, stacklevel=1)
+        return viterbi.TensorFunctions(viterbi.round_block, viterbi.descend_block, torch.device(place))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mlorq.fitting.cuda.has_kernels", lambda device: has)
+    monkeypatch.setattr("mlorq.fitting.viterbi.tensor_functions", chosen)
+    row = torch_report.triton_row(torch.device("cuda:0"))
+    assert (row.name, row.state) == ("kernels of cuda:0", state)
+    assert ("no compiler" in row.detail) == (state == "problem")
+
+
 def test_a_driver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_report, "SECONDS", 0.01)
     assert [(row.name, row.state) for row in torch_report.torch_rows()] == [("torch", "problem")]
@@ -209,6 +232,11 @@ def test_a_prefect_server_of_another_version_or_at_another_address(closed: str) 
         assert (row.state, row.advice) == ("problem", "use the same version of Prefect on both sides")
         row = prefect_row(f"http://{place}")
         assert (row.state, "status 404" in row.detail) == ("problem", True)
+    with serving({"/api/health": (200, True)}) as place:  # as Prefect Cloud
+        row = prefect_row(f"http://{place}/api/")
+        assert (row.state, "version unknown" in row.detail) == ("ok", True)
+    with serving({"/admin/version": (200, "page")}, raw=True) as place:
+        assert "otherwise than a Prefect server" in prefect_row(f"http://{place}").detail
     row = prefect_row(f"http://me:secret@{closed}/api")
     assert (row.state, "does not answer" in row.detail, "secret" in row.detail) == ("problem", True, False)
 
