@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from flows.command_tools import Finish, check_output, print_json, say
+import click
+
+from flows.command_tools import check_output, print_json
+from flows.completion_values import runtimes
+from flows.options import PATH, Arguments, Finish, command, json_option
+from flows.verbosity import say, verbosity
 from mlorq.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def benchmark(arguments: argparse.Namespace) -> Finish:
+@command
+@click.argument("checkpoint", metavar="CHECKPOINT", type=PATH)
+@click.option(
+    "--runtime",
+    multiple=True,
+    metavar="NAME",
+    help="can be repeated; default: all that are installed",
+    shell_complete=runtimes,
+)
+@click.option(
+    "--batch", multiple=True, type=int, metavar="N", help="samples in a batch; can be repeated; default: 1 and 32"
+)
+@click.option("--threads", type=int, default=1, metavar="N", show_default=True, help="threads of a runtime")
+@click.option("--turns", type=int, default=5, metavar="N", show_default=True, help="cold processes per model")
+@click.option("--seconds", default=1.0, metavar="S", show_default=True, help="time for the calls of one batch")
+@click.option("--output", metavar="FILE.json", type=PATH, help="write the result, for mlorq report --benchmark")
+@click.option("--picture", metavar="FILE.png", type=PATH, help="write a picture of memory and time")
+@json_option
+def benchmark(arguments: Arguments) -> Finish:
     """Measure bytes, memory and time of a checkpoint in cold processes."""
     from mlorq.runtimes import RUNTIMES
     from mlorq.runtimes.benchmark import benchmark as measure
@@ -67,7 +89,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=console, disable=not console.is_terminal or verbosity().quiet) as progress:
         task = progress.add_task("benchmark", total=None)
 
         def advance(done: int, total: int) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlorq.artifacts.locations import resolve_location
 from mlorq.config.bounded import read_value
-from mlorq.config.run import RunConfig
 from mlorq.errors import CheckpointError, ConfigError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
+    from flows.options import Arguments
     from mlorq.artifacts.store import Store
-
-Finish = Callable[[], int]  # prints a command's result and returns the exit status
+    from mlorq.config.run import RunConfig
 
 
 def print_json(value: Any) -> None:
@@ -25,16 +21,24 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def read_arguments(arguments: argparse.Namespace) -> RunConfig:
+def print_text(text: str) -> int:
+    """Print a text on standard output; returns the exit status 0."""
+    print(text, end="")
+    return 0
+
+
+def read_arguments(arguments: Arguments) -> RunConfig:
     """The configuration that a command names, with the overrides of ``--set``.
 
     Raises:
         ConfigError: the file or a value is wrong.
     """
+    from mlorq.config.run import RunConfig
+
     return RunConfig.from_yaml(arguments.config, overrides_of(arguments))
 
 
-def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+def overrides_of(arguments: Arguments) -> dict[str, Any]:
     """The overrides of ``--set`` by key.
 
     Raises:
@@ -47,11 +51,6 @@ def shown(text: str) -> str:
     """A value of the command line, for messages: one line, cut, and without secrets."""
     line = hide_secrets(" ".join(text.split()))
     return line if len(line) <= 60 else f"{line[:60]}…"
-
-
-def say(text: str) -> None:
-    """Print a line on standard error."""
-    print(f"mlorq: {text}", file=sys.stderr)
 
 
 def check_output(location: str) -> None:
@@ -68,7 +67,7 @@ def check_output(location: str) -> None:
         raise CheckpointError(f"--output {location} cannot be written: {error.__cause__ or error}") from error
 
 
-def named_store(arguments: argparse.Namespace) -> Store:
+def named_store(arguments: Arguments) -> Store:
     """The store that a command names by a configuration or by ``--store``, without a cache.
 
     Raises:
@@ -76,6 +75,7 @@ def named_store(arguments: argparse.Namespace) -> Store:
         StoreError: the URL's protocol is unknown.
     """
     from mlorq.artifacts.store import Store
+    from mlorq.config.run import RunConfig
 
     if (arguments.config is None) == (arguments.store is None):
         raise ConfigError(f"{arguments.command}: name the store with either a configuration or --store URL")

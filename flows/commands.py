@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.command_tools import Finish, check_output, overrides_of, print_json, read_arguments, say
-from mlorq.config.run import RunConfig, location_and_folder, read_values
+import click
+
+from flows.command_tools import check_output, overrides_of, print_json, read_arguments
+from flows.completion_values import methods
+from flows.options import PATH, Arguments, Finish, RegistryOption, budgeted, command, configured, json_option
+from flows.verbosity import complain, say
 from mlorq.errors import ConfigError
-from mlorq.models.family import FAMILIES
 
 if TYPE_CHECKING:
     from mlorq.config.budget import Budget
-
-# -- init -------------------------------------------------------------------------------------------------------
-
-
-def init(arguments: argparse.Namespace) -> Finish:
-    """Write or print a configuration."""
-    from flows.template import template
-
-    text = template(arguments.model)
-    if arguments.path is None:
-
-        def finish() -> int:
-            print(text, end="")
-            return 0
-
-        return finish
-    path = Path(arguments.path)
-    try:
-        with path.open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{path} exists already and is not overwritten; choose another path") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
-    say(f"wrote {path}; next: mlorq compress {path} --dry-run")
-    return lambda: 0
-
+    from mlorq.config.run import RunConfig
 
 # -- compress and rebudget --------------------------------------------------------------------------------------
 
 
-def compress(arguments: argparse.Namespace) -> Finish:
+@command
+@configured
+@budgeted
+@click.option("--output", metavar="DIR", type=PATH, help="copy the checkpoint to this folder or fsspec URL")
+@click.option("--dry-run", is_flag=True, help="show what a run would do, and do nothing")
+@json_option
+def compress(arguments: Arguments) -> Finish:
     """The full flow, or a dry run of it."""
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
@@ -71,7 +52,16 @@ def compress(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
-def rebudget(arguments: argparse.Namespace) -> Finish:
+@command
+@configured
+@budgeted
+@click.option(
+    "--allocate-only",
+    is_flag=True,
+    help="solve the integer programs only, without loading the model; without Prefect if PREFECT_API_URL is not set",
+)
+@json_option
+def rebudget(arguments: Arguments) -> Finish:
     """Further budgets for a searched model."""
     config = read_arguments(arguments)
     budgets = _budgets(arguments, config)
@@ -91,13 +81,18 @@ def rebudget(arguments: argparse.Namespace) -> Finish:
         else:
             _print_results(found["results"], found["wall_seconds"], config=config)
         for error in errors:
-            say(f"error: {error}")
+            complain(f"error: {error}")
         return 2 if errors else 0
 
     return finish
 
 
-def sweep(arguments: argparse.Namespace) -> Finish:
+@command
+@configured
+@budgeted
+@click.option("--output", metavar="DIR", type=PATH, help="write the curve to this folder: picture, page and table")
+@json_option
+def sweep(arguments: Arguments) -> Finish:
     """Several budgets and the size-accuracy curve."""
     from mlorq.config.budget import parse_budgets
 
@@ -119,7 +114,28 @@ def sweep(arguments: argparse.Namespace) -> Finish:
     return _finish(arguments, found, show, found["curve"])
 
 
-def compare(arguments: argparse.Namespace) -> Finish:
+def _about_methods() -> str:
+    from flows.comparison_methods import known_methods
+
+    known = known_methods()
+    shown = ", ".join(name for name, method in known.items() if method.shown)
+    return f"of {', '.join(known)}; default: {shown}"
+
+
+@command
+@configured
+@budgeted
+@click.option(
+    "--methods",
+    metavar="M,M",
+    cls=RegistryOption,
+    about=_about_methods,
+    shell_complete=methods,
+)
+@click.option("--activations", type=int, metavar="BITS", help="bit-width of activations")
+@click.option("--output", metavar="DIR", type=PATH, help="write the table to this folder: Parquet, page and JSON")
+@json_option
+def compare(arguments: Arguments) -> Finish:
     """Compare several methods on one model."""
     from flows.comparison_methods import chosen
 
@@ -156,7 +172,7 @@ def _written(files: dict[str, bytes], folder: str) -> list[str]:
 
 
 def _finish(
-    arguments: argparse.Namespace, found: dict[str, Any], show: Callable[[], None], stored: dict[str, str] | None
+    arguments: Arguments, found: dict[str, Any], show: Callable[[], None], stored: dict[str, str] | None
 ) -> Finish:
     """Print a result of several runs, and the locations of its files: in the output folder, or else in the store."""
 
@@ -174,13 +190,13 @@ def _finish(
     return finish
 
 
-def _names(arguments: argparse.Namespace) -> list[str] | None:
+def _names(arguments: Arguments) -> list[str] | None:
     if arguments.methods is None:
         return None
     return [name.strip() for name in arguments.methods.split(",") if name.strip()]
 
 
-def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[Budget]:
+def _budgets(arguments: Arguments, config: RunConfig) -> list[Budget]:
     from mlorq.config.budget import parse_budgets
 
     budgets = parse_budgets(arguments.budget) if arguments.budget else config.budgets
@@ -189,7 +205,7 @@ def _budgets(arguments: argparse.Namespace, config: RunConfig) -> list[Budget]:
     return budgets
 
 
-def _command(arguments: argparse.Namespace) -> str:
+def _command(arguments: Arguments) -> str:
     """The command line that computes the steps that ``--allocate-only`` needs."""
     import shlex
 
@@ -197,12 +213,12 @@ def _command(arguments: argparse.Namespace) -> str:
     return " ".join(["mlorq compress", shlex.quote(str(arguments.config)), *changed])
 
 
-def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget] | None) -> dict[str, Any]:
+def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None) -> dict[str, Any]:
     """Run the command's flow on the configured Prefect server, or on an embedded one."""
     from flows.server import PrefectSession
 
     allocate_only = bool(getattr(arguments, "allocate_only", False))
-    with PrefectSession(verbose=arguments.verbose) as prefect:
+    with PrefectSession() as prefect:
         # The embedded server starts while the model is loaded.
         from flows.comparison import plan
         from flows.comparison_methods import chosen
@@ -223,6 +239,8 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
                 say(left_out_note(left_out))
         values = config.model_dump(mode="json")
         if arguments.command == "compare":
+            from mlorq.config.run import location_and_folder, read_values
+
             # Without the preset's defaults: each method has its own preset.
             values = read_values(location_and_folder(arguments.config)[0], overrides_of(arguments))
             plan(session, values, budgets or [], chosen(_names(arguments)), arguments.activations)
@@ -243,6 +261,7 @@ def _flow(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget
 def _print_results(results: Sequence[dict[str, Any]], wall_seconds: float, *, config: RunConfig) -> None:
     from flows.progress import format_seconds
     from flows.render import console, print_result
+    from mlorq.models.family import FAMILIES
 
     out = console()
     instance = "" if FAMILIES[config.model.family].rebuilds else ", model=instance"
@@ -272,7 +291,7 @@ def _copy_checkpoints(config: RunConfig, location: str, results: Sequence[dict[s
         result["output"] = target
 
 
-def _dry_run(arguments: argparse.Namespace, config: RunConfig, budgets: list[Budget]) -> Finish:
+def _dry_run(arguments: Arguments, config: RunConfig, budgets: list[Budget]) -> Finish:
     from flows.dry_run import make_plan
     from flows.run import check_budgets, known_layers, open_session
 

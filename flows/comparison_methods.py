@@ -1,6 +1,6 @@
 """The methods of ``mlorq compare``: the settings that each changes in a configuration.
 
-``mlorq --help`` imports this module, so it must not import torch.
+``mlorq compare --help`` and completion import this module, so it must not import torch.
 """
 
 from __future__ import annotations

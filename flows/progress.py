@@ -14,10 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 from uuid import UUID
 
-from steps.base import Outcome, StepSpec
+from flows.verbosity import verbosity
+
+if TYPE_CHECKING:
+    from steps.base import Outcome, StepSpec
 
 LOGGER = logging.getLogger(__name__)
 UPDATE_SECONDS = 1.0  # minimum interval between updates of a progress artifact
@@ -276,7 +279,9 @@ class RichProgress(_PhaseObserver):
 
 
 def terminal_progress(stream: IO[str] | None = None) -> Observer:
-    """The observer that fits a stream (default: standard error)."""
+    """The observer that fits a stream (default: standard error); none of a quiet command shows anything."""
+    if verbosity().quiet:
+        return Observers([])
     stream = stream or sys.stderr
     return RichProgress(stream) if stream.isatty() else PlainProgress(stream)
 

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import format_seconds
-from mlorq.forms.base import FORMS
 
 DEFAULT_WIDTH = 110  # columns, if the output is not a terminal
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
@@ -327,6 +326,8 @@ def print_budgets(results: Sequence[Mapping[str, Any]], out: Console) -> None:
 
 def forms_column() -> str:
     """Name of the column that counts the layers in each form."""
+    from mlorq.forms.base import FORMS  # it imports NumPy, which lists of results do without
+
     return " / ".join(form.name for form in FORMS)
 
 

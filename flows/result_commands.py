@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flows.command_tools import Finish, check_output, named_store, print_json, read_arguments, say, shown
+import click
+
+from flows.command_tools import check_output, named_store, print_json, read_arguments, shown
+from flows.completion_values import target_options, targets
+from flows.options import (
+    PATH,
+    Arguments,
+    Finish,
+    checkpoint_argument,
+    command,
+    configured,
+    json_option,
+    settings,
+    stored,
+)
+from flows.verbosity import say
 from mlorq.artifacts.locations import resolve_location
 from mlorq.errors import ConfigError, MlorqError, StoreError, hide_secrets
 
@@ -17,7 +31,11 @@ if TYPE_CHECKING:
     from steps.session import Session
 
 
-def evaluate(arguments: argparse.Namespace) -> Finish:
+@command
+@checkpoint_argument
+@configured
+@json_option
+def evaluate(arguments: Arguments) -> Finish:
     """Measure a checkpoint."""
     from flows.run import open_session
     from mlorq.checkpoint.io import inspect as inspect_checkpoint
@@ -85,7 +103,10 @@ def _measure(checkpoint: str, session: Session) -> dict[str, Any]:
     }
 
 
-def inspect(arguments: argparse.Namespace) -> Finish:
+@command
+@checkpoint_argument
+@json_option
+def inspect(arguments: Arguments) -> Finish:
     """Show what a checkpoint holds."""
     from mlorq.checkpoint.io import inspect as inspect_checkpoint
 
@@ -104,7 +125,27 @@ def inspect(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
-def export(arguments: argparse.Namespace) -> Finish:
+@command
+@checkpoint_argument
+@click.option(
+    "--to", metavar="TARGET", help="default: the target for the file extension of --output", shell_complete=targets
+)
+@click.option("--output", required=True, metavar="PATH", type=PATH, help="file or folder to write, or its fsspec URL")
+@click.option(
+    "--precision",
+    type=click.Choice(["exact", "fast"]),
+    help="of graphs: the outputs of mlorq.load, or products by 8-bit integers (the NMSE that they add is printed)",
+)
+@click.option(
+    "--option",
+    multiple=True,
+    callback=settings,
+    metavar="KEY=VALUE",
+    help="an option of the target (the value is YAML); can be repeated",
+    shell_complete=target_options,
+)
+@json_option
+def export(arguments: Arguments) -> Finish:
     """Convert a checkpoint to files of another format."""
     from mlorq.config.bounded import read_value
     from mlorq.export_targets import export as write
@@ -126,7 +167,10 @@ def export(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
-def runs(arguments: argparse.Namespace) -> Finish:
+@command
+@stored
+@json_option
+def runs(arguments: Arguments) -> Finish:
     """List finished runs, oldest first; damaged ones are reported at the end."""
     store = named_store(arguments)
     found, damaged = [], []
@@ -155,7 +199,18 @@ def runs(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
-def report(arguments: argparse.Namespace) -> Finish:
+@command
+@click.argument("run", metavar="RUN")
+@stored
+@click.option("--output", metavar="FILE.html", type=PATH, help="write the report as one self-contained page")
+@click.option(
+    "--benchmark",
+    metavar="FILE.json",
+    type=PATH,
+    help="show this result of mlorq benchmark on the page (see its --output)",
+)
+@json_option
+def report(arguments: Arguments) -> Finish:
     """Print where a run's page and picture are, or write one page that compares it with the runs of the same model."""
     from mlorq.evaluation.report import Measured, render_report, size_accuracy_picture
     from mlorq.runtimes.benchmark import legend, picture, read_result, table
@@ -231,21 +286,3 @@ def write_file(location: str, data: bytes) -> None:
             file.write(data)
     except OSError as error:
         raise StoreError(f"{location} cannot be written: {error}") from error
-
-
-def models(arguments: argparse.Namespace) -> Finish:
-    """List the tested models."""
-    from mlorq.models import known_models
-
-    rows = known_models()
-
-    def finish() -> int:
-        from flows.render import console, print_models
-
-        if arguments.json:
-            print_json({"models": rows})
-        else:
-            print_models(rows, console())
-        return 0
-
-    return finish

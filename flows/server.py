@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import IO, Any
 
+from flows.verbosity import verbosity
 from mlorq.errors import ConfigError
 
 START_SECONDS = 180.0  # for a busy machine that migrates a new database; usually 5
@@ -61,12 +62,10 @@ class PrefectSession:
             session.ready()
             compress_flow(…)
 
-    Args:
-        verbose: show Prefect's log lines in the terminal.
+    The terminal shows as much of Prefect's log as the command asks for (``flows.verbosity``).
     """
 
-    def __init__(self, verbose: bool = False) -> None:
-        self.verbose = verbose
+    def __init__(self) -> None:
         self._expected: dict[str, int] = {}
         self._answers = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -80,8 +79,9 @@ class PrefectSession:
         import prefect.main  # noqa: F401  (sets up logging)
         from prefect.settings import PREFECT_API_URL
 
-        if not self.verbose:
-            _quieten()
+        shown = verbosity()
+        if not shown.prefect_log:
+            _quieten(logging.ERROR if shown.quiet else logging.WARNING)
         if PREFECT_API_URL.value() is None:
             self._start()
         return self
@@ -199,20 +199,26 @@ class PrefectSession:
 
 
 class _Quiet(logging.Filter):
-    """Hides Prefect's log of a run in the terminal: the command shows its own progress."""
+    """Hides Prefect's log of a run in the terminal: the command shows its own progress.
+
+    Args:
+        level: least level of the other lines that are shown.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self.level = level
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING and not record.name.startswith(
-            ("prefect.flow_runs", "prefect.task_runs")
-        )
+        return record.levelno >= self.level and not record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
 
 
-def _quieten() -> None:
+def _quieten(level: int) -> None:
     from prefect.logging.handlers import PrefectConsoleHandler
 
     for handler in logging.getLogger().handlers:
         if isinstance(handler, PrefectConsoleHandler) and not any(isinstance(f, _Quiet) for f in handler.filters):
-            handler.addFilter(_Quiet())
+            handler.addFilter(_Quiet(level))
 
 
 def serve(descriptor: int, parent: int) -> None:

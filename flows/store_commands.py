@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.command_tools import Finish, named_store, print_json
+import click
+
+from flows.command_group import Group, Home
+from flows.command_tools import named_store, print_json
+from flows.options import Arguments, Finish, command, json_option, stored
+from flows.verbosity import say
 from mlorq.errors import ConfigError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
@@ -16,12 +19,21 @@ if TYPE_CHECKING:
     from mlorq.artifacts.store import Store
 
 
-def store(arguments: argparse.Namespace) -> Finish:
-    """Run the subcommand."""
-    return {"ls": ls, "verify": verify, "gc": gc}[arguments.store_command](arguments)
+store = Group(
+    "store",
+    {
+        "ls": Home(__name__, "artifacts by step"),
+        "verify": Home(__name__, "check every file against its manifest"),
+        "gc": Home(__name__, "remove the artifacts that none of the kept runs needs"),
+    },
+)
 
 
-def ls(arguments: argparse.Namespace) -> Finish:
+@command
+@stored
+@click.option("--step", metavar="NAME", help="list the artifacts of one step")
+@json_option
+def ls(arguments: Arguments) -> Finish:
     """List artifacts by step, or with ``--step`` one per line."""
     from mlorq.artifacts.gc import folders
 
@@ -84,7 +96,11 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
     return rows
 
 
-def verify(arguments: argparse.Namespace) -> Finish:
+@command
+@stored
+@click.option("--repair", is_flag=True, help="remove damaged artifacts and all that was made from them")
+@json_option
+def verify(arguments: Arguments) -> Finish:
     """Check every file against its manifest; exit status 2 if one is damaged, unless it is removed by ``--repair``."""
     from mlorq.artifacts.gc import remove
     from mlorq.artifacts.gc import verify as verify_store
@@ -127,7 +143,12 @@ def verify(arguments: argparse.Namespace) -> Finish:
     return finish
 
 
-def gc(arguments: argparse.Namespace) -> Finish:
+@command
+@stored
+@click.option("--keep", multiple=True, metavar="RUN", help="a run to keep; can be repeated")
+@click.option("--dry-run", is_flag=True, help="show what would be removed, and remove nothing")
+@json_option
+def gc(arguments: Arguments) -> Finish:
     """Remove the artifacts that none of the kept runs needs."""
     from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, strays, temporaries
 
@@ -187,7 +208,7 @@ def _progress(verb: str) -> Callable[[int, int], None]:
 
     def report(done: int, total: int) -> None:
         if done == total or done % max(1, total // 20) == 0:
-            print(f"mlorq: {verb} {done}/{total}", file=sys.stderr, flush=True)
+            say(f"{verb} {done}/{total}")
 
     return report
 

@@ -109,16 +109,17 @@ def _line(section: type[BaseModel], key: str, value: Any, *, indent: int = 0, li
 
 def _about(field: FieldInfo) -> str:
     """A field's description, with its permitted values if they are enumerated."""
-    choices = _choices(field.annotation)
+    choices = choices_of(field.annotation)
     about = field.description or ""
     missing = [str(choice) for choice in choices if str(choice) not in about]
     return f"{about} ({' | '.join(str(choice) for choice in choices)})" if missing and len(choices) > 1 else about
 
 
-def _choices(annotation: Any) -> list[Any]:
+def choices_of(annotation: Any) -> list[Any]:
+    """The permitted values of a type, if they are enumerated."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
+    return [choice for part in get_args(annotation) for choice in choices_of(part)]
 
 
 def _is_plain(text: str) -> bool:

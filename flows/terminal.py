@@ -7,27 +7,37 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FrameType
+
+from flows.verbosity import verbosity
 
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Redirect standard output to standard error, for Python, solvers in C and child processes alike."""
+    """Redirect standard output to standard error, for Python, solvers in C and child processes alike.
+
+    A quiet command discards what they print.
+    """
     sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # closed from the start
-        kept = None
-    try:
-        if kept is not None:
-            os.dup2(2, 1)
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if kept is not None:
-            os.dup2(kept, 1)
-            os.close(kept)
+    with ExitStack() as stack:
+        other, descriptor = sys.stderr, 2
+        if verbosity().quiet:
+            other = stack.enter_context(open(os.devnull, "w"))
+            descriptor = other.fileno()
+        try:
+            kept = os.dup(1)
+        except OSError:  # closed from the start
+            kept = None
+        try:
+            if kept is not None:
+                os.dup2(descriptor, 1)
+            with redirect_stdout(other):
+                yield
+        finally:
+            if kept is not None:
+                os.dup2(kept, 1)
+                os.close(kept)
 
 
 class Interrupt(threading.Event):

@@ -9,8 +9,8 @@ implementation therefore takes one file:
 An installed package adds its own through the entry point group ``mlorq.plugins``: its modules are imported at the first
 lookup in a registry, in every process and container that runs steps.
 
-Every command, ``mlorq --help`` included, imports the files that fill the registries. These files therefore import torch
-inside their functions, not at the top.
+Commands that answer at once (``mlorq init``, ``models``, ``schema``) import the files that fill the registries. These
+files therefore import torch inside their functions, not at the top.
 """
 
 from __future__ import annotations

@@ -165,6 +165,8 @@ class RunConfig(Settings):
         if not isinstance(values, dict):
             raise ConfigError("a configuration must be a mapping of keys to values")
         check_values(values)
+        if "folder" in values:
+            raise ConfigError("unknown key 'folder': relative paths start from the folder of the file")
         values = dict(values)
         preset = values.get("preset", DEFAULT_PRESET)
         for section, defaults in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mlorq.data import model_inputs
-from mlorq.data.packages import PYCOCOTOOLS
+from mlorq.data.packages import PYCOCOTOOLS, OptionalPackage
 from mlorq.data.source import (
     SOURCES,
     BatchSettings,
@@ -41,6 +41,10 @@ class CocoSource(DataSource[CocoSettings]):
     def locations(self, settings: CocoSettings) -> Sequence[str | None]:
         """The images and the annotations."""
         return settings.root, settings.annotations
+
+    def requires(self, settings: CocoSettings, role: Role) -> OptionalPackage | None:
+        """The package of the metrics, for evaluation data."""
+        return PYCOCOTOOLS if role == "evaluation" else None
 
     def load(self, settings: CocoSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
         """Load images as batches for a detector, with box AP and mask AP, or with boxes as prompts, with mask IoU.

@@ -112,6 +112,10 @@ class GlueSource(DataSource[GlueSettings]):
         """Whether no local copy is given."""
         return settings.path is None
 
+    def requires(self, settings: GlueSettings, role: Role) -> OptionalPackage | None:
+        """The package that fetches data from the hub, unless a local copy is given."""
+        return DATASETS if self.from_hub(settings) else None
+
     def load(self, settings: GlueSettings, role: Role, model: ModelSettings, folder: str, seed: int) -> Dataset:
         """Load texts, labels and metrics of a task's split; see ``DataSource.load``."""
         import numpy as np

@@ -281,6 +281,10 @@ class DataSource(ABC, Generic[Own]):
         """Whether the data is fetched from the Hugging Face hub."""
         return False
 
+    def requires(self, settings: Own, role: Role) -> OptionalPackage | None:
+        """The optional package that the data cannot be loaded without."""
+        return None
+
     def check_role(self, settings: Own, role: Role) -> None:
         """Raise ValueError, with the key first, if a value does not fit the role."""
 

@@ -133,6 +133,15 @@ def block_functions() -> tuple[Block, Block]:
     return compiled.round_block, compiled.descend_block
 
 
+def compiled_is_right(bits: int) -> bool:
+    """Whether the compiled loops, if there are any, code a small block of k bits as NumPy does."""
+    compiled, in_numpy = (
+        TensorFunctions(_with_arrays(rounding), _with_arrays(descent), torch.device("cpu"))
+        for rounding, descent in (block_functions(), (round_block, descend_block))
+    )
+    return _coded_sample(compiled, bits) == _coded_sample(in_numpy, bits)
+
+
 def round_block(
     values: Floats,
     shares: Floats,

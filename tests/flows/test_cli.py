@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -331,16 +332,16 @@ def test_an_interrupt_that_ends_in_an_error_is_an_interrupt(
 ) -> None:
     """As where it hits Prefect between two states of a task."""
 
-    def interrupted(arguments: Any) -> int:
-        arguments.interrupted.set()
+    def interrupted(arguments: list[str], event: threading.Event) -> int:
+        event.set()
         raise ValueError("Task run is not set")
 
-    def defect(arguments: Any) -> int:
+    def defect(arguments: list[str], event: threading.Event) -> int:
         raise ValueError("a defect")
 
-    monkeypatch.setattr("flows.cli._dispatch", interrupted)
+    monkeypatch.setattr("flows.cli._run", interrupted)
     assert main(["models"]) == 130
     assert "run the same command again to resume" in capsys.readouterr().err
-    monkeypatch.setattr("flows.cli._dispatch", defect)
+    monkeypatch.setattr("flows.cli._run", defect)
     with pytest.raises(ValueError, match="a defect"):
         main(["models"])
