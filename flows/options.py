@@ -1,5 +1,3 @@
-from mlorq.errors import hide_secrets
-
 """Options and arguments that several commands have, and the decorator that makes a command of a function."""
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from flows.command_group import Command, chosen_verbosity
 from flows.completion_values import setting_values
 from flows.terminal import quiet_stdout
 from flows.verbosity import showing
+from mlorq.errors import hide_secrets
 
 Finish = Callable[[], int]  # prints a command's result and returns the exit status
 Arguments = SimpleNamespace  # a command's name, its values by name, and `interrupted`, which Ctrl-C sets
