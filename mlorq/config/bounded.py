@@ -58,7 +58,16 @@ def read_yaml(text: str, what: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{what} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{what} is not YAML: {one_line(error)}") from None
+        raise ConfigError(f"{what} is not YAML: {_described(error)}") from None
+
+
+def _described(error: Exception) -> str:
+    """Place and problem of a YAML error, without the piece of text: it may be a secret, cut beyond recognition."""
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return one_line(error)
+    problem = ", ".join(part for part in (error.context, error.problem) if part)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def check_values(values: Any) -> None:
