@@ -173,13 +173,13 @@ class Files:
 
     Args:
         fs: the file system.
-        patience: time limit in seconds for retries after a transient fault. Until the store has answered once there
-            are no retries, since its address is probably wrong.
+        patience: time limit in seconds for retries after a transient fault; default: ``PATIENCE_SECONDS``. Until the
+            store has answered once there are no retries, since its address is probably wrong.
     """
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, fs: fsspec.AbstractFileSystem, patience: float | None = None) -> None:
         self.fs = fs
-        self.patience = patience
+        self.patience = PATIENCE_SECONDS if patience is None else patience
         self.traffic = Traffic()
         self.is_local = isinstance(fs, fsspec.get_filesystem_class("file"))
         # Object stores need no folders, and creating one could create a bucket with a mistyped name.

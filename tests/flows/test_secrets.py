@@ -124,8 +124,13 @@ def test_commands_refuse_them_without_showing_them(
 
 @pytest.mark.parametrize("url", few(URLS, URLS[1]), ids=lambda url: url.replace(REFUSED, "X"))
 def test_locations_in_arguments(
-    url: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    url: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.5)  # nobody will answer
     plain = str(write_project(folder))
     place = url.replace("@host", "@127.0.0.1:9").replace("//host", "//127.0.0.1:9")
     for argv in (
@@ -149,7 +154,7 @@ def test_locations_in_arguments(
     assert found_in_folder(folder) == []
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", few(FLOWS, "compare"))
 def test_runs_of_deployments_refuse_them(
     name: str,
     folder: Path,
@@ -188,6 +193,7 @@ def test_runs_of_deployments_refuse_them(
 # -- used ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_credentials_of_a_store_that_breaks_down(
     folder: Path,
     prefect_server: str,
