@@ -295,7 +295,7 @@ def campaign(warm: Warm, folder: Path, place: str, kills: int, seed: int) -> Tal
 
 
 def test_runs_that_are_killed(warm: Warm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tally = campaign(warm, tmp_path, "folder", 3, 11)
+    tally = campaign(warm, tmp_path, "pipeline", 3, 11)
     assert not tally.problems, "\n".join(tally.problems)
 
 
