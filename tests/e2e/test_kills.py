@@ -294,15 +294,10 @@ def campaign(warm: Warm, folder: Path, place: str, kills: int, seed: int) -> Tal
     return tally
 
 
-def test_runs_that_are_killed(warm: Warm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tally = campaign(warm, tmp_path, "pipeline", 3, 11)
-    assert not tally.problems, "\n".join(tally.problems)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("place", PLACES)
-def test_runs_that_are_killed_many_times(
+def test_runs_that_are_killed(
     place: str, warm: Warm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kills = int(os.environ.get("MLORQ_KILLS", "200")) * PLACES[place][1] // 200
