@@ -340,7 +340,7 @@ def test_an_error_in_one_layer(
     assert artifacts(tmp_path / "store", "candidates") == 6
     assert 2 <= done <= 5  # two workers: what they were at is finished, and no more is started
     result = prints_json(capsys, "compress", project)
-    assert result["steps"]["reused"] == 1 + 1 + 6 + done
+    assert result["steps"]["reused"] == 1 + 1 + 1 + 6 + done  # layers, baseline and activations; candidates
 
 
 def test_a_fault_of_the_store_that_passes_is_tried_again(
