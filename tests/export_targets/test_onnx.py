@@ -179,6 +179,23 @@ def test_modules_of_the_user(tmp_path: Path) -> None:
     assert_close(mlorq.load(file, runtime="onnxruntime")(images(7, 1)), call(module, images(7, 1)))
 
 
+class TrainedOtherwise(TokenNet):
+    """Computes something else in training, as D-FINE's decoder does, and cannot be traced by torch.export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x)
+        return 2 * found if self.training or float(x.sum()) > 1e9 else found
+
+
+def test_checks_are_made_in_eval_mode(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = TrainedOtherwise().eval()
+    module = compressed(net)
+    folder = folder_of(tmp_path / "out", module, {"family": "custom"})
+    (file,) = mlorq.export(folder, tmp_path / "model.onnx", model=net, example=images(2, 0))
+    assert_close(mlorq.load(file, runtime="onnxruntime")(images(3, 1)), call(module, images(3, 1)))
+
+
 def test_weights_that_are_used_twice_are_stored_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = SharedNet(24)

@@ -134,6 +134,7 @@ class Flat(nn.Module):
     def __init__(self, module: nn.Module, call: Call, structure: Any, extras: Mapping[str, Any]) -> None:
         super().__init__()
         self.module = module
+        self.training = module.training  # exporters put the whole module back into the mode of this wrapper
         self._call = call
         self._structure = structure
         self._extras = dict(extras)
