@@ -65,6 +65,12 @@ class OutputCost:
         return error / self._power if self._power > 0 else 0.0
 
     def _error(self, outputs: Tensor, reference: Tensor) -> float:
+        if outputs.shape != reference.shape:
+            shapes = f"{tuple(outputs.shape)} with compressed layers and {tuple(reference.shape)} without"
+            raise ModelError(
+                f"the model's output has shape {shapes}: its size depends on computed values; give a forward function "
+                "that returns outputs of one size"
+            )
         if self.name == "nmse":
             return float((outputs - reference).double().square().sum())
         # float64: the divergence of predictions that hardly differ is a difference of nearly equal logarithms.

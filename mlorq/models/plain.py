@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -83,6 +84,27 @@ def without_origin(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_origin(item) for key, item in value.items() if key not in ORIGIN}
     return [without_origin(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# JSON has no such numbers: stored as transformers stores them, ``{"__float__": "Infinity"}``.
+FLOAT = "__float__"
+_NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def encoded_float(value: float) -> float | dict[str, str]:
+    """A number as a JSON value."""
+    if math.isfinite(value):
+        return value
+    return {FLOAT: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+
+
+def decoded_floats(value: Any) -> Any:
+    """A JSON value with the numbers that JSON does not have, at any depth."""
+    if isinstance(value, Mapping):
+        if set(value) == {FLOAT} and value[FLOAT] in list(_NOT_FINITE):
+            return _NOT_FINITE[value[FLOAT]]
+        return {key: decoded_floats(item) for key, item in value.items()}
+    return [decoded_floats(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_keys(architecture: Mapping[str, Any], required: Mapping[str, type], optional: Collection[str] = ()) -> None:

@@ -17,7 +17,7 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import FloatModel, attention_mask, same_construction
 from mlorq.models.image_processor import prepared_size
-from mlorq.models.plain import ORIGIN, without_faults
+from mlorq.models.plain import ORIGIN, encoded_float, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
 from mlorq.models.tasks import BOXES, DEPTHS, MAPS, MASKED, NEXT, PAIRS, TASKS
@@ -123,6 +123,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     if getattr(module, "pooler", 0) is None:
         architecture["arguments"] = {"add_pooling_layer": False}
     # A model with a backbone of its own may have chosen for each part: then the library chooses again.
+    found: dict[str, Any] | None = None
     for attention in dict.fromkeys((architecture["attention"], None)):
         described = architecture | {"attention": attention}
         try:
@@ -130,8 +131,18 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
                 twin = rebuild(described)
         except (CheckpointError, TypeError, ValueError, KeyError, ImportError):
             continue
-        return described if same_construction(module, twin) else None
-    return None
+        if not same_construction(module, twin):
+            return None
+        if _implementations(module) == _implementations(twin):
+            return described
+        found = found or described
+    return found
+
+
+def _implementations(module: nn.Module) -> list[str | None]:
+    """The implementation of attention in each part that has a configuration: other ones round differently."""
+    configured = [part.config for part in module.modules() if hasattr(part, "config")]
+    return [getattr(config, "_attn_implementation", None) for config in configured]
 
 
 def block_names(module: nn.Module) -> list[str]:
@@ -197,4 +208,6 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    if isinstance(value, float):
+        return encoded_float(value)
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)

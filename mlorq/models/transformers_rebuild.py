@@ -16,7 +16,7 @@ from torch import nn
 
 from mlorq.errors import CheckpointError
 from mlorq.models import timm
-from mlorq.models.plain import check_keys, faults, without_origin
+from mlorq.models.plain import check_keys, decoded_floats, faults, without_origin
 from mlorq.models.sentence import POOLINGS, rebuilt
 from mlorq.models.sentence_dense import ACTIVATIONS
 from mlorq.models.tasks import TASKS
@@ -40,7 +40,7 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
     from transformers import AutoConfig
 
     check(architecture)
-    described = without_origin(architecture["config"])
+    described = decoded_floats(without_origin(architecture["config"]))
     with quiet():
         config = AutoConfig.for_model(described.pop("model_type"), **described)
         kind = _class(architecture, config)

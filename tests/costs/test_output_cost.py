@@ -84,3 +84,12 @@ def test_what_a_cost_needs_is_asked_for():
         OutputCost("task", [torch.zeros(2, 3)], [torch.zeros(3, dtype=torch.long)])
     with pytest.raises(DataError, match="calibration label 3 is out of range: the model has 3 classes"):
         OutputCost("task", [torch.zeros(2, 3)], [torch.tensor([0, 3])])
+
+
+@pytest.mark.parametrize("name", ["nmse", "kl"])
+def test_outputs_of_another_size_are_refused(name: str) -> None:
+    cost = OutputCost(name, [torch.rand(2, 3)])
+    with pytest.raises(
+        ModelError, match=r"shape \(2, 4\) with compressed layers and \(2, 3\) without: its size depends"
+    ):
+        cost([torch.rand(2, 4)])

@@ -297,9 +297,7 @@ def campaign(warm: Warm, folder: Path, place: str, kills: int, seed: int) -> Tal
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("place", PLACES)
-def test_runs_that_are_killed(
-    place: str, warm: Warm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_that_are_killed(place: str, warm: Warm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kills = int(os.environ.get("MLORQ_KILLS", "200")) * PLACES[place][1] // 200
     tally = campaign(warm, tmp_path, place, kills, int(os.environ.get("MLORQ_KILLS_SEED", "1")))
     with capsys.disabled():
