@@ -123,9 +123,9 @@ class AllocateOnly:
         self.command = command
         self.ledger = Ledger()
 
-    def phase(self, name: str, total: int) -> None:
-        """Announce the next phase: ``total`` steps of one kind."""
-        self.observer.phase(name, total)
+    def phase(self, name: str, total: int, budget: str = "") -> None:
+        """Announce the next phase: ``total`` steps of one kind, of one budget unless ``budget`` is empty."""
+        self.observer.phase(name, total, budget)
 
     def run(self, spec: StepSpec) -> Outcome:
         """Find a step's artifact, or compute it if it is an allocation."""

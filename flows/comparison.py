@@ -152,7 +152,7 @@ def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:
     forms = [layer["form"] for layer in result["allocation"]]
     return {
         "model": result["model"],
-        "budget": planned.budget.text,
+        "budget": str(planned.budget),
         "method": method.name,
         "title": method.title,
         "weights": "uniform" if method.uniform else "mixed",

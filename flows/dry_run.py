@@ -24,7 +24,7 @@ from mlorq.forms.embedding_tables import find_tables
 from mlorq.models.layer_list import Layer, LayerList
 from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
-from steps.allocations import Least, check_budget, run_allocations
+from steps.allocations import Least, allocation_step, check_budget, run_allocations
 from steps.base import Outcome, StepSpec, find
 from steps.candidates import residency_of
 from steps.embeddings import are_chosen, fixed
@@ -33,8 +33,8 @@ from steps.reconstruct import members
 from steps.session import Session
 from steps.table_costs import WIDTHS
 
-SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity", "table_costs")
-BY_BUDGET = ("allocate", "embeddings", "round", "tune", "pack", "evaluate", "calibration", "export", "summary")
+SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensitivity", "width_costs", "table_costs")
+BY_BUDGET = ("embeddings", "round", "tune", "compressed", "evaluate", "calibration", "export", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
 DASK_NOTE = " here; the cluster's workers may differ"
@@ -106,14 +106,16 @@ class Planner:
         optional["activations"] = session.config.activations is not None
         chosen = are_chosen(session)
         of_search = optional | {"embeddings": fixed(session) is not None, "table_costs": chosen}
+        first = allocation_step(session)
+        of_search["width_costs"] = first == "joint"
         self.search = [name for name in SEARCH if of_search.get(name, True)]
-        self.by_budget = [name for name in BY_BUDGET if (optional | {"embeddings": chosen}).get(name, True)]
-        first, *rest = self.by_budget
+        rest = [name for name in BY_BUDGET if (optional | {"embeddings": chosen}).get(name, True)]
+        self.by_budget = [first, *rest]
         self.counts: dict[str, Counts] = {name: Counts() for name in (*self.search, first, "baseline", *rest)}
         self._phase = ""
         self._seen: set[str] = set()
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, budget: str = "") -> None:
         """Announce the next phase: ``total`` steps of one kind."""
         self._phase = name
 
@@ -178,7 +180,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
             allowed = None
         feasible = is_possible(budget, least)
         reached += [budget] if feasible else []
-        rows.append({"budget": budget.text, "budget_bytes": allowed, "feasible": feasible})
+        rows.append({"budget": str(budget), "budget_bytes": allowed, "feasible": feasible})
     planner = Planner(session, found, Estimate(session, found, measure_speed(session)))
     _walk(planner, reached)
     return {
@@ -278,4 +280,4 @@ def _walk(planner: Planner, budgets: Sequence[Budget]) -> None:
         if session.store.exists(result.allocation):
             run_budget(session, planner, search, result, float_evaluation)
         else:
-            planner.count_all(*[name for name in planner.by_budget if name != "allocate"])
+            planner.count_all(*[name for name in planner.by_budget if name != allocation_step(session)])

@@ -43,7 +43,7 @@ class SearchWatch:
         self._computed = False
         self._phase = ""
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, budget: str = "") -> None:
         """The next phase, ``total`` steps of one kind, begins; the previous one is over."""
         if self._phase == SEARCH_STEPS[-1] and self._computed:
             self._emit()

@@ -105,9 +105,9 @@ class PrefectExecutor:
 
     # -- steps.pipeline.Executor ------------------------------------------------------------------------------
 
-    def phase(self, name: str, total: int) -> None:
-        """Announce the next phase: ``total`` steps of one kind."""
-        self.observer.phase(name, total)
+    def phase(self, name: str, total: int, budget: str = "") -> None:
+        """Announce the next phase: ``total`` steps of one kind, of one budget unless ``budget`` is empty."""
+        self.observer.phase(name, total, budget)
 
     def run(self, spec: StepSpec) -> Outcome:
         """Run one step on the session's worker, in the calling thread, unless the store has its artifact."""

@@ -19,7 +19,7 @@ from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
 from flows.run_form import read_config
-from mlorq.config.budget import Budget, parse_budgets
+from mlorq.config.budget import Budget, budget_text, parse_budgets, shown_budget
 from mlorq.errors import MlorqError, hide_secrets, no_secrets
 from mlorq.evaluation.report import size_accuracy_picture
 from steps.allocations import Allocated, Compressed, allocate_budgets
@@ -46,7 +46,7 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
         return "of a wrong configuration"  # the flow then raises the error, and the run counts as failed
     asked = [config.budget] if isinstance(config.budget, str) else config.budget
     budgets = parameters.get("budgets") or default or asked
-    return f"{config.model.display_name} {' '.join(budgets)}"
+    return f"{config.model.display_name} {' '.join(shown_budget(str(budget_text(budget))) for budget in budgets)}"
 
 
 @no_secrets()
@@ -83,11 +83,11 @@ def run_on(
 ) -> dict[str, Any]:
     """``carry_out`` for a session whose model and data are loaded and checked."""
     config, log = session.config, get_run_logger()
-    texts = [budget.text for budget in budgets]
-    subject = f"{session.config.model.display_name} {' '.join(texts)}"
+    texts, shown = [budget.text for budget in budgets], [str(budget) for budget in budgets]
+    subject = f"{session.config.model.display_name} {' '.join(shown)}"
     log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_secrets(session.store.url))
     given = handed()
-    observers: list[Observer] = [PrefectProgress(subject)]
+    observers: list[Observer] = [PrefectProgress(session.config.model.display_name, shown)]
     observers += [SearchWatch(config, session.config.model.display_name, texts)] if announce else []
     observers += [given.observer] if given else []
     observer = Observers(observers)

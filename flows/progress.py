@@ -1,4 +1,4 @@
-"""Progress of a run: one line per phase in the terminal, and one progress artifact per phase in Prefect.
+"""Progress of a run: one line per phase in the terminal, and one progress artifact per long phase in Prefect.
 
 An executor notifies an observer, which can pass everything on to several. The progress and the remaining time of a
 phase are kept in a ``Phase``: a finished step counts as one, a running step as the fraction that it reports, and the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import re
 import sys
 import threading
 import time
@@ -24,14 +25,23 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 UPDATE_SECONDS = 1.0  # minimum interval between updates of a progress artifact
+CLOSE_SECONDS = 30.0  # at most, for the last updates: a busy server answers late
+LAST_TRIES = 3  # to send the last state
+LONG_PHASES = frozenset(("capture", "candidates", "sensitivity", "round", "tune", "export"))  # with a progress artifact
 LINE_SECONDS = 10.0  # interval of plain lines about a running step
 
 
 class Observer(Protocol):
     """Receives the notifications of an executor, from any thread."""
 
-    def phase(self, name: str, total: int) -> None:
-        """The next phase, ``total`` steps of one kind, begins; the previous one is over."""
+    def phase(self, name: str, total: int, budget: str = "") -> None:
+        """The next phase, ``total`` steps of one kind, begins; the previous one is over.
+
+        Args:
+            name: of the steps.
+            total: number of steps.
+            budget: that they are of; empty: the steps are of all budgets.
+        """
 
     def step_started(self, spec: StepSpec) -> None:
         """A step has started."""
@@ -61,14 +71,18 @@ class Phase:
         running: completed fraction of every running step, by key.
         labels: names of the running steps, by key.
         first_work: time at which the first computed step started, by ``clock``; None before.
+        failed: number of failed steps.
         started: time at which the phase began, by ``clock``.
+        budget: of its steps; empty: of all budgets.
     """
 
     name: str
     total: int
     clock: Callable[[], float] = time.monotonic
+    budget: str = ""
     computed: int = 0
     reused: int = 0
+    failed: int = 0
     running: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     first_work: float | None = None
@@ -124,7 +138,9 @@ class Phase:
         """A step has ended; without an outcome, it failed."""
         self.running.pop(spec.key, None)
         self.labels.pop(spec.key, None)
-        if outcome is not None:
+        if outcome is None:
+            self.failed += 1
+        else:
             self.reused += outcome.reused
             self.computed += not outcome.reused
 
@@ -136,10 +152,10 @@ class _PhaseObserver:
         self._lock = threading.RLock()
         self._phase: Phase | None = None
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, budget: str = "") -> None:
         with self._lock:
             self._end_phase()
-            self._phase = Phase(name, total)
+            self._phase = Phase(name, total, budget=budget)
             self._begin_phase(self._phase)
 
     def step_started(self, spec: StepSpec) -> None:
@@ -303,74 +319,108 @@ def format_seconds(seconds: float | None) -> str:
 # -- Prefect --------------------------------------------------------------------------------------------------
 
 
-class PrefectProgress(_PhaseObserver):
-    """One progress artifact per phase, named after it, updated about once per second by a separate thread.
+@dataclass
+class _Page:
+    """The progress artifact of a phase.
 
-    It must be created and closed inside a flow run. Errors of Prefect are only logged: the run continues.
-
-    Args:
-        subject: title of the run, for the artifacts' descriptions.
+    Attributes:
+        phase: the phase; it still changes unless ``over``.
+        over: whether the phase has ended.
+        artifact: id of the artifact; None before it is created.
+        written: percentage and description that the server has.
     """
 
-    def __init__(self, subject: str) -> None:
+    phase: Phase
+    over: bool = False
+    artifact: UUID | None = None
+    written: tuple[float, str] | None = None
+
+
+class PrefectProgress(_PhaseObserver):
+    """One progress artifact per phase that can take long, named after it and its budget: ``round-3bit``.
+
+    A phase of which every step is reused has none. Only one thread sends, about once per second, so that the last state
+    wins; ``close`` waits until the last one is sent. It must be created and closed inside a flow run. Errors of Prefect
+    are only logged: the run continues.
+
+    Args:
+        model: its short name, for the artifacts' descriptions.
+        budgets: of the run.
+    """
+
+    def __init__(self, model: str, budgets: Sequence[str]) -> None:
         super().__init__()
-        self._subject = subject
-        self._artifact: UUID | None = None
-        self._written: tuple[float, str] | None = None
-        self._wake = threading.Event()
-        self._closed = False
+        self._model = model
+        self._budgets = " ".join(budgets)
+        self._pages: list[_Page] = []
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def _begin_phase(self, phase: Phase) -> None:
-        from prefect.artifacts import create_progress_artifact
-
-        self._artifact, self._written = None, None
-        try:
-            key = phase.name.replace("_", "-").lower()
-            self._artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=self._describe(phase)))
-        except Exception as error:
-            LOGGER.debug("no progress artifact for %s: %r", phase.name, error)
+        if phase.name not in LONG_PHASES:
+            return
+        self._pages.append(_Page(phase))
         if self._thread is None:
             # With the flow's context, which holds the server that Prefect uses.
             context = contextvars.copy_context()
-            self._thread = threading.Thread(target=context.run, args=(self._write_often,), daemon=True)
+            self._thread = threading.Thread(target=context.run, args=(self._send_often,), daemon=True)
             self._thread.start()
 
-    def _describe(self, phase: Phase) -> str:
-        reused = f", {phase.reused} reused" if phase.reused else ""
-        return f"{self._subject}: {phase.name} {phase.done}/{phase.total}{reused}"
-
     def _over(self, phase: Phase) -> None:
-        self._write()
+        for page in self._pages:
+            page.over |= page.phase is phase
 
     def close(self) -> None:
         super().close()
-        self._closed = True
-        self._wake.set()
+        self._closing.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=CLOSE_SECONDS)
 
-    def _write_often(self) -> None:
-        while not self._closed:
-            self._wake.wait(UPDATE_SECONDS)
-            if not self._closed:
-                self._write()
+    def _send_often(self) -> None:
+        while not self._closing.wait(UPDATE_SECONDS):
+            self._send_all()
+        for _ in range(LAST_TRIES):
+            if self._send_all():
+                return
+            time.sleep(UPDATE_SECONDS)
 
-    def _write(self) -> None:
-        from prefect.artifacts import update_progress_artifact
-
+    def _send_all(self) -> bool:
+        """Send what has changed, in one thread only; returns whether the server has all of it."""
+        sent = True
         with self._lock:
-            phase, artifact = self._phase, self._artifact
-            if phase is None or artifact is None:
-                return
-            news = (round(100 * phase.share, 1), self._describe(phase))
-            if news == self._written:
-                return
-            self._written = news
-        try:
-            update_progress_artifact(artifact, *news)
-        except Exception as error:
-            LOGGER.debug("progress artifact of %s not updated: %r", phase.name, error)
+            states = [
+                (page, page.over, self._news(page.phase)) for page in self._pages if page.phase.first_work is not None
+            ]
+        for page, over, news in states:
+            try:
+                if news != page.written:
+                    self._send(page, news)
+            except Exception as error:
+                LOGGER.debug("progress artifact of %s not updated: %r", page.phase.name, error)
+                sent = False
+                continue  # the next call tries again
+            if over:
+                with self._lock:
+                    self._pages.remove(page)
+        return sent
+
+    def _send(self, page: _Page, news: tuple[float, str]) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        share, description = news
+        if page.artifact is None:
+            key = re.sub("[^a-z0-9]+", "-", f"{page.phase.name} {page.phase.budget}".lower()).strip("-")
+            page.artifact = cast(UUID, create_progress_artifact(share, key=key, description=description))
+        else:
+            update_progress_artifact(page.artifact, share, description)
+        page.written = news
+
+    def _news(self, phase: Phase) -> tuple[float, str]:
+        """Percentage and description of a phase."""
+        reused = f", {phase.reused} reused" if phase.reused else ""
+        failed = f", {phase.failed} failed" if phase.failed else ""
+        subject = f"{self._model} {phase.budget or self._budgets}"
+        return round(100 * phase.share, 1), f"{subject}: {phase.name} {phase.done}/{phase.total}{reused}{failed}"
 
 
 class Observers:
@@ -379,9 +429,9 @@ class Observers:
     def __init__(self, members: Sequence[Observer]) -> None:
         self.members = list(members)
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, budget: str = "") -> None:
         for member in self.members:
-            member.phase(name, total)
+            member.phase(name, total, budget)
 
     def step_started(self, spec: StepSpec) -> None:
         for member in self.members:

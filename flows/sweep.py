@@ -65,7 +65,7 @@ def carry_out(config: Any, folder: str, budgets: Sequence[str] | None) -> dict[s
 
 def left_out_note(budgets: Sequence[Budget]) -> str:
     """A message about the skipped budgets."""
-    return f"skipped budgets, too small for the model: {', '.join(budget.text for budget in budgets)}"
+    return f"skipped budgets, too small for the model: {', '.join(map(str, budgets))}"
 
 
 def ladder(session: Session, budgets: Sequence[Budget] | None) -> tuple[list[Budget], list[Budget]]:

@@ -65,7 +65,7 @@ class Stack:
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs: list[IO[bytes]] = []
-        self._client = httpx.Client(base_url=self.url, timeout=30.0, trust_env=False)
+        self._client = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False)
 
     def __enter__(self) -> Stack:
         self.folder.mkdir(parents=True, exist_ok=True)

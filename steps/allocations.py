@@ -35,8 +35,8 @@ class Executor(Protocol):
     def map(self, specs: Sequence[StepSpec]) -> list[Outcome]:
         """Run independent steps, in any order; results in the order given."""
 
-    def phase(self, name: str, total: int) -> None:
-        """Announce the next phase: ``total`` steps of one kind."""
+    def phase(self, name: str, total: int, budget: str = "") -> None:
+        """Announce the next phase: ``total`` steps of one kind, of one budget unless ``budget`` is empty."""
 
 
 @dataclass
@@ -223,6 +223,12 @@ def check_budget(budget: Budget, least: Least) -> None:
         )
 
 
+def allocation_step(session: Session) -> str:
+    """The name of the step that solves the integer programs of a run."""
+    activations = session.config.activations
+    return "joint" if activations is not None and activations.choices else "allocate"
+
+
 def allocation_spec(session: Session, search: Search, budget: Budget) -> StepSpec:
     """The ``allocate`` step of one budget; ``joint`` if bit-widths of activations are chosen as well.
 
@@ -260,7 +266,7 @@ def limits_of(session: Session, search: Search, budget: Budget) -> Limits:
     if target is not None:
         assert search.rest_memory is not None
         memory = Memory(target.text, search.rest_memory, held)
-    return Limits(budget.text, search.limit(budget), memory, tables)
+    return Limits(str(budget), search.limit(budget), memory, tables)
 
 
 def solved(search: Search, budget: Budget, allocation: ArtifactRef) -> Compressed:
@@ -279,7 +285,7 @@ def run_allocations(
         BudgetError: a budget is too small.
     """
     specs = [allocation_spec(session, search, budget) for budget in budgets]
-    executor.phase("allocate", len(specs))
+    executor.phase(allocation_step(session), len(specs))
     return [solved(search, budget, executor.run(spec).ref) for budget, spec in zip(budgets, specs, strict=True)]
 
 
@@ -307,7 +313,7 @@ def _allocate_budgets(session: Session, executor: Executor, search: Search, budg
             found.impossible.append((budget, error))
         else:
             possible.append(budget)
-    executor.phase("allocate", len(possible))
+    executor.phase(allocation_step(session), len(possible))
     for budget in possible:
         spec = allocation_spec(session, search, budget)
         try:

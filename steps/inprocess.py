@@ -28,7 +28,7 @@ class InProcess:
         self._record = record
         self._done, self._total = 0, 1
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, budget: str = "") -> None:
         """Start counting the steps of a phase."""
         self._done, self._total = 0, total
 

@@ -93,7 +93,7 @@ def run_search(session: Session, executor: Executor, measure: Callable[[], None]
         [sensitivity.spec(session, model, capture_ref, layers_ref, made[layer.name], layer) for layer in by_cost],
     )
     if session.config.activations is not None and session.config.activations.choices:
-        run("activations", width_costs.spec(session, model, layers_ref))
+        run("width_costs", width_costs.spec(session, model, layers_ref))
     if embeddings.are_chosen(session):
         run("table_costs", table_costs.spec(session, layers_ref))
     rest, held = pack.rest_bytes_bound(session, found, model), pack.rest_memory(session, found, model)
@@ -138,7 +138,7 @@ def run_tables(session: Session, executor: Executor, result: Compressed) -> Arti
     if fixed is not None or not embeddings.are_chosen(session):
         return None if fixed is None else fixed.ref  # found or made in the search
     info = session.artifacts.json(result.allocation, "allocation.json")
-    executor.phase("embeddings", 1)
+    executor.phase("embeddings", 1, str(result.budget))
     return executor.run(embeddings.spec(session, info.get("tables", {}))).ref
 
 
@@ -151,7 +151,7 @@ def run_rounding(
     chosen = {row["layer"]: Candidate.of_row(row) for row in rows}
     method = METHODS[session.config.rounding.method]
     blocks = complete_blocks(session, search) if method.blocks is not None else {}
-    executor.phase("round", len(search.layers) + len(blocks))
+    executor.phase("round", len(search.layers) + len(blocks), str(result.budget))
     rounded = RoundedLayers()
 
     def spec(layer: Layer, previous: ArtifactRef | None) -> StepSpec:
@@ -174,7 +174,7 @@ def run_rounding(
             rounded.blocks[name] = previous
             rounded.last |= dict.fromkeys(inside, previous)
     if method.tuning is not None and method.tuning.steps(session.config.rounding) and previous is not None:
-        executor.phase("tune", 1)
+        executor.phase("tune", 1, str(result.budget))
         tuned = tune.spec(session, model, search.capture, search.layers_ref, previous, tables)
         rounded.tuned = executor.run(tuned).ref
         rounded.last = dict.fromkeys(rounded.last, rounded.tuned)
@@ -199,21 +199,22 @@ def run_budget(
     tables = run_tables(session, executor, result)
     rounded = run_rounding(session, executor, search, result, tables)
     last = [rounded.last[layer.name] for layer in search.layers]
-    executor.phase("pack", 1)
+    budget = str(result.budget)
+    executor.phase("compressed", 1, budget)
     packed = pack.spec(session, result.model, search.layers_ref, result.allocation, last, tables)
     result.checkpoint = executor.run(packed).ref
-    executor.phase("evaluate", 1)
+    executor.phase("evaluate", 1, budget)
     result.evaluation = executor.run(evaluate.spec(session, result.checkpoint, float_evaluation)).ref
-    executor.phase("calibration", 1)
+    executor.phase("calibration", 1, budget)
     checked = executor.run(
         calibration.spec(session, search.model, search.layers_ref, search.capture, result.checkpoint, result.evaluation)
     ).ref
     # After the evaluation: a checkpoint that a target cannot hold is then measured all the same.
     exports = export.specs(session, result.checkpoint)
     if exports:
-        executor.phase("export", len(exports))
+        executor.phase("export", len(exports), budget)
         result.exports = [outcome.ref for outcome in executor.map(exports)]
-    executor.phase("summary", 1)
+    executor.phase("summary", 1, budget)
     artifacts = summary.Inputs(
         layers=search.layers_ref,
         plan=search.activations,
@@ -233,7 +234,7 @@ def run_budget(
         tune=rounded.tuned,
         exports=tuple(result.exports),
     )
-    result.summary = executor.run(summary.spec(session, artifacts, result.budget.text)).ref
+    result.summary = executor.run(summary.spec(session, artifacts, str(result.budget))).ref
     return result
 
 

@@ -35,6 +35,7 @@ PARTS = ("disk", "memory")
 LONGEST = 200  # characters of a budget
 
 _BUDGET = re.compile(r"\s*(?P<sign>[+-]?)(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]+|%)\s*", re.ASCII)
+_DECIMALS = re.compile(r"\d*\.\d{4,}")
 _EXPECTED = "expected bits per weight (3bit), a percentage (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
 
 
@@ -47,7 +48,7 @@ class Budget:
         value: average bits per weight (``bits``), percent of the float32 size (``percent``), or bytes (``bytes``,
             ``layers``). A ``Fraction``, because binary floating point could change a budget by a byte.
         memory: bytes of all weights in the memory of the runtime that the model is meant for; None: any.
-        text: the budget as the user wrote it; only displayed.
+        text: the budget as the user wrote it; only displayed, by ``str`` with rounded numbers.
     """
 
     kind: BudgetKind
@@ -66,7 +67,7 @@ class Budget:
         return cls("layers", Fraction(size), text)
 
     def __str__(self) -> str:
-        return self.text
+        return shown_budget(self.text)
 
     @property
     def whole_bits(self) -> int | None:
@@ -141,6 +142,11 @@ class Budget:
             if kind == known:
                 return cls(known, number, text, memory)
         raise BudgetError(f"budget {value!r}: unknown kind {kind!r}; known: {', '.join(get_args(BudgetKind))}")
+
+
+def shown_budget(text: str) -> str:
+    """A budget for names and tables: numbers with at most three decimals, ``3.586bit`` for ``3.586218910806bit``."""
+    return _DECIMALS.sub(lambda number: f"{float(number[0]):.3f}".rstrip("0").rstrip(".") or "0", text)
 
 
 def budget_text(value: Any) -> Any:

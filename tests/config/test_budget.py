@@ -111,3 +111,19 @@ def test_one_or_several() -> None:
     assert parse_budgets([]) == []
     with pytest.raises(BudgetError, match="0bit"):
         parse_budgets(["3bit", "0bit"])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("3.586218910806bit", "3.586bit"),
+        ("disk=12.50001MB,memory=40.12345MB", "disk=12.5MB,memory=40.123MB"),
+        ("16726B", "16726B"),
+        ("2.125bit", "2.125bit"),
+        ("3.00001%", "3%"),
+    ],
+)
+def test_budgets_are_displayed_with_few_decimals(text: str, shown: str) -> None:
+    budget = parse_budget(text)
+    assert str(budget) == shown
+    assert budget.text == text

@@ -203,7 +203,7 @@ def test_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str
     assert [row["budget_bytes"] for row in plan["budgets"]] == [plan["params"] // 2, 4 * plan["params"] // 10]
     counts = {step: row["compute"] for step, row in plan["steps"].items()}
     once = {"layers", "capture", "baseline"}
-    by_budget = {"allocate", "pack", "evaluate", "calibration", "summary"}
+    by_budget = {"allocate", "compressed", "evaluate", "calibration", "summary"}
     expected = {"candidates": 6, "sensitivity": 6, "round": 12} | dict.fromkeys(once, 1) | dict.fromkeys(by_budget, 2)
     assert counts == expected
     assert not any(row["reused"] for row in plan["steps"].values())

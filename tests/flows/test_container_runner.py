@@ -398,7 +398,7 @@ class Recorder:
         self.specs: list[StepSpec] = []
         self.reused = 0
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, budget: str = "") -> None:
         pass
 
     def run(self, spec: StepSpec) -> Outcome:

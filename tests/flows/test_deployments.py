@@ -338,9 +338,11 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
     artifacts = stack.artifacts(first)
     kinds = {key: item["type"] for key, item in artifacts.items()}
     assert kinds.items() >= {
-        "candidates": "progress", "sensitivity": "progress", "round": "progress", "allocation": "table",
+        "candidates": "progress", "sensitivity": "progress", "round-4bit": "progress", "allocation": "table",
         "budgets": "table", "pareto": "markdown", "result": "markdown",
     }.items()  # fmt: skip
+    progress = {key: float(item["data"]) for key, item in artifacts.items() if item["type"] == "progress"}
+    assert progress == dict.fromkeys(("capture", "candidates", "sensitivity", "round-4bit"), 100.0)
     assert f"`file://{tmp_path}/store/summary/" in artifacts["result"]["data"]
     for layer in LAYERS:
         logged(stack, first, rf"sensitivity {re.escape(layer)}: \d+\.\d+ s on cpu")

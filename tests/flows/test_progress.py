@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 
 import pytest
 
@@ -113,23 +114,68 @@ def test_live_lines_from_many_threads() -> None:
     assert "20 reused" in stream.getvalue()
 
 
-def test_progress_artifacts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.progress.UPDATE_SECONDS", 0.01)
-    created: list[str] = []
-    updated: list[tuple[float, str]] = []
-    monkeypatch.setattr("prefect.artifacts.create_progress_artifact", lambda *_, key, **__: created.append(key) or key)
-    monkeypatch.setattr("prefect.artifacts.update_progress_artifact", lambda _, *news: updated.append(news))
-    artifacts = PrefectProgress("net 3bit")
+class Server:
+    """Stands in for Prefect's artifacts: keeps the last state of each, and who sent it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fail_first: bool = False) -> None:
+        monkeypatch.setattr("flows.progress.UPDATE_SECONDS", 0.001)
+        monkeypatch.setattr("prefect.artifacts.create_progress_artifact", self.create)
+        monkeypatch.setattr("prefect.artifacts.update_progress_artifact", self.update)
+        self.states: dict[str, tuple[float, str]] = {}
+        self.senders: set[int] = set()
+        self.updates = 0
+        self.fail_first = fail_first
+
+    def create(self, share: float, *, key: str, description: str) -> str:
+        return self.update(key, share, description)
+
+    def update(self, key: str, share: float, description: str) -> str:
+        self.senders.add(threading.get_ident())
+        self.updates += 1
+        if self.fail_first and self.updates == 1:
+            raise ConnectionError("the server is busy")
+        time.sleep(0.002)  # so that a second sender would overtake the first
+        self.states[key] = (share, description)
+        return key
+
+
+@pytest.mark.parametrize("fail_first", [False, True])
+def test_progress_artifacts_end_complete(monkeypatch: pytest.MonkeyPatch, fail_first: bool) -> None:
+    server = Server(monkeypatch, fail_first=fail_first)
+    artifacts = PrefectProgress("net", ["3bit", "2.5bit"])
+    artifacts.phase("layers", 1)
+    artifacts.step_started(spec(0, "layers"))
+    artifacts.step_finished(spec(0, "layers"), outcome())
+    for name, budget in (("sensitivity", ""), ("round", "3bit"), ("round", "2.5bit")):
+        artifacts.phase(name, 14, budget)
+        for index in range(14):
+            artifacts.step_started(spec(index, name))
+            artifacts.step_progress(spec(index, name), 1, 2)
+            artifacts.step_finished(spec(index, name), outcome(reused=index == 0))
+    artifacts.phase("candidates", 1)
+    artifacts.step_finished(spec(0, "candidates"), outcome(reused=True))
+    artifacts.phase("summary", 1)
+    artifacts.step_started(spec(0, "summary"))
+    artifacts.step_finished(spec(0, "summary"), outcome())
+    artifacts.close()
+    # Short phases, and those that only reuse, have none.
+    assert server.states == {
+        "sensitivity": (100.0, "net 3bit 2.5bit: sensitivity 14/14, 1 reused"),
+        "round-3bit": (100.0, "net 3bit: round 14/14, 1 reused"),
+        "round-2-5bit": (100.0, "net 2.5bit: round 14/14, 1 reused"),
+    }
+    assert len(server.senders) == 1
+    assert threading.get_ident() not in server.senders
+
+
+def test_a_failed_phase_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch)
+    artifacts = PrefectProgress("net", ["3bit"])
     artifacts.phase("sensitivity", 2)
     artifacts.step_started(spec(0))
-    artifacts.step_progress(spec(0), 1, 2)
-    artifacts.step_finished(spec(0), outcome())
-    artifacts.step_finished(spec(1), outcome(reused=True))
-    artifacts.phase("round", 1)
+    artifacts.step_failed(spec(0))
     artifacts.close()
-    assert created == ["sensitivity", "round"]
-    assert (100.0, "net 3bit: sensitivity 2/2, 1 reused") in updated
-    assert len(updated) == len(set(updated))
+    assert server.states == {"sensitivity": (0.0, "net 3bit: sensitivity 0/2, 1 failed")}
 
 
 def test_progress_never_fails_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +184,9 @@ def test_progress_never_fails_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("prefect.artifacts.create_progress_artifact", lambda *_, **__: "id")
     monkeypatch.setattr("prefect.artifacts.update_progress_artifact", down)
-    artifacts = PrefectProgress("net")
+    artifacts = PrefectProgress("net", ["3bit"])
     artifacts.phase("round", 1)
+    artifacts.step_started(spec(0))
     artifacts.step_finished(spec(0), outcome())
     artifacts.close()
 
