@@ -17,6 +17,8 @@ from prefect.logging import get_run_logger
 
 from flows.comparison import activation_width, plan, row
 from flows.comparison_methods import chosen
+from flows.events import requested
+from flows.failures import REFUSED, shown_failures
 from flows.pipeline import name_of_run, run_on, show
 from flows.progress import format_seconds, terminal_progress
 from flows.run import handed, handing, prepare
@@ -25,7 +27,7 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.config.run import RunConfig
-from mlorq.errors import MlorqError, no_secrets
+from mlorq.errors import MlorqError
 from mlorq.evaluation.report import render_table
 from steps.session import Session
 
@@ -35,7 +37,8 @@ TABLE, PAGE, ROWS = "compare.parquet", "compare.html", "compare.json"
 
 def compare_name() -> str:
     """Name of a flow run: the model and the budgets."""
-    return f"compare {name_of_run()}"
+    name = name_of_run()
+    return name if name.startswith(REFUSED) else f"compare {name}"
 
 
 @flow(name="compare-method", flow_run_name="{method}", validate_parameters=False, persist_result=False)
@@ -53,7 +56,7 @@ def method_flow(method: str, config: dict[str, Any], folder: str, budget: dict[s
     """
     started = time.perf_counter()
     given = handed()
-    with no_secrets():
+    with shown_failures():
         budgets = [Budget.from_json(budget)]
         session = given.session if given else prepare(RunConfig.from_mapping(config, folder), budgets)
         return run_on(session, budgets, started)
@@ -80,17 +83,18 @@ def compare_flow(
         ``{"rows": [one per budget and method], "results": [as compress_flow], "files": {"table", "page", "rows"},
         "steps", "wall_seconds"}``.
     """
-    return carry_out(config, folder, budgets, methods, activations)
+    given = {"config": config, "folder": folder, "budgets": budgets, "methods": methods, "activations": activations}
+    return carry_out(given)
 
 
-@no_secrets()
-def carry_out(
-    config: Any, folder: str, budgets: Sequence[str] | None, methods: Sequence[str] | None, activations: int | None
-) -> dict[str, Any]:
+@shown_failures()
+def carry_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The body of ``compare_flow``."""
     started = time.perf_counter()
-    values, folder = explicit_values(config, folder)
-    wanted, width = chosen(methods), activation_width(values, activations)
+    parameters = requested(parameters)
+    budgets = parameters["budgets"]
+    values, folder = explicit_values(parameters["config"], parameters["folder"] or "")
+    wanted, width = chosen(parameters["methods"]), activation_width(values, parameters["activations"])
     given = handed()
     base = given.session if given else prepare(RunConfig.from_mapping(values, folder), [])
     asked = given.budgets if given else parse_budgets(budgets or base.config.budget)

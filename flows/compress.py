@@ -24,4 +24,4 @@ def compress_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[
     Returns:
         ``{"results": [one public object per budget], "steps": {"computed", "reused"}, "wall_seconds"}``.
     """
-    return carry_out(config, folder, budgets, announce=True)
+    return carry_out({"config": config, "folder": folder, "budgets": budgets}, announce=True)

@@ -9,19 +9,77 @@ computed any of them. A run that found all of them in the store emits nothing, a
 
 from __future__ import annotations
 
+import difflib
+import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.locations import absolute_folder
 from mlorq.config.run import RunConfig
+from mlorq.errors import ConfigError
 from steps.base import Outcome, StepSpec
 
 LOGGER = logging.getLogger(__name__)
 SEARCH_FINISHED = "mlorq.search.finished"
 REBUDGET_REQUESTED = "mlorq.rebudget.requested"
 COMPARE_REQUESTED = "mlorq.compare.requested"
+PAYLOAD = "event payload: "  # start of the parameter ``config`` of a requested run; prefect.yaml has it, too
+# Keys of payloads, with their types.
+EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "config": ((dict, str), "a configuration, or the location of its file"),
+    "folder": ((str,), "text"),
+    "budgets": ((list,), 'a list such as ["3bit", "10%"]'),
+    "methods": ((list,), 'a list of names such as ["gptq", "best"]'),
+    "activations": ((int,), "a bit-width"),
+}
 SEARCH_STEPS = ("capture", "sensitivity")
+
+
+def requested(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a flow; if an event has requested the run, those in its payload.
+
+    The triggers of ``prefect.yaml`` pass the whole payload as text, so that a wrong one ends a run with its reason. A
+    template of its parts would not: Prefect drops events whose templates it cannot fill.
+
+    Args:
+        parameters: of the flow. ``config`` that starts with ``PAYLOAD`` is a payload in JSON.
+
+    Raises:
+        ConfigError: the payload lacks ``config``, or has an unknown key or a value of the wrong type.
+    """
+    given = dict(parameters)
+    config = given.get("config")
+    if not isinstance(config, str) or not config.startswith(PAYLOAD):
+        return given
+    payload = read_json(config.removeprefix(PAYLOAD))
+    known = [name for name in EXPECTED if name in given]
+    for key, value in payload.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{PAYLOAD}unknown key {str(key)[:60]!r}; {advice}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, EXPECTED[key][0])):
+            raise ConfigError(f"{PAYLOAD}{key}: expected {EXPECTED[key][1]} (given: {value!r:.100})")
+    if not payload.get("config"):
+        raise ConfigError(f"{PAYLOAD}key 'config' is missing: a configuration, or the location of its file")
+    return given | {name: payload.get(name) for name in known}
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """A payload from its text.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{PAYLOAD}it must be a JSON object with 'config'")
+    return found
 
 
 class SearchWatch:

@@ -26,6 +26,7 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.allocate_only import check_present
+from flows.failures import add_step
 from flows.ledger import Ledger
 from flows.progress import Observer
 from flows.runners import Runner, make_runner
@@ -240,6 +241,8 @@ class PrefectExecutor:
         if error is None:
             error = future.result(raise_on_failure=False)
             self.observer.step_failed(spec)
+        if isinstance(error, BaseException):
+            add_step(error, spec.label)
         return error if isinstance(error, BaseException) else RuntimeError(f"{state.name}: {state.message}")
 
     def _task(self, spec: StepSpec) -> Task[..., Any]:
@@ -267,6 +270,7 @@ class PrefectExecutor:
                 return Cancelled(message="interrupted")
             except BaseException as error:
                 self._errors[step.key] = error
+                add_step(error, label)
                 self.observer.step_failed(step)
                 raise
             log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)

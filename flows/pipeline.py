@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -12,15 +12,16 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.allocate_only import finished_search, found_json
-from flows.events import SearchWatch
+from flows.events import EXPECTED, SearchWatch, requested
 from flows.executor import PrefectExecutor
+from flows.failures import refused_name, shown_failures
 from flows.ledger import results_json
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
 from flows.run_form import read_config
-from mlorq.config.budget import Budget, budget_text, parse_budgets, shown_budget
-from mlorq.errors import MlorqError, hide_secrets, no_secrets
+from mlorq.config.budget import Budget, parse_budgets
+from mlorq.errors import MlorqError, hide_secrets
 from mlorq.evaluation.report import size_accuracy_picture
 from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
@@ -39,31 +40,24 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
     Args:
         default: budgets if the run has none; None: those of the configuration.
     """
-    parameters = flow_run.parameters
     try:
+        parameters = requested({**dict.fromkeys(EXPECTED), **flow_run.parameters})
         config = read_config(parameters["config"], parameters.get("folder") or "")
-    except MlorqError:
-        return "of a wrong configuration"  # the flow then raises the error, and the run counts as failed
-    asked = [config.budget] if isinstance(config.budget, str) else config.budget
-    budgets = parameters.get("budgets") or default or asked
-    return f"{config.model.display_name} {' '.join(shown_budget(str(budget_text(budget))) for budget in budgets)}"
+        asked = [config.budget] if isinstance(config.budget, str) else config.budget
+        budgets = parse_budgets(parameters.get("budgets") or default or asked)
+    except MlorqError as error:
+        return refused_name(error)  # the flow then raises the error, and the run counts as failed
+    return f"{config.model.display_name} {' '.join(map(str, budgets))}"
 
 
-@no_secrets()
-def carry_out(
-    config: Any,
-    folder: str,
-    budgets: Sequence[str] | None,
-    *,
-    allocate_only: bool = False,
-    announce: bool = False,
-) -> dict[str, Any]:
+@shown_failures()
+def carry_out(parameters: Mapping[str, Any], *, allocate_only: bool = False, announce: bool = False) -> dict[str, Any]:
     """Run the pipeline inside a flow run; returns ``flows.ledger.results_json``, with ``errors`` if ``allocate_only``.
 
     Args:
-        config: of the run, as plain values, or the location of its file.
-        folder: base of relative paths.
-        budgets: override the configuration's.
+        parameters: of the flow: ``config``, as plain values, or the location of its file, or an event's payload
+            (``flows.events.requested``); ``folder``, the base of relative paths; ``budgets``, which override the
+            configuration's.
         allocate_only: compute nothing but the integer programs.
         announce: emit an event when the search is finished (``flows.events``).
 
@@ -71,9 +65,10 @@ def carry_out(
         MlorqError: the input is wrong.
     """
     started = time.perf_counter()
-    run_config = read_config(config, folder)
+    parameters = requested(parameters)
+    run_config = read_config(parameters["config"], parameters["folder"] or "")
     given = handed()
-    parsed = given.budgets if given else parse_budgets(budgets or run_config.budget)
+    parsed = given.budgets if given else parse_budgets(parameters["budgets"] or run_config.budget)
     session = given.session if given else prepare(run_config, parsed, allocate_only=allocate_only)
     return run_on(session, parsed, started, allocate_only=allocate_only, announce=announce)
 

@@ -29,4 +29,5 @@ def rebudget_flow(
         As ``compress_flow``. With ``allocate_only``, ``nmse``, ``metric`` and ``checkpoint`` are null, and ``errors``
         has ``{"budget": …, "error": …}`` for each impossible budget; if no budget is possible, the flow fails.
     """
-    return carry_out(config, folder, budgets, allocate_only=allocate_only)
+    given = {"config": config, "folder": folder, "budgets": budgets}
+    return carry_out(given, allocate_only=allocate_only)

@@ -99,10 +99,11 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
     session.model  # noqa: B018  (loads it)
     session.calibration  # noqa: B018
     if not allocate_only:
+        # Before the evaluation data, which can take long to load.
+        check_budgets(session, known_layers(session), budgets)
         session.evaluation  # noqa: B018
         if find(layers_step.spec(session), session.store) is None:
             session.store.check_writable()
-        check_budgets(session, known_layers(session), budgets)
     return session
 
 

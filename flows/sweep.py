@@ -9,6 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from flows.failures import shown_failures
 from flows.pipeline import name_of_run, run_on
 from flows.render import budgets_table
 from flows.run import handed, known_layers, prepare
@@ -16,7 +17,7 @@ from flows.run_form import ConfigFile, RunForm, read_config
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
-from mlorq.errors import BudgetError, MlorqError, no_secrets
+from mlorq.errors import BudgetError, MlorqError
 from mlorq.evaluation.report import render_sweep, size_accuracy_picture
 from steps.session import Session
 
@@ -45,7 +46,7 @@ def sweep_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[str
     return carry_out(config, folder, budgets)
 
 
-@no_secrets()
+@shown_failures()
 def carry_out(config: Any, folder: str, budgets: Sequence[str] | None) -> dict[str, Any]:
     """The body of ``sweep_flow``."""
     started = time.perf_counter()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -21,11 +22,13 @@ import yaml
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.cli.deploy._triggers import _initialize_deployment_triggers
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.server.utilities.user_templates import render_user_template_sync
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values
 
-from flows.events import COMPARE_REQUESTED, REBUDGET_REQUESTED, SEARCH_FINISHED
+from flows.events import COMPARE_REQUESTED, REBUDGET_REQUESTED, SEARCH_FINISHED, requested
 from flows.run_form import BY_PRESET, RunForm, read_config
 from mlorq.config.run import PRESETS, RunConfig
 from mlorq.errors import ConfigError
@@ -201,6 +204,44 @@ def test_triggers() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "payload", "said"),
+    [
+        ("rebudget", {"cfg": "run.yaml"}, "unknown key 'cfg'; did you mean 'config'"),
+        ("rebudget", {"x": 1}, "unknown key 'x'; known: config, folder, budgets$"),
+        ("rebudget", {"configg": "run.yaml"}, "did you mean 'config'"),
+        ("rebudget", {}, "key 'config' is missing"),
+        ("rebudget", {"config": 7}, r"config: expected a configuration, .* \(given: 7\)"),
+        ("rebudget", {"config": "run.yaml", "budgets": "3bit"}, "budgets: expected a list"),
+        ("rebudget", {"config": "run.yaml", "methods": ["gptq"]}, "unknown key 'methods'"),
+        ("compare", {"config": "run.yaml", "activations": True}, "activations: expected a bit-width"),
+        ("compare", {"config": "<'run'>.yaml", "methods": ["gptq"], "folder": "/a"}, None),
+        ("rebudget", {"config": {"budget": "3bit"}, "budgets": ["4bit"]}, None),
+    ],
+)
+def test_payloads_of_requests(name: str, payload: dict[str, Any], said: str | None) -> None:
+    """What Prefect makes of a trigger's template passes the schema whatever the payload is, and the run checks it."""
+    trigger = DEPLOYMENTS[name]["triggers"][-1]
+    event = ReceivedEvent.model_validate(
+        {
+            "occurred": "2030-01-01T00:00:00Z",
+            "event": trigger["expect"][0],
+            "resource": {"prefect.resource.id": "software"},
+            "payload": payload,
+            "id": uuid.uuid4(),
+        }
+    )
+    config = render_user_template_sync(trigger["parameters"]["config"]["template"], {"event": event})
+    sent = DEPLOYMENTS[name]["parameters"] | {"config": config}
+    assert validate(sent, schema_of(DEPLOYMENTS[name]), raise_on_error=True, ignore_required=False) == []
+    given = dict.fromkeys(flow_of(DEPLOYMENTS[name]).parameters.properties) | sent
+    if said is None:
+        assert requested(given) == {**dict.fromkeys(given), **payload}
+        return
+    with pytest.raises(ConfigError, match=f"^event payload: .*{said}"):
+        requested(given)
+
+
 # -- the form -----------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +403,14 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
     _, asked = further_runs(stack, "rebudget", 2)
     assert asked["name"] == "tiny_project 3.5bit"
 
+    # A wrong payload is a failed run that names what is wrong.
+    stack.emit(REBUDGET_REQUESTED, "somebody", {"cfg": "run.yaml"})
+    deadline = time.monotonic() + 120
+    while not (refusals := [run for run in stack.flow_runs(any_=["rebudget"]) if run["state_type"] == "FAILED"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert refusals[0]["name"] == "refused: event payload: unknown key 'cfg'; did you mean 'config'?"
+
     swept = stack.run("sweep/sweep", parameters | {"budgets": ["3bit", "5bit"]})
     assert stack.wait(swept)["name"] == "tiny_project 3bit 5bit"
     assert stack.artifacts(swept)["size-accuracy"]["type"] == "markdown"
@@ -374,9 +423,13 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
 
     # What the form lets through is refused by the run, in one line.
     wrong = stack.run("rebudget/rebudget", parameters | {"budgets": ["0.1bit"]})
-    assert "the smallest possible is" in stack.wait(wrong, state="FAILED")["state"]["message"]
+    failed = stack.wait(wrong, state="FAILED")
+    assert "the smallest possible is" in failed["state"]["message"]
+    assert failed["name"].startswith("tiny_project 0.1bit: budget 0.1bit leaves ")
+    logged(stack, wrong, "the smallest possible is")
+    assert "Traceback" not in stack.run_log(wrong)
     # Nobody else has started a run.
-    assert len(stack.flow_runs(any_=["rebudget"])) == 3
+    assert len(stack.flow_runs(any_=["rebudget"])) == 4
     runs = stack.flow_runs(any_=["compress"])
     assert [run["id"] for run in runs if run["state_type"] != "SCHEDULED"] == [first, second]  # beside nights to come
     nights = [run for run in runs if run["state_type"] == "SCHEDULED"]

@@ -19,11 +19,12 @@ import torch
 import steps
 from flows.cli import main
 from flows.executor import PrefectExecutor
+from flows.failures import failed_name
 from flows.progress import Observers
 from flows.run import open_session
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
-from mlorq.errors import ConfigError, ModelError, StoreError
+from mlorq.errors import BudgetError, ConfigError, ModelError, StoreError
 from steps import layers
 from steps.base import execute
 from steps.faults import is_transient
@@ -278,7 +279,12 @@ def test_flows_run_by_themselves(finished: Finished) -> None:
         rebudget_flow(values | {"seed": 7}, config.folder, ["3bit"], allocate_only=True)
     with pytest.raises(ConfigError, match="did you mean 'budget'"):
         compress_flow(values | {"budgte": "3bit"}, config.folder)
-    assert flow_runs("of a wrong configuration")[0].state_name == "Failed"
+    assert flow_runs("refused: unknown key 'budgte'; did you mean 'budget'?")[0].state_name == "Failed"
+    with pytest.raises(BudgetError, match="the smallest possible is") as caught:
+        compress_flow(values, config.folder, ["0.1bit"])
+    (refused,) = flow_runs(failed_name("tiny_project 0.1bit", caught.value))
+    assert str(caught.value) in refused.state.message
+    assert "\n" not in refused.state.message
 
 
 def test_several_budgets_and_outputs(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
