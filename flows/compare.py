@@ -11,11 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prefect import flow
+from prefect import flow, tags
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
-from flows.comparison import activation_width, plan, row
+from flows.comparison import activation_width, notes, plan, row
 from flows.comparison_methods import chosen
 from flows.events import requested
 from flows.failures import REFUSED, shown_failures
@@ -25,7 +26,7 @@ from flows.run import handed, handing, prepare
 from flows.run_form import ConfigFile, RunForm, explicit_values
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
-from mlorq.config.budget import Budget, parse_budgets
+from mlorq.config.budget import Budget, parse_budgets, shown_budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import MlorqError
 from mlorq.evaluation.report import render_table
@@ -41,11 +42,18 @@ def compare_name() -> str:
     return name if name.startswith(REFUSED) else f"compare {name}"
 
 
-@flow(name="compare-method", flow_run_name="{method}", validate_parameters=False, persist_result=False)
-def method_flow(method: str, config: dict[str, Any], folder: str, budget: dict[str, str]) -> dict[str, Any]:
+def method_name() -> str:
+    """Name of a method's flow run: the model, the budget and the method."""
+    parameters = flow_run.parameters
+    return f"{parameters['model']} {shown_budget(parameters['budget']['text'])} {parameters['method']}"
+
+
+@flow(name="compare-method", flow_run_name=method_name, validate_parameters=False, persist_result=False)
+def method_flow(model: str, method: str, config: dict[str, Any], folder: str, budget: dict[str, str]) -> dict[str, Any]:
     """One method's run; artifacts in the store are reused.
 
     Args:
+        model: its short name, for display.
         method: its name, for display.
         config: its complete configuration.
         folder: that relative paths start from.
@@ -110,14 +118,13 @@ def carry_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
             evaluation=base.evaluation,
         )
         context = handing(replace(given, session=session, observer=terminal_progress())) if given else nullcontext()
-        with context:
-            found = method_flow(
-                planned.method.name, planned.config.model_dump(mode="json"), folder, planned.budget.to_json()
-            )
+        model, method = planned.config.model.display_name, planned.method.name
+        with context, tags("mlorq", "compare", f"model:{model}", f"method:{method}"):
+            found = method_flow(model, method, planned.config.model_dump(mode="json"), folder, planned.budget.to_json())
         results.append((planned, found["results"][0]))
         computed, reused = computed + found["steps"]["computed"], reused + found["steps"]["reused"]
     rows = [row(*result) for result in results]
-    about = f"{rows[0]['model']}: methods compared"
+    about = "; ".join([f"{rows[0]['model']}: methods compared at the same size", *notes(rows)])
     show("compare", lambda key: create_table_artifact(key=key, table=rows, description=about))
     took = format_seconds(time.perf_counter() - started)
     get_run_logger().info("%d methods, %d budgets, in %s", len(wanted), len(asked), took)

@@ -3,7 +3,8 @@
 Every method is a separate run on the same store, so artifacts that two of them share are computed once. Uniform methods
 give every layer the same bit-width; mixed methods search within the bytes of the uniform ones. A budget of whole bits
 is the bit-width of the uniform methods' codes; scales and zero-points are added to it, so all methods have more bytes
-than the budget alone would allow (``asked_bytes`` and ``budget_bytes`` of a row). Any other budget is an upper bound:
+than the budget alone would allow (``asked_bytes`` and
+``budget_bytes`` of a row). Any other budget is an upper bound:
 uniform methods have the largest bit-width within it. The user's settings of ``search`` and ``rounding`` (samples,
 iterations, step sizes) apply to all methods, except those that define the method.
 """
@@ -164,6 +165,7 @@ def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": result["bytes"],
         "budget_bytes": result["budget_bytes"],
         "asked_bytes": planned.asked_bytes,
+        "bits_per_weight": round(32 * result["budget_bytes"] / result["float_bytes"], 3),
         "file_bytes": result["file_bytes"],
         forms_column(): " / ".join(str(forms.count(form.name)) for form in FORMS),
         "seconds": round(sum(result["seconds"].values()), 1),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +10,6 @@ import click
 from flows.command_group import Group, Home
 from flows.command_tools import named_store, print_json
 from flows.options import Arguments, Finish, command, json_option, stored
-from flows.verbosity import say
 from mlorq.errors import ConfigError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
@@ -102,6 +100,7 @@ def _artifacts(found: Store, everything: Sequence[Folder], step: str) -> list[di
 @json_option
 def verify(arguments: Arguments) -> Finish:
     """Check every file against its manifest; exit status 2 if one is damaged, unless it is removed by ``--repair``."""
+    from flows.garbage import alone, progress
     from mlorq.artifacts.gc import remove
     from mlorq.artifacts.gc import verify as verify_store
     from mlorq.artifacts.repair import derived_from
@@ -110,12 +109,12 @@ def verify(arguments: Arguments) -> Finish:
     gone: list[Folder] = []
     if arguments.repair:
         found.check_writable()
-        with _alone(found, "store verify --repair"):
-            findings = verify_store(found, _progress("verified"))
+        with alone(found, "store verify --repair"):
+            findings = verify_store(found, progress("verified"))
             gone = derived_from(found, findings.refs)
-            remove(found, gone, _progress("removed"))
+            remove(found, gone, progress("removed"))
     else:
-        findings = verify_store(found, _progress("verified"))
+        findings = verify_store(found, progress("verified"))
     removed = [f"{folder.ref.step}/{folder.ref.key}" for folder in gone]
     left_over = [found.uri(folder.ref) for folder in findings.left_over]
 
@@ -150,28 +149,12 @@ def verify(arguments: Arguments) -> Finish:
 @json_option
 def gc(arguments: Arguments) -> Finish:
     """Remove the artifacts that none of the kept runs needs."""
-    from mlorq.artifacts.gc import folders, needed_by, removable, remove, remove_files, strays, temporaries
+    from flows.garbage import collect
 
     if not arguments.keep:
         raise ConfigError("store gc: name the runs to keep with --keep RUN (mlorq runs lists them)")
     found = named_store(arguments)
-    if not arguments.dry_run:
-        found.check_writable()
-    with contextlib.nullcontext() if arguments.dry_run else _alone(found, "store gc"):
-        # Listed before the needed artifacts are determined: artifacts written in the meantime are not removed.
-        everything = folders(found)
-        gone = removable(everything, needed_by(found, arguments.keep))
-        refs = {folder.ref for folder in gone}
-        in_kept = [folder for folder in temporaries(everything) if folder.ref not in refs]
-        outside = strays(found)
-        if not arguments.dry_run:
-            remove(found, gone, _progress("removed"))
-            remove_files(found, in_kept)
-            for path in outside:
-                found.leases.discard(path)
-    freed = sum(folder.bytes for folder in (*gone, *in_kept)) + sum(entry.bytes for entry in outside.values())
-    row = {"artifacts": sum(folder.is_artifact for folder in gone), "bytes": freed}
-    row["left_over"] = len(gone) - row["artifacts"] + sum(len(folder.files) for folder in in_kept) + len(outside)
+    _, row = collect(found, lambda: arguments.keep, "store gc", dry_run=arguments.dry_run)
 
     def finish() -> int:
         from flows.render import console, size
@@ -182,35 +165,10 @@ def gc(arguments: Arguments) -> Finish:
             return 0
         verb = "would be removed" if arguments.dry_run else "removed"
         rest = f" and {row['left_over']} left-overs" if row["left_over"] else ""
-        console().print(f"{row['artifacts']:,} artifacts{rest} {verb}: {size(freed)}", markup=False)
+        console().print(f"{row['artifacts']:,} artifacts{rest} {verb}: {size(row['bytes'])}", markup=False)
         return 0
 
     return finish
-
-
-@contextlib.contextmanager
-def _alone(found: Store, command: str) -> Iterator[None]:
-    """Keep runs from starting for the duration of a ``with`` block.
-
-    Raises:
-        StoreError: a run uses the store.
-    """
-    with found.leases.hold("gc", f"mlorq {command}") as own:
-        if runs := found.leases.holders("runs", own):
-            raise StoreError(
-                f"{command}: {' and '.join(map(str, runs))} may need any artifact: try again when it has ended"
-            )
-        yield
-
-
-def _progress(verb: str) -> Callable[[int, int], None]:
-    """Reports progress on standard error, about every 5 %."""
-
-    def report(done: int, total: int) -> None:
-        if done == total or done % max(1, total // 20) == 0:
-            say(f"{verb} {done}/{total}")
-
-    return report
 
 
 def _time(folder: Folder) -> str:

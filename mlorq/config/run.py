@@ -79,6 +79,8 @@ __all__ = [
 ]
 
 
+DEFAULT_STORE = "file://./.mlorq"
+STORE = "MLORQ_STORE"  # variable of the environment: the default store, for machines with folders that are read-only
 REMOVED_KEYS = {
     "search.rounds": "removed; allocations are those of the integer program; delete the key",
     "search.tolerance": "removed; closed_form measures one candidate per layer; delete the key",
@@ -124,7 +126,9 @@ class RunConfig(Settings):
         [],
         description="files to write from every checkpoint, for example [{to: onnx, precision: fast}], as mlorq export",
     )
-    store: str = Field("file://./.mlorq", description="fsspec URL of the artifact store")
+    store: str = Field(
+        DEFAULT_STORE, description=f"fsspec URL of the artifact store; the default is that of {STORE} if it is set"
+    )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     seed: int = Field(0, ge=0, description="seed of all random numbers")
     folder: str = Field("", exclude=True, description="folder that relative paths start from")
@@ -156,7 +160,8 @@ class RunConfig(Settings):
         """A validated configuration from plain values, completed with the preset's defaults.
 
         Args:
-            values: the configuration as YAML would give it.
+            values: the configuration as YAML would give it. Without a store, or with the default one, the environment
+                variable ``MLORQ_STORE`` decides.
             folder: folder that relative paths start from.
 
         Raises:
@@ -173,6 +178,8 @@ class RunConfig(Settings):
             given = values.get(section)
             if given is None or isinstance(given, dict):
                 values[section] = {**defaults, **(given or {})}
+        if values.get("store", DEFAULT_STORE) == DEFAULT_STORE and os.environ.get(STORE):
+            values["store"] = os.environ[STORE]
         known = run_config()
         try:
             return known.model_validate({**values, "folder": folder})

@@ -65,6 +65,8 @@ def test_every_method_has_its_row_at_the_same_size(compared: Compared) -> None:
         assert row["asked_bytes"] < row["budget_bytes"], "layers as small as these have many scales"
         assert (result["budget"], result["budget_bytes"]) == ("4bit", row["budget_bytes"])
         assert "4bit" in row["run"]
+        assert row["bits_per_weight"] == round(8 * row["budget_bytes"] / (result["float_bytes"] / 4), 3)
+        assert row["bits_per_weight"] > 4
         assert row["activations"] == 6
         assert row["metric_name"] == "mean"
         assert 0 < row["nmse"] < 0.5
@@ -74,7 +76,10 @@ def test_every_method_has_its_row_at_the_same_size(compared: Compared) -> None:
     assert len({row["nmse"] for row in rows.values()}) >= len(compared.names) - 2, "they are different methods"
     assert rows["best"]["nmse"] < rows["nearest"]["nmse"]
     assert len(flow_runs("compare tiny_project 4bit")) >= 1
-    assert flow_runs("brecq")[0].state_name == "Completed"
+    run = flow_runs("tiny_project 4bit brecq")[0]
+    assert run.state_name == "Completed"
+    assert set(run.tags) == {"mlorq", "compare", "model:tiny_project", "method:brecq"}
+    assert (run.parameters["model"], run.parameters["method"]) == ("tiny_project", "brecq")
 
 
 def test_the_table_is_in_the_store_and_where_it_was_asked_for(compared: Compared) -> None:

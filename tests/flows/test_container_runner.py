@@ -5,6 +5,7 @@ What needs no engine runs always. The rest is marked ``long`` besides ``docker``
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +22,10 @@ import yaml
 
 pytest.importorskip("docker")
 
+from prefect.settings import Settings
+from prefect.settings.legacy import _get_valid_setting_names
+
+from flows.permissions import check_place
 from flows.run import open_session
 from flows.runners import InProcessRunner, Runner, make_runner
 from flows.runners import container_setup as setup
@@ -319,7 +324,13 @@ def test_the_compose_file_is_valid() -> None:
     if command is None:
         pytest.skip("neither docker compose nor docker-compose is installed (Debian: apt-get install docker-compose)")
     file = ["-f", str(ROOT / "docker" / "compose.yaml")]
-    values = {"POSTGRES_PASSWORD": "a", "S3_ACCESS_KEY": "b", "S3_SECRET_KEY": "c", "PATH": os.environ["PATH"]}
+    values = {
+        "POSTGRES_PASSWORD": "a",
+        "PREFECT_PASSWORD": "d",
+        "S3_ACCESS_KEY": "b",
+        "S3_SECRET_KEY": "c",
+        "PATH": os.environ["PATH"],
+    }
     done = subprocess.run([*command, *file, "config"], capture_output=True, text=True, env=values)
     assert done.returncode == 0, done.stderr
     assert {"postgres", "prefect", "s3", "worker"} <= set(yaml.safe_load(done.stdout)["services"])
@@ -336,15 +347,60 @@ def test_compose_services_are_pinned_watched_and_documented() -> None:
     for name, service in services.items():
         image = service["image"]
         assert image.startswith("${MLORQ_") or re.search(r":[\w.-]*\d[\w.-]*\}?$", image), f"{name}: {image}"
-        assert name == "bucket" or "healthcheck" in service, name
+        once = service["restart"] in ("no", "on-failure")  # it ends by itself
+        assert once or name == "services" or "healthcheck" in service, name
         waited = service.get("depends_on", {})
         assert set(waited) <= set(services)
     documented = set(re.findall(r"(?m)^([A-Z0-9_]+)=", (ROOT / "docker" / "env.example").read_text()))
     used = set(re.findall(r"\$\{([A-Z0-9_]+)", text))
-    for name in ("POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"):  # no default that somebody would keep
+    for name in (
+        "POSTGRES_PASSWORD",
+        "PREFECT_PASSWORD",
+        "S3_ACCESS_KEY",
+        "S3_SECRET_KEY",
+    ):  # no default that somebody would keep
         assert set(re.findall(rf"\${{{name}(.)", text)) == {":"}
         assert f"${{{name}:-" not in text
     assert used == documented - {"COMPOSE_PROJECT_NAME"}
+
+
+def test_compose_runs_a_server_that_several_can_share() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    shared = services["prefect"]["environment"]
+    assert services["services"]["environment"] == services["migrate"]["environment"] == shared
+    assert "--no-services" in services["prefect"]["command"]
+    assert services["services"]["command"] == ["prefect", "server", "services", "start"]
+    # Every variable is a setting of the installed Prefect, and every module of messages exists.
+    known = _get_valid_setting_names(Settings)
+    for name, value in shared.items():
+        assert name in known or name == "DO_NOT_TRACK" or name.startswith("PREFECT_REDIS_MESSAGING_"), name
+        if str(value).startswith("prefect_redis."):
+            assert importlib.util.find_spec(value) is not None, value
+    # The same password for the server and for its clients, and nothing open to other machines.
+    password = shared["PREFECT_SERVER_API_AUTH_STRING"]
+    for name in ("worker", "worker-gpu", "deploy"):
+        assert services[name]["environment"]["PREFECT_API_AUTH_STRING"] == password
+        assert services[name]["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"
+    for service in services.values():
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
+def test_compose_deploys_what_its_pool_runs() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    (names,) = re.findall(r"for name in ([a-z ]+);", services["deploy"]["command"][-1])
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert set(names.split()) == {item["name"] for item in deployments if item["work_pool"]["name"] == "mlorq"}
+    # Configurations are read-only there, so their default store is elsewhere, and permitted.
+    worker = services["worker"]
+    assert all(volume.endswith(":ro") for volume in worker["volumes"] if not volume.startswith("cache:"))
+    place = worker["environment"]["MLORQ_STORE"]
+    config = RunConfig.from_yaml(ROOT / "examples" / "minilm.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLORQ_STORE", place)
+        moved = RunConfig.from_yaml(ROOT / "examples" / "minilm.yaml")
+    assert config.store == "file://./.mlorq"
+    assert moved == config.model_copy(update={"store": place})
+    check_place("store", f"{place}/x", {"MLORQ_ROOTS": "/projects", "MLORQ_STORE": place})
 
 
 def test_the_context_of_the_image_is_what_the_dockerfile_needs() -> None:

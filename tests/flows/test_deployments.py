@@ -69,14 +69,16 @@ def refused(parameters: dict[str, Any], deployment: str = "compress") -> str:
 
 def test_what_there_is() -> None:
     assert set(DEPLOYMENTS) == {
-        "compress", "rebudget", "nightly", "sweep", "compare",
+        "compress", "rebudget", "nightly", "sweep", "compare", "retention",
         "compress-docker", "rebudget-docker", "compress-kubernetes",
     }  # fmt: skip
     assert len(PrefectYamlModel.model_validate(FILE).deployments) == len(DEPLOYMENTS)
     assert {item["work_pool"]["name"] for item in DEPLOYMENTS.values()} == set(POOLS)
     (schedule,) = DEPLOYMENTS["nightly"]["schedules"]
     assert schedule["cron"].split()[2:] == ["*", "*", "*"]
-    assert not any("schedules" in item for name, item in DEPLOYMENTS.items() if name != "nightly")
+    # It removes runs: the owner switches it on.
+    assert [schedule["active"] for schedule in DEPLOYMENTS["retention"]["schedules"]] == [False]
+    assert not any("schedules" in item for name, item in DEPLOYMENTS.items() if name not in ("nightly", "retention"))
 
 
 def test_nothing_of_one_machine_is_in_it() -> None:
@@ -97,7 +99,7 @@ def test_a_deployment_is_complete(name: str) -> None:
     assert flow.retries == 0
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in DEPLOYMENTS if name != "retention"])
 def test_its_parameters_fit_the_form_and_make_a_run(name: str) -> None:
     parameters = DEPLOYMENTS[name]["parameters"]
     assert validate(parameters, schema_of(DEPLOYMENTS[name]), raise_on_error=True, ignore_required=False) == []
@@ -184,6 +186,11 @@ def test_containers_keep_the_store_and_not_the_workers_home() -> None:
         store = read_config(DEPLOYMENTS[name]["parameters"]["config"], works_in).resolve("file://./.mlorq")
         kept = [volume.split(":")[1] for volume in variables["volumes"] if not volume.endswith(":ro")]
         assert any(store.startswith(f"file://{folder}/") for folder in kept)
+        # The default store of a configuration beside the examples, which are read-only.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLORQ_STORE", variables["env"]["MLORQ_STORE"])
+            named = read_config(str(ROOT / "examples" / "minilm.yaml"))
+        assert any(named.resolve(named.store).startswith(f"file://{folder}/") for folder in kept)
         assert variables["env"]["PREFECT_HOME"].startswith("/tmp/")
 
 
