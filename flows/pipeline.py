@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -20,6 +21,7 @@ from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
 from flows.run_form import read_config
+from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError, hide_secrets
 from mlorq.evaluation.report import size_accuracy_picture
@@ -27,6 +29,8 @@ from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
+
+STORE_PAGES = "MLORQ_STORE_PAGES"  # variable of the environment: the address at which browsers reach the store
 
 
 def run_name() -> str:
@@ -133,6 +137,12 @@ def show(key: str, create: Callable[[str], object]) -> None:
         get_run_logger().warning("artifact %r could not be created: %r", key, error)
 
 
+def page_address(store: Store, ref: ArtifactRef, name: str) -> str:
+    """Address of a file of the store for a browser, below ``STORE_PAGES`` if it is set; else its URI."""
+    base = os.environ.get(STORE_PAGES, "").rstrip("/")
+    return hide_secrets(f"{base}/{ref.step}/{ref.key}/{name}") if base else store.uri(ref, name)
+
+
 def _show_curve(results: Sequence[dict[str, Any]], title: str) -> None:
     """Create an artifact with the size–accuracy plot."""
     markdown = picture_markdown(title, size_accuracy_picture(results, title))
@@ -147,7 +157,7 @@ def _show_result(session: Session, compressed: Compressed, result: dict[str, Any
     files: dict[str, str] = {}
     if compressed.summary is not None:
         store, summary = session.store, compressed.summary
-        files = {name: store.uri(summary, name) for name in ("report.html", "report.png", "run.json")}
+        files = {name: page_address(store, summary, name) for name in ("report.html", "report.png", "run.json")}
         try:
             picture = picture_markdown(run, store.read_bytes(summary, "report.png"))
         except MlorqError as error:
