@@ -22,6 +22,7 @@ PURPOSES = {
     "onnx": "export to ONNX, runtime onnxruntime",
     "openvino": "export to OpenVINO, runtime openvino",
     "s3": "stores and data in S3",
+    "server": "a Prefect server with background services of their own",
 }
 
 

@@ -282,7 +282,7 @@ def test_flows_run_by_themselves(finished: Finished) -> None:
     assert flow_runs("refused: unknown key 'budgte'; did you mean 'budget'?")[0].state_name == "Failed"
     with pytest.raises(BudgetError, match="the smallest possible is") as caught:
         compress_flow(values, config.folder, ["0.1bit"])
-    (refused,) = flow_runs(failed_name("tiny_project 0.1bit", caught.value))
+    refused, *_ = flow_runs(failed_name("tiny_project 0.1bit", caught.value))
     assert str(caught.value) in refused.state.message
     assert "\n" not in refused.state.message
 
@@ -341,7 +341,7 @@ def test_an_error_in_one_layer(
         tries = break_step(patch, "sensitivity", "blocks.1.up", ModelError("layer 'blocks.1.up': holds NaN"))
         assert fails(capsys, "compress", project) == "layer 'blocks.1.up': holds NaN"
     assert len(tries) == 1
-    assert flow_runs(f"tiny_project {budget}")[0].state_name == "Failed"
+    assert flow_runs(f"tiny_project {budget}: sensitivity blocks.1.up failed")[0].state_name == "Failed"
     done = artifacts(tmp_path / "store", "sensitivity")
     assert artifacts(tmp_path / "store", "candidates") == 6
     assert 2 <= done <= 5  # two workers: what they were at is finished, and no more is started
