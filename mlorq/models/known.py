@@ -37,7 +37,6 @@ TEXT_TASKS_TESTED = "tests/models/test_text_tasks.py"
 CHOICES_TESTED = "tests/models/test_choices.py"
 SEQUENCES_TESTED, SPEECH_TESTED = "tests/models/test_encoder_decoder.py", "tests/models/test_speech.py"
 WHOLE = "random weights, at full size"
-AT_FULL_SIZE = f"{RANDOM}; the command runs it at full size"
 
 
 def _run(*names: str) -> str:
@@ -66,7 +65,7 @@ KNOWN = [
         "timm", "swinv2_*, eva02_*, hiera_*", IMAGES, f"{WHOLE}; graphs in ONNX", "",
         _run("swinv2_tiny_window8_256", "eva02_tiny_patch14_224", "hiera_tiny_224"),
     ),
-    KnownModel("timm", "beit_*", IMAGES, AT_FULL_SIZE, "", _run("beit_base_patch16_224")),
+    KnownModel("timm", "beit_*", IMAGES, WHOLE, "", _run("beit_base_patch16_224")),
     KnownModel(
         "timm", "*_dinov2, *_dinov3, with features: true", "features of images", f"{WHOLE}; graphs in ONNX", "",
         _run("dinov2_small", "dinov3_small"),
@@ -127,11 +126,12 @@ KNOWN = [
         f"{RANDOM}: Qwen3, Llama, GPT-2", "", CHOICES_TESTED,
     ),
     KnownModel(
-        "transformers", "LlamaForCausalLM (SmolLM2-135M), Qwen3ForCausalLM (0.6B)", "text-generation", AT_FULL_SIZE, "",
+        "transformers", "LlamaForCausalLM (SmolLM2-135M), Qwen3ForCausalLM (0.6B)", "text-generation",
+        f"{WHOLE}: SmolLM2; Qwen3: {RANDOM}", "",
         _run("smollm2_135m", "qwen3_0.6b"),
     ),
     KnownModel(
-        "transformers", "ModernBertForMaskedLM", "fill-mask", AT_FULL_SIZE, "", _run("modernbert_base"),
+        "transformers", "ModernBertForMaskedLM", "fill-mask", WHOLE, "", _run("modernbert_base"),
     ),
     KnownModel(
         "transformers", "any AutoModelForMaskedLM", "fill-mask", f"{RANDOM}: BERT", "", TASKS_TESTED,
@@ -149,7 +149,7 @@ KNOWN = [
         _run("whisper_tiny"),
     ),
     KnownModel(
-        "transformers", "Wav2Vec2ForCTC", "automatic-speech-recognition", AT_FULL_SIZE, "", _run("wav2vec2_base"),
+        "transformers", "Wav2Vec2ForCTC", "automatic-speech-recognition", WHOLE, "", _run("wav2vec2_base"),
     ),
     KnownModel(
         "transformers", "any AutoModelForCTC; AutoModelForSpeechSeq2Seq with encoder and decoder",
@@ -179,7 +179,7 @@ KNOWN = [
         f"{RANDOM}: DPT, Depth Anything, GLPN; graphs in ONNX", "", "tests/models/test_depth.py",
     ),
     KnownModel(
-        "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification", AT_FULL_SIZE, "",
+        "transformers", "CLIPModel, SiglipModel, Siglip2Model", "zero-shot-image-classification", WHOLE, "",
         _run("clip_vit_base_patch32", "siglip_base_patch16_224", "siglip2_base_patch16_naflex"),
     ),
     KnownModel(
@@ -190,7 +190,7 @@ KNOWN = [
         "transformers", "RTDetrForObjectDetection (R18)", "object-detection", WHOLE, "", _run("rt_detr_r18"),
     ),
     KnownModel(
-        "transformers", "DFineForObjectDetection (nano)", "object-detection", AT_FULL_SIZE, "", _run("d_fine_nano"),
+        "transformers", "DFineForObjectDetection (nano)", "object-detection", WHOLE, "", _run("d_fine_nano"),
     ),
     KnownModel(
         "transformers", "RTDetrForObjectDetection, RTDetrV2ForObjectDetection, DFineForObjectDetection",
@@ -212,7 +212,7 @@ KNOWN = [
         _run("mask2former_swin_tiny"),
     ),
     KnownModel(
-        "transformers", "SamModel (ViT-B)", "mask-generation", AT_FULL_SIZE, "", _run("sam_vit_base"),
+        "transformers", "SamModel (ViT-B)", "mask-generation", WHOLE, "", _run("sam_vit_base"),
     ),
     KnownModel(
         "transformers", "SamModel, SamHQModel, Sam2Model (images)", "mask-generation",
