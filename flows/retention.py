@@ -51,8 +51,11 @@ def retention_flow(
     with shown_failures():
         if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1:
             raise ConfigError(f"keep_last: expected a number of runs, at least 1 (given: {keep_last!r:.60})")
-        if max_age_days is not None and not 0 < max_age_days < 1e6:
+        is_number = isinstance(max_age_days, (int, float)) and not isinstance(max_age_days, bool)
+        if max_age_days is not None and not (is_number and 0 < max_age_days < 1e6):
             raise ConfigError(f"max_age_days: expected a number of days above 0 (given: {max_age_days!r:.60})")
+        if not isinstance(keep_tags, (list, type(None))) or not all(isinstance(tag, str) for tag in keep_tags or []):
+            raise ConfigError(f"keep_tags: expected a list of tags (given: {keep_tags!r:.60})")
         location = resolve_location(store or os.environ.get(STORE) or DEFAULT_STORE, os.getcwd())
         if is_limited():
             check_place("store", location)
@@ -104,7 +107,11 @@ def kept_runs(
 
 
 def runs_with_tags(tags: Iterable[str]) -> set[str]:
-    """Names of the runs whose flow runs have one of these tags, by their artifacts ``result`` on this server."""
+    """Names of the runs whose flow runs have one of these tags, by their artifacts ``result`` on this server.
+
+    Raises:
+        ConfigError: no run has one of the tags.
+    """
     from prefect.client.orchestration import get_client
 
     found: set[str] = set()
@@ -119,4 +126,6 @@ def runs_with_tags(tags: Iterable[str]) -> set[str]:
             while rows := client.request("POST", "/artifacts/filter", json=query).json():
                 found |= {str(row["description"]) for row in rows}
                 query["offset"] += len(rows)
+            if not query["offset"]:  # a mistyped tag, or another server: nothing is removed on its account
+                raise ConfigError(f"keep_tags: no run on this Prefect server has the tag {tag!r}")
     return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flows.garbage import collect
-from flows.retention import created_runs, kept_runs
+from flows.retention import created_runs, kept_runs, retention_flow, runs_with_tags
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
-from mlorq.errors import StoreError
+from mlorq.errors import ConfigError, StoreError
 
 NOW = datetime(2030, 1, 10, tzinfo=UTC)
 RUNS = {f"net-{days}": NOW - timedelta(days=days) for days in (1, 2, 3, 40)}
@@ -68,3 +69,40 @@ def test_nothing_is_removed_under_a_run(tmp_path: Path) -> None:
     with store.leases.hold("runs", "a run of net"), pytest.raises(StoreError, match="a run of net"):
         collect(store, lambda: ["net-1"], "retention")
     assert all(store.exists(ref) for ref in refs.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_last": 0}, "keep_last: expected a number of runs"),
+        ({"max_age_days": "30"}, "max_age_days: expected a number of days"),
+        ({"max_age_days": True}, "max_age_days: expected a number of days"),
+        ({"keep_tags": "best"}, "keep_tags: expected a list of tags"),
+    ],
+)
+def test_wrong_rules_remove_nothing(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    for index in range(3):
+        write_run(store, index)
+    before = list(store.refs("summary"))
+    with pytest.raises(ConfigError, match=message):
+        retention_flow.fn(store=str(tmp_path / "store"), **{"keep_last": 1, **given})
+    assert list(store.refs("summary")) == before
+
+
+def test_a_tag_that_no_run_has_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server:
+        def __enter__(self) -> Server:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def request(self, *_: object, json: dict[str, Any]) -> Any:
+            known = json["flow_runs"]["tags"]["all_"] == ["best"] and json["offset"] == 0
+            return SimpleNamespace(json=lambda: [{"description": "net 3bit"}] if known else [])
+
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: Server())
+    assert runs_with_tags(["best"]) == {"net 3bit"}
+    with pytest.raises(ConfigError, match="no run on this Prefect server has the tag 'bset'"):
+        runs_with_tags(["best", "bset"])
