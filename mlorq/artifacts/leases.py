@@ -103,14 +103,18 @@ class Leases:
         path = posixpath.join(self._root, kind, name)
         described = {"created": time.time(), "place": _place(), "process": _process(os.getpid()), "what": what}
         data = json.dumps(described).encode()
-        if not self._write(path, data):
-            yield None
-            return
-        self._keep(path, data)
+        self._of_process.add(name)  # before it is written: another thread that sees it must not take it for a dead one's
         try:
-            yield name
+            if not self._write(path, data):
+                yield None
+                return
+            self._keep(path, data)
+            try:
+                yield name
+            finally:
+                self._drop(path)
         finally:
-            self._drop(path)
+            self._of_process.discard(name)
 
     def holders(self, kind: str, own: str | None = None) -> list[Holder]:
         """The live holders of leases of a kind, oldest first.
@@ -200,7 +204,6 @@ class Leases:
     def _keep(self, path: str, data: bytes) -> None:
         with self._lock:
             self._held[path] = data
-            self._of_process.add(posixpath.basename(path))
             if self._renewal is None:
                 self._end = threading.Event()
                 self._renewal = threading.Thread(
@@ -211,7 +214,6 @@ class Leases:
     def _drop(self, path: str) -> None:
         with self._lock:
             self._held.pop(path, None)
-            self._of_process.discard(posixpath.basename(path))
             ended = None if self._held else self._renewal
             if ended is not None:
                 self._end.set()

@@ -67,6 +67,21 @@ def test_a_lease_is_there_while_it_is_held(store: Store) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "mlorq-leases"]
 
 
+def test_a_lease_counts_from_the_moment_it_can_be_seen(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    files = store.files
+    write = files.write
+
+    def write_and_look(path: str, data: bytes) -> None:
+        write(path, data)
+        seen.append(len(Leases(files, store.root).holders("runs")))  # as another thread does
+
+    monkeypatch.setattr(files, "write", write_and_look)
+    with Leases(files, store.root).hold("runs", "a run"):
+        pass
+    assert seen == [1]
+
+
 def test_it_is_renewed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "RENEWAL_SECONDS", 0.01)
     with store.leases.hold("runs", "a run"):
