@@ -352,11 +352,7 @@ def _run(problem: pulp.LpProblem, solver: SolverName, time_limit: float, gap: fl
     import pulp
 
     if solver == "highs":
-        import highspy
-
         problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1))
-        # Its threads would else be ended while the process exits, which sometimes aborts it ("terminate called").
-        highspy.Highs.resetGlobalScheduler(True)
     else:
         bundled = pulp.PULP_CBC_CMD.pulp_cbc_path  # the CBC that comes with PuLP, not an installed one
         problem.solve(pulp.COIN_CMD(path=bundled, msg=False, timeLimit=time_limit, gapRel=gap, threads=1))

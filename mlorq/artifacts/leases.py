@@ -103,7 +103,7 @@ class Leases:
         path = posixpath.join(self._root, kind, name)
         described = {"created": time.time(), "place": _place(), "process": _process(os.getpid()), "what": what}
         data = json.dumps(described).encode()
-        self._of_process.add(name)  # before it is written: another thread that sees it must not take it for a dead one's
+        self._of_process.add(name)  # before it is written: who sees it must not take it for a dead one's
         try:
             if not self._write(path, data):
                 yield None

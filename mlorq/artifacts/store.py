@@ -35,6 +35,7 @@ from mlorq.artifacts.leases import Leases
 from mlorq.artifacts.transfer import Files, Traffic
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
 from mlorq.errors import StoreError, hide_secrets, one_line
+from mlorq.parquet import read_parquet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -373,7 +374,7 @@ class Store:
         """
         data = self.read_bytes(ref, name)
         try:
-            return pq.read_table(io.BytesIO(data))
+            return read_parquet(data)
         except (pa.ArrowException, OSError, ValueError) as error:
             # Not its cause: some damage is an OSError of Parquet, which would be taken for a fault of the network.
             raise self._damaged(ref, name, one_line(error)) from None

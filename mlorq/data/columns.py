@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from fsspec.core import url_to_fs
 from mlorq.data.contents import contents, text_of
 from mlorq.data.delimited import read_rows
 from mlorq.errors import DataError, one_line
+from mlorq.parquet import open_parquet, read_all
 
 MOST_ROWS = 1000  # per byte of a Parquet file; only copies of one value take less
 LINES = (".jsonl", ".ndjson")
@@ -48,9 +48,9 @@ def _parquet(
 ) -> tuple[dict[int | str, list[Any]], Sequence[int]]:
     """Columns of a Parquet file."""
     with reading(f"table {location}"):
-        file = pq.ParquetFile(io.BytesIO(data))
+        file = open_parquet(data)
         check_rows(file.metadata, len(data))
-        table = file.read()
+        table = read_all(file)
         table.validate(full=True)
     titles = table.column_names
     found: dict[int | str, list[Any]] = {}

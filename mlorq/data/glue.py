@@ -201,9 +201,8 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
     Raises:
         DataError: the data or a column is missing.
     """
-    import pyarrow.parquet as pq
-
     from mlorq.data.columns import read_columns, reading
+    from mlorq.parquet import read_parquet
 
     wanted = (*TASKS[name].text, LABEL)
     if location is None:
@@ -219,7 +218,7 @@ def _read(name: str, split: str, location: str | None) -> dict[str, list[Any]]:
     parts = []
     for file in files:
         with reading(f"table {file}"), fs.open(file, "rb") as opened:
-            parts.append(_of_table(pq.read_table(opened), wanted, f"table {file}"))
+            parts.append(_of_table(read_parquet(opened), wanted, f"table {file}"))
     return {key: [value for part in parts for value in part[key]] for key in wanted}
 
 

@@ -23,6 +23,7 @@ from mlorq.data.image_parquet import ImageParquetSettings
 from mlorq.data.images import Image
 from mlorq.data.source import Role
 from mlorq.errors import DataError
+from mlorq.parquet import open_parquet, read_all, read_group
 
 LABEL = "label"  # the column's usual name on the hub
 LARGEST = 2**31  # class number
@@ -95,8 +96,7 @@ def read_images(settings: ImageParquetSettings, role: Role, folder: str, seed: i
 
 def _open(fs: Any, path: str) -> pq.ParquetFile:
     with reading(path):
-        # One request per column chunk instead of one for the whole file.
-        return pq.ParquetFile(fs.open(path, "rb"), pre_buffer=False)
+        return open_parquet(fs.open(path, "rb"))
 
 
 def _shard(fs: Any, path: str, settings: ImageParquetSettings) -> _Shard:
@@ -147,7 +147,7 @@ def _read(fs: Any, shard: _Shard, rows: Sequence[int]) -> dict[int, Image]:
         for group, count in enumerate(shard.groups):
             own = sorted(row for row in rows if first <= row < first + count)
             if own:
-                table = file.read_row_group(group, columns=columns)
+                table = read_group(file, group, columns)
                 table.validate(full=True)
                 table = table.take([row - first for row in own])
                 contents = table.column(0).combine_chunks()
@@ -182,7 +182,7 @@ def _listed_rows(
         if shard.path_column is None:
             continue
         with _open(fs, shard.path) as file, reading(shard.path):
-            column = file.read(columns=[shard.path_column]).column(0).combine_chunks()
+            column = read_all(file, [shard.path_column]).column(0).combine_chunks()
             names = (column.field("path") if pa.types.is_struct(column.type) else column).to_pylist()
         for row, name in enumerate(names):
             if name in known and name in listed[1]:
