@@ -390,7 +390,9 @@ def put_file(fs: fsspec.AbstractFileSystem, path: str, data: bytes, **options: A
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a local file atomically: under a temporary name, then renamed.
+    """Write a local file atomically: under a temporary name, then renamed when its bytes are on the disk.
+
+    Without ``fsync`` a machine that loses power may keep the new name with none of the bytes.
 
     Raises:
         OSError: the file cannot be written.
@@ -399,6 +401,8 @@ def replace_file(path: str, data: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

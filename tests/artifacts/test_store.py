@@ -93,6 +93,25 @@ def test_an_interrupted_write_leaves_no_artifact(tmp_path, monkeypatch):
     assert not list(Path(tmp_path).rglob("*.tmp"))
 
 
+def test_bytes_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    done: list[tuple[str, int]] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(("fsync", os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    def renamed(source, target):
+        done.append(("rename", os.path.getsize(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    Store(f"file://{tmp_path}/store").write("step", KEY, {"a": b"0" * 100_000})
+    assert done[:2] == [("fsync", 100_000), ("rename", 100_000)]
+    assert [what for what, _ in done] == ["fsync", "rename"] * 2  # the manifest's
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "garble", "manifest"])
 def test_damage_is_named_and_harms_nothing_else(tmp_path, damage):
     store = Store(f"file://{tmp_path}/store")

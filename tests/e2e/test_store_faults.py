@@ -135,12 +135,21 @@ class Disk:
             return _Replaced(file, half)
         return file
 
+    def fsync(self, descriptor: int) -> None:
+        if self.writes == self.fails_at and self.how == "fsync" and "/leases/" not in _path(descriptor):
+            raise self._full(_path(descriptor))
+        os.fsync(descriptor)
+
     def replace(self, source: str, target: str) -> None:
         if "/leases/" not in target:
             if self.writes == self.fails_at and self.how == "rename":
                 raise self._full(target)
             self.manifests += target.endswith("manifest.json") and "/search/" not in target
         os.replace(source, target)
+
+
+def _path(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 class _Replaced:
@@ -161,11 +170,11 @@ def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Dis
     made = Disk(*request.param)
     functions = {name: getattr(os, name) for name in dir(os) if not name.startswith("__")}
     monkeypatch.setattr(transfer, "open", made.open, raising=False)
-    monkeypatch.setattr(transfer, "os", SimpleNamespace(**{**functions, "replace": made.replace}))
+    monkeypatch.setattr(transfer, "os", SimpleNamespace(**{**functions, "replace": made.replace, "fsync": made.fsync}))
     return made
 
 
-FAULTS = [(how, error) for how in ("open", "write", "rename") for error in (errno.ENOSPC, errno.EFBIG, errno.EIO)]
+FAULTS = [(how, error) for how in ("open", "write", "fsync", "rename") for error in (errno.ENOSPC, errno.EFBIG, errno.EIO)]
 
 
 @pytest.mark.parametrize(
