@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from mlorq.artifacts.locations import resolve_location
+from mlorq.artifacts.locations import resolve_location, url_of_store
 from mlorq.config.bounded import read_value
 from mlorq.errors import CheckpointError, ConfigError, StoreError, hide_secrets
 
@@ -80,6 +80,6 @@ def named_store(arguments: Arguments) -> Store:
     if (arguments.config is None) == (arguments.store is None):
         raise ConfigError(f"{arguments.command}: name the store with either a configuration or --store URL")
     if arguments.store is not None:
-        return Store(resolve_location(arguments.store, os.getcwd()))
+        return Store(resolve_location(url_of_store(arguments.store), os.getcwd()))
     config = RunConfig.from_yaml(arguments.config)
     return Store(config.resolve(config.store))

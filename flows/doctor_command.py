@@ -47,12 +47,12 @@ def examine(path: str | None) -> list[Row]:
         StoreError: the protocol of the store's URL is unknown.
     """
     from flows.doctor import machine, needs, packages, services, torch_report
-    from mlorq.artifacts.locations import resolve_location
+    from mlorq.artifacts.locations import resolve_location, url_of_store
     from mlorq.artifacts.store import Store
-    from mlorq.config.run import RunConfig
+    from mlorq.config.run import DEFAULT_STORE, STORE, RunConfig
 
     config = None if path is None else RunConfig.from_yaml(path)
-    default = RunConfig.model_fields["store"].default
+    default = url_of_store(os.environ.get(STORE) or DEFAULT_STORE)
     store = Store(resolve_location(default, os.getcwd()) if config is None else config.resolve(config.store))
     folder = Path(store.root) if store.is_local else None
     engine = None if config is None else config.engine

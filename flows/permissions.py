@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import unquote
 
-from mlorq.artifacts.locations import is_remote, resolve_location
+from mlorq.artifacts.locations import is_remote, resolve_location, url_of_store
 from mlorq.config.run import STORE, RunConfig, texts_of
 from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError
@@ -196,7 +196,9 @@ def is_below_roots(location: str, environment: Mapping[str, str]) -> bool:
         environment: of the worker.
     """
     roots = _listed(environment.get(ROOTS, "")) or [os.getcwd()]
-    roots += [environment[STORE]] if environment.get(STORE) else []  # the owner of the worker has named it
+    roots += (
+        [url_of_store(environment[STORE])] if environment.get(STORE) else []
+    )  # the owner of the worker has named it
     if ANYWHERE in roots:
         return True
     *before, target = location.split("::")

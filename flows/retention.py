@@ -17,7 +17,7 @@ from flows.garbage import collect
 from flows.permissions import check_place, is_limited
 from flows.pipeline import show
 from flows.render import size
-from mlorq.artifacts.locations import resolve_location
+from mlorq.artifacts.locations import resolve_location, url_of_store
 from mlorq.artifacts.store import Store
 from mlorq.config.run import DEFAULT_STORE, STORE
 from mlorq.errors import ConfigError, hide_secrets
@@ -56,7 +56,7 @@ def retention_flow(
             raise ConfigError(f"max_age_days: expected a number of days above 0 (given: {max_age_days!r:.60})")
         if not isinstance(keep_tags, (list, type(None))) or not all(isinstance(tag, str) for tag in keep_tags or []):
             raise ConfigError(f"keep_tags: expected a list of tags (given: {keep_tags!r:.60})")
-        location = resolve_location(store or os.environ.get(STORE) or DEFAULT_STORE, os.getcwd())
+        location = resolve_location(url_of_store(store or os.environ.get(STORE) or DEFAULT_STORE), os.getcwd())
         if is_limited():
             check_place("store", location)
         found = Store(location)

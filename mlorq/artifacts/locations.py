@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Callable
 
 from mlorq.errors import ConfigError, hide_secrets
+
+# Functions that return the URL of a named store, by the prefix of such names: ``flows`` adds the blocks of Prefect.
+LOOKUPS: dict[str, Callable[[str], str]] = {}
+BLOCK = "block"
+
+
+def url_of_store(location: str) -> str:
+    """The URL of a store that is named, as ``block:TYPE/NAME``; other locations are returned unchanged.
+
+    Raises:
+        ConfigError: there is no such name, or names are unknown here.
+    """
+    prefix, _, name = location.partition(":")
+    if prefix in LOOKUPS:
+        return LOOKUPS[prefix](name)
+    if prefix == BLOCK:
+        raise ConfigError(f"store: {location} is a block of Prefect, which flows and commands read: give a URL here")
+    return location
 
 
 def resolve_location(location: str, folder: str) -> str:

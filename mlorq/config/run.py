@@ -21,7 +21,7 @@ import fsspec
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
-from mlorq.artifacts.locations import folder_of_url, resolve_location
+from mlorq.artifacts.locations import folder_of_url, resolve_location, url_of_store
 from mlorq.codecs.base import Residency
 from mlorq.config.bounded import MOST_CHARACTERS, check_values, read_yaml
 from mlorq.config.budget import Budget, budget_text, parse_budgets
@@ -127,7 +127,9 @@ class RunConfig(Settings):
         description="files to write from every checkpoint, for example [{to: onnx, precision: fast}], as mlorq export",
     )
     store: str = Field(
-        DEFAULT_STORE, description=f"fsspec URL of the artifact store; the default is that of {STORE} if it is set"
+        DEFAULT_STORE,
+        description="fsspec URL of the artifact store, or block:TYPE/NAME of Prefect; "
+        f"the default is that of {STORE} if it is set",
     )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     seed: int = Field(0, ge=0, description="seed of all random numbers")
@@ -180,6 +182,8 @@ class RunConfig(Settings):
                 values[section] = {**defaults, **(given or {})}
         if values.get("store", DEFAULT_STORE) == DEFAULT_STORE and os.environ.get(STORE):
             values["store"] = os.environ[STORE]
+        if isinstance(values.get("store"), str):
+            values["store"] = url_of_store(values["store"])
         known = run_config()
         try:
             return known.model_validate({**values, "folder": folder})

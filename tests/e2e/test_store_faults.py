@@ -174,7 +174,9 @@ def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Dis
     return made
 
 
-FAULTS = [(how, error) for how in ("open", "write", "fsync", "rename") for error in (errno.ENOSPC, errno.EFBIG, errno.EIO)]
+FAULTS = [
+    (how, error) for how in ("open", "write", "fsync", "rename") for error in (errno.ENOSPC, errno.EFBIG, errno.EIO)
+]
 
 
 @pytest.mark.parametrize(
