@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from flows.device_limits import DeviceSlot
 from flows.runners import Runner, make_runner
 from flows.runners.base import LogOnly
 from mlorq.artifacts.hashing import digest_json
@@ -126,7 +127,8 @@ def run_on_worker(label: str, spec: dict[str, Any], config: dict[str, Any], fold
         runner = _new_runner(run)
     log.info("%s: on %s", label, runner.place)
     try:
-        outcome = runner.run(StepSpec.from_json(spec), LogOnly(log))
+        with closing(DeviceSlot(runner.device, run.engine.device_slots, log)) as slot, slot.held(lambda: None):
+            outcome = runner.run(StepSpec.from_json(spec), LogOnly(log))
     finally:
         idle.append(runner)
     log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)

@@ -9,6 +9,7 @@ or to a Dask cluster (``flows.dask_pool``). Tasks take and return small JSON val
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.allocate_only import check_present
+from flows.device_limits import DeviceSlot
 from flows.failures import add_step
 from flows.ledger import Ledger
 from flows.progress import Observer
@@ -38,6 +40,7 @@ from steps.session import Session
 if TYPE_CHECKING:
     from flows.dask_pool import DaskPool
 
+LOGGER = logging.getLogger(__name__)
 LOOK_UPS = 16  # concurrent look-ups in a remote store
 
 
@@ -81,6 +84,8 @@ class PrefectExecutor:
         self._writable = False
         self._tasks: dict[str, Task[..., Any]] = {}
         self._runners = _make_runners(session, devices)
+        limit = session.config.engine.device_slots
+        self._slots = {runner.device: DeviceSlot(runner.device, limit, LOGGER) for runner in self._runners}
         self._free: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         for runner in self._runners:
             self._free.put(runner)
@@ -101,6 +106,8 @@ class PrefectExecutor:
         try:
             self._exit.__exit__(kind, error, trace)
         finally:
+            for slot in self._slots.values():
+                slot.close()
             for runner in self._runners:
                 runner.close()
 
@@ -260,11 +267,13 @@ class PrefectExecutor:
             return Cancelled(message="not started: the run has ended")
         log = get_run_logger()
 
+        watch = _TaskWatch(self, step, pooled, log)
         with self._lease(pooled) as runner:
-            self.observer.step_started(step)
-            log.info("%s: on %s", label, runner.place)
             try:
-                outcome = runner.run(step, _TaskWatch(self, step, pooled, log))
+                with self._slots[runner.device].held(watch.check):
+                    self.observer.step_started(step)
+                    log.info("%s: on %s", label, runner.place)
+                    outcome = runner.run(step, watch)
             except Stopped:
                 self.observer.step_failed(step)
                 return Cancelled(message="interrupted")

@@ -52,6 +52,14 @@ SERVER_DEFAULTS = {
 }
 
 
+_EMBEDDED = threading.Event()
+
+
+def embedded() -> bool:
+    """Whether the Prefect server of this process ends with its command."""
+    return _EMBEDDED.is_set()
+
+
 class PrefectSession:
     """A Prefect server for the duration of a command.
 
@@ -98,6 +106,8 @@ class PrefectSession:
         if self._process is not None:
             self._wait()
             self._answers = True
+            _EMBEDDED.set()
+            self._stack.callback(_EMBEDDED.clear)
             self._stack.enter_context(temporary_settings({PREFECT_API_URL: self._url}))
             return
         with get_client(sync_client=True) as client:

@@ -47,6 +47,10 @@ class Runner(Protocol):
     """Runs steps, one at a time."""
 
     @property
+    def device(self) -> str:
+        """The device of its steps: ``cpu``, ``cuda:0`` …"""
+
+    @property
     def place(self) -> str:
         """Where steps run, for display: ``cuda:1``, ``cuda:1 in a child process``."""
 

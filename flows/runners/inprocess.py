@@ -18,6 +18,11 @@ class InProcessRunner:
         self.worker = worker
 
     @property
+    def device(self) -> str:
+        """The device of the worker."""
+        return self.worker.device
+
+    @property
     def place(self) -> str:
         """The device."""
         return self.worker.device

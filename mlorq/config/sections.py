@@ -308,6 +308,11 @@ class EngineConfig(Settings):
         description="where a step runs: inprocess: in the flow's process; subprocess: one child process per device; "
         "docker: in a container",
     )
+    device_slots: int | None = Field(
+        None,
+        ge=1,
+        description="steps that run at once on a device of a machine, of all runs on a Prefect server; null: any",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads per step; default: torch's choice")
     cache: str | None = Field(
         "auto", description="local cache folder for a remote store; auto: in the user's cache; null: no cache"
