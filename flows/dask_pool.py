@@ -34,6 +34,9 @@ from steps.session import open_store, open_worker
 class DaskPool:
     """Submits tasks to a cluster, with their resources. A context manager; entering it starts the cluster.
 
+    Attributes:
+        threads: of all workers: the number of steps that run at once.
+
     Args:
         config: of the run.
 
@@ -71,6 +74,7 @@ class DaskPool:
             what = settings.address or settings.cluster
             raise ConfigError(f"engine.dask: {what} has no worker: {type(error).__name__}: {error}") from error
         self._home = sorted(workers)[0]
+        self.threads = sum(int(worker["nthreads"]) for worker in workers.values())
         offered = [set(worker.get("resources") or {}) for worker in workers.values()]
         # A request for a resource that no worker offers would wait forever.
         self._offered = set.intersection(*offered) if offered else set()

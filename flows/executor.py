@@ -9,6 +9,7 @@ or to a Dask cluster (``flows.dask_pool``). Tasks take and return small JSON val
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -191,9 +192,16 @@ class PrefectExecutor:
                 self.task_runs += 1
                 future.add_done_callback(finished.put)
             failed: BaseException | None = None
+            # Dask does not say which steps it has begun: in their order, as many as its workers run at once.
+            waiting = iter(() if dask is None else specs)
+            for spec in itertools.islice(waiting, 0 if dask is None else dask.threads):
+                self.observer.step_started(spec)
             for _ in specs:
                 future = self._next(finished)
                 error = self._settle(future, futures[future])
+                following = next((spec for spec in waiting if spec.key not in self.ledger.outcomes), None)
+                if following is not None:
+                    self.observer.step_started(following)
                 if failed is None and error is not None:
                     failed = error
                     self._skip.set()
@@ -219,7 +227,6 @@ class PrefectExecutor:
             "config": config.model_dump(mode="json"),
             "folder": config.folder,
         }
-        self.observer.step_started(spec)
         task_of_kind = _make_task(spec.step, run_on_worker)
         return dask.submit(task_of_kind, spec, parameters, priority=priority, home=home)
 

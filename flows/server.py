@@ -52,6 +52,7 @@ SERVER_DEFAULTS = {
 }
 
 
+WORKERS_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 _EMBEDDED = threading.Event()
 
 
@@ -89,7 +90,11 @@ class PrefectSession:
 
         shown = verbosity()
         if not shown.prefect_log:
-            _quieten(logging.ERROR if shown.quiet else logging.WARNING)
+            level = logging.ERROR if shown.quiet else logging.WARNING
+            _quieten(level)
+            if WORKERS_LEVEL not in os.environ:  # Dask's workers are processes with a log of their own
+                os.environ[WORKERS_LEVEL] = logging.getLevelName(level)
+                self._stack.callback(os.environ.pop, WORKERS_LEVEL, None)
         if PREFECT_API_URL.value() is None:
             self._start()
         return self

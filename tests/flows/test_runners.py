@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -173,6 +176,20 @@ def test_every_engine_makes_the_same_bytes(
         stores[name] = files(folder / "store")
     assert stores["subprocess"] == stores["threads"]
     assert stores["dask"] == stores["threads"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_workers_of_a_cluster_are_quiet(tmp_path: Path, prefect_server: str) -> None:
+    command = [sys.executable, "-m", "flows.cli", "compress", str(write_project(tmp_path, engine=ENGINES["dask"]))]
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server}
+    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+        environment.pop(name, None)
+    for options, shown in (([], False), (["--verbose"], True)):
+        run = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert ("| INFO" in run.stderr) is shown
+        shutil.rmtree(tmp_path / "store")
 
 
 @pytest.mark.timeout(300)
