@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long audit check format setup-demo setup-dev clean
+.PHONY: help demo test test-long audit check format setup-demo setup-dev setup-long clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -13,7 +13,7 @@ demo: setup-demo ## compress a small sentence encoder on this machine
 test: check ## what CI runs: check, then the tests that are not marked long, a process per core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-long: setup-dev ## only the tests marked long
+test-long: setup-long ## only the tests marked long
 	$(BIN)/python -m pytest -m long
 
 audit: setup-dev ## known vulnerabilities, licences and bill of materials of the dependencies
@@ -35,6 +35,9 @@ format: setup-dev ## format the code and apply the linter's safe fixes
 
 setup-demo:
 	@bash scripts/setup.sh demo
+
+setup-long: setup-dev
+	@bash scripts/setup.sh ray
 
 setup-dev:
 	@bash scripts/setup.sh demo,dev,detection,audio,hub,metrics,onnx,openvino,s3,dask,docker,server

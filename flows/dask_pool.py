@@ -7,28 +7,18 @@ rounded model between them.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import dask
 from prefect import Task
 from prefect.futures import PrefectFuture
-from prefect.logging import get_run_logger
-from prefect.states import Completed
 
-from flows.device_limits import DeviceSlot
-from flows.runners import Runner, make_runner
-from flows.runners.base import LogOnly
-from mlorq.artifacts.hashing import digest_json
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
 from steps.base import Needs, StepSpec
-from steps.devices import devices
 from steps.protocol import reject_memory_store
-from steps.session import open_store, open_worker
 
 
 class DaskPool:
@@ -116,42 +106,3 @@ def resources_of(needs: Needs, offered: set[str]) -> dict[str, float]:
     """Dask resources that a step requests: ``GPU`` (one) and ``MEMORY`` (bytes), if all workers offer them."""
     wanted = {"GPU": 1.0 if needs.device else 0.0, "MEMORY": float(needs.memory_bytes)}
     return {name: amount for name, amount in wanted.items() if name in offered and amount > 0}
-
-
-def run_on_worker(label: str, spec: dict[str, Any], config: dict[str, Any], folder: str) -> Any:
-    """Body of every task on a cluster: run a step on this worker; returns the data for the flow's ledger."""
-    from distributed import get_worker
-
-    run = RunConfig.from_mapping(config, folder)
-    log = get_run_logger()
-    idle = _idle_runners(get_worker(), digest_json([config, folder]))
-    try:
-        runner = idle.pop()
-    except IndexError:
-        runner = _new_runner(run)
-    log.info("%s: on %s", label, runner.place)
-    try:
-        with closing(DeviceSlot(runner.device, run.engine.device_slots, log)) as slot, slot.held(lambda: None):
-            outcome = runner.run(StepSpec.from_json(spec), LogOnly(log))
-    finally:
-        idle.append(runner)
-    log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)
-    data = {"uri": open_store(run).uri(outcome.ref), "seconds": outcome.seconds, "reused": outcome.reused}
-    if outcome.reused:
-        return Completed(name="Cached", message=f"reused {data['uri']}", data=data)
-    return data
-
-
-def _idle_runners(worker: Any, run: str) -> deque[Runner]:
-    """The worker's idle runners for a run; those of an earlier run are closed."""
-    kept: Mapping[str, deque[Runner]] = worker.__dict__.setdefault("mlorq_runners", {})
-    if run not in kept:
-        for old in [runner for runners in kept.values() for runner in runners]:
-            old.close()
-        kept = worker.__dict__["mlorq_runners"] = {run: deque()}
-    return kept[run]
-
-
-def _new_runner(config: RunConfig) -> Runner:
-    device = devices(config)[0]
-    return make_runner(config, device, lambda: open_worker(config, device))

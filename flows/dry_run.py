@@ -37,7 +37,7 @@ SEARCH = ("layers", "embeddings", "activations", "capture", "candidates", "sensi
 BY_BUDGET = ("embeddings", "round", "tune", "compressed", "evaluate", "calibration", "export", "summary")
 BY_LAYER = ("candidates", "sensitivity", "round")
 NOTE = "an estimate from one timed forward and one timed matrix product"
-DASK_NOTE = " here; the cluster's workers may differ"
+CLUSTER_NOTE = " here; the cluster's workers may differ"
 
 
 def smallest_layer(layer: Layer, search: SearchConfig, residency: Residency | None = None) -> Smallest:
@@ -213,7 +213,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
         "expected": {
             "seconds": round(sum(counts.seconds for counts in planner.counts.values()), 1),
             "memory_bytes": memory_bytes(session, found),
-            "note": NOTE + (DASK_NOTE if session.config.engine.runner == "dask" else ""),
+            "note": NOTE + (CLUSTER_NOTE if session.config.engine.runner != "threads" else ""),
         },
     }
 

@@ -3,7 +3,8 @@
 A step's artifact is first looked up in the store; a hit is recorded in Prefect as Cached and needs neither a device nor
 a model. Missing steps go to a runner (``flows.runners``): single steps in the calling thread to the first runner (so
 that successive rounding steps find their paired models), fan-outs to all runners, one per device, in as many threads;
-or to a Dask cluster (``flows.dask_pool``). Tasks take and return small JSON values only: a step's description, a key.
+or to a cluster (``flows.dask_pool``, ``flows.ray_pool``). Tasks take and return small JSON values only: a step's
+description, a key.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from steps.session import Session
 
 if TYPE_CHECKING:
     from flows.dask_pool import DaskPool
+    from flows.ray_pool import RayPool
+
+    Cluster = DaskPool | RayPool
 
 LOGGER = logging.getLogger(__name__)
 LOOK_UPS = 16  # concurrent look-ups in a remote store
@@ -91,13 +95,13 @@ class PrefectExecutor:
         for runner in self._runners:
             self._free.put(runner)
         self._threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=len(self._runners))
-        self._dask = _make_dask_pool(session) if session.config.engine.runner == "dask" else None
+        self._cluster = _make_cluster(session)
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> PrefectExecutor:
         self._exit.enter_context(self._threads)
-        if self._dask is not None:
-            self._exit.enter_context(self._dask)
+        if self._cluster is not None:
+            self._exit.enter_context(self._cluster)
         return self
 
     def __exit__(
@@ -142,8 +146,8 @@ class PrefectExecutor:
             if self._allocate_only is not None:
                 check_present(missing[0], self.session, self._allocate_only)
             self._check_writable()
-            if self._dask is not None and missing[0].needs.device:
-                self._fan_out(missing, self._dask, home=alone)
+            if self._cluster is not None and missing[0].needs.device:
+                self._fan_out(missing, self._cluster, home=alone)
             # With one runner, steps run in the main thread: an interrupt takes effect at once.
             elif alone or len(self._runners) == 1:
                 for spec in missing:
@@ -177,24 +181,24 @@ class PrefectExecutor:
         call(spec.label, description, False, hit)
         self.task_runs += 1
 
-    def _fan_out(self, specs: Sequence[StepSpec], dask: DaskPool | None = None, home: bool = False) -> None:
+    def _fan_out(self, specs: Sequence[StepSpec], cluster: Cluster | None = None, home: bool = False) -> None:
         """Task runs in threads or on a cluster, started in the order of ``specs``."""
         futures: dict[PrefectFuture[Any], StepSpec] = {}
         finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         try:
             for index, spec in enumerate(specs):
-                if dask is None:
+                if cluster is None:
                     parameters = {"label": spec.label, "spec": spec.to_json(), "pooled": True, "hit": None}
                     future: PrefectFuture[Any] = self._threads.submit(self._task(spec), parameters)
                 else:
-                    future = self._submit_to(dask, spec, len(specs) - index, home)
+                    future = self._submit_to(cluster, spec, len(specs) - index, home)
                 futures[future] = spec
                 self.task_runs += 1
                 future.add_done_callback(finished.put)
             failed: BaseException | None = None
-            # Dask does not say which steps it has begun: in their order, as many as its workers run at once.
-            waiting = iter(() if dask is None else specs)
-            for spec in itertools.islice(waiting, 0 if dask is None else dask.threads):
+            # A cluster does not say which steps it has begun: in their order, as many as its workers run at once.
+            waiting = iter(() if cluster is None else specs)
+            for spec in itertools.islice(waiting, 0 if cluster is None else cluster.threads):
                 self.observer.step_started(spec)
             for _ in specs:
                 future = self._next(finished)
@@ -205,20 +209,20 @@ class PrefectExecutor:
                 if failed is None and error is not None:
                     failed = error
                     self._skip.set()
-                    if dask is not None:
-                        dask.cancel(list(futures))
+                    if cluster is not None:
+                        cluster.cancel(list(futures))
                         break
         except BaseException:
             self._stop.set()
-            if dask is not None:
-                dask.cancel(list(futures))
+            if cluster is not None:
+                cluster.cancel(list(futures))
             raise
         self._check_interrupted()
         if failed is not None:
             raise failed
 
-    def _submit_to(self, dask: DaskPool, spec: StepSpec, priority: int, home: bool) -> PrefectFuture[Any]:
-        from flows.dask_pool import run_on_worker
+    def _submit_to(self, cluster: Cluster, spec: StepSpec, priority: int, home: bool) -> PrefectFuture[Any]:
+        from flows.cluster_worker import run_on_worker
 
         config = self.session.config
         parameters = {
@@ -228,7 +232,7 @@ class PrefectExecutor:
             "folder": config.folder,
         }
         task_of_kind = _make_task(spec.step, run_on_worker)
-        return dask.submit(task_of_kind, spec, parameters, priority=priority, home=home)
+        return cluster.submit(task_of_kind, spec, parameters, priority=priority, home=home)
 
     def _next(self, finished: queue.SimpleQueue[PrefectFuture[Any]]) -> PrefectFuture[Any]:
         """The next finished task; checks for an interrupt while waiting."""
@@ -353,10 +357,16 @@ def _make_runners(session: Session, devices: Sequence[str]) -> list[Runner]:
     return runners
 
 
-def _make_dask_pool(session: Session) -> DaskPool:
-    from flows.dask_pool import DaskPool  # imports distributed
+def _make_cluster(session: Session) -> Cluster | None:
+    if session.config.engine.runner == "dask":
+        from flows.dask_pool import DaskPool  # imports distributed
 
-    return DaskPool(session.config)
+        return DaskPool(session.config)
+    if session.config.engine.runner == "ray":
+        from flows.ray_pool import RayPool  # imports ray
+
+        return RayPool(session.config)
+    return None
 
 
 def _make_task(step: str, body: Callable[..., Any]) -> Task[..., Any]:

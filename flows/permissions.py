@@ -57,6 +57,7 @@ RULES = (
     Rule("data.*.metric", "MLORQ_ALLOWED_METRICS", marked="evaluate:"),  # a script of a folder or of the hub
     Rule("engine.dask.cluster", "MLORQ_ALLOWED_CLUSTERS", ("distributed.LocalCluster",)),
     Rule("engine.dask.address", "MLORQ_ALLOWED_CLUSTERS"),
+    Rule("engine.ray.address", "MLORQ_ALLOWED_CLUSTERS"),
     Rule("engine.docker.image", "MLORQ_ALLOWED_IMAGES", ("mlorq:latest",)),
     Rule("engine.docker.volumes.*", "MLORQ_ALLOWED_VOLUMES"),
     Rule("engine.docker.user", "MLORQ_ALLOWED_USERS"),
@@ -65,7 +66,10 @@ RULES = (
 )
 # Keyword arguments, which need permission by their dotted key: of a cluster, since some of them import modules; of a
 # model or a metric those that could fetch, import or unpickle something (``mlorq.models.plain``).
-CLUSTER_ARGUMENTS = frozenset(("n_workers", "threads_per_worker", "processes", "memory_limit"))
+CLUSTER_ARGUMENTS = {
+    "dask": frozenset(("n_workers", "threads_per_worker", "processes", "memory_limit")),
+    "ray": frozenset(("num_cpus", "num_gpus", "object_store_memory")),
+}
 PLAIN_ARGUMENTS = ("model.arguments", "data.calibration.metric_arguments", "data.evaluation.metric_arguments")
 UNSAFE_IF_FALSE = frozenset(("weights_only", "use_safetensors"))
 
@@ -153,9 +157,10 @@ def arguments_to_allow(values: Mapping[str, Any]) -> Iterator[str]:
         for name, value in (found or {}).items():
             if [*faults({name: value})] or (name in UNSAFE_IF_FALSE and value is not True):
                 yield f"{path}.{name}"
-    for name, value in values["engine"]["dask"]["arguments"].items():
-        if name not in CLUSTER_ARGUMENTS or fault(name, value):
-            yield f"engine.dask.arguments.{name}"
+    for cluster, harmless in CLUSTER_ARGUMENTS.items():
+        for name, value in values["engine"][cluster]["arguments"].items():
+            if name not in harmless or fault(name, value):
+                yield f"engine.{cluster}.arguments.{name}"
 
 
 def named_places(config: RunConfig, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -77,7 +77,7 @@ def open_session(config: RunConfig, *, to_estimate: bool = False) -> Session:
         ConfigError: a device does not exist.
         StoreError: the protocol of the store's URL is unknown.
     """
-    elsewhere = config.engine.runner == "dask" or (config.engine.steps != "inprocess" and not to_estimate)
+    elsewhere = config.engine.runner != "threads" or (config.engine.steps != "inprocess" and not to_estimate)
     return Session(config, open_store(config), "cpu" if elsewhere else devices(config)[0])
 
 

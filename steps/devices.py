@@ -14,7 +14,7 @@ def local_devices(config: RunConfig) -> list[str]:
     Raises:
         ConfigError: a configured device does not exist.
     """
-    return ["cpu"] if config.engine.runner == "dask" else devices(config)
+    return ["cpu"] if config.engine.runner != "threads" else devices(config)
 
 
 def devices(config: RunConfig) -> list[str]:

@@ -69,7 +69,7 @@ def check(session: Session) -> None:
     engine = session.config.engine
     for params in _all_params(session):
         target = TARGETS[params.to]
-        if engine.runner != "dask" and engine.steps != "docker":  # which have packages of their own
+        if engine.runner == "threads" and engine.steps != "docker":  # which have packages of their own
             require(f"export to {target.name}", target.packages, target.extra)
 
 

@@ -122,7 +122,7 @@ def reject_memory_store(config: RunConfig) -> None:
     """
     if config.store.startswith("memory://"):
         raise StoreError(
-            f"store {config.store} lives in one process; child processes, containers and dask need a shared store, "
+            f"store {config.store} lives in one process; child processes, containers and clusters need a shared store, "
             "such as file:// or s3://"
         )
 

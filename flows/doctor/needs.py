@@ -23,6 +23,8 @@ def needs_of(config: RunConfig) -> dict[str, str]:
     found = dict.fromkeys(("packages", "torch", STORE, PREFECT), "every run")
     if config.engine.runner == "dask":
         found |= {DASK: "engine.runner", "extra dask": "engine.runner"}
+    if config.engine.runner == "ray":
+        found["extra ray"] = "engine.runner"
     if config.engine.steps == "docker":
         found |= {DOCKER: "engine.steps", "extra docker": "engine.steps"}
     for entry in config.export:
@@ -43,9 +45,9 @@ def needs_of(config: RunConfig) -> dict[str, str]:
 
 
 def _devices(config: RunConfig) -> list[str]:
-    """Devices that the configuration names; with a Dask cluster, they are those of its workers."""
+    """Devices that the configuration names; with a cluster, they are those of its workers."""
     wanted = config.engine.devices
-    if wanted == "auto" or config.engine.runner == "dask":
+    if wanted == "auto" or config.engine.runner != "threads":
         return []
     return [wanted] if isinstance(wanted, str) else list(wanted)
 

@@ -13,6 +13,7 @@ PURPOSES = {
     "audio": "recordings in FLAC, Ogg and MP3 (WAV needs nothing)",
     "compressed-tensors": "loading folders of the export target of that name",
     "dask": "engine.runner: dask",
+    "ray": "engine.runner: ray",
     "demo": "make demo and the configurations with all-MiniLM-L6-v2",
     "detection": "box and mask AP",
     "docker": "engine.steps: docker",

@@ -263,6 +263,14 @@ class DaskConfig(Settings):
     arguments: dict[str, Any] = Field({}, description="arguments of that class, for example n_workers: 4")
 
 
+class RayConfig(Settings):
+    """The cluster of runner ray: started for the run on this machine, or already running."""
+
+    address: str | None = Field(None, description="a running cluster, for example ray://host:10001, or auto")
+    cpus: float = Field(1.0, gt=0, description="CPUs that a step takes")
+    arguments: dict[str, Any] = Field({}, description="arguments of ray.init, for example num_cpus: 4")
+
+
 class DockerConfig(Settings):
     """The containers of ``steps: docker``. The folders and the store of the configuration are mounted."""
 
@@ -299,8 +307,9 @@ class DockerConfig(Settings):
 class EngineConfig(Settings):
     """Where steps run. No key of an artifact depends on this section."""
 
-    runner: Literal["threads", "dask"] = Field(
-        "threads", description="parallel tasks run in: threads over this machine's devices; dask: a dask cluster"
+    runner: Literal["threads", "dask", "ray"] = Field(
+        "threads",
+        description="parallel tasks run in: threads over this machine's devices; dask, ray: a cluster of that kind",
     )
     devices: str | list[str] = Field("auto", description="auto, cpu, cuda, cuda:0, or a list of them")
     steps: Literal["inprocess", "subprocess", "docker"] = Field(
@@ -318,6 +327,7 @@ class EngineConfig(Settings):
         "auto", description="local cache folder for a remote store; auto: in the user's cache; null: no cache"
     )
     dask: DaskConfig = Field(DaskConfig(), description="the cluster of runner dask")
+    ray: RayConfig = Field(RayConfig(), description="the cluster of runner ray")
     docker: DockerConfig = Field(DockerConfig(), description="the containers of steps docker")
 
 

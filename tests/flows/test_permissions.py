@@ -68,6 +68,8 @@ def project(tmp_path: Path) -> Path:
         ("engine.dask.cluster", "subprocess.Popen", "MLORQ_ALLOWED_CLUSTERS", "subprocess.*"),
         ("engine.dask.address", "tcp://elsewhere:1", "MLORQ_ALLOWED_CLUSTERS", "tcp://elsewhere:*"),
         ("engine.dask.arguments", {"preload": "evil.py"}, permissions.ARGUMENTS, "engine.dask.arguments.preload"),
+        ("engine.ray.address", "ray://elsewhere:1", "MLORQ_ALLOWED_CLUSTERS", "ray://elsewhere:*"),
+        ("engine.ray.arguments", {"runtime_env": {}}, permissions.ARGUMENTS, "engine.ray.arguments.runtime_env"),
         ("model.arguments", {"trust_remote_code": True}, permissions.ARGUMENTS, "model.arguments.trust_*"),
         ("model.arguments", {"weights_only": False}, permissions.ARGUMENTS, "model.arguments.weights_only"),
         ("model.arguments", {"attn_implementation": "some/kernels"}, permissions.ARGUMENTS, "model.arguments.*"),

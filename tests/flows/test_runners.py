@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -156,14 +157,16 @@ ENGINES: dict[str, dict[str, Any]] = {
         "devices": "cpu",
         "dask": {"arguments": {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1"}},
     },
+    "ray": {"runner": "ray", "devices": "cpu", "ray": {"arguments": {"num_cpus": 2}}},
 }
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_engine_makes_the_same_bytes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prefect_server: str
 ) -> None:
+    pytest.importorskip("prefect_ray")
     stores = {}
     for name, engine in ENGINES.items():
         folder = tmp_path / name
@@ -176,12 +179,15 @@ def test_every_engine_makes_the_same_bytes(
         stores[name] = files(folder / "store")
     assert stores["subprocess"] == stores["threads"]
     assert stores["dask"] == stores["threads"]
+    assert stores["ray"] == stores["threads"]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_workers_of_a_cluster_are_quiet(tmp_path: Path, prefect_server: str) -> None:
-    command = [sys.executable, "-m", "flows.cli", "compress", str(write_project(tmp_path, engine=ENGINES["dask"]))]
+@pytest.mark.parametrize("cluster", ["dask", "ray"])
+def test_workers_of_a_cluster_are_quiet(tmp_path: Path, prefect_server: str, cluster: str) -> None:
+    pytest.importorskip(f"prefect_{cluster}")
+    command = [sys.executable, "-m", "flows.cli", "compress", str(write_project(tmp_path, engine=ENGINES[cluster]))]
     environment = {**os.environ, "PREFECT_API_URL": prefect_server}
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
         environment.pop(name, None)
@@ -235,7 +241,13 @@ def test_needs_are_asked_of_workers_that_offer_them() -> None:
 def test_a_cluster_that_is_not_there_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prefect_server: str
 ) -> None:
-    engine = {"runner": "dask", "dask": {"cluster": "no_such_package.Cluster"}}
+    engine: dict[str, Any] = {"runner": "dask", "dask": {"cluster": "no_such_package.Cluster"}}
     assert "engine.dask: no cluster no_such_package.Cluster" in fails(
         capsys, "compress", write_project(tmp_path, engine=engine)
     )
+    engine = {"runner": "ray", "ray": {"arguments": {"no_such": 1}}}
+    found = fails(capsys, "compress", write_project(tmp_path, engine=engine))
+    if importlib.util.find_spec("prefect_ray") is None:
+        assert "engine.runner: ray needs the extra mlorq[ray]" in found
+    else:
+        assert "engine.ray: a cluster of this machine cannot be used" in found
