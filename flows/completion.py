@@ -7,6 +7,7 @@ import os
 import click
 from click.shell_completion import (
     CompletionItem,
+    FishComplete,
     ShellComplete,
     add_completion_class,
     get_completion_class,
@@ -59,7 +60,14 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         return f"{item.type},{item.value.removeprefix(value[: max(ends, default=-1) + 1])}"
 
 
+class Fish(FishComplete):
+    """Completion of fish, also of values and descriptions with a comma, where Click's script cuts them."""
+
+    source_template = FishComplete.source_template.replace('string split ","', 'string split --max 1 ","')
+
+
 add_completion_class(Bash)
+add_completion_class(Fish)
 
 
 def answer(root: click.Command, instruction: str) -> int:

@@ -282,6 +282,21 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     assert done.stdout.split() == ["quick"], done.stderr
 
 
+def test_fish_completes_values_with_commas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    assert main(["completion", "fish"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    program = tmp_path / "mlorq"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli "$@"\n')
+    program.chmod(0o755)
+    asks = f"source {tmp_path}/script; complete -C 'mlorq compare run.yaml --methods gptq,er'; complete -C 'mlorq comp'"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["fish", "-c", asks], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[0] == "gptq,erq", done.stderr
+    assert "rounding, evaluation" in done.stdout  # descriptions are whole
+
+
 # -- start-up ---------------------------------------------------------------------------------------------------
 
 
