@@ -17,6 +17,7 @@ from flows.events import EXPECTED, SearchWatch, requested
 from flows.executor import PrefectExecutor
 from flows.failures import refused_name, shown_failures
 from flows.ledger import results_json
+from flows.page import PAGE, keep_page, made_json
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
@@ -111,11 +112,12 @@ def run_on(
             log.error("%s", row["error"])
     else:
         found = results_json(workers.ledger, results, started, lambda result: result_json(session, result))
-    for compressed, result in zip(results, found["results"], strict=True):
+    accounts = workers.ledger.accounts([one.summary or one.allocation for one in results])
+    for compressed, result, account in zip(results, found["results"], accounts, strict=True):
         log.info("%s", result_line(result))
         for warning in (result.get("calibration") or {}).get("warnings", ()):
             log.warning("%s: %s", result["run"], warning)
-        _show_result(session, compressed, result)
+        _show_result(session, compressed, result, account.reused_by_step)
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
@@ -149,15 +151,20 @@ def _show_curve(results: Sequence[dict[str, Any]], title: str) -> None:
     show("size-accuracy", lambda key: create_markdown_artifact(key=key, markdown=markdown, description=title))
 
 
-def _show_result(session: Session, compressed: Compressed, result: dict[str, Any]) -> None:
-    """Create one budget's pages: a table of its layers, its totals with links, and the fronts."""
+def _show_result(session: Session, compressed: Compressed, result: dict[str, Any], reused: Mapping[str, int]) -> None:
+    """Create one budget's pages: its report in the store, a table of its layers, its totals with links, the fronts."""
     run = result["run"]
     table, about = result["allocation"], f"{run}: the chosen candidate of every layer"
     show("allocation", lambda key: create_table_artifact(key=key, table=table, description=about))
     files: dict[str, str] = {}
     if compressed.summary is not None:
         store, summary = session.store, compressed.summary
-        files = {name: page_address(store, summary, name) for name in ("report.html", "report.png", "run.json")}
+        try:
+            made = made_json(session.config, compressed.budget, reused)
+            files[PAGE] = page_address(store, keep_page(store, summary, result, made), PAGE)
+        except Exception as error:  # the result is in the store; a read-only one cannot take the page
+            get_run_logger().warning("no page of %s: %r", run, error)
+        files |= {name: page_address(store, summary, name) for name in ("report.png", "run.json")}
         try:
             picture = picture_markdown(run, store.read_bytes(summary, "report.png"))
         except MlorqError as error:

@@ -18,7 +18,8 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import BudgetError, MlorqError
-from mlorq.evaluation.report import render_sweep, size_accuracy_picture
+from mlorq.evaluation.page import render_sweep
+from mlorq.evaluation.report import size_accuracy_picture
 from steps.session import Session
 
 LADDER = ("2bit", "2.5bit", "3bit", "4bit", "6bit")
@@ -103,7 +104,7 @@ def keep_curve(session: Session, results: Sequence[dict[str, Any]]) -> dict[str,
     A read-only store is not an error: the result and Prefect's pages have the curve as well.
     """
     store = session.store
-    key = digest_json({"runs": sorted(result["run"] for result in results), "version": 1})
+    key = digest_json({"runs": sorted(result["run"] for result in results), "version": 2})
     ref = ArtifactRef(ARTIFACT, key)
     try:
         if not store.exists(ref):
@@ -118,8 +119,9 @@ def curve_files(results: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """A sweep's picture, its self-contained page, and its rows as JSON, by file name."""
     name, rows = results[0]["model"], budgets_table(results)
     picture = size_accuracy_picture(results, f"{name}: size and accuracy")
+    shown = [{column: value for column, value in row.items() if column != "checkpoint"} for row in rows]
     return {
         CURVE: picture,
-        PAGE: render_sweep(f"{name}: {len(rows)} budgets", rows, picture),
+        PAGE: render_sweep(f"{name}: {len(rows)} budgets", shown, results),
         POINTS: json_bytes({"model": name, "points": rows}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from flows.cli import main
 from flows.events import REBUDGET_REQUESTED, SEARCH_FINISHED, SearchWatch
+from flows.page import known_made, made_of
 from flows.run import prepare
 from flows.sweep import CURVE, LADDER, PAGE, POINTS, keep_curve, ladder, sweep_flow
 from mlorq.artifacts.store import Store
@@ -19,7 +21,7 @@ from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, StoreError
 from steps.base import Outcome, StepSpec
-from tests.flows.test_cli import fails, write_project
+from tests.flows.test_cli import fails, prints_json, write_project
 from tests.flows.test_flows import STEPS, contents, flow_runs
 
 BUDGETS = ("--budget", "3bit", "--budget", "5bit")
@@ -67,11 +69,36 @@ def test_the_curve(swept: Swept) -> None:
     points = json.loads((swept.output / POINTS).read_bytes())["points"]
     assert [point["budget"] for point in points] == ["3bit", "5bit"]
     assert {"bytes", "nmse", "mean", "mean_float", "checkpoint"} <= set(points[0])
-    assert "data:image/png;base64," in (swept.output / PAGE).read_text()
+    assert (swept.output / PAGE).read_text().count("<svg") == 3  # metric, output NMSE, predictions
     # It is an artifact as any other: whole, by its manifest.
     store = Store(f"file://{swept.store}")
     (ref,) = store.refs("sweep")
     assert store.read_bytes(ref, POINTS) == (swept.output / POINTS).read_bytes()
+
+
+def test_every_run_has_its_page(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(f"file://{swept.store}")
+    assert len(list(store.refs("report"))) == 2
+    run = swept.result["results"][1]["run"]
+    page = Path(prints_json(capsys, "report", run, swept.config)["page"].removeprefix("file://")).read_text()
+    assert "mlorq compress run.yaml --budget 5bit" in page
+    assert "factory: tiny_project:build" in page  # the whole configuration
+    assert f"Python {platform.python_version()}" in page
+    shared = 1 + 1 + 6 + 6 + 1  # computed for the first budget
+    assert f"{shared} of {STEPS - 1} steps were reused" in page  # all but the summary itself
+    # Another page, of the same facts, and without them where no flow has made the run.
+    ref = next(ref for ref in store.refs("summary") if store.read_json(ref, "run.json")["run"] == run)
+    assert known_made(store, ref)["reused"]["candidates"] == 6
+    assert made_of(store, ref, store.read_json(ref, "run.json"), {}).command == ""
+
+
+def test_a_store_that_cannot_take_a_page_fails_nothing(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flows.pipeline.get_run_logger", lambda: logging.getLogger("flows.pipeline"))
+    monkeypatch.setattr("flows.pipeline.keep_page", lambda *arguments: (_ for _ in ()).throw(StoreError("read-only")))
+    assert sweep_flow("run.yaml", str(swept.config.parent), ["5bit"])["results"][0]["budget"] == "5bit"
+    assert "no page of tiny_project-5bit" in caplog.text
 
 
 def test_a_sweep_tells_no_event(swept: Swept) -> None:
