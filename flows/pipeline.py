@@ -30,6 +30,7 @@ from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
+from steps.smallest import Bisection
 
 STORE_PAGES = "MLORQ_STORE_PAGES"  # variable of the environment: the address at which browsers reach the store
 
@@ -39,11 +40,12 @@ def run_name() -> str:
     return name_of_run()
 
 
-def name_of_run(default: Sequence[str] | None = None) -> str:
+def name_of_run(default: Sequence[str] | None = None, about: str = "") -> str:
     """Name of a flow run.
 
     Args:
         default: budgets if the run has none; None: those of the configuration.
+        about: what stands in the name in place of the budgets.
     """
     try:
         parameters = requested({**dict.fromkeys(EXPECTED), **flow_run.parameters})
@@ -52,7 +54,7 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
         budgets = parse_budgets(parameters.get("budgets") or default or asked)
     except MlorqError as error:
         return refused_name(error)  # the flow then raises the error, and the run counts as failed
-    return f"{config.model.display_name} {' '.join(map(str, budgets))}"
+    return f"{config.model.display_name} {about or ' '.join(map(str, budgets))}"
 
 
 @shown_failures()
@@ -79,11 +81,26 @@ def carry_out(parameters: Mapping[str, Any], *, allocate_only: bool = False, ann
 
 
 def run_on(
-    session: Session, budgets: Sequence[Budget], started: float, *, allocate_only: bool = False, announce: bool = False
+    session: Session,
+    budgets: Sequence[Budget],
+    started: float,
+    *,
+    allocate_only: bool = False,
+    announce: bool = False,
+    smallest: Bisection | None = None,
 ) -> dict[str, Any]:
-    """``carry_out`` for a session whose model and data are loaded and checked."""
+    """``carry_out`` for a session whose model and data are loaded and checked.
+
+    Args:
+        session: of the run.
+        budgets: of the run.
+        started: time at which it began, by ``time.perf_counter``.
+        allocate_only, announce: as for ``carry_out``.
+        smallest: gives further budgets.
+    """
     config, log = session.config, get_run_logger()
     texts, shown = [budget.text for budget in budgets], [str(budget) for budget in budgets]
+    shown += [] if smallest is None else [str(smallest)]
     subject = f"{session.config.model.display_name} {' '.join(shown)}"
     log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_secrets(session.store.url))
     given = handed()
@@ -102,7 +119,7 @@ def run_on(
                 allocated = allocate_budgets(session, executor, search, budgets)
                 results = allocated.results
             else:
-                results = run_pipeline(session, executor, budgets)
+                results = run_pipeline(session, executor, budgets, smallest)
     finally:
         if given is not None:
             given.record(str(flow_run.id), workers.task_runs)
