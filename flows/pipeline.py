@@ -22,6 +22,7 @@ from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
 from flows.run_form import read_config
+from flows.tracking import track
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError, hide_secrets
@@ -135,6 +136,8 @@ def run_on(
         for warning in (result.get("calibration") or {}).get("warnings", ()):
             log.warning("%s: %s", result["run"], warning)
         _show_result(session, compressed, result, account.reused_by_step)
+        if compressed.summary is not None and config.tracking is not None:
+            result["tracking"] = track(session, result, compressed.summary, log)
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:

@@ -50,6 +50,7 @@ from mlorq.config.sections import (
     source_section,
 )
 from mlorq.config.target import TargetConfig, target_section
+from mlorq.config.tracking import TrackingConfig
 from mlorq.errors import SECRET_KEY, BudgetError, ConfigError, hide_secrets
 from mlorq.registry import Settings
 
@@ -73,6 +74,7 @@ __all__ = [
     "Sensitivity",
     "SourceConfig",
     "TargetConfig",
+    "TrackingConfig",
     "location_and_folder",
     "read_values",
     "texts_of",
@@ -125,6 +127,9 @@ class RunConfig(Settings):
     export: list[ExportConfig] = Field(
         [],
         description="files to write from every checkpoint, for example [{to: onnx, precision: fast}], as mlorq export",
+    )
+    tracking: TrackingConfig | None = Field(
+        None, description="experiment trackers that runs are logged to, for example {mlflow: {}}; null: none"
     )
     store: str = Field(
         DEFAULT_STORE,
