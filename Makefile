@@ -40,7 +40,7 @@ setup-long: setup-dev
 	@bash scripts/setup.sh ray
 
 setup-dev:
-	@bash scripts/setup.sh demo,dev,detection,audio,hub,metrics,onnx,openvino,s3,dask,docker,server
+	@bash scripts/setup.sh demo,dev,detection,audio,hub,metrics,mlflow,onnx,openvino,s3,dask,docker,server
 
 # Keeps the stores (.mlorq/), whose results may have taken hours, and .venv/, which takes minutes.
 clean: ## remove caches and build outputs

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlorq.config.budget import Budget
     from mlorq.config.run import RunConfig
 
+ASKED = ("max_drop", "min_metric", "max_metric", "metric")  # of ``sweep``: the metric to keep
+
 # -- compress and rebudget --------------------------------------------------------------------------------------
 
 
@@ -90,26 +92,41 @@ def rebudget(arguments: Arguments) -> Finish:
 @command
 @configured
 @budgeted
+@click.option(
+    "--max-drop",
+    metavar="D",
+    help="find the smallest model whose metric is at most this much worse than the float model's: 1% of it, or 0.01",
+)
+@click.option("--min-metric", type=float, metavar="X", help="find the smallest model whose metric is at least X")
+@click.option("--max-metric", type=float, metavar="X", help="the same for metrics of which less is better: at most X")
+@click.option("--metric", metavar="NAME", help="the metric to keep; default: the main one of the evaluation data")
 @click.option("--output", metavar="DIR", type=PATH, help="write the curve to this folder: picture, page and table")
 @json_option
 def sweep(arguments: Arguments) -> Finish:
-    """Several budgets and the size-accuracy curve."""
+    """Several budgets and the size-accuracy curve; or the smallest model that keeps a metric."""
     from mlorq.config.budget import parse_budgets
+    from steps.smallest import Keep
 
     config = read_arguments(arguments)
     budgets = parse_budgets(arguments.budget) if arguments.budget else None
+    keep = Keep.of(vars(arguments))
+    if keep is not None and budgets:
+        raise ConfigError(f"{keep}: the budget is what is looked for: leave out --budget")
     if arguments.output is not None:
         check_output(arguments.output)
     found = _flow(arguments, config, budgets)
     if arguments.output is not None:
         from flows.sweep import curve_files
 
-        found["output"] = _written(curve_files(found["results"]), arguments.output)
+        found["output"] = _written(curve_files(found["results"], found.get("smallest")), arguments.output)
 
     def show() -> None:
         from flows.render import console, print_budgets
+        from flows.sweep import found_line
 
         print_budgets(found["results"], console())
+        if "smallest" in found:
+            console().print(found_line(found["smallest"]), markup=False, soft_wrap=True)
 
     return _finish(arguments, found, show, found["curve"])
 
@@ -233,7 +250,9 @@ def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None)
         from flows.rebudget import rebudget_flow
         from flows.sweep import ladder, left_out_note, sweep_flow
 
-        if sweeping:
+        asked = {name: getattr(arguments, name, None) for name in ASKED}
+        searching = any(value is not None for value in asked.values())  # for the budget
+        if sweeping and not searching:
             budgets, left_out = ladder(session, budgets)
             if left_out:
                 say(left_out_note(left_out))
@@ -254,7 +273,7 @@ def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None)
             if arguments.command == "compare":
                 return compare_flow(values, config.folder, shown, _names(arguments), arguments.activations)
             if sweeping:
-                return sweep_flow(values, config.folder, shown)
+                return sweep_flow(values, config.folder, None if searching else shown, **asked)
             return rebudget_flow(values, config.folder, shown, allocate_only)
 
 

@@ -29,11 +29,12 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets, shown_budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import MlorqError
-from mlorq.evaluation.report import render_table
+from mlorq.evaluation.page import render_table
 from steps.session import Session
 
 ARTIFACT = "compare"  # its step name in the store
 TABLE, PAGE, ROWS = "compare.parquet", "compare.html", "compare.json"
+NOT_ON_PAGE = ("model", "method", "weights", "checkpoint", "file_bytes", "asked_bytes")
 
 
 def compare_name() -> str:
@@ -156,7 +157,7 @@ def table_files(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(one) for one in rows]), buffer)
     title = f"{rows[0]['model']}: {', '.join(dict.fromkeys(str(one['budget']) for one in rows))}"
-    shown = [{name: value for name, value in one.items() if name != "checkpoint"} for one in rows]
+    shown = [{name: one[name] for name in one if name not in NOT_ON_PAGE} for one in rows]
     return {
         TABLE: buffer.getvalue(),
         PAGE: render_table(title, shown),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,13 @@ class Account:
         computed: number of steps computed for it in this run.
         reused: number of steps whose artifacts existed already.
         seconds: time that computing the artifacts took, now or earlier, by step name.
+        reused_by_step: number of reused steps by step name.
     """
 
     computed: int
     reused: int
     seconds: dict[str, float]
+    reused_by_step: dict[str, int]
 
     @property
     def steps(self) -> dict[str, int]:
@@ -63,7 +65,9 @@ class Ledger:
             for key in keys:
                 seconds[self.specs[key].step] += self.outcomes[key].seconds
             rounded = {step: round(value, 3) for step, value in seconds.items()}
-            accounts.append(Account(len(computed), len(keys) - len(computed), rounded))
+            made = set(computed)
+            reused = Counter(self.specs[key].step for key in keys if key not in made)
+            accounts.append(Account(len(computed), len(keys) - len(computed), rounded, dict(reused)))
         return accounts
 
     def _behind(self, result: ArtifactRef) -> list[str]:

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from mlorq.artifacts.locations import is_remote, resolve_location, url_of_store
 from mlorq.config.run import STORE, RunConfig, texts_of
+from mlorq.config.tracking import FOLDER
 from mlorq.data.source import SOURCES
 from mlorq.errors import ConfigError
 from mlorq.export_targets import TARGETS
@@ -55,6 +56,8 @@ RULES = (
     Rule("data.*.factory", "MLORQ_ALLOWED_FACTORIES"),
     Rule("data.*.batches", "MLORQ_ALLOWED_FACTORIES"),
     Rule("data.*.metric", "MLORQ_ALLOWED_METRICS", marked="evaluate:"),  # a script of a folder or of the hub
+    Rule("tracking.wandb.project", "MLORQ_ALLOWED_PROJECTS", ("mlorq",)),
+    Rule("tracking.wandb.entity", "MLORQ_ALLOWED_PROJECTS"),
     Rule("engine.dask.cluster", "MLORQ_ALLOWED_CLUSTERS", ("distributed.LocalCluster",)),
     Rule("engine.dask.address", "MLORQ_ALLOWED_CLUSTERS"),
     Rule("engine.ray.address", "MLORQ_ALLOWED_CLUSTERS"),
@@ -186,6 +189,8 @@ def named_places(config: RunConfig, values: Mapping[str, Any]) -> Iterator[tuple
         for location in SOURCES[source.source].locations(source.own):
             if location:
                 yield _key_of(location, f"data.{role}", values["data"][role]), config.resolve(location)
+    if config.tracking is not None and config.tracking.mlflow is not None:
+        yield "tracking.mlflow.uri", config.resolve(config.tracking.mlflow.uri or FOLDER)
     for index, entry in enumerate(config.export):
         for name in TARGETS[entry.to].locations:
             location = getattr(entry, name)

@@ -17,10 +17,12 @@ from flows.events import EXPECTED, SearchWatch, requested
 from flows.executor import PrefectExecutor
 from flows.failures import refused_name, shown_failures
 from flows.ledger import results_json
+from flows.page import PAGE, keep_page, made_json
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
 from flows.run import handed, prepare
 from flows.run_form import read_config
+from flows.tracking import track
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import MlorqError, hide_secrets
@@ -29,6 +31,7 @@ from steps.allocations import Allocated, Compressed, allocate_budgets
 from steps.devices import local_devices
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
+from steps.smallest import Bisection
 
 STORE_PAGES = "MLORQ_STORE_PAGES"  # variable of the environment: the address at which browsers reach the store
 
@@ -38,11 +41,12 @@ def run_name() -> str:
     return name_of_run()
 
 
-def name_of_run(default: Sequence[str] | None = None) -> str:
+def name_of_run(default: Sequence[str] | None = None, about: str = "") -> str:
     """Name of a flow run.
 
     Args:
         default: budgets if the run has none; None: those of the configuration.
+        about: what stands in the name in place of the budgets.
     """
     try:
         parameters = requested({**dict.fromkeys(EXPECTED), **flow_run.parameters})
@@ -51,7 +55,7 @@ def name_of_run(default: Sequence[str] | None = None) -> str:
         budgets = parse_budgets(parameters.get("budgets") or default or asked)
     except MlorqError as error:
         return refused_name(error)  # the flow then raises the error, and the run counts as failed
-    return f"{config.model.display_name} {' '.join(map(str, budgets))}"
+    return f"{config.model.display_name} {about or ' '.join(map(str, budgets))}"
 
 
 @shown_failures()
@@ -78,11 +82,26 @@ def carry_out(parameters: Mapping[str, Any], *, allocate_only: bool = False, ann
 
 
 def run_on(
-    session: Session, budgets: Sequence[Budget], started: float, *, allocate_only: bool = False, announce: bool = False
+    session: Session,
+    budgets: Sequence[Budget],
+    started: float,
+    *,
+    allocate_only: bool = False,
+    announce: bool = False,
+    smallest: Bisection | None = None,
 ) -> dict[str, Any]:
-    """``carry_out`` for a session whose model and data are loaded and checked."""
+    """``carry_out`` for a session whose model and data are loaded and checked.
+
+    Args:
+        session: of the run.
+        budgets: of the run.
+        started: time at which it began, by ``time.perf_counter``.
+        allocate_only, announce: as for ``carry_out``.
+        smallest: gives further budgets.
+    """
     config, log = session.config, get_run_logger()
     texts, shown = [budget.text for budget in budgets], [str(budget) for budget in budgets]
+    shown += [] if smallest is None else [str(smallest)]
     subject = f"{session.config.model.display_name} {' '.join(shown)}"
     log.info("%s: on %s, store %s", subject, ", ".join(local_devices(config)), hide_secrets(session.store.url))
     given = handed()
@@ -101,7 +120,7 @@ def run_on(
                 allocated = allocate_budgets(session, executor, search, budgets)
                 results = allocated.results
             else:
-                results = run_pipeline(session, executor, budgets)
+                results = run_pipeline(session, executor, budgets, smallest)
     finally:
         if given is not None:
             given.record(str(flow_run.id), workers.task_runs)
@@ -111,11 +130,14 @@ def run_on(
             log.error("%s", row["error"])
     else:
         found = results_json(workers.ledger, results, started, lambda result: result_json(session, result))
-    for compressed, result in zip(results, found["results"], strict=True):
+    accounts = workers.ledger.accounts([one.summary or one.allocation for one in results])
+    for compressed, result, account in zip(results, found["results"], accounts, strict=True):
         log.info("%s", result_line(result))
         for warning in (result.get("calibration") or {}).get("warnings", ()):
             log.warning("%s: %s", result["run"], warning)
-        _show_result(session, compressed, result)
+        _show_result(session, compressed, result, account.reused_by_step)
+        if compressed.summary is not None and config.tracking is not None:
+            result["tracking"] = track(session, result, compressed.summary, log)
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
@@ -149,15 +171,20 @@ def _show_curve(results: Sequence[dict[str, Any]], title: str) -> None:
     show("size-accuracy", lambda key: create_markdown_artifact(key=key, markdown=markdown, description=title))
 
 
-def _show_result(session: Session, compressed: Compressed, result: dict[str, Any]) -> None:
-    """Create one budget's pages: a table of its layers, its totals with links, and the fronts."""
+def _show_result(session: Session, compressed: Compressed, result: dict[str, Any], reused: Mapping[str, int]) -> None:
+    """Create one budget's pages: its report in the store, a table of its layers, its totals with links, the fronts."""
     run = result["run"]
     table, about = result["allocation"], f"{run}: the chosen candidate of every layer"
     show("allocation", lambda key: create_table_artifact(key=key, table=table, description=about))
     files: dict[str, str] = {}
     if compressed.summary is not None:
         store, summary = session.store, compressed.summary
-        files = {name: page_address(store, summary, name) for name in ("report.html", "report.png", "run.json")}
+        try:
+            made = made_json(session.config, compressed.budget, reused)
+            files[PAGE] = page_address(store, keep_page(store, summary, result, made), PAGE)
+        except Exception as error:  # the result is in the store; a read-only one cannot take the page
+            get_run_logger().warning("no page of %s: %r", run, error)
+        files |= {name: page_address(store, summary, name) for name in ("report.png", "run.json")}
         try:
             picture = picture_markdown(run, store.read_bytes(summary, "report.png"))
         except MlorqError as error:

@@ -212,7 +212,9 @@ def runs(arguments: Arguments) -> Finish:
 @json_option
 def report(arguments: Arguments) -> Finish:
     """Print where a run's page and picture are, or write one page that compares it with the runs of the same model."""
-    from mlorq.evaluation.report import Measured, render_report, size_accuracy_picture
+    from flows.page import PAGE, keep_page, known_made, made_of, page_parts, page_ref
+    from mlorq.evaluation.page import render_report
+    from mlorq.evaluation.report import Measured
     from mlorq.runtimes.benchmark import legend, picture, read_result, table
 
     if arguments.output is not None:
@@ -231,19 +233,20 @@ def report(arguments: Arguments) -> Finish:
         raise ConfigError(f"benchmark {arguments.benchmark} is of another checkpoint than that of run {arguments.run}")
     # Runs with the same baseline have the same float model and evaluation data, and are comparable.
     same = [run for _, run in known.values() if run["artifacts"]["baseline"] == result["artifacts"]["baseline"]]
+    page = keep_page(store, ref, result) if arguments.output is None else page_ref(ref)
     found = {
         "run": result["run"],
-        "page": store.uri(ref, "report.html"),
+        "page": store.uri(page, PAGE) if store.exists(page) else None,
         "picture": store.uri(ref, "report.png"),
         "compared_with": sorted(run["run"] for run in same if run is not result),
         "output": arguments.output,
         "benchmark": arguments.benchmark,
     }
     if arguments.output is not None:
-        title = f"{result['model']}: {result['run']} (orange) among {len(same)} runs"
-        curve = size_accuracy_picture(same, title, highlight=result["run"]) if len(same) > 1 else None
         shown = None if measured is None else Measured(picture(measured), table(measured), legend(measured))
-        write_file(arguments.output, render_report(result, store.read_bytes(ref, "report.png"), curve, shown))
+        made = made_of(store, ref, result, known_made(store, ref))
+        parts = page_parts(store, ref, result)
+        write_file(arguments.output, render_report(result, **parts, runs=same, made=made, measured=shown))
 
     def finish() -> int:
         if arguments.json:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from flows import tracking
 from flows.progress import Observer
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
@@ -96,6 +97,8 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
     session = open_session(config)
     if allocate_only and search_index.load(session) is not None:
         return session
+    if not allocate_only:
+        tracking.check(config)
     session.model  # noqa: B018  (loads it)
     session.calibration  # noqa: B018
     if not allocate_only:

@@ -39,7 +39,7 @@ class CompressionResult:
             ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
             reused, ``solver``; ``calibration``: the calibration data against held-out data, with ``warnings``; with
             ``target``: ``memory``, its bytes there; with ``evaluate=``: ``float`` and ``compressed``, its results for
-            the two models.
+            the two models; if a metric is to be kept: ``smallest``, the bound and the budgets that were tried.
         left_float: layers and other weights that stay float: name, reason, bytes.
     """
 
@@ -64,7 +64,11 @@ def compress(
     model: nn.Module,
     batches: Sequence[Any],
     *,
-    budget: str | Mapping[str, str] = "3bit",
+    budget: str | Mapping[str, str] | None = None,
+    max_drop: str | float | None = None,
+    min_metric: float | None = None,
+    max_metric: float | None = None,
+    metric: str | None = None,
     target: str | Mapping[str, Any] | None = None,
     validation: Sequence[Any] | None = None,
     preset: str = DEFAULT_PRESET,
@@ -92,7 +96,12 @@ def compress(
         batches: calibration data: a sequence of the module's inputs (tensor, tuple, or mapping of tensors).
         budget: ``"3bit"`` (average per weight) or ``"12.5%"`` (of float32) for the compressible layers; ``"25MB"`` or
             ``"25MiB"`` for the whole checkpoint; ``{"disk": "25MB", "memory": "40MB"}`` also for the weights as
-            ``target`` holds them.
+            ``target`` holds them. Default: ``"3bit"``.
+        max_drop, min_metric, max_metric: in place of a budget: the smallest model that keeps a number of ``evaluate``.
+            ``max_drop="1%"``: at most one per cent worse than the float model, ``max_drop=0.01``: by this difference;
+            ``min_metric``: at least this, ``max_metric``: at most. Several budgets are tried on one search; the
+            result's ``metrics["smallest"]`` has them all.
+        metric: name of the number; None: the first.
         target: the ``target`` section of a configuration, ``"onnxruntime"``: the runtime that the model is meant for.
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
         preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
@@ -131,7 +140,13 @@ def compress(
     from steps.inprocess import InProcess
     from steps.pipeline import result_json, run_pipeline
     from steps.session import Session, open_store
+    from steps.smallest import Bisection, Keep
 
+    keep = Keep.of({"max_drop": max_drop, "min_metric": min_metric, "max_metric": max_metric, "metric": metric})
+    if keep is not None and budget is not None:
+        raise ConfigError(f"{keep}: the budget is what is looked for: leave out budget")
+    if keep is not None and evaluate is None:
+        raise ConfigError(f"{keep}: give evaluate, whose number is to be kept")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
     settings = dict(search or {})
@@ -144,7 +159,7 @@ def compress(
         {
             "model": IN_MEMORY,
             "data": {"calibration": in_memory, "evaluation": in_memory},
-            "budget": budget,
+            "budget": "3bit" if budget is None else budget,
             "target": target,
             "preset": preset,
             "search": settings,
@@ -181,8 +196,15 @@ def compress(
     started = time.perf_counter()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            (result,) = run_pipeline(session, executor, config.budgets)
-            summary = result_json(session, result)
+            if keep is None:
+                (result,) = run_pipeline(session, executor, config.budgets)
+                summary = result_json(session, result)
+            else:
+                smallest = Bisection(keep)
+                results = run_pipeline(session, executor, [], smallest)
+                result = results[smallest.check_found()]
+                summaries = [result_json(session, one) for one in results]
+                summary = summaries[smallest.check_found()] | {"smallest": smallest.to_json(summaries)}
             assert result.checkpoint is not None
             files = session.artifacts.files(result.checkpoint)
             with session.artifacts.checkpoint(result.checkpoint) as location:
@@ -212,8 +234,7 @@ def compress(
     }
     if evaluate is not None:
         metrics |= summary["metrics"]
-    if "memory" in summary:
-        metrics["memory"] = summary["memory"]
+    metrics |= {name: summary[name] for name in ("memory", "smallest") if name in summary}
     left_float = [LeftFloat(**row) for row in summary["left_float"]]
     _warn(left_float)
     for line in summary["calibration"]["warnings"]:

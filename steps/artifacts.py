@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlorq.calibration.token_importance import Importance
     from mlorq.forms.stored_layer import CompressedLayer
 
-CALIBRATION = "calibration.json"
+CALIBRATION, DEPTH = "calibration.json", "depth.json"
 IMPORTANCE = "importance.safetensors"
 PLAN, PLAN_TENSORS = "activations.json", "activations.safetensors"
 REST = "rest/parameters.safetensors"  # in a folder, because the layers' files are named after layers

@@ -2,7 +2,8 @@
 
 It compares the layers' inputs between the folds of the calibration data, and on up to ``SAMPLES`` samples of the second
 fold and of the evaluation data; then the compressed model's output NMSE on ``SAMPLES`` calibration samples with that on
-the evaluation data (``mlorq.calibration.coverage``, ``mlorq.calibration.diagnosis``).
+the evaluation data (``mlorq.calibration.coverage``, ``mlorq.calibration.diagnosis``). On the same calibration samples
+it measures the relative error of every layer's output, which shows where errors grow (``mlorq.evaluation.depth``).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from mlorq.calibration.diagnosis import Diagnosis
 from mlorq.calibration.token_importance import leaders
 from mlorq.checkpoint.io import load
 from mlorq.costs.measured import spread_batches
-from mlorq.evaluation.outputs import model_outputs, output_nmse
-from steps.artifacts import CALIBRATION
+from mlorq.evaluation.depth import compare_outputs
+from mlorq.evaluation.outputs import output_nmse
+from steps.artifacts import CALIBRATION, DEPTH
 from steps.base import NoParams, Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef
@@ -69,8 +71,9 @@ def spec(
 def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     calibration = context.calibration(inputs.calibration)
     covered = list(_covered(inputs, context))
-    nmse = {} if inputs.evaluation is None else _output_errors(inputs, context, progress)
-    return {CALIBRATION: json_bytes(Diagnosis(calibration.samples, covered, nmse).to_json())}
+    nmse, depth = ({}, {}) if inputs.evaluation is None else _output_errors(inputs, context, progress)
+    diagnosis = Diagnosis(calibration.samples, covered, nmse)
+    return {CALIBRATION: json_bytes(diagnosis.to_json()), DEPTH: json_bytes(depth)}
 
 
 def _covered(inputs: Inputs, context: Context) -> Iterator[Coverage]:
@@ -103,17 +106,18 @@ def _covered(inputs: Inputs, context: Context) -> Iterator[Coverage]:
         yield replace(coverage, evaluation=other[name] / own[name]) if own[name] > 0 else coverage
 
 
-def _output_errors(inputs: Inputs, context: Context, progress: Progress) -> dict[str, float]:
-    """Output NMSE of the compressed model on calibration samples, and on the evaluation data."""
+def _output_errors(inputs: Inputs, context: Context, progress: Progress) -> tuple[dict[str, float], dict[str, float]]:
+    """Output NMSE of the compressed model on calibration samples and on the evaluation data; NMSE by layer."""
     model = context.model(ModelRef(inputs.model.key))
     batches = spread_batches(context.calibration(inputs.calibration).batches, SAMPLES)
     instance = None if model.rebuilds else model.module
     with context.artifacts.checkpoint(inputs.checkpoint) as location:
         module = load(location, model=instance, device=context.device)
-    outputs = model_outputs(model, module, batches, device=context.device, progress=progress)
-    reference = model_outputs(model, model.module, batches, device=context.device)
+    names = [layer.name for layer in context.artifacts.layers(inputs.layers).layers]
+    compared = compare_outputs(model, module, batches, names, device=context.device, progress=progress)
     evaluated = context.artifacts.json(inputs.evaluated, "metrics.json")["nmse"]
-    return {"calibration": output_nmse(outputs, reference), "evaluation": evaluated}
+    nmse = {"calibration": output_nmse(compared.outputs, compared.reference), "evaluation": evaluated}
+    return nmse, compared.layers
 
 
-STEP = Step("calibration", 1, NoParams, Inputs, run)
+STEP = Step("calibration", 2, NoParams, Inputs, run)

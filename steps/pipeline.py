@@ -44,6 +44,7 @@ from steps.base import StepSpec
 from steps.handles import ModelRef
 from steps.measuring import labels_digest
 from steps.session import Session
+from steps.smallest import Bisection
 
 
 def run_search(session: Session, executor: Executor, measure: Callable[[], None] | None = None) -> Search:
@@ -238,17 +239,21 @@ def run_budget(
     return result
 
 
-def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]) -> list[Compressed]:
+def run_pipeline(
+    session: Session, executor: Executor, budgets: Sequence[Budget], smallest: Bisection | None = None
+) -> list[Compressed]:
     """A whole run: one search, then every budget.
 
     Args:
         session: of the run.
         executor: runs the steps.
         budgets: of the run.
+        smallest: gives further budgets, each after the one before it is evaluated.
 
     Raises:
         BudgetError: a budget is too small.
-        ConfigError: an export target needs a package or a folder that is missing.
+        ConfigError: an export target needs a package or a folder that is missing, or ``smallest`` asks for more than
+            the float model has.
     """
     export.check(session)
     measured = baseline.spec(session)
@@ -257,11 +262,22 @@ def run_pipeline(session: Session, executor: Executor, budgets: Sequence[Budget]
         def measure() -> None:
             executor.phase("baseline", 1)
             executor.run(measured)
+            if smallest is not None:
+                smallest.measured(session.artifacts.json(measured.ref, "metrics.json"))
 
         search = run_search(session, executor, measure)
         search_index.keep(session, search)
         results = run_allocations(session, executor, search, budgets)
-        return [run_budget(session, executor, search, result, measured.ref) for result in results]
+        results = [run_budget(session, executor, search, result, measured.ref) for result in results]
+        if smallest is not None:
+            space = session.artifacts.search_space(search.names, search.candidates, search.sensitivity)
+            smallest.searched(space, search.params)
+            while (budget := smallest.next()) is not None:
+                (result,) = run_allocations(session, executor, search, [budget])
+                results.append(run_budget(session, executor, search, result, measured.ref))
+                assert result.evaluation is not None
+                smallest.evaluated(budget, session.artifacts.json(result.evaluation, "metrics.json")["metrics"])
+        return results
 
 
 def result_json(session: Session, result: Compressed) -> dict[str, Any]:

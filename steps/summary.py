@@ -1,4 +1,4 @@
-"""Step ``summary``: the run's result as one JSON object with a report, and the keys of all its artifacts.
+"""Step ``summary``: the run's result as one JSON object with a picture, and the keys of all its artifacts.
 
 ``mlorq runs`` lists these results, and ``--json`` prints one. The result is an artifact like the others: a run that
 computes nothing writes nothing.
@@ -13,7 +13,7 @@ from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.checkpoint.places import DESCRIPTION, FILES
-from mlorq.evaluation.report import front_picture, render_report
+from mlorq.evaluation.report import front_picture
 from steps import export
 from steps.artifacts import CALIBRATION, ArtifactReader
 from steps.base import Needs, Progress, Step, StepSpec
@@ -108,12 +108,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         for row in rows
     }
     weights = {layer.name: layer.params for layer in artifacts.layers(inputs.layers).layers}
-    picture = front_picture(rows, fronts, weights, result)
-    return {
-        "run.json": json_bytes(result),
-        "report.png": picture,
-        "report.html": render_report(result, picture),
-    }
+    return {"run.json": json_bytes(result), "report.png": front_picture(rows, fronts, weights, result)}
 
 
 def allocation_json(session: Session, allocation: ArtifactRef) -> dict[str, Any]:
@@ -227,4 +222,4 @@ def seconds_of(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 6, Params, Inputs, run)
+STEP = Step("summary", 7, Params, Inputs, run)

@@ -32,6 +32,8 @@ def needs_of(config: RunConfig) -> dict[str, str]:
             found[f"extra {extra}"] = f"export to {entry.to}"
     if config.target is not None and (extra := RUNTIMES[config.target.runtime].extra):
         found[f"extra {extra}"] = f"target {config.target.runtime}"
+    if config.tracking is not None and config.tracking.mlflow is not None:
+        found["extra mlflow"] = "tracking.mlflow"
     for role in ROLES:
         section = getattr(config.data, role)
         package = SOURCES[section.source].requires(section.own, role)

@@ -20,6 +20,7 @@ PURPOSES = {
     "hub": "GLUE from the hub",
     "kubernetes": "workers in a Kubernetes cluster",
     "metrics": "metrics of evaluate and torchmetrics by name",
+    "mlflow": "tracking.mlflow",
     "onnx": "export to ONNX, runtime onnxruntime",
     "openvino": "export to OpenVINO, runtime openvino",
     "s3": "stores and data in S3",

@@ -139,8 +139,8 @@ def _is_gone(store: Store, ref: ArtifactRef) -> bool:
 
 
 def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
-    """The artifacts that runs depend on, with their summaries, the indices of their searches, and the sweeps and
-    comparisons of these runs only.
+    """The artifacts that runs depend on, with their summaries and pages, the indices of their searches, and the
+    sweeps and comparisons of these runs only.
 
     Args:
         store: the store of the runs.
@@ -160,7 +160,7 @@ def needed_by(store: Store, runs: Sequence[str]) -> set[ArtifactRef]:
             )
     kept = {ref for name, (ref, _) in known.items() if name in runs}
     kept |= {ArtifactRef.from_json(made) for name in runs for made in known[name][1].values()}
-    for ref in (*store.refs("sweep"), *store.refs("compare")):
+    for ref in (*store.refs("report"), *store.refs("sweep"), *store.refs("compare")):
         if set((store.manifest(ref) or {}).get("details", {}).get("runs", ())) <= set(runs):
             kept.add(ref)
     for ref in store.refs("search"):

@@ -51,6 +51,7 @@ from mlorq.config.sections import (
     source_section,
 )
 from mlorq.config.target import TargetConfig, target_section
+from mlorq.config.tracking import TrackingConfig
 from mlorq.errors import SECRET_KEY, BudgetError, ConfigError, hide_secrets
 from mlorq.registry import Settings
 
@@ -75,6 +76,7 @@ __all__ = [
     "Sensitivity",
     "SourceConfig",
     "TargetConfig",
+    "TrackingConfig",
     "location_and_folder",
     "read_values",
     "texts_of",
@@ -127,6 +129,9 @@ class RunConfig(Settings):
     export: list[ExportConfig] = Field(
         [],
         description="files to write from every checkpoint, for example [{to: onnx, precision: fast}], as mlorq export",
+    )
+    tracking: TrackingConfig | None = Field(
+        None, description="experiment trackers that runs are logged to, for example {mlflow: {}}; null: none"
     )
     store: str = Field(
         DEFAULT_STORE,

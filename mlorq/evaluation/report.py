@@ -1,9 +1,8 @@
-"""Pictures and HTML pages of results: the allocation with its costs, sweeps, and tables."""
+"""Pictures of results as PNG: the allocation with its costs, and sweeps (``page`` has the HTML pages)."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -173,89 +172,3 @@ def small_picture(picture: bytes, width: int = 1000, colours: int = 48) -> bytes
 def data_url(picture: bytes) -> str:
     """A PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-
-
-def render_report(
-    result: Mapping[str, Any], picture: bytes, curve: bytes | None = None, measured: Measured | None = None
-) -> bytes:
-    """A self-contained HTML page with the totals, the picture and the allocation of a run.
-
-    Args:
-        result: the run's result object.
-        picture: its allocation as a PNG (``front_picture``).
-        curve: size and accuracy of this and other runs as a PNG (``size_accuracy_picture``); None without others.
-        measured: bytes, memory and time of its checkpoint in runtimes, or None.
-    """
-    metric = result["metric"]
-    totals = {
-        "budget": f"{result['budget']} ({result['budget_bytes']:,} bytes for the compressible layers)",
-        "compressible layers": f"{result['bytes']:,} bytes, {result['float_bytes'] / result['bytes']:.2f} times "
-        f"smaller than float32 ({result['float_bytes']:,} bytes)",
-        **({"embedding tables": f"{result['embedding_bytes']:,} bytes"} if result.get("embedding_bytes") else {}),
-        "rest of the model": f"{result['rest_bytes']:,} bytes",
-        "checkpoint on disk": f"{result['file_bytes']:,} bytes",
-        **{f"export to {one['to']}": f"{one['bytes']:,} bytes" for one in result.get("exports") or ()},
-        "output NMSE": f"{result['nmse']:.6f} (on {result['nmse_data']} data)",
-    }
-    if metric is not None:
-        totals[metric["name"]] = f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"
-    found = (result.get("calibration") or {}).get("warnings")
-    totals |= {"warnings": "; ".join(found)} if found else {}
-    columns = ("layer", "candidate_id", "bytes", "global_cost")
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in columns) + "</tr>"
-        for row in result["allocation"]
-    )
-    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in totals.items())
-    among = "" if curve is None else f"<img alt='size and accuracy' src='{data_url(curve)}'>"
-    content = (
-        f"<dl>{listed}</dl>"
-        f"<img alt='allocation and fronts' src='{data_url(picture)}'>{among}{_measured(measured)}"
-        f"<table><tr>{head}</tr>{body}</table>"
-    )
-    return _page(result["run"], content)
-
-
-def _measured(shown: Measured | None) -> str:
-    """Picture and table of a benchmark; empty if there is none."""
-    if shown is None:
-        return ""
-    image = f"<img alt='bytes, memory and time by runtime' src='{data_url(shown.picture)}'>"
-    return f"<h2>Runtimes</h2>{image}{_table(shown.rows)}<p>{html.escape(shown.legend)}</p><h2>Layers</h2>"
-
-
-def render_sweep(title: str, rows: Sequence[Mapping[str, Any]], curve: bytes) -> bytes:
-    """A self-contained HTML page with the size–accuracy curve and a table with one row per budget."""
-    return _page(title, f"<img alt='size and accuracy' src='{data_url(curve)}'>{_table(rows)}")
-
-
-def render_table(title: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A self-contained HTML page with a table of rows that have the same columns."""
-    return _page(title, _table(rows))
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(rows[0])
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in columns) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _page(title: str, content: str) -> bytes:
-    page = (
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title>"
-        "<style>body{font:15px system-ui;margin:2em;max-width:75em}img{max-width:100%}"
-        "td,th{padding:.1em .8em;text-align:left}dt{font-weight:600}</style>"
-        f"<h1>{html.escape(title)}</h1>{content}</html>"
-    )
-    return page.encode()
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3e}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from flows.run import open_session
 from mlorq.checkpoint.tensor_file import digest
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
+from mlorq.evaluation.page import render_report, render_sweep
 from mlorq.evaluation.report import (
     data_url,
     front_picture,
-    render_report,
-    render_sweep,
     size_accuracy_picture,
     small_picture,
 )
@@ -86,8 +86,10 @@ def test_report_in_one_file(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFi
     text = page.read_text()
     assert name in text
     assert all(row["layer"] in text for row in runs.results[0]["allocation"])
-    assert text.count("data:image/png;base64,") == 2  # its own picture, and its place among the others
-    assert "http" not in text.replace("data:", "")
+    # Its own charts, its place among the others, and their predictions.
+    assert len(re.findall("<svg ", text)) == 6
+    assert "among 2 runs" in text.lower()
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", text)  # nothing from elsewhere
 
 
 def measured(checkpoint: str) -> dict[str, Any]:
@@ -113,8 +115,10 @@ def test_report_with_a_benchmark(runs: Runs, tmp_path: Path, capsys: pytest.Capt
     arguments = ("report", first["run"], runs.config, "--benchmark", file)
     assert prints_json(capsys, *arguments, "--output", page)["benchmark"] == str(file)
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 3
-    assert "<td>torch packed</td><td>4.2</td><td>7 / 9</td><td>0.25</td><td>42.1, 2.10x (1.89-2.73)</td>" in text
+    assert text.count("data:image/png;base64,") == 1
+    cells = re.findall(r"<td data-name=[^>]*>([^<]*)</td>", text)
+    wanted = ["torch packed", "4.2", "7 / 9", "0.25", "42.1, 2.10x (1.89-2.73)"]
+    assert cells[cells.index(wanted[0]) :][: len(wanted)] == wanted
     assert "medians of 5 cold processes each, 1 thread(s)" in text
     assert "add --output FILE.html" in fails(capsys, *arguments)
     file.write_text(json.dumps(measured(second["checkpoint"])))
@@ -194,14 +198,16 @@ def test_small_picture_keeps_the_colours_of_small_dots() -> None:
 
 def test_pages_need_no_other_file_and_take_names_as_they_are() -> None:
     found = result("3bit", 1500, 0.1)
-    page = render_report(found, b"picture").decode()
+    page = render_report(found, picture=b"picture").decode()
     assert "a&lt;b&gt;" in page
     assert "a<b>" not in page
     assert page.count("<img") == 1
-    assert render_report(found, b"picture", b"curve").decode().count("<img") == 2
-    swept = render_sweep("net", budgets_table([found, result("4bit", 2000, 0.02)]), b"curve").decode()
+    assert data_url(b"picture") in page
+    both = [found, result("4bit", 2000, 0.02)]
+    assert render_report(found, runs=both).decode().count("<svg") == 3
+    swept = render_sweep("net", budgets_table(both), both).decode()
     assert swept.count("<tr>") == 3
-    assert data_url(b"curve") in swept
+    assert swept.count("<svg") == 3
 
 
 def test_markdown_links_to_what_a_browser_opens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from flows.cli import main
 from flows.events import REBUDGET_REQUESTED, SEARCH_FINISHED, SearchWatch
+from flows.page import known_made, made_of
 from flows.run import prepare
 from flows.sweep import CURVE, LADDER, PAGE, POINTS, keep_curve, ladder, sweep_flow
 from mlorq.artifacts.store import Store
@@ -19,7 +21,7 @@ from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, StoreError
 from steps.base import Outcome, StepSpec
-from tests.flows.test_cli import fails, write_project
+from tests.flows.test_cli import fails, prints_json, write_project
 from tests.flows.test_flows import STEPS, contents, flow_runs
 
 BUDGETS = ("--budget", "3bit", "--budget", "5bit")
@@ -67,11 +69,36 @@ def test_the_curve(swept: Swept) -> None:
     points = json.loads((swept.output / POINTS).read_bytes())["points"]
     assert [point["budget"] for point in points] == ["3bit", "5bit"]
     assert {"bytes", "nmse", "mean", "mean_float", "checkpoint"} <= set(points[0])
-    assert "data:image/png;base64," in (swept.output / PAGE).read_text()
+    assert (swept.output / PAGE).read_text().count("<svg") == 3  # metric, output NMSE, predictions
     # It is an artifact as any other: whole, by its manifest.
     store = Store(f"file://{swept.store}")
     (ref,) = store.refs("sweep")
     assert store.read_bytes(ref, POINTS) == (swept.output / POINTS).read_bytes()
+
+
+def test_every_run_has_its_page(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(f"file://{swept.store}")
+    assert len(list(store.refs("report"))) == 2
+    run = swept.result["results"][1]["run"]
+    page = Path(prints_json(capsys, "report", run, swept.config)["page"].removeprefix("file://")).read_text()
+    assert "mlorq compress run.yaml --budget 5bit" in page
+    assert "factory: tiny_project:build" in page  # the whole configuration
+    assert f"Python {platform.python_version()}" in page
+    shared = 1 + 1 + 6 + 6 + 1  # computed for the first budget
+    assert f"{shared} of {STEPS - 1} steps were reused" in page  # all but the summary itself
+    # Another page, of the same facts, and without them where no flow has made the run.
+    ref = next(ref for ref in store.refs("summary") if store.read_json(ref, "run.json")["run"] == run)
+    assert known_made(store, ref)["reused"]["candidates"] == 6
+    assert made_of(store, ref, store.read_json(ref, "run.json"), {}).command == ""
+
+
+def test_a_store_that_cannot_take_a_page_fails_nothing(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flows.pipeline.get_run_logger", lambda: logging.getLogger("flows.pipeline"))
+    monkeypatch.setattr("flows.pipeline.keep_page", lambda *arguments: (_ for _ in ()).throw(StoreError("read-only")))
+    assert sweep_flow("run.yaml", str(swept.config.parent), ["5bit"])["results"][0]["budget"] == "5bit"
+    assert "no page of tiny_project-5bit" in caplog.text
 
 
 def test_a_sweep_tells_no_event(swept: Swept) -> None:
@@ -183,3 +210,75 @@ def test_an_event_that_cannot_be_sent_fails_nothing(
     monkeypatch.setattr("prefect.events.emit_event", refuse)
     steps_of(SearchWatch(RunConfig.from_yaml(write_project(tmp_path)), "tiny", ["4bit"]), reused=False)
     assert "no server" in caplog.text
+
+
+# -- the smallest model that keeps a metric -------------------------------------------------------------------------
+
+
+def test_the_smallest_model_that_keeps_a_metric(
+    prefect_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One candidate per layer: one budget to try.
+    project = write_project(tmp_path, rounding={"method": "nearest"}, search={"bits": [4], "factor_bits": []})
+    found = prints_json(capsys, "sweep", project, "--max-drop", "100", "--output", tmp_path / "curve")
+    (tried,), smallest = found["smallest"]["tried"], found["smallest"]
+    assert smallest["metric"] == "mean"
+    assert smallest["found"] == {name: tried[name] for name in ("run", "budget", "bytes", "value")}
+    assert smallest["bound"] == smallest["float"] - 100
+    assert [result["run"] for result in found["results"]] == [tried["run"]]
+    assert json.loads((tmp_path / "curve" / POINTS).read_bytes())["smallest"] == smallest
+    assert "The smallest model with mean of at least -100.0" in (tmp_path / "curve" / PAGE).read_text()
+    assert flow_runs("tiny_project max_drop 100")[0].state_name == "Completed"
+    # The same again, by the flow alone: nothing is computed. Then one that no size keeps.
+    again = sweep_flow("run.yaml", str(tmp_path), max_drop="100")
+    assert again["steps"]["computed"] == 0
+    assert again["smallest"] == smallest
+    assert again["curve"] == found["curve"]
+    line = fails(capsys, "sweep", project, "--max-drop", "0")
+    assert "no budget up to" in line
+    assert "gives mean of at least" in line
+
+
+def test_what_cannot_be_kept_is_said_before_the_search(
+    prefect_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = write_project(tmp_path)
+    assert "leave out --budget" in fails(capsys, "sweep", project, "--max-drop", "1%", "--budget", "3bit")
+    assert "max_drop, min_metric" in fails(capsys, "sweep", project, "--max-drop", "1%", "--min-metric", "1")
+    assert not contents(tmp_path / "store")
+    line = fails(capsys, "sweep", project, "--max-drop", "1%", "--metric", "acc")
+    assert line == "metric 'acc' is unknown; the evaluation data has: mean"
+    assert "mean of at least 7 is asked for, but the float model has 0.00" in fails(
+        capsys, "sweep", project, "--min-metric", "7"
+    )
+    steps = {path.parent.parent.name for path in (tmp_path / "store").glob("*/*/manifest.json")}
+    assert steps == {"layers", "baseline"}
+
+
+@pytest.mark.long
+def test_an_interrupted_bisection_continues(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    write_project(tmp_path / "whole", rounding={"method": "nearest"})
+    write_project(tmp_path / "parts", rounding={"method": "nearest"})
+    whole = sweep_flow("run.yaml", str(tmp_path / "whole"), max_drop="0.05")
+    assert len(whole["smallest"]["tried"]) > 3
+    from steps.smallest import Bisection
+
+    tried = Bisection.evaluated
+
+    def stop(self: Bisection, *arguments: Any) -> None:
+        tried(self, *arguments)
+        if len(self.tried) == 2:
+            raise StoreError("interrupted")
+
+    monkeypatch.setattr(Bisection, "evaluated", stop)
+    with pytest.raises(StoreError, match="interrupted"):
+        sweep_flow("run.yaml", str(tmp_path / "parts"), max_drop="0.05")
+    monkeypatch.undo()
+    again = sweep_flow("run.yaml", str(tmp_path / "parts"), max_drop="0.05")
+    assert again["smallest"] == whole["smallest"]
+    assert again["steps"]["reused"] > 15
+    assert again["steps"]["computed"] < whole["steps"]["computed"]
