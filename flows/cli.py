@@ -39,6 +39,7 @@ COMMANDS = {
     "store": Home("flows.store_commands", "list, verify and clean up a store"),
     "models": Home("flows.setup_commands", "list the tested models"),
     "schema": Home("flows.setup_commands", "the JSON schema of configurations, for editors"),
+    "notify": Home("flows.notify_command", "messages about runs, by Prefect's notification blocks"),
     "doctor": Home("flows.doctor_command", "check the installation, the services and what a configuration needs"),
     "completion": Home("flows.completion", "print a shell's script for the completion of commands"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from flows.allocate_only import finished_search, found_json
 from flows.events import EXPECTED, SearchWatch, requested
 from flows.executor import PrefectExecutor
 from flows.failures import refused_name, shown_failures
+from flows.goal import announce as announce_results
+from flows.goal import goal_json
 from flows.ledger import results_json
 from flows.page import PAGE, keep_page, made_json
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
@@ -133,6 +136,9 @@ def run_on(
     accounts = workers.ledger.accounts([one.summary or one.allocation for one in results])
     for compressed, result, account in zip(results, found["results"], accounts, strict=True):
         log.info("%s", result_line(result))
+        if (goal := goal_json(config, result)) is not None:
+            result["goal"] = goal
+            log.log(logging.INFO if goal["kept"] else logging.WARNING, "%s: %s", result["run"], goal["about"])
         for warning in (result.get("calibration") or {}).get("warnings", ()):
             log.warning("%s: %s", result["run"], warning)
         _show_result(session, compressed, result, account.reused_by_step)
@@ -142,6 +148,8 @@ def run_on(
     show("budgets", lambda key: create_table_artifact(key=key, table=rows, description=about))
     if len(found["results"]) > 1 and not allocate_only:
         _show_curve(found["results"], f"{session.config.model.display_name}: size and accuracy")
+    if not allocate_only:
+        announce_results(session.config.model.display_name, found["results"])
     steps = found["steps"]
     took = format_seconds(found["wall_seconds"])
     log.info("%d steps computed, %d reused, in %s", steps["computed"], steps["reused"], took)

@@ -112,6 +112,8 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     metric = result.get("metric")
     if metric:
         pairs.append((metric["name"], f"float {metric['float']:.4f}, compressed {metric['compressed']:.4f}"))
+    if result.get("goal"):
+        pairs.append(("goal", f"{'kept' if result['goal']['kept'] else 'missed'}: {result['goal']['about']}"))
     for line in (result.get("calibration") or {}).get("warnings", ()):
         pairs.append(("warning", line))
     for exported in result.get("exports") or ():

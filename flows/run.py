@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from flows import tracking
+from flows.goal import keep_of
 from flows.progress import Observer
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
@@ -94,6 +95,7 @@ def prepare(config: RunConfig, budgets: Sequence[Budget], *, allocate_only: bool
     Raises:
         MlorqError: the configuration, the model, the data, the store or a budget is wrong.
     """
+    keep_of(config)
     session = open_session(config)
     if allocate_only and search_index.load(session) is not None:
         return session

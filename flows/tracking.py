@@ -169,7 +169,9 @@ def to_mlflow(settings: MlflowConfig, run: Tracked) -> str:
     known = client.get_experiment_by_name(settings.experiment)
     experiment = client.create_experiment(settings.experiment, artifacts) if known is None else known.experiment_id
     # An entry of a run that was interrupted while it was logged does not count.
-    done = client.search_runs([experiment], f"tags.`mlorq.run` = '{run.name}' and attributes.status = 'FINISHED'")
+    done: list[Any] = list(
+        client.search_runs([experiment], f"tags.`mlorq.run` = '{run.name}' and attributes.status = 'FINISHED'")
+    )
     if not done:
         entry = client.create_run(experiment, run_name=run.name, tags={"mlorq.run": run.name}).info.run_id
         try:

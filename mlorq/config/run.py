@@ -25,6 +25,7 @@ from mlorq.artifacts.locations import folder_of_url, resolve_location, url_of_st
 from mlorq.codecs.base import Residency
 from mlorq.config.bounded import MOST_CHARACTERS, check_values, read_yaml
 from mlorq.config.budget import Budget, budget_text, parse_budgets
+from mlorq.config.goal import GoalConfig
 from mlorq.config.presets import DEFAULT_PRESET, PRESETS, Preset
 from mlorq.config.sections import (
     ActivationsConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "EmbeddingsConfig",
     "EngineConfig",
     "ExportConfig",
+    "GoalConfig",
     "LayerConfig",
     "ModelConfig",
     "Preset",
@@ -129,6 +131,11 @@ class RunConfig(Settings):
     export: list[ExportConfig] = Field(
         [],
         description="files to write from every checkpoint, for example [{to: onnx, precision: fast}], as mlorq export",
+    )
+    goal: GoalConfig | None = Field(
+        None,
+        description="metric that compressed models must keep, for example {max_drop: 1%}: results and messages say "
+        "whether they do; null: none",
     )
     tracking: TrackingConfig | None = Field(
         None, description="experiment trackers that runs are logged to, for example {mlflow: {}}; null: none"

@@ -183,7 +183,7 @@ def test_every_engine_makes_the_same_bytes(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("cluster", ["dask", "ray"])
 def test_workers_of_a_cluster_are_quiet(tmp_path: Path, prefect_server: str, cluster: str) -> None:
     pytest.importorskip(f"prefect_{cluster}")
