@@ -91,7 +91,7 @@ def test_messages_of_runs(tmp_path: Path) -> None:
     with Stack(tmp_path / "stack") as stack, receiver() as (url, received):
         stack.start_server()
         stack.create_pool("mlorq", "process")
-        stack.deploy()
+        stack.deploy("compress")
         with temporary_settings({PREFECT_API_URL: stack.url}):
             set_up(KIND, webhook(url), list(ON))
         worker = stack.start_worker("mlorq")
