@@ -190,6 +190,9 @@ def _become(folder: Path, request: dict[str, Any]) -> int:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(request["environment"])
+    if "fsspec.config" in sys.modules:  # which has read the environment before
+        config = sys.modules["fsspec.config"]
+        config.set_conf_env(config.conf)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"{os.getpid()}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(file, number)
