@@ -1,6 +1,6 @@
 """Models that are known to work: task, test, measured figures, and the command that reproduces them.
 
-Add a row to ``KNOWN`` for a new family or a newly measured model. Figures are those of ``benchmarks/README.md``. In
+Add a row to ``KNOWN`` for a new family or a newly measured model. Figures are those of ``benchmarks/*.md``. In
 rows without figures the command runs the models at full size.
 """
 

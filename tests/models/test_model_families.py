@@ -613,7 +613,7 @@ def test_known_models_have_the_figures_of_the_benchmarks_and_commands_that_run()
     from benchmarks.models import MODELS
 
     root = Path(__file__).parents[2]
-    figures = (root / "benchmarks" / "README.md").read_text()
+    figures = "".join((root / "benchmarks" / name).read_text() for name in ("README.md", "ABLATIONS.md"))
     named = set()
     for row in known_models():
         script = row["command"].split()[0]
