@@ -20,7 +20,7 @@ from tests.docs.pages import ROOT
 # Few candidates, no training: that all goes together, not how well.
 CHEAP = {
     "preset": "quick",
-    "search": zoo.FAST,
+    "search": zoo.FAST | {"bits": [2, 8]},
     "rounding": {"method": "nearest"},
     "engine": {"devices": "cpu", "threads": 1},
 }
@@ -110,7 +110,7 @@ def detector(folder: Path) -> Scenario:
         shutil.copy(folder / "source" / "instances.json", folder / "COCO" / "annotations" / f"instances_{split}.json")
     shutil.copy(folder / "COCO" / "val2017" / "0.png", folder / "COCO" / "val2017" / "000000000139.jpg")
     here = {"PekingU/rtdetr_r18vd": "detector/", "samples: 64": "samples: 4", "threshold=0.5": "threshold=0.0"}
-    return Scenario(replace=here, added=CHEAP)
+    return Scenario(replace=here, added=CHEAP | {"budget": "8bit"})  # layers of 16 columns
 
 
 def demo(folder: Path) -> Scenario:
@@ -129,8 +129,10 @@ def demo(folder: Path) -> Scenario:
 def command_line(folder: Path) -> Scenario:
     """The encoder with its run; RUN is the one that `mlorq init` does not overwrite."""
     encoder(folder)
-    run = str(checkpoint(folder, "already")["run"])
+    (folder / "run.yaml").write_text(yaml.safe_dump(ENCODER | CHEAP))
+    run = str(checkpoint(folder, "already", **CHEAP)["run"])
     here = {"mlorq init run.yaml": "mlorq init new.yaml", " RUN": f" {run}", "--budget 10%": "--budget 20%"}
+    here |= {"speed.json": "speed.json --turns 1 --seconds 0.1"}
     return Scenario(replace=here)
 
 

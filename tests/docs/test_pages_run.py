@@ -30,6 +30,7 @@ FLOWS = ("README.md", "docs/COMMAND_LINE.md", "docs/START.md", "docs/tutorials")
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # every command, one after the other
 @pytest.mark.parametrize("page", SCENARIOS)
 def test_page(
     page: str,
