@@ -24,6 +24,7 @@ CHEAP = {
     "rounding": {"method": "nearest"},
     "engine": {"devices": "cpu", "threads": 1},
 }
+SHORT = {"speed.json": "speed.json --turns 1 --seconds 0.1 --batch 1"}  # of `mlorq benchmark`
 TABLE = {"source": "table", "path": "pairs.csv", "text": ["first", "second"], "batch_size": 4}
 ENCODER = {
     "model": {"family": "transformers", "name": "encoder/", "task": "sentence-similarity"},
@@ -83,7 +84,7 @@ def vit(folder: Path) -> Scenario:
     images(folder)
     shutil.copytree(ROOT / "examples" / "service", folder / "examples" / "service")
     here = {"pretrained: true": "checkpoint: weights.safetensors", "samples: 256": "samples: 4"}
-    return Scenario(replace=here, added=CHEAP)
+    return Scenario(replace=here | SHORT, added=CHEAP)
 
 
 def readme(folder: Path) -> Scenario:
@@ -132,8 +133,7 @@ def command_line(folder: Path) -> Scenario:
     (folder / "run.yaml").write_text(yaml.safe_dump(ENCODER | CHEAP))
     run = str(checkpoint(folder, "already", **CHEAP)["run"])
     here = {"mlorq init run.yaml": "mlorq init new.yaml", " RUN": f" {run}", "--budget 10%": "--budget 20%"}
-    here |= {"speed.json": "speed.json --turns 1 --seconds 0.1"}
-    return Scenario(replace=here)
+    return Scenario(replace=here | SHORT)
 
 
 def stores(folder: Path) -> Scenario:
