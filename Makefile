@@ -18,6 +18,7 @@ test-long: setup-long ## only the tests marked long
 
 docs: setup-docs ## build the documentation site into build/site; warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+	@echo build/site/index.html
 
 audit: setup-dev ## known vulnerabilities, licences and bill of materials of the dependencies
 	$(BIN)/python scripts/audit.py

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sphinx.application import Sphinx
+
 import mlorq
 
 project = "mlorq"
@@ -48,3 +50,15 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+
+
+def lead_to_the_first_page(app: Sphinx, error: Exception | None) -> None:
+    """Write ``index.html`` at the root of the site, whose first page is in ``docs/``."""
+    if error is None and app.builder.name == "html":
+        page = f"{root_doc}.html"
+        text = f'<!doctype html><meta http-equiv="refresh" content="0; url={page}"><a href="{page}">mlorq</a>\n'
+        (Path(app.outdir) / "index.html").write_text(text)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("build-finished", lead_to_the_first_page)

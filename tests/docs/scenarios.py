@@ -120,7 +120,6 @@ def demo(folder: Path) -> Scenario:
     for name in ("demo.yaml", "minilm.yaml"):
         values = yaml.safe_load((folder / "examples" / name).read_text())
         values["data"]["calibration"]["samples"] = 8
-        values["data"]["evaluation"]["samples"] = 16
         (folder / "examples" / name).write_text(yaml.safe_dump(values | CHEAP))
     pairs = folder / "examples" / "data" / "stsb" / "stsb-en-test.csv"
     pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:20]))

@@ -50,6 +50,7 @@ def test_every_page_is_on_the_site_and_every_link_has_a_target(site: Path) -> No
     written = {str(path.relative_to(ROOT)) for path in PAGES}
     assert written <= pages, "include_patterns of docs/conf.py, and a toctree of docs/index.md"
 
+    assert found[site / "index.html"].links == ["docs/index.html"]
     # A second look, by other means: Sphinx itself does not check what is inside raw HTML or its own theme.
     for page, content in found.items():
         for link in content.links:
