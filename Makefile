@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long audit check format setup-demo setup-dev setup-long clean
+.PHONY: help demo test test-long docs audit check format setup-demo setup-dev setup-docs setup-long clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -15,6 +15,10 @@ test: check ## what CI runs: check, then the tests that are not marked long, a p
 
 test-long: setup-long ## only the tests marked long
 	$(BIN)/python -m pytest -m long
+
+docs: setup-docs ## build the documentation site into build/site; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+	@echo build/site/index.html
 
 audit: setup-dev ## known vulnerabilities, licences and bill of materials of the dependencies
 	$(BIN)/python scripts/audit.py
@@ -40,7 +44,10 @@ setup-long: setup-dev
 	@bash scripts/setup.sh ray
 
 setup-dev:
-	@bash scripts/setup.sh demo,dev,detection,audio,hub,metrics,mlflow,onnx,openvino,s3,dask,docker,server
+	@bash scripts/setup.sh demo,dev,docs,detection,audio,hub,metrics,mlflow,onnx,openvino,s3,dask,docker,server
+
+setup-docs:
+	@bash scripts/setup.sh docs
 
 # Keeps the stores (.mlorq/), whose results may have taken hours, and .venv/, which takes minutes.
 clean: ## remove caches and build outputs

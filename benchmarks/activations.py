@@ -1,6 +1,6 @@
 """What quantized activations cost by themselves: float weights, one way of quantizing after another.
 
-    .venv/bin/python benchmarks/activations.py examples/vit_tiny.yaml --bits 4 --samples 64
+    .venv/bin/python benchmarks/activations.py benchmarks/real/vit_tiny.yaml --bits 4 --samples 64
 
 The NMSE of the output on so many evaluation samples, for every method; then, for the last one, with one kind of tensor
 alone quantized.

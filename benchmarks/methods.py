@@ -1,6 +1,6 @@
 """``mlorq compare`` without Prefect: all methods side by side, several at a time.
 
-    .venv/bin/python benchmarks/methods.py examples/vit_tiny.yaml --budget 4bit --budget 3bit --activations 4 --jobs 2
+    .venv/bin/python benchmarks/methods.py benchmarks/real/vit_tiny.yaml --budget 3bit --activations 4 --jobs 2
 
 The rows are those of the command (``flows.comparison``), on the same store. ``--jobs`` of them are computed at a time,
 each in a process of its own, methods that share a search one after another. ``--workers`` shares the layers of a row's

@@ -1,7 +1,7 @@
 """Do two machines choose the same configuration? Compares rows of one name in two files that ``--json`` wrote.
 
-    python benchmarks/table.py examples/vit_tiny.yaml --budget 3bit --only best --json cpu.jsonl
-    python benchmarks/table.py examples/vit_tiny.yaml --budget 3bit --only best --json gpu.jsonl --device cuda:0
+    python benchmarks/table.py benchmarks/real/vit_tiny.yaml --budget 3bit --only best --json cpu.jsonl
+    python benchmarks/table.py benchmarks/real/vit_tiny.yaml --budget 3bit --only best --json gpu.jsonl --device cuda:0
     python benchmarks/same_choice.py cpu.jsonl gpu.jsonl
 
 Stores of their own, or the second one finds what the first has computed.

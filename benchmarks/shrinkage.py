@@ -1,6 +1,6 @@
 """Where an output NMSE comes from: outputs that are too small, or ones that point elsewhere.
 
-    .venv/bin/python benchmarks/shrinkage.py examples/vit_tiny.yaml CHECKPOINT [CHECKPOINT ...]
+    .venv/bin/python benchmarks/shrinkage.py benchmarks/real/vit_tiny.yaml CHECKPOINT [CHECKPOINT ...]
 
 Of each checkpoint's outputs f̂ on the evaluation data: their NMSE; the least NMSE that a scalar times them has; their
 norm by that of the float outputs f; and the correlation of f̂ and f about their means over samples, which no scale and

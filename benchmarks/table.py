@@ -1,6 +1,6 @@
 """One model, several budgets, every way of getting there: metric, output NMSE, exact bytes, seconds and peak memory.
 
-    .venv/bin/python benchmarks/table.py examples/vit_tiny.yaml --budget 3bit --budget 2.5bit
+    .venv/bin/python benchmarks/table.py benchmarks/real/vit_tiny.yaml --budget 3bit --budget 2.5bit
 
 Rows of a budget of whole bits: nearest rounding, GPTQ and trellis codes with that many bits in every layer; published
 search without and with learned rounding (``preset: quick``, whose search it is, with ``--lra`` iterations a layer); the

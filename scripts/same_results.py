@@ -88,7 +88,7 @@ def _cases() -> list[Case]:
     calibration |= {"data.evaluation.samples": 64}
     add(
         "vit_tiny",
-        "examples/vit_tiny.yaml",
+        "benchmarks/real/vit_tiny.yaml",
         best=best | calibration | {"search.samples": 16},
         quick=quick | calibration,
         paper=paper | calibration,

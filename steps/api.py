@@ -104,7 +104,7 @@ def compress(
         metric: name of the number; None: the first.
         target: the ``target`` section of a configuration, ``"onnxruntime"``: the runtime that the model is meant for.
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
-        preset: ``best``, ``quick`` or ``paper``: defaults of the search and the rounding.
+        preset: ``best``, ``fast``, ``integer``, ``quick`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
         rounding: name of a rounding method (``mlorq.rounding.METHODS``); None: the preset's.
         rounding_iterations: per layer (``lra``) or per block (methods that reconstruct blocks).

@@ -1,6 +1,6 @@
 """Models that are known to work: task, test, measured figures, and the command that reproduces them.
 
-Add a row to ``KNOWN`` for a new family or a newly measured model. Figures are those of ``benchmarks/README.md``. In
+Add a row to ``KNOWN`` for a new family or a newly measured model. Figures are those of ``benchmarks/*.md``. In
 rows without figures the command runs the models at full size.
 """
 
@@ -47,7 +47,7 @@ KNOWN = [
     KnownModel(
         "timm", "vit_tiny_patch16_224", IMAGES, "ImageNet weights and images, 2 to 8 bit; W4/A8, W4/A4, W3/A4",
         "3 bit, preset fast: top-1 0.8114 (float 0.8205), output NMSE 0.0575",
-        "benchmarks/table.py examples/vit_tiny.yaml --budget 3bit --only fast",
+        "benchmarks/table.py benchmarks/real/vit_tiny.yaml --budget 3bit --only fast",
     ),
     KnownModel(
         "timm", "vit_small_*, vit_base_*, vit_large_*", IMAGES, WHOLE, "",
@@ -95,7 +95,7 @@ KNOWN = [
         "transformers", "BertForSequenceClassification", TEXTS,
         "real weights on SST-2, 2 to 8 bit",
         "2 bit, preset fast: accuracy 0.8704 (float 0.8681), output NMSE 0.0045",
-        "benchmarks/table.py examples/minilm_sst2.yaml --budget 2bit --only fast",
+        "benchmarks/table.py benchmarks/real/minilm_sst2.yaml --budget 2bit --only fast",
     ),
     KnownModel(
         "transformers", "BERT of other sizes", TEXTS, WHOLE, "", _run("bert_mini", "bert_base", "bert_large"),

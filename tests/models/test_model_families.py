@@ -613,7 +613,7 @@ def test_known_models_have_the_figures_of_the_benchmarks_and_commands_that_run()
     from benchmarks.models import MODELS
 
     root = Path(__file__).parents[2]
-    figures = (root / "benchmarks" / "README.md").read_text()
+    figures = "".join((root / "benchmarks" / name).read_text() for name in ("README.md", "ABLATIONS.md"))
     named = set()
     for row in known_models():
         script = row["command"].split()[0]
@@ -636,7 +636,7 @@ def test_known_models_have_the_figures_of_the_benchmarks_and_commands_that_run()
 def test_vit_tiny_knows_real_images(shared_data):
     if not (shared_data / "vit_tiny").is_dir():
         pytest.skip("no real ViT-Tiny")
-    values = yaml.safe_load((Path(__file__).parents[2] / "examples" / "vit_tiny.yaml").read_text())
+    values = yaml.safe_load((Path(__file__).parents[2] / "benchmarks/real/vit_tiny.yaml").read_text())
     images = {"root": str(shared_data / "imagenet_700/images"), "labels": str(shared_data / "imagenet_700/labels.tsv")}
     values["model"]["checkpoint"] = str(shared_data / "vit_tiny" / "model.safetensors")
     values["data"]["calibration"] |= images

@@ -8,16 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 import yaml
 
 import mlorq
+from flows.cli import main
 from mlorq.config.run import RunConfig
 from tests import zoo
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 YOURS = {"mask_rcnn_swin_tiny.pth"}  # files that a user has to bring
+FOLDERS = {"IMAGENET", "COCO", "ADE20K"}  # and folders, which examples/README.md explains
 FAMILIES = sorted((EXAMPLES / "families").glob("*.yaml"))  # hub names, and data that a user has to bring
 CONFIGURATIONS = [*sorted(EXAMPLES.rglob("*.yaml")), *sorted((ROOT / "benchmarks" / "real").glob("*.yaml"))]
 
@@ -26,10 +30,11 @@ def test_there_are_examples():
     assert {
         "demo.yaml",
         "minilm.yaml",
-        "minilm_sst2.yaml",
+        "sst2.yaml",
         "vit_tiny.yaml",
         "digits.yaml",
         "mask_rcnn_swin_tiny.yaml",
+        "minilm_sst2.yaml",
     } <= {path.name for path in CONFIGURATIONS}
 
 
@@ -51,6 +56,9 @@ def test_files_that_configurations_name_are_there(path):
     named += [config.model.checkpoint] if config.model.checkpoint else []
     for location in named:
         if "shared/data" in location:  # lies beside the repository, and not everywhere
+            assert path.parent.name == "real", "examples name no file that others do not have"
+            continue
+        if location.split("/")[0] in FOLDERS:
             continue
         if location in YOURS:
             assert "your own file" in path.read_text().replace("\n# ", " ")
@@ -59,6 +67,28 @@ def test_files_that_configurations_name_are_there(path):
     factories = [config.model.factory, *(name for source in sources for name in (source.factory, source.batches))]
     for module, _, function in (factory.partition(":") for factory in factories if factory):
         assert f"def {function}(" in (path.parent / f"{module}.py").read_text()
+
+
+def test_folders_that_users_bring_are_named_in_capitals_and_explained(tmp_path, capsys):
+    named = set()
+    for path in sorted(EXAMPLES.rglob("*.yaml")):
+        values = yaml.safe_load(path.read_text())
+        places = [str(source.get("root", "")).split("/") for source in values["data"].values()]
+        named |= {place[0] for place in places if len(place) > 1}
+    assert named == FOLDERS
+    readme = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{folder}`" in readme for folder in FOLDERS)
+    assert {f"families/{path.name}" for path in FAMILIES} <= set(re.findall(r"\]\((families/\S+)\)", readme))
+
+    # Without the folder, a run ends in one line that names it.
+    run = tmp_path / "run.yaml"
+    values = yaml.safe_load((EXAMPLES / "vit_tiny.yaml").read_text())
+    weights = timm.create_model(values["model"]["name"]).state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    values["model"] |= {"pretrained": False, "checkpoint": "weights.safetensors"}
+    run.write_text(yaml.safe_dump(values))
+    assert main(["compress", str(run), "--dry-run"]) == 2
+    assert "IMAGENET/train" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.fixture
