@@ -46,13 +46,8 @@ def test_sizes_and_times() -> None:
     assert [byte_size(n) for n in (None, 7, 1500, 4_022_694, 12_345_678_901)] == [
         "–", "7 bytes", "1.50 kB", "4.02 MB", "12.3 GB",
     ]  # fmt: skip
-    assert [duration(s) for s in (0.004, 0.4216, 12.3, 125, 3840)] == [
-        "0 s",
-        "0.42 s",
-        "12 s",
-        "2 min 5 s",
-        "1 h 4 min",
-    ]
+    times = {0.004: "0 s", 0.4216: "0.42 s", 12.3: "12 s", 125: "2 min 5 s", 3840: "1 h 4 min"}
+    assert {seconds: duration(seconds) for seconds in times} == times
     assert [cell(v) for v in (None, 1234, 0.8114159, True, "a")] == ["", "1,234", "0.8114", "yes", "a"]
 
 
