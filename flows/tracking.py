@@ -169,10 +169,10 @@ def to_mlflow(settings: MlflowConfig, run: Tracked) -> str:
     known = client.get_experiment_by_name(settings.experiment)
     experiment = client.create_experiment(settings.experiment, artifacts) if known is None else known.experiment_id
     # An entry of a run that was interrupted while it was logged does not count.
-    done: list[Any] = list(
-        client.search_runs([experiment], f"tags.`mlorq.run` = '{run.name}' and attributes.status = 'FINISHED'")
-    )
-    if not done:
+    done = client.search_runs([experiment], f"tags.`mlorq.run` = '{run.name}' and attributes.status = 'FINISHED'")
+    if done:
+        entry = done[0].info.run_id
+    else:
         entry = client.create_run(experiment, run_name=run.name, tags={"mlorq.run": run.name}).info.run_id
         try:
             _fill(client, entry, settings, run)
@@ -180,8 +180,7 @@ def to_mlflow(settings: MlflowConfig, run: Tracked) -> str:
             client.set_terminated(entry, "FAILED")
             raise
         client.set_terminated(entry)
-        done = [client.get_run(entry)]
-    return f"{hide_secrets(uri)} experiment {settings.experiment!r} run {done[0].info.run_id}"
+    return f"{hide_secrets(uri)} experiment {settings.experiment!r} run {entry}"
 
 
 def _fill(client: Any, entry: str, settings: MlflowConfig, run: Tracked) -> None:

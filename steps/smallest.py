@@ -252,7 +252,7 @@ class Bisection:
         assert self.bound is not None
         index = self.found
         rows = [
-            {"budget": str(one.budget), "run": result["run"], "bytes": result["bytes"], "value": one.value}
+            {"budget": one.budget.text, "run": result["run"], "bytes": result["bytes"], "value": one.value}
             | {"kept": one.is_kept}
             for one, result in zip(self.tried, results, strict=True)
         ]

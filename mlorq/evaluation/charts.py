@@ -199,8 +199,12 @@ def depth_chart(rows: Sequence[Mapping[str, Any]], depth: Mapping[str, float]) -
 
 
 def prediction_chart(results: Sequence[Mapping[str, Any]], highlight: str | None) -> str:
-    """Predicted cost against the measured output NMSE of runs; empty with less than two that have both."""
-    found = [result for result in results if result["predicted_cost"] > 0 and (result["nmse"] or 0) > 0]
+    """Predicted cost against the measured output NMSE of runs; empty with less than two that have both.
+
+    Without uniform runs: methods without a search predict nothing.
+    """
+    searched = [result for result in results if not is_uniform(result)]
+    found = [result for result in searched if result["predicted_cost"] > 0 and (result["nmse"] or 0) > 0]
     if len(found) < 2:
         return ""
     figure, axis = _figure()
@@ -222,7 +226,8 @@ def curve_charts(
 ) -> list[str]:
     """Metric, if there is one, and output NMSE of runs against their size.
 
-    Runs that give all layers the same form and bit-width are squares. Lines join the runs that are Pareto-optimal.
+    Runs that give all layers the same form and bit-width are squares. A line joins the runs that are Pareto-optimal in
+    output NMSE and size.
 
     Args:
         results: the runs' result objects, of one model and one evaluation set.
@@ -241,7 +246,8 @@ def curve_charts(
     charts = []
     for name, values in panels:
         figure, axis = _figure()
-        axis.plot(size[front] / scale, [values[place] for place in front], color=FAINT, linewidth=1, zorder=1)
+        if values is nmse:
+            axis.plot(size[front] / scale, [values[place] for place in front], color=FAINT, linewidth=1, zorder=1)
         for uniform, marker, label in ((False, "o", "mixed"), (True, "s", "uniform")):
             places = [i for i, one in enumerate(results) if is_uniform(one) == uniform]
             if places:

@@ -38,9 +38,9 @@ def byte_size(count: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``0.42 s``, ``12 s``, ``2 min 5 s`` or ``1 h 4 min``."""
+    """Seconds as ``0.42 s``, ``12 s``, ``2 min 5 s`` or ``1 h 4 min``; less than a hundredth as ``0 s``."""
     if seconds < 10:
-        return f"{number(seconds, 2)} s"
+        return f"{number(round(seconds, 2), 2)} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -5,6 +5,7 @@ Charts are SVG inside the page (``charts``). Nothing is loaded from elsewhere an
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from mlorq.forms.base import FORMS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 MOST_LEFT_FLOAT = 10  # weights that stay float on a page
 
@@ -261,8 +263,15 @@ def _templates() -> Environment:
     found = Environment(
         loader=PackageLoader("mlorq.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    found.filters |= {"number": number, "size": byte_size, "duration": duration, "cell": cell}
+    found.filters |= {"breaks": _breaks, "number": number, "size": byte_size, "duration": duration, "cell": cell}
     return found
+
+
+def _breaks(name: str) -> Markup:
+    """A dotted name that may be broken after its dots and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
 
 
 def _render(name: str, values: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import mlorq
+from mlorq.artifacts.store import Store
+from steps.artifacts import DEPTH
 
 WIDTH = 24
 FAST = {"hessian_samples": 64, "forms": ["Q"], "bits": [2, 3, 4]}
@@ -63,7 +65,7 @@ def test_samples_of_another_kind_are_reported():
 
 
 @pytest.mark.parametrize("preset", ["quick"])
-def test_without_moments_only_outputs_are_compared(preset):
+def test_without_moments_only_outputs_are_compared(preset, tmp_path):
     result = mlorq.compress(
         net(),
         list(inputs(64, 1).split(32)),
@@ -71,8 +73,15 @@ def test_without_moments_only_outputs_are_compared(preset):
         preset=preset,
         rounding="nearest",
         search={"samples": 16, "points": 2, "factor_bits": []},
+        store=f"file://{tmp_path}",
     )
     found = result.metrics["calibration"]
+    # The error of the last layer's output is that of the model, on the same samples.
+    store = Store(f"file://{tmp_path}")
+    depth = store.read_json(next(store.refs("calibration")), DEPTH)
+    assert list(depth) == ["0", "2"]
+    assert depth["2"] == pytest.approx(found["nmse"]["calibration"], rel=1e-5)
+    assert 0 < depth["0"] < 1
     assert found["layers"] == []
     assert found["few_samples"] is None
     assert found["gap"] > 0
