@@ -48,6 +48,7 @@ from tests.warm import Warm
 
 STEPS = 1 + 1 + 6 + 6 + 1 + 1 + 6 + 1 + 1 + 1 + 1
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+OF_A_RUN = ("search", "report")  # no artifacts of steps: the index of a search has paths, the page of a run times
 LAST_LINE = "mlorq: interrupted; run the same command again to resume"
 MARK = "MLORQ_TEST_KILLS"
 PLACES: dict[str, tuple[dict[str, Any], int]] = {  # changes of the configuration, and share of the kills
@@ -95,23 +96,23 @@ class Project:
         return ["compress", str(self.config), "--json", "--output", str(self.folder / "out")]
 
     def artifacts(self) -> dict[str, tuple[Any, str]]:
-        """Finished steps, with the time and the content of their manifests; the index of a search is not a step's."""
+        """Finished steps, with the time and the content of their manifests; those in ``OF_A_RUN`` are not a step's."""
         store = Store(self.url)
         found = {}
         for folder in folders(store):
-            if folder.is_artifact and folder.ref.step != "search":
+            if folder.is_artifact and folder.ref.step not in OF_A_RUN:
                 text = store.files.read(store.path(folder.ref, "manifest.json"))
                 modified = folder.files["manifest.json"].modified
                 found[f"{folder.ref.step}/{folder.ref.key}"] = (modified, digest_bytes(text))
         return found
 
     def contents(self) -> dict[str, str]:
-        """Digests of all files but manifests, which hold times, and indices of searches, which hold paths."""
+        """Digests of all files but manifests, which hold times, and those in ``OF_A_RUN``."""
         store = Store(self.url)
         found = {}
         for folder in folders(store):
             for name in folder.files:
-                if not folder.is_artifact or folder.ref.step == "search" or name == "manifest.json":
+                if not folder.is_artifact or folder.ref.step in OF_A_RUN or name == "manifest.json":
                     continue
                 if not TEMPORARY.fullmatch(name):  # of a writer that was killed; gc removes it
                     data = store.files.read(store.path(folder.ref, name))

@@ -40,12 +40,12 @@ def first_steps(config: RunConfig) -> tuple[StepSpec, StepSpec]:
 
 
 def files(store: Path) -> dict[str, bytes]:
-    """Every file of a store but the manifests, which hold times, and the indices of searches, which hold paths."""
+    """Every file of a store but manifests and pages of runs, which hold times, and indices of searches (paths)."""
     found = {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
     return {
         name: data
         for name, data in found.items()
-        if not name.endswith("manifest.json") and not name.startswith("search/")
+        if not name.endswith("manifest.json") and not name.startswith(("search/", "report/"))
     }
 
 
