@@ -29,6 +29,7 @@ COMMANDS = {
     ("docker/README.md", "mlorq compress"): "needs the S3 server of compose.yaml; tests/artifacts/test_object_store.py",
     ("docs/COMMAND_LINE.md", "mlorq sweep run.yaml --m"): "metrics of several tasks; tests/flows/test_sweep.py",
     ("docs/COMMAND_LINE.md", "mlorq completion"): "writes into the home folder; tests/flows/test_command_line.py",
+    ("docs/COMMAND_LINE.md", "mlorq notify"): "needs a server with a block; tests/flows/test_notify.py",
     ("docs/DEPLOY.md", "mlorq notify"): "needs a server with a block; tests/flows/test_notify.py",
     ("docs/KUBERNETES.md", "python add_gpus.py"): "needs a server's template; tests/flows/test_deployments.py",
     ("examples/README.md", "mlorq compress"): "needs ImageNet and the hub; as docs/tutorials/VIT.md, on made images",

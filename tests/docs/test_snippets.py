@@ -145,3 +145,12 @@ def test_files_that_pages_name_in_code_exist() -> None:
                 "".join(code),
             ):
                 assert (ROOT / file).is_file(), f"{page.relative_to(ROOT)}: {file}"
+
+
+def test_the_references_are_complete() -> None:
+    """Every key of a configuration's first level, and every command, is on its page."""
+    table = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs" / "CONFIGURATION.md").read_text(), re.MULTILINE)
+    assert {key for row in table for key in re.findall(r"`(\w+)", row)} == set(RunConfig.model_fields) - {"folder"}
+    shown = (ROOT / "docs" / "COMMAND_LINE.md").read_text()
+    missing = [name for name in COMMANDS.list_commands(click.Context(COMMANDS)) if f"mlorq {name}" not in shown]
+    assert not missing
