@@ -68,7 +68,9 @@ def template(model: str | None = None) -> str:
         lines.append(_line(RunConfig, name, None))
         # Not as single keys to uncomment: the section as a whole is null.
         lines += [f"#   {_line(section, key, value)}" for key, value in _all_defaults(section).items()]
-    lines += [_line(RunConfig, name, _default(RunConfig, name)) for name in ("export", "tracking", "store", "seed")]
+    lines += [
+        _line(RunConfig, name, _default(RunConfig, name)) for name in ("export", "goal", "tracking", "store", "seed")
+    ]
     lines += ["", *_section("engine", EngineConfig, _all_defaults(EngineConfig))]
     return "\n".join(lines) + "\n"
 

@@ -13,6 +13,7 @@ import pytest
 
 from flows.cli import main
 from flows.events import REBUDGET_REQUESTED, SEARCH_FINISHED, SearchWatch
+from flows.goal import RUN_FINISHED
 from flows.page import known_made, made_of
 from flows.run import prepare
 from flows.sweep import CURVE, LADDER, PAGE, POINTS, keep_curve, ladder, sweep_flow
@@ -101,8 +102,8 @@ def test_a_store_that_cannot_take_a_page_fails_nothing(
     assert "no page of tiny_project-5bit" in caplog.text
 
 
-def test_a_sweep_tells_no_event(swept: Swept) -> None:
-    assert swept.events == []
+def test_a_sweep_tells_that_it_has_finished_and_nothing_that_starts_runs(swept: Swept) -> None:
+    assert [name for name, _ in swept.events] == [RUN_FINISHED]
 
 
 def test_second_sweep_computes_nothing(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
