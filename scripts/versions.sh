@@ -32,6 +32,7 @@ git archive HEAD | tar -x -C "$folder"
 extras=$(sed -n 's/.*setup\.sh \(demo,dev[^ ]*\)$/\1/p' Makefile)
 cd "$folder"
 for name in ${KEEP:-}; do grep -E "^$name==" constraints.txt; done >kept.txt
+rm constraints.txt # its versions would be preferred
 # Without the lines of other packages' own lower bounds: those are the newest in both cases.
 "$tool/bin/uv" pip compile -q --resolution "$resolution" --python "$python" --no-annotate --no-header --no-emit-package mlorq -c kept.txt \
     $(printf -- '--extra %s ' ${extras//,/ }) pyproject.toml -o constraints.txt
