@@ -7,6 +7,7 @@ for each task, which loads them anew: Dask is the better choice there.
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -47,12 +48,11 @@ class RayPool:
         self._runner = RayTaskRunner(address=settings.address, init_kwargs=arguments | settings.arguments)
 
     def __enter__(self) -> RayPool:
-        import ray
-
+        ray: Any = import_module("ray")  # partly typed, and not installed everywhere
         try:
             self._runner.__enter__()
-            self._nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-            self._offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            self._nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._offered = ray.cluster_resources()
         except Exception as error:
             with suppress(Exception):
                 self._runner.__exit__(None, None, None)
@@ -100,8 +100,7 @@ class RayPool:
 
     def cancel(self, futures: list[PrefectFuture[Any]]) -> None:
         """Cancel the tasks that have not started."""
-        import ray
-
+        ray: Any = import_module("ray")
         for future in futures:
             with suppress(Exception):  # a cluster that has ended has nothing to cancel
                 ray.cancel(future.wrapped_future)  # type: ignore[attr-defined]
