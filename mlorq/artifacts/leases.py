@@ -48,7 +48,7 @@ class Holder:
     Attributes:
         name: the lease's file name.
         modified: time of its last renewal, as the store reports it; None if it reports none.
-        created: time at which it began, by the holder's clock; orders leases that began at once.
+        created: time at which it began, by the holder's clock.
         place: machine and process namespace, within which ``process`` means something.
         process: number and start of the process.
         what: what it does, for messages.
@@ -137,8 +137,6 @@ class Leases:
         now = next((holder.modified for holder in known if holder.name == own), None)
         now = now or datetime.datetime.now(datetime.UTC)
         alive = [holder for holder in known if holder.name == own or self._is_alive(holder, now)]
-        # By the time of writing: of two that begin at once, the one that the other sees is the older. Where the store
-        # counts in seconds, the holders' clocks and the names decide.
         return sorted(alive, key=lambda holder: (holder.modified or now, holder.created, holder.name))
 
     def _is_alive(self, holder: Holder, now: datetime.datetime) -> bool:
@@ -254,7 +252,9 @@ def running(leases: Leases, what: str) -> Iterator[None]:
 def once(leases: Leases, kind: str, what: str, find: Callable[[], T | None], make: Callable[[], T]) -> T:
     """What ``find`` returns, or else ``make``, unless another process is making it: then it is waited for.
 
-    Of several processes that begin at once, the one with the oldest lease makes it.
+    Who has written its lease and then sees no other one makes it. Two cannot both do so: the one that wrote later sees
+    the other's. Of several that see each other, the first by name keeps its lease and waits until it is alone, and the
+    others take theirs back. Times do not decide: that of a file is not when others could see it.
 
     Args:
         leases: of the store.
@@ -267,8 +267,7 @@ def once(leases: Leases, kind: str, what: str, find: Callable[[], T | None], mak
     while True:
         if not leases.holders(kind):
             with leases.hold(kind, what) as own:
-                first = leases.holders(kind, own)
-                if own is None or not first or first[0].name == own:
+                if own is None or _gets_alone(leases, kind, own):
                     found = find()  # it may have been finished between the caller's look and the lease
                     return make() if found is None else found
         elif not told:
@@ -278,6 +277,17 @@ def once(leases: Leases, kind: str, what: str, find: Callable[[], T | None], mak
         found = find()
         if found is not None:
             return found
+
+
+def _gets_alone(leases: Leases, kind: str, own: str) -> bool:
+    """Wait until no other process has a lease; False if one has that comes before this process's own by name."""
+    pause = PAUSE_SECONDS / 16  # others take their leases back at once; but one may be at work already
+    while others := {holder.name for holder in leases.holders(kind, own)} - {own}:
+        if min(others) < own:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, PAUSE_SECONDS)
+    return True
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,57 @@ def test_several_threads_make_it_once(store: Store) -> None:
     at_once(calls)
     assert made == [1]
     assert found == [1] * 4
+    assert not left(store)
+
+
+@pytest.mark.parametrize("name", ["0", "f"])  # before and after the name of the other lease
+def test_a_lease_that_is_seen_late_makes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It looked for others before there were any, and its file has the older time: as if renamed after a pause."""
+    store = Store(str(tmp_path / "store"))
+    made: list[str] = []
+    at_work, seen = threading.Event(), threading.Event()
+
+    def make_first() -> str:
+        at_work.set()
+        assert seen.wait(30)
+        time.sleep(0.2)
+        made.append("first")
+        return "first"
+
+    class Late(Leases):
+        looks = 0
+
+        def holders(self, kind: str, own: str | None = None) -> list[Any]:
+            self.looks += 1
+            if self.looks == 1:
+                return []
+            seen.set()
+            return super().holders(kind, own)
+
+        def _write(self, path: str, data: bytes) -> bool:
+            written = super()._write(path, data)
+            os.utime(path, (1, 1))
+            return written
+
+    def find() -> str | None:
+        return made[0] if made else None
+
+    names = iter(["8" * 32, name * 32, "9" * 32])
+    named = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=next(names)))
+    monkeypatch.setattr(leases, "uuid", named)
+    found: list[str] = []
+
+    def second() -> None:
+        assert at_work.wait(30)
+        late = Late(store.files, store.root)
+        found.append(once(late, "step/key", "it", find, lambda: made.append("second") or "second"))
+
+    first = Leases(store.files, store.root)
+    at_once([lambda: found.append(once(first, "step/key", "it", find, make_first)), second])
+    assert found == ["first", "first"]
+    assert made == ["first"]
     assert not left(store)
 
 
