@@ -71,6 +71,7 @@ class DeviceSlot:
                 self.close()
 
     def _take(self, check: Callable[[], None]) -> None:
+        told = False
         while True:
             held = _Held(name_of_limit(self._device))
             if held.error is None:
@@ -80,6 +81,9 @@ class DeviceSlot:
                 self._log.warning("no slot of %s could be taken, it is used without: %r", self._device, held.error)
                 return
             check()
+            if not told:
+                self._log.warning("waiting for %s, which other runs use (engine.device_slots)", self._device)
+                told = True
 
     def close(self) -> None:
         """Give the slot back."""

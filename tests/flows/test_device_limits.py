@@ -78,6 +78,17 @@ def test_a_waiting_step_ends_with_its_run(device: str, monkeypatch: pytest.Monke
     assert active_slots(device) == 0
 
 
+def test_a_waiting_run_says_so(device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(device_limits, "LOOK_SECONDS", 0.1)
+    others = DeviceSlot(device, 1, LOG)
+    with others.held(lambda: None):
+        pass
+    threading.Timer(1.0, others.close).start()
+    with device_slot(device):
+        pass
+    assert caplog.text.count(f"waiting for {device}, which other runs use") == 1
+
+
 def test_an_error_of_the_step_gives_the_slot_back(device: str) -> None:
     with pytest.raises(TimeoutError, match="of the step"), device_slot(device):
         raise TimeoutError("of the step")
