@@ -25,139 +25,69 @@
 #else
 #define INLINE static inline
 #endif
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+#define HAS_SHUFFLE 1
+#else
+#define HAS_SHUFFLE 0
+#endif
 
 #define ALIGNMENT 64 /* of the arrays: loads that straddle cache lines take twice as long */
+#define MOST_LANES 16
 
 typedef struct {
     int states; /* read at run time: with a constant, compilers unroll the loops over states badly */
     void *memory;
-    float *metric;    /* of every state */
-    float *survivor;  /* least metric of the states that share all but their oldest bits */
-    float *rotated;   /* the sequence and its weights around the edge */
-    uint8_t *back;    /* the oldest bits of the survivor, by step */
+    float *metric;   /* of every state */
+    float *sorted;   /* values of the states, in the order in which a step reads them */
+    float *survivor; /* least metric of the states that share all but their oldest bits */
+    float *next;     /* the same after the next step */
+    float *rotated;  /* the sequence and its weights around the edge */
+    uint8_t *back;   /* the oldest bits of the survivor, by step */
 } Workspace;
 
+typedef struct {
+    void (*encode)(const float *, const float *, int, int, const float *, int, uint16_t *, const Workspace *);
+    void (*sort)(const float *, int, float *);
+} Path;
+
+/* A compiler lowers vectors that are wider than those of the function's own target to scalars, so that every width has
+   functions of its own, inlined ones included. */
+#if defined(__x86_64__) && defined(__GNUC__)
 #define LANES 16
-typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define NAMED(name) name##_16
+#include "_viterbi_path.h"
+#undef LANES
+#undef TARGET
+#undef NAMED
+#define LANES 8
+#define TARGET __attribute__((target("avx2")))
+#define NAMED(name) name##_8
+#include "_viterbi_path.h"
+#undef LANES
+#undef TARGET
+#undef NAMED
+#endif
+#define LANES 4
+#define TARGET
+#define NAMED(name) name##_4
+#include "_viterbi_path.h"
 
-/* Path metrics are non-negative floats, which are ordered like their bit patterns. The low k bits of a survivor hold the
-   oldest bits j of its state. */
-INLINE void survive(const int32_t *restrict metric, int32_t *restrict survivor, uint8_t *restrict back, const int k,
-                    const int states)
+/* For vectors of this many floats; without functions if the processor has none of this width. */
+static Path path_of(const int lanes)
 {
-    const int many = 1 << k, count = states >> k;
-    const int32_t clear = -many;
-    for (int q = 0; q < count; q += LANES) {
-        lanes least = *(const lanes *)(metric + q) & clear;
-        for (int j = 1; j < many; j++) {
-            const lanes value = (*(const lanes *)(metric + (size_t)j * count + q) & clear) | j;
-            const lanes less = value < least;
-            least = (value & less) | (least & ~less);
-        }
-        *(lanes *)(survivor + q) = least;
-    }
-    for (int q = 0; q < count; q++)
-        back[q] = (uint8_t)(survivor[q] & (many - 1));
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (lanes == 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return (Path){encode_16, sort_16};
+    if (lanes == 8 && __builtin_cpu_supports("avx2"))
+        return (Path){encode_8, sort_8};
+#endif
+    return lanes == 4 ? (Path){encode_4, sort_4} : (Path){NULL, NULL};
 }
 
-INLINE void renormalise(float *restrict survivor, const int count)
-{
-    float least = survivor[0];
-    for (int q = 1; q < count; q++)
-        least = survivor[q] < least ? survivor[q] : least;
-    for (int q = 0; q < count; q++)
-        survivor[q] = survivor[q] - least;
-}
-
-INLINE void extend(const float *restrict survivor, float *restrict metric, const float *restrict table, float x, float w,
-                   const int k, const int states)
-{
-    const int many = 1 << k, count = states >> k;
-    if (k >= 4) { /* sixteen states share a survivor */
-        for (int s = 0; s < states; s += LANES) {
-            const floats error = x - *(const floats *)(table + s);
-            *(floats *)(metric + s) = survivor[s >> k] + w * error * error;
-        }
-        return;
-    }
-    if (k == 1) {
-        for (int q = 0; q < count; q++) {
-            const float even = x - table[2 * q], odd = x - table[2 * q + 1];
-            metric[2 * q] = survivor[q] + w * even * even;
-            metric[2 * q + 1] = survivor[q] + w * odd * odd;
-        }
-        return;
-    }
-    for (int q = 0; q < count; q += 16 >> k) { /* sixteen states at a time */
-        float from[16];
-        for (int i = 0; i < 16; i++)
-            from[i] = survivor[q + (i >> k)];
-        for (int i = 0; i < 16; i++) {
-            const float error = x - table[q * many + i];
-            metric[q * many + i] = from[i] + w * error * error;
-        }
-    }
-}
-
-/* The states of the best path; edge: the low bits that the state before the first step and the last state share, or -1. */
-INLINE void best_path(const float *x, const float *w, int steps, int edge, const float *table, const int k,
-                      uint16_t *states, Workspace *space)
-{
-    const int count = space->states >> k;
-    float *metric = space->metric, *survivor = space->survivor;
-    for (int q = 0; q < count; q++)
-        survivor[q] = edge < 0 || q == edge ? 0.f : UNREACHABLE;
-    for (int t = 0; t < steps; t++) {
-        if (t)
-            survive((const int32_t *)metric, (int32_t *)survivor, space->back + (size_t)t * count, k, space->states);
-        if (t % RENORMALISE == RENORMALISE - 1)
-            renormalise(survivor, count);
-        extend(survivor, metric, table, x[t], w[t], k, space->states);
-    }
-    int best = edge < 0 ? 0 : edge;
-    const int stride = edge < 0 ? 1 : count;
-    for (int s = best + stride; s < space->states; s += stride)
-        if (metric[s] < metric[best])
-            best = s;
-    for (int t = steps - 1; t >= 0; t--) {
-        states[t] = (uint16_t)best;
-        if (t)
-            best = (int)space->back[(size_t)t * count + (best >> k)] * count + (best >> k);
-    }
-}
-
-/* edge: the bits that the ends of the cycle share, or -1: found by a pass around it. */
-INLINE void bite_tail(const float *x, const float *w, int rows, int edge, const float *table, const int k,
-                      uint16_t *states, Workspace *space)
-{
-    if (edge >= 0) {
-        best_path(x, w, rows, edge, table, k, states, space);
-        return;
-    }
-    const int half = rows / 2 < WINDOW ? rows / 2 : WINDOW;
-    float *around = space->rotated, *weights = space->rotated + 2 * half;
-    for (int t = 0; t < 2 * half; t++) {
-        const int from = t < half ? rows - half + t : t - half;
-        around[t] = x[from];
-        weights[t] = w[from];
-    }
-    best_path(around, weights, 2 * half, -1, table, k, states, space);
-    best_path(x, w, rows, states[half - 1] & ((STATES >> k) - 1), table, k, states, space);
-}
-
-FOR_EACH_CPU static void encode(const float *x, const float *w, int rows, int edge, const float *table, int k,
-                                uint16_t *states, Workspace *space)
-{
-    switch (k) {
-    case 1: bite_tail(x, w, rows, edge, table, 1, states, space); break;
-    case 2: bite_tail(x, w, rows, edge, table, 2, states, space); break;
-    case 3: bite_tail(x, w, rows, edge, table, 3, states, space); break;
-    case 4: bite_tail(x, w, rows, edge, table, 4, states, space); break;
-    case 5: bite_tail(x, w, rows, edge, table, 5, states, space); break;
-    default: bite_tail(x, w, rows, edge, table, 6, states, space);
-    }
-}
+static Path path; /* for the widest vectors of this processor */
 
 /* later -= share * error (sign -1) or later += share * error (sign 1), for the columns after `column` of a block */
 FOR_EACH_CPU static void spread(float *values, const float *shares, const float *error, int column, int columns, int rows,
@@ -174,15 +104,17 @@ FOR_EACH_CPU static void spread(float *values, const float *shares, const float 
 static int allocate(Workspace *space, int rows, int k)
 {
     const size_t window = 4 * WINDOW;
-    const size_t floats = STATES + STATES / 2 + window;
+    const size_t floats = 2 * STATES + 2 * (STATES / 2 + MOST_LANES) + window;
     const size_t steps = rows > 2 * WINDOW ? rows : 2 * WINDOW;
     space->memory = malloc(floats * sizeof(float) + steps * (STATES >> k) + ALIGNMENT);
     if (space->memory == NULL)
         return 0;
     space->metric = (float *)(((uintptr_t)space->memory + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     space->states = STATES;
-    space->survivor = space->metric + STATES;
-    space->rotated = space->survivor + STATES / 2;
+    space->sorted = space->metric + STATES;
+    space->survivor = space->sorted + STATES;
+    space->next = space->survivor + STATES / 2 + MOST_LANES;
+    space->rotated = space->next + STATES / 2 + MOST_LANES;
     space->back = (uint8_t *)(space->rotated + window);
     return 1;
 }
@@ -235,13 +167,14 @@ static PyObject *round_block(PyObject *module, PyObject *arguments)
     int done = 0;
     Py_BEGIN_ALLOW_THREADS
     if (allocate(&space, rows, block.k)) {
+        path.sort(table, block.k, space.sorted);
         for (int c = 0; c < columns; c++) {
             const size_t at = (size_t)c * rows;
             float *own = (float *)block.values.buf + at, *coded = (float *)block.coded.buf + at;
             float *error = (float *)block.errors.buf + at;
             uint16_t *states = (uint16_t *)block.states.buf + at;
             const float pivot = shares[(size_t)c * columns + c];
-            encode(own, weights, rows, -1, table, block.k, states, &space);
+            path.encode(own, weights, rows, -1, table, block.k, states, &space);
             for (int r = 0; r < rows; r++) {
                 coded[r] = table[states[r]];
                 error[r] = (own[r] - coded[r]) / pivot;
@@ -271,6 +204,7 @@ static PyObject *descend_block(PyObject *module, PyObject *arguments)
     Py_BEGIN_ALLOW_THREADS
     target = malloc(rows * sizeof(float));
     if (target != NULL && allocate(&space, rows, block.k)) {
+        path.sort(table, block.k, space.sorted);
         for (int c = 0; c < columns; c++) {
             const size_t at = (size_t)c * rows;
             float *slope = (float *)block.values.buf + at, *coded = (float *)block.coded.buf + at;
@@ -280,7 +214,7 @@ static PyObject *descend_block(PyObject *module, PyObject *arguments)
             for (int r = 0; r < rows; r++)
                 target[r] = coded[r] - slope[r] / diagonal;
             const int edge = states[rows - 1] & ((STATES >> block.k) - 1);
-            encode(target, weights, rows, edge, table, block.k, states, &space);
+            path.encode(target, weights, rows, edge, table, block.k, states, &space);
             for (int r = 0; r < rows; r++) {
                 const float found = table[states[r]];
                 move[r] = found - coded[r];
@@ -299,9 +233,23 @@ static PyObject *descend_block(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+static PyObject *use_lanes(PyObject *module, PyObject *lanes)
+{
+    const Path found = path_of((int)PyLong_AsLong(lanes));
+    if (PyErr_Occurred())
+        return NULL;
+    if (found.encode == NULL) {
+        PyErr_SetString(PyExc_ValueError, "this processor has no vectors of this width");
+        return NULL;
+    }
+    path = found;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"round_block", round_block, METH_VARARGS, "See mlorq.fitting.viterbi.round_block."},
     {"descend_block", descend_block, METH_VARARGS, "See mlorq.fitting.viterbi.descend_block."},
+    {"use_lanes", use_lanes, METH_O, "Use vectors of 4, 8 or 16 floats from now on; by default the widest possible."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -309,5 +257,7 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_viterbi", NULL,
 
 PyMODINIT_FUNC PyInit__viterbi(void)
 {
+    for (int lanes = MOST_LANES; path.encode == NULL; lanes /= 2)
+        path = path_of(lanes);
     return PyModule_Create(&definition);
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -42,9 +44,25 @@ def valid(states: np.ndarray, bits: int) -> bool:
     return bool(np.all(states >> bits == before & ((STATES >> bits) - 1)))
 
 
+@pytest.fixture
+def lanes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The compiled loops with vectors of so many floats."""
+    compiled = importlib.import_module("mlorq.fitting._viterbi")
+    try:
+        compiled.use_lanes(request.param)
+    except ValueError:
+        pytest.skip("this processor has no vectors of this width")
+    yield
+    for width in (4, 8, 16):  # back to the widest
+        with contextlib.suppress(ValueError):
+            compiled.use_lanes(width)
+
+
 @needs_compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16], indirect=True)
 @pytest.mark.parametrize("bits", range(1, MOST_BITS + 1))
 @pytest.mark.parametrize("rows", [12, 45, 150])
+@pytest.mark.usefixtures("lanes")
 def test_compiled_loops_give_the_codes_of_numpy(bits: int, rows: int) -> None:
     rng = np.random.default_rng(rows + bits)
     values = rng.standard_normal((4, rows)).astype(np.float32)
