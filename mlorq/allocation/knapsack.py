@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 BISECTIONS = 60  # of λ: as many as a double has bits to decide
+MOST_CHANGES = 400  # of single layers that are tried in pairs
 MOST_PARTIAL = 2_000_000  # partial allocations at once, about 100 MB; a solver is faster then
 ROUNDING = 1e-11  # relative error of bounds, which are sums of floats
 
@@ -38,7 +39,7 @@ def least_value(values: Sequence[Floats], sizes: Sequence[Integers], budget: int
     """
     value, size = _padded(values, np.inf), _padded([own.astype(np.float64) for own in sizes], 0.0)
     bound, price, picked = _relaxed(value, size, budget)
-    picked = _improved(value, size, budget, picked)
+    picked = _improved(value, size, budget, picked, price, bound)
     rows = np.arange(len(value))
     upper = float(value[rows, picked].sum())
     upper += ROUNDING * (abs(upper) + price * budget)
@@ -89,18 +90,31 @@ def _relaxed(value: Floats, size: Floats, budget: int) -> tuple[float, float, In
     return *best, picked
 
 
-def _improved(value: Floats, size: Floats, budget: int, picked: Integers) -> Integers:
-    """A feasible allocation after the best changes of single layers, as long as one fits and lowers the value."""
+def _improved(value: Floats, size: Floats, budget: int, picked: Integers, price: float, bound: float) -> Integers:
+    """A feasible allocation after changes of one layer or of two at once, the best one first, as long as any helps.
+
+    Only changes to candidates that a better allocation can have are tried: of small reduced cost at the price of the
+    bound. Most of what single changes leave is mended by pairs, one layer larger and one smaller.
+    """
     rows, picked = np.arange(len(value)), picked.copy()
+    reduced = value + price * size
+    reduced -= reduced.min(axis=1, keepdims=True)
     while True:
-        left = budget - size[rows, picked].sum()
-        lower = value - value[rows, picked][:, None]
-        fits = size - size[rows, picked][:, None] <= left
-        change = np.where(fits, lower, 0.0)
-        layer, place = np.unravel_index(change.argmin(), change.shape)
-        if not change[layer, place] < 0:
+        room = value[rows, picked].sum() - bound
+        layer, place = np.nonzero(reduced <= room)
+        nearest = np.argsort(reduced[layer, place], kind="stable")[:MOST_CHANGES]
+        layer, place = layer[nearest], place[nearest]
+        lower = np.append(value[layer, place] - value[layer, picked[layer]], 0.0)  # the last change is none
+        larger = np.append(size[layer, place] - size[layer, picked[layer]], 0.0)
+        possible = larger[:, None] + larger <= budget - size[rows, picked].sum()
+        possible[:-1, :-1] &= layer[:, None] != layer
+        change = np.where(possible, lower[:, None] + lower, 0.0)
+        pair = np.unravel_index(change.argmin(), change.shape)
+        if not change[pair] < 0:
             return picked
-        picked[layer] = place
+        for one in pair:
+            if one < len(layer):
+                picked[layer[one]] = place[one]
 
 
 def _merged(
