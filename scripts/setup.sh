@@ -23,7 +23,7 @@ die() {
 # Hash of the inputs of the environment, including its path, since an environment cannot be moved.
 fingerprint() {
     { printf '%s\n' "$root"; cat pyproject.toml constraints.txt scripts/setup.sh scripts/torchvision_cpu_stub.c \
-        mlorq/fitting/_viterbi.c mlorq/fitting/_viterbi_path.h; } | cksum
+        mlorq/fitting/_*.c mlorq/fitting/_*.h; } | cksum
 }
 
 # Comma-separated lists in, their sorted union out.

@@ -186,4 +186,4 @@ def joined(
     return list(space.choices), space.rows
 
 
-STEP = Step("allocate", 1, Params, Inputs, run)
+STEP = Step("allocate", 2, Params, Inputs, run)

@@ -110,4 +110,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     return {"candidates.parquet": table_bytes(table)}
 
 
-STEP = Step("candidates", 7, Params, Inputs, run)
+STEP = Step("candidates", 8, Params, Inputs, run)

@@ -136,4 +136,4 @@ def trained_files(result: Trained, previous: ArtifactRef) -> dict[str, bytes]:
     return files
 
 
-STEP = Step("reconstruct", 5, Params, TrainingInputs, run)
+STEP = Step("reconstruct", 6, Params, TrainingInputs, run)

@@ -129,4 +129,4 @@ def own_bias(module: nn.Module, layer: Layer) -> Tensor | None:
     return bias.detach().float() if isinstance(bias, Tensor) and own else None
 
 
-STEP = Step("round", 7, Params, Inputs, run)
+STEP = Step("round", 8, Params, Inputs, run)

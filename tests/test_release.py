@@ -101,11 +101,12 @@ def test_distributions_hold_the_package_alone(built: Path) -> None:
         if "__pycache__" not in path.parts and path.suffix in {".py", ".typed", ".yaml", ".html", ".npy"}
     }
     assert wanted <= set(names)
-    assert any(name.startswith("mlorq/fitting/_viterbi") and name.endswith(".so") for name in names)
+    for loops in ("_viterbi", "_columns"):
+        assert any(name.startswith(f"mlorq/fitting/{loops}.") and name.endswith(".so") for name in names)
     with tarfile.open(sdist) as archive:
         inside = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "NOTICE.md"} <= inside
-    assert {"mlorq/fitting/_viterbi.c", "mlorq/fitting/_viterbi_path.h"} <= inside
+    assert {f"mlorq/fitting/{name}" for name in ("_viterbi.c", "_viterbi_path.h", "_columns.c")} <= inside
 
 
 @pytest.mark.long

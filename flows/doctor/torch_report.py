@@ -48,12 +48,13 @@ def report() -> list[Row]:
 
 
 def compiled_row() -> Row:
-    """The compiled loops of trellis codes, compared with those in NumPy."""
+    """The compiled loops: those of trellis codes are compared with NumPy's."""
     from mlorq.fitting.viterbi import compiled_is_right
 
     name, slow = "kernels of the CPU", "trellis codes take some forty times longer"
     try:
-        import_module("mlorq.fitting._viterbi")
+        for loops in ("_viterbi", "_columns"):
+            import_module(f"mlorq.fitting.{loops}")
     except ImportError:
         return Row(name, "missing", f"not compiled: {slow}", "install a C compiler, and then mlorq again")
     if compiled_is_right(BITS):

@@ -4,7 +4,9 @@ For rows w with one scale per row and one H, both reduce ``(ŵ - w) H (ŵ - w)�
 rounds the columns in turn and compensates the error of each in the columns not yet rounded. Coordinate descent then
 sweeps the columns: each code is set to its optimum given all the others, so the error never rises.
 
-Both work on transposed matrices, so that a column of many rows is contiguous in memory.
+Both work on transposed matrices, so that a column of many rows is contiguous in memory. Blocks of columns are compiled
+loops (``_columns.c``), Triton kernels on CUDA (``gptq_kernels``), or the functions of this file, one operation of torch
+a column, where there is neither. They round differently in the last digit, and so may take another code at a tie.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -148,11 +150,34 @@ def descend_block(
 
 
 def _block_functions(values: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
-    """``gptq_block`` and ``descend_block`` for the values' device: Triton kernels if available."""
-    if not has_kernels(values.device):
-        return gptq_block, descend_block
-    kernels = importlib.import_module("mlorq.fitting.gptq_kernels")
-    return kernels.gptq_block, kernels.descend_block
+    """``gptq_block`` and ``descend_block`` for the values' device: Triton kernels or compiled loops if available."""
+    if has_kernels(values.device):
+        kernels = importlib.import_module("mlorq.fitting.gptq_kernels")
+        return kernels.gptq_block, kernels.descend_block
+    compiled = _compiled() if values.device.type == "cpu" else None
+    return compiled or (gptq_block, descend_block)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """The compiled loops, for tensors; None where the package was installed without them."""
+    try:
+        module = importlib.import_module("mlorq.fitting._columns")
+    except ImportError:
+        return None
+    return _with_arrays(module.gptq_block), _with_arrays(module.descend_block)
+
+
+def _with_arrays(block: Callable[..., None]) -> Callable[..., None]:
+    """A compiled loop, which takes arrays, as a function of tensors."""
+
+    def on_tensors(
+        values: Tensor, matrix: Tensor, scale: Tensor, zero: Tensor, top: int, codes: Tensor, results: Tensor
+    ) -> None:
+        read = [one.detach().contiguous().numpy() for one in (values, matrix, scale, zero)]
+        block(*read, top, codes.numpy(), results.numpy())
+
+    return on_tensors
 
 
 def refit_scale(
