@@ -28,6 +28,7 @@ from mlorq.rounding.output_error import output_error
 from mlorq.rounding.paired_forward import InputMoments
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # values of λ over the mean diagonal of Σ̃
+JUDGING_ROWS = 128  # at most, of a layer's rows, that choose λ
 FAR = 1.25  # a closed form with more than this times the error of nearest rounding is not used
 DAMPINGS = (0.0, 1e-6, 1e-5, 1e-4)  # added to the diagonal of centred Σ̃, over the mean diagonal of Σ̃
 
@@ -96,7 +97,8 @@ def _damped(moments: InputMoments, amount: float) -> InputMoments:
 def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     """``W* = W + W C (Σ̃ + λI)⁻¹``, float64, with λ chosen by two-fold cross-validation of the output error.
 
-    W itself if no λ reduces the error, or without two folds.
+    W itself if no λ reduces the error, or without two folds. Of large layers, every so many rows are judged: λ is one
+    number for all of them, and trying it on all would cost more than all the rest of rounding.
 
     Args:
         weight: W, ``(out_features, in_features)``.
@@ -106,7 +108,8 @@ def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     level = float(moments.compressed.diagonal().mean())
     if len(moments.folds) < 2 or level <= 0:
         return w
-    crosses = [w @ fold.drift_cross for fold in moments.folds]  # W C
+    judging = w[:: -(-len(w) // JUDGING_ROWS)]
+    crosses = [judging @ fold.drift_cross for fold in moments.folds]  # W C
     (first, second), (own, other) = moments.folds, crosses
     best, least = 0.0, 0.0
     for ridge in RIDGES:
