@@ -216,10 +216,10 @@ def test_an_address_where_nobody_is_fails_soon_and_can_pass(server: S3Server) ->
 def test_a_store_that_is_down_for_a_while_is_waited_for(server: S3Server, url: str) -> None:
     store = Store(url)
     ref = store.write("step", KEY, {"a": b"1"})
-    with server.down_for(3):
+    with server.down_for(1.5):
         assert Store(url).fs is not None
         assert with_retries(lambda: store.read_bytes(ref, "a")) == b"1"
-    with server.down_for(3):
+    with server.down_for(1.5):
         store.write("step", KEY[::-1], {"a": b"1"})
     assert Store(url).exists(ArtifactRef("step", KEY[::-1]))
 
@@ -299,7 +299,7 @@ def test_a_run_gets_over_a_store_that_is_down(step: str, server: S3Server, url: 
         outcomes.append(outcome)
         if outcome.ref.step == step and not timers:
             server.cut()
-            timers.append(threading.Timer(4, server.mend))
+            timers.append(threading.Timer(2, server.mend))
             timers[0].start()
 
     run_pipeline(session, InProcess(session, record=fault), config.budgets)
