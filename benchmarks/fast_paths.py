@@ -11,13 +11,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import timm
 import torch
 from torch import nn
 
+from mlorq.calibration.covariance import shrink
 from mlorq.calibration.label_free_hessian import add_squared_gradients
+from mlorq.fitting import gptq as rounding_of_rows
+from mlorq.fitting.gptq import RowHessian, descend, gptq
 from mlorq.fitting.hessian_fit import HessianFit, gram_costs
 from mlorq.fitting.scale_search import range_quantizer
 from mlorq.fitting.settings import FitSettings
@@ -146,6 +150,24 @@ def suffix_forward(samples: int = 8) -> tuple[float, float, str]:
     return fast, 12 * seconds(lambda: segments.outputs(batch), 3), ""
 
 
+def columns_of(fit: HessianFit, sweep: bool) -> tuple[float, float, str]:
+    """GPTQ, or a sweep of coordinate descent, of 3-bit codes: columns in compiled loops, or an operation each."""
+    columns = fit.weight.shape[1]
+    x = torch.randn(2 * columns, columns)
+    hessian, quantizer = RowHessian(shrink(x.T @ x / len(x), len(x))), fit.weight_quantizer(3)
+    codes = gptq(fit.weight, hessian, quantizer)
+
+    def run() -> None:
+        if sweep:
+            descend(fit.weight, hessian, quantizer, codes)
+        else:
+            gptq(fit.weight, hessian, quantizer)
+
+    fast = seconds(run, 3)
+    with patch.object(rounding_of_rows, "_compiled", lambda: None):
+        return fast, seconds(run, 3), "factors of Σ not included"
+
+
 def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser()
@@ -157,6 +179,7 @@ def main() -> None:
     weight = torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS**0.5
     hessian = torch.rand(ROWS, COLUMNS, generator=generator) ** 4
     fit = HessianFit(weight, hessian, FitSettings())
+    small = HessianFit(weight[:384, :384].contiguous(), hessian[:384, :384].contiguous(), FitSettings())
     print(f"torch {torch.__version__}, numpy {np.__version__}, {arguments.threads} threads\n")
     print("| computation | fast, s | straightforward, s | ratio | note |")
     print("|---|---|---|---|---|")
@@ -166,10 +189,14 @@ def main() -> None:
         ("weighted SVD", factorisation(fit)),
         ("one Hessian probe, 32 samples", hessian_probe()),
         ("50 LRA iterations, rank 192", lra_iterations(fit)),
+        ("GPTQ, 3 bits", columns_of(fit, sweep=False)),
+        ("a sweep of coordinate descent", columns_of(fit, sweep=True)),
+        ("GPTQ, 3 bits, 384 × 384", columns_of(small, sweep=False)),
+        ("a sweep of coordinate descent, 384 × 384", columns_of(small, sweep=True)),
         ("outputs for a change in each block of ViT-Tiny", suffix_forward()),
     ):
         fast, slow, note = result
-        print(f"| {name} | {fast:.3f} | {slow:.2f} | {slow / fast:.1f} | {note} |", flush=True)
+        print(f"| {name} | {fast:.4f} | {slow:.3f} | {slow / fast:.1f} | {note} |", flush=True)
 
 
 if __name__ == "__main__":
