@@ -344,7 +344,9 @@ def _graph(folder: Path, module: nn.Module, batch: Batch) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             instance = _float_instance(folder / "out", module)
-            given = {"example": batch} | ({} if instance is None else {"model": instance})
+            given: dict[str, Any] = {"example": batch} | ({} if instance is None else {"model": instance})
+            if hasattr(module, "roi_heads"):  # as FAMILIES["detection"] does: proposals differ in number
+                given |= {"part": "backbone", "example": batch["pixel_values"]}
             files = mlorq.export(str(folder / "out"), str(folder / "model.onnx"), **given)
     except MlorqError as error:
         return one_line(error)[:160]
