@@ -45,7 +45,7 @@ def timed(command: list[str], folder: str) -> tuple[float, float, dict[str, obje
     seconds = time.monotonic() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return cpu, seconds, json.loads(done.stdout.splitlines()[-1])
+    return cpu, seconds, json.loads(done.stdout)
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/stages.py examples/minilm.yaml --set preset=fast
 
-GFLOP are those of torch's matrix products, attention, convolutions and factorisations in the steps' own thread; loops of
-trellis codes and what their threads multiply are not among them. "GEMM": the time that these operations would take at
-the rate of a product of 1024 × 1024 matrices on this machine, float32 and float64 each, over the stage's CPU-seconds: what
-a stage could be made of, if nothing else cost anything. Every run has a store of its own. ``PYTHONPATH`` may point to
-another state of the software.
+GFLOP are those of torch's matrix products, attention, convolutions and factorisations in the steps' own thread; loops
+of trellis codes and what their threads multiply are not among them. "GEMM": the time that these operations would take
+at the rate of a product of 1024 × 1024 matrices on this machine, float32 and float64 each, over the stage's
+CPU-seconds: what a stage could be made of, if nothing else cost anything. Every run has a store of its own.
+``PYTHONPATH`` may point to another state of the software.
 """
 
 from __future__ import annotations
