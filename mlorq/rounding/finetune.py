@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.paired_forward import token_weights
 from mlorq.rounding.reconstruction import first_tensor, weighted_square
 from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, train
+
+KEPT_BYTES = 2**30  # of the float model's outputs that tuning keeps
 
 
 def tune(
@@ -89,13 +91,26 @@ def tune(
     return replace(result, rest={**given, **result.rest})
 
 
+class _Wanted(NamedTuple):
+    """What the float model returns for one batch: f(x), and the outputs of its blocks by name."""
+
+    output: Tensor
+    blocks: dict[str, Tensor]
+
+
 class _Objective:
-    """NMSE of the output plus the mean relative squared error of the blocks' outputs, for one batch."""
+    """NMSE of the output plus the mean relative squared error of the blocks' outputs, for one batch.
+
+    What the float model returns for a batch is kept for its later steps, up to ``KEPT_BYTES`` in all. Batches have to
+    outlive the objective, since they are known by their identity.
+    """
 
     def __init__(self, model: FloatModel, module: nn.Module, blocks: Sequence[str]) -> None:
         self.model = model
         self.module = module
         self.blocks = list(blocks)
+        self._kept: dict[int, _Wanted] = {}
+        self._free = KEPT_BYTES
 
     def of_all(self, samples: Sequence[tuple[Any, Importance]]) -> float:
         """Mean loss of many batches."""
@@ -103,8 +118,7 @@ class _Objective:
 
     def __call__(self, samples: tuple[Any, Importance]) -> Tensor:
         batch, importance = samples
-        with torch.no_grad(), _outputs_of(self.model.module, self.blocks) as wanted:
-            reference = self.model.outputs(self.model.module, batch)
+        reference, wanted = self._kept.get(id(samples)) or self._of_float_model(samples)
         with _outputs_of(self.module, self.blocks) as found:
             output = self.model.outputs(self.module, batch)
         loss = _relative(output - reference, reference, None)
@@ -114,6 +128,15 @@ class _Objective:
             weights = token_weights(target, counting(mask, target), importance.get(name))
             errors.append(_relative(found[name] - target, target, weights))
         return loss + sum(errors, torch.zeros_like(loss)) / max(1, len(errors))
+
+    def _of_float_model(self, samples: tuple[Any, Importance]) -> _Wanted:
+        with torch.no_grad(), _outputs_of(self.model.module, self.blocks) as wanted:
+            found = _Wanted(self.model.outputs(self.model.module, samples[0]), wanted)
+        size = sum(value.nbytes for value in (found.output, *found.blocks.values()))
+        if size <= self._free:
+            self._free -= size
+            self._kept[id(samples)] = found
+        return found
 
 
 def _relative(error: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:

@@ -168,6 +168,7 @@ class _Objective:
     def __init__(self, paired: PairedForward, block: int) -> None:
         self.paired = paired
         self.block = block
+        self._powers: dict[int, float] = {}  # by the identity of the target, which outlives the objective
 
     def __call__(self, call: BlockCall) -> Tensor:
         return self._error(call) / self.power(call)
@@ -184,7 +185,14 @@ class _Objective:
         return weighted_square(first_tensor(output).float() - call.target, call.weights).sum()
 
     def power(self, call: BlockCall) -> float:
-        """Weighted sum of squares of the target."""
+        """Weighted sum of squares of the target; computed once."""
+        known = id(call.target)
+        if known not in self._powers:
+            self._powers[known] = self._power(call)
+        return self._powers[known]
+
+    @staticmethod
+    def _power(call: BlockCall) -> float:
         aim = weighted_square(call.target, call.weights) if call.outputs is None else call.outputs.square()
         return max(float(aim.double().sum()), torch.finfo(torch.float32).tiny)
 

@@ -12,6 +12,7 @@ from mlorq.forms.base import Candidate
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
 from mlorq.models.layers import find_layers, weight_matrix
+from mlorq.rounding import finetune
 from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.finetune import tune
 from tests.layers import hessian_fit, stored
@@ -87,3 +88,23 @@ def test_modules_that_share_a_weight_are_tuned_as_one(seed):
     result = tune(model, found.blocks, pairs, batches, TuningSettings(tuning=100), seed=seed)
     assert error_of(model, result.layers, batches) < before
     assert model.module.first.weight is model.module.second.weight
+
+
+def test_the_float_model_runs_once_a_batch_and_nothing_changes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = token_net(0)
+    batches = [images(4, index) for index in range(6)]
+    found, pairs = realised(model, batches[0])
+    passes: list[None] = []
+    model.module.register_forward_pre_hook(lambda *_: passes.append(None))
+
+    def run() -> tuple[list[CompressedLayer], int]:
+        passes.clear()
+        layers = tune(model, found.blocks, pairs, batches, TuningSettings(tuning=12), seed=3).layers
+        return layers, len(passes)
+
+    kept, few = run()
+    monkeypatch.setattr(finetune, "KEPT_BYTES", 0)
+    computed, many = run()
+    assert many - few >= 12 + 5 * 2 - 6  # the steps' and the checks' batches, less one pass each
+    for one, other in zip(kept, computed, strict=True):
+        assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
