@@ -10,8 +10,9 @@ help: ## list the targets
 demo: setup-demo ## compress a small sentence encoder on this machine
 	$(BIN)/mlorq compress examples/demo.yaml
 
-test: check ## what CI runs: check, then the tests that are not marked long, a process per core
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A process more than cores: tests wait for servers, processes and disks for a seventh of their time.
+test: check ## what CI runs: check, then the tests that are not marked long
+	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 4 --dist loadfile
 
 test-long: setup-long ## only the tests marked long
 	$(BIN)/python -m pytest -m long
