@@ -8,7 +8,8 @@ local cost between their two measured neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.schemas import SENSITIVITY
+from mlorq.calibration.label_free_hessian import Call, recorded_calls
 from mlorq.costs.local import spread
 from mlorq.costs.output_cost import CostName, OutputCost
 from mlorq.fitting.base import LayerFit
@@ -60,24 +62,41 @@ class LayerProbe:
         labels: Sequence[Tensor] | None = None,
     ) -> None:
         self.model = model
+        self.record = layer
         self.layer = model.module.get_submodule(layer.name)
         self.original = matrix_of(self.layer).clone()
         self.segments = Segments(model, model.module, blocks)
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
         self.start = layer.block
         self.carries = [self.segments.advance(batch, 0, None, self.start) for batch in self.batches]
-        if self.start and not self._is_a_chain():
+        if self.start and not self._is_a_chain(blocks):
             self.start = 0
             self.carries = [None] * len(self.batches)
-        self.references = [
-            self.segments.outputs(batch, self.start, carry)
-            for batch, carry in zip(self.batches, self.carries, strict=True)
-        ]
-        self._output_cost = OutputCost(cost, self.references, labels)
+        self.cost_name = cost
+        self._labels = labels
+        self._known: list[Tensor] | None = None
 
-    def _is_a_chain(self) -> bool:
-        full = self.segments.outputs(self.batches[0])
-        return enters_cleanly(self.segments, self.batches[0], self.start, self.carries[0], full)
+    @cached_property
+    def _output_cost(self) -> OutputCost:
+        references = self._known
+        if references is None:
+            set_matrix(self.layer, self.original)
+            references = self._outputs()
+        return OutputCost(self.cost_name, references, self._labels)
+
+    def _outputs(self) -> list[Tensor]:
+        pairs = zip(self.batches, self.carries, strict=True)
+        return [self.segments.outputs(batch, self.start, carry) for batch, carry in pairs]
+
+    def _is_a_chain(self, blocks: Sequence[str]) -> bool:
+        """Whether a pass can be entered at the layer's block; found once for all layers of the block."""
+        place = (*blocks[: self.start],)
+        if place not in self.model.entered:
+            full = self.segments.outputs(self.batches[0])
+            self.model.entered[place] = enters_cleanly(
+                self.segments, self.batches[0], self.start, self.carries[0], full
+            )
+        return self.model.entered[place]
 
     def __enter__(self) -> LayerProbe:
         return self
@@ -85,11 +104,31 @@ class LayerProbe:
     def __exit__(self, *_: object) -> None:
         set_matrix(self.layer, self.original)
 
+    @property
+    def power(self) -> float:
+        """``Σ ‖f(x)‖²`` of the samples."""
+        return self._output_cost.power
+
+    def recorded(self) -> Iterator[tuple[Any, list[Call], Tensor]]:
+        """Of each batch: the batch, the layer's calls with its float weight and f(x), within one autograd graph.
+
+        In float32, f(x) of these passes serves as the reference of later measurements. In lower precision the rounding
+        errors of other kernels, which torch may choose for passes with gradients, would count as errors.
+        """
+        set_matrix(self.layer, self.original)
+        found = []
+        for batch, carry in zip(self.batches, self.carries, strict=True):
+            forward = partial(self.segments.differentiable_outputs, batch, self.start, carry)
+            calls, outputs = recorded_calls(self.model, [self.record], forward)
+            found.append(outputs.detach())
+            yield batch, calls, outputs
+        self._known = found if self.model.dtype == torch.float32 else None
+
     def cost(self, weight: Tensor) -> float:
         """Cost of the output with the layer's weight replaced by ``weight``, ``(out_features, in_features)``."""
+        cost = self._output_cost  # before the weight is replaced
         set_matrix(self.layer, weight)
-        pairs = zip(self.batches, self.carries, strict=True)
-        return self._output_cost([self.segments.outputs(batch, self.start, carry) for batch, carry in pairs])
+        return cost(self._outputs())
 
 
 def spread_batches(batches: Sequence[Any], samples: int) -> list[Any]:
@@ -206,7 +245,7 @@ def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[i
     Args:
         table: the layer's candidates.
         cost: global cost by row.
-        how: ``measured``, ``interpolated``, ``closed_form`` or ``local``, by row.
+        how: ``measured``, ``interpolated``, ``first_order``, ``closed_form`` or ``local``, by row.
     """
     names = table["candidate_id"].to_pylist()
     order = sorted(cost)

@@ -51,6 +51,12 @@ class LayerFit(Protocol):
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"a": A, "b": B}`` with ``W ≈ A B``."""
 
+    def leading_factors(self, rank: int, bits_a: int, bits_b: int) -> tuple[Tensor, Tensor]:
+        """Values of A ``(out_features, rank)`` and B ``(rank, in_features)`` whose codes are those of all ranks.
+
+        Their leading parts are what ``product_costs`` takes for the factors of each rank.
+        """
+
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"weight": Q, "a": A, "b": B}`` with ``W ≈ Q + A B``."""
 

@@ -213,6 +213,19 @@ class Form(ABC, Generic[Config]):
         """Position of a candidate on its curve."""
         return candidate.rank or 0
 
+    def nested(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[Tensor, Tensor] | None:
+        """Factors whose leading parts are about the weights of a curve's candidates; None if there are none.
+
+        Args:
+            fit: of the layer.
+            candidates: candidates of one curve, in ascending order of position.
+
+        Returns:
+            A ``(out_features, k)`` and B ``(k, in_features)``, k the last position: the candidate at position r is
+            about ``A[:, :r] @ B[:r]``, as it was for its local cost.
+        """
+        return None
+
     def dense(self, fit: LayerFit, candidate: Candidate) -> Tensor:
         """Ŵ of a candidate as the search evaluates it, ``(out_features, in_features)`` float32."""
         return self.combine({name: part.dequantize() for name, part in self.fit(fit, candidate).items()})

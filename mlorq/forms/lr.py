@@ -15,6 +15,8 @@ from mlorq.forms.base import FORMS, SVD_WORK, Candidate, Form, Shape
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlorq.codecs.affine import Rounded
     from mlorq.fitting.base import LayerFit
 
@@ -77,6 +79,12 @@ class LR(Form[LRSettings]):
 
     def curve(self, candidate: Candidate) -> Hashable:
         return candidate.bits_a, candidate.bits_b
+
+    def nested(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[Tensor, Tensor]:
+        last = candidates[-1]
+        rank, bits_a, bits_b = last.rank, last.bits_a, last.bits_b
+        assert rank and bits_a and bits_b, last  # noqa: PT018
+        return fit.leading_factors(rank, bits_a, bits_b)
 
     def fitting_work(self, shape: Shape, settings: LRSettings, percentiles: int) -> tuple[float, float]:
         rows, columns, _ = shape
