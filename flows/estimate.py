@@ -35,7 +35,7 @@ from steps.session import Session
 
 ELEMENT = 25.0  # cost of one element-wise pass per entry, in multiply-adds
 MEASURED = 0.7  # measured fraction of the points: the fronts of some bit pairs have fewer
-FIRST_ORDER = 2.5  # candidates measured per form with first-order costs
+FIRST_ORDER = 2.0  # candidates measured per form with first-order costs
 BACKWARD = 3.5  # cost of a backward pass with squared weight gradients, in forward passes
 FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "compressed": 0.3}
 SUMMARY_SECONDS = 2.0  # drawing the report

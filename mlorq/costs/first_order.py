@@ -12,10 +12,10 @@ for all candidates. Its relative variance is ``2 (C - V) / (V (C + 2))`` for one
 that over S. For V = C it is exact.
 
 The estimates of one form are then multiplied by the ratio of measured to estimated cost, interpolated linearly in the
-logarithms between the measured candidates. These are the one with the largest error, where the first order is least
-sure; if its ratio is not within ``TOLERANCE``, or ranks share codes that are searched again at their own rank, also the
-smallest and the middle one; and then, as long as the ratios of neighbours differ by more than ``TOLERANCE``, one
-between them.
+logarithms between the measured candidates and constant below them. Measured are the candidate with the largest error,
+where the first order is least sure; if its ratio is not within ``TOLERANCE``, or ranks share codes that are searched
+again at their own rank, also the middle one; and then, as long as the ratios of neighbours differ by more than
+``TOLERANCE``, one between them.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def corrected(estimates: Costs, measure: Callable[[int], float], points: int, sh
         return [0.0] * len(estimates)
     add(last)
     if shared or abs(ratios[last]) > np.log(TOLERANCE):
-        add(first, (first + last) // 2)
+        add((first + last + 1) // 2)
     logarithms = np.log(estimates[first:])
     while len(ratios) < points:
         gaps = [
