@@ -5,7 +5,9 @@ With J the Jacobian of f with respect to the layer's outputs ``y_t = W x_t``, a 
 gives ``g_t = J_tᵀ v`` of a whole batch, hence ``v · δ = Σ_t g_t · ΔW x_t`` of every candidate: a matrix product, where
 a measurement takes a forward pass of the model.
 
-For all ranks of a pair of factors, ``v · δ_r = v · δ_R - Σ_{r<k≤R} Σ_t (g_t · a_k)(b_k · x_t)``: one cumulative sum.
+With ``M = Σ_t g_t x_tᵀ`` that is ``⟨ΔW, M⟩``. All ranks of a pair of factors share B and the product ``M Bᵀ``; each
+has ``⟨A_r B_r, M⟩ = ⟨A_r, (M Bᵀ)_r⟩``. On a curve with more than ``RANKS`` candidates, the costs of so many, evenly
+spaced, are computed; between them they are interpolated, linearly in the logarithms.
 
 ``‖δ‖²`` is estimated by ``C/V Σ_i (v_i · δ)²`` with V random orthonormal vectors of a sample's C outputs, the same ones
 for all candidates. Its relative variance is ``2 (C - V) / (V (C + 2))`` for one sample, and with S samples of like cost
@@ -13,9 +15,9 @@ that over S. For V = C it is exact.
 
 The estimates of one form are then multiplied by the ratio of measured to estimated cost, interpolated linearly in the
 logarithms between the measured candidates and constant below them. Measured are the candidate with the largest error,
-where the first order is least sure; if its ratio is not within ``TOLERANCE``, or ranks share codes that are searched
-again at their own rank, also the middle one; and then, as long as the ratios of neighbours differ by more than
-``TOLERANCE``, one between them.
+where the first order is least sure; in forms with factors, whose errors are larger, or if its ratio is not within
+``TOLERANCE``, also the middle one; and then, as long as the ratios of neighbours differ by more than ``TOLERANCE``, one
+between them.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mlorq.artifacts.schemas import FIRST_ORDER
+from mlorq.costs.local import spread
 from mlorq.costs.measured import LayerProbe, curves, dense_of, measured_sensitivity, sensitivity_table
 from mlorq.fitting.base import LayerFit
 from mlorq.forms.base import FORMS, Candidate
@@ -40,25 +44,24 @@ from mlorq.models.unfolding import input_tokens, output_tokens
 VECTORS = 128  # of all samples together, at least, unless the outputs are fewer
 TOLERANCE = 2.0  # ratio of the corrections of neighbouring measured candidates up to which none between is measured
 CHUNK_ELEMENTS = 1 << 23  # entries of one temporary: bounds memory
+RANKS = 32  # candidates of a curve of factors whose costs are computed
 LEAST_RATIO = 1e-6  # of a measured to an estimated cost: logarithms need a positive number
 
 Costs = NDArray[np.float64]
 
 
 class Change(NamedTuple):
-    """Changes ΔW of one or several candidates.
+    """Changes ΔW of a candidate, or of several candidates of a curve.
 
     Attributes:
         rows: the candidates' rows in the layer's table.
         difference: ΔW of the last candidate, ``(out_features, in_features)`` float32.
-        ranks: of the candidates, ascending; empty for a single one.
-        a: ``(out_features, R)``: the weight at rank r is ``A[:, :r] @ B[:r]``.
-        b: ``(R, in_features)``.
+        a: ``(candidates, R, out_features)``: ``Aᵀ - A_lastᵀ`` of each, with zeros beyond its rank; None for one.
+        b: ``(R, in_features)``, of all candidates.
     """
 
     rows: NDArray[np.int64]
     difference: Tensor
-    ranks: Sequence[int] = ()
     a: Tensor | None = None
     b: Tensor | None = None
 
@@ -91,9 +94,9 @@ def first_order_sensitivity(
         return costs.append_column(FIRST_ORDER.field("first_order"), pa.nulls(len(costs), pa.float64()))
     rows = table.to_pylist()
     groups: dict[str, list[int]] = {}
-    for change in changes:
-        groups.setdefault(rows[change.rows[0]]["form"], []).extend(change.rows.tolist())
-    shared = {rows[change.rows[0]]["form"] for change in changes if change.ranks}
+    for curve in curves(table):
+        fill(found, curve)
+        groups.setdefault(rows[curve[0]]["form"], []).extend(curve.tolist())
     cost: dict[int, float] = {}
     how: dict[int, str] = {}
     most = sum(min(points, len(group)) for group in groups.values())
@@ -107,7 +110,8 @@ def first_order_sensitivity(
 
     for form, group in groups.items():
         ordered = sorted(group, key=lambda row: float(found[row]))
-        cost |= zip(ordered, corrected(found[ordered], _of(ordered, measure), points, form in shared), strict=True)
+        values = corrected(found[ordered], _of(ordered, measure), points, FORMS[form].has_product)
+        cost |= zip(ordered, values, strict=True)
     how = {row: how.get(row, "first_order") for row in cost}
     costs = sensitivity_table(table, cost, how)
     return costs.append_column(FIRST_ORDER.field("first_order"), pa.array(found[sorted(cost)]))
@@ -117,14 +121,14 @@ def _of(ordered: Sequence[int], measure: Callable[[int], float]) -> Callable[[in
     return lambda place: measure(ordered[place])
 
 
-def corrected(estimates: Costs, measure: Callable[[int], float], points: int, shared: bool) -> list[float]:
+def corrected(estimates: Costs, measure: Callable[[int], float], points: int, several: bool) -> list[float]:
     """Estimated costs times ratios of measured to estimated costs, which are interpolated between measured candidates.
 
     Args:
         estimates: of the candidates of one form, ascending.
         measure: measures the candidate at a place.
         points: largest number of measurements.
-        shared: whether the estimates are those of codes that ranks share, and not the candidates' own.
+        several: whether two candidates are measured in any case.
 
     Returns:
         The costs; where one is measured, that.
@@ -141,7 +145,7 @@ def corrected(estimates: Costs, measure: Callable[[int], float], points: int, sh
     if first > last:
         return [0.0] * len(estimates)
     add(last)
-    if shared or abs(ratios[last]) > np.log(TOLERANCE):
+    if several or abs(ratios[last]) > np.log(TOLERANCE):
         add((first + last + 1) // 2)
     logarithms = np.log(estimates[first:])
     while len(ratios) < points:
@@ -165,7 +169,7 @@ def corrected(estimates: Costs, measure: Callable[[int], float], points: int, sh
 
 
 def changes_of(fit: LayerFit, table: pa.Table) -> list[Change]:
-    """The changes of all candidates on a layer's front, those of one curve together if its ranks share their codes.
+    """The changes of the candidates on a layer's front, or of ``RANKS`` on each curve of factors.
 
     Args:
         fit: fit of the layer's candidates.
@@ -175,16 +179,28 @@ def changes_of(fit: LayerFit, table: pa.Table) -> list[Change]:
     weight = fit.weight.float()
     found: list[Change] = []
     for curve in curves(table):
-        candidates = [Candidate.of_row(rows[row]) for row in curve]
-        form = FORMS[candidates[0].form]
-        factors = form.nested(fit, candidates)
+        some = curve[list(spread(len(curve), RANKS))]
+        form = FORMS[rows[curve[0]]["form"]]
+        factors = form.factors(fit, [Candidate.of_row(rows[row]) for row in some])
         if factors is None:
-            own = zip(curve, candidates, strict=True)
-            found += [Change(np.array([row]), form.dense(fit, one).float() - weight) for row, one in own]
+            found += [Change(np.array([row]), dense_of(fit, rows[row]).float() - weight) for row in curve]
             continue
-        a, b = factors[0].float(), factors[1].float()
-        found.append(Change(curve, a @ b - weight, [form.position(one) for one in candidates], a, b))
+        lefts, b = [left.float() for left in factors[0]], factors[1].float()
+        a = torch.stack([F.pad(left, (0, len(b) - left.shape[1])).T for left in lefts]) - lefts[-1].T
+        found.append(Change(some, lefts[-1] @ b - weight, a, b))
     return found
+
+
+def fill(costs: Costs, curve: NDArray[np.int64]) -> None:
+    """Costs of the candidates of a curve between those that were computed, in place.
+
+    Args:
+        costs: ``(rows of the layer's table,)``.
+        curve: the candidates' rows, in ascending order of position.
+    """
+    known = list(spread(len(curve), RANKS))
+    if len(known) < len(curve) and (costs[curve[known]] > 0).all():
+        costs[curve] = np.exp(np.interp(np.arange(len(curve)), known, np.log(costs[curve[known]])))
 
 
 def first_order_costs(
@@ -272,21 +288,19 @@ def add_squares(total: Costs, changes: Sequence[Change], inputs: Tensor, gradien
         groups: convolution groups.
     """
     samples, count, tokens, width = gradients.shape
-    widest = max([width, *(change.a.shape[1] for change in changes if change.a is not None)])
-    step = max(1, CHUNK_ELEMENTS // max(1, count * tokens * widest))
+    ranks = [change.b.shape[0] for change in changes if change.b is not None]
+    step = max(1, CHUNK_ELEMENTS // max(1, count * max(tokens, *ranks, 1) * width))
     for start in range(0, samples, step):
         x, g = inputs[start : start + step], gradients[start : start + step]
         for change in changes:
             moved = _products(change.difference.to(x.dtype), x, g, groups)  # (samples, V)
             if change.a is None or change.b is None:
-                total[change.rows] += float(moved.double().square().sum())
+                total[change.rows] += float(moved.square().sum())
                 continue
-            left, right = g @ change.a.to(x.dtype), x @ change.b.to(x.dtype).T  # each (samples, …, tokens, R)
-            terms = (left * right.unsqueeze(1)).sum(2, dtype=torch.float64)  # (samples, V, R)
-            # Summed from the last rank down: the changes of high ranks are the small ones.
-            omitted = terms.flip(-1).cumsum(-1).flip(-1)
-            omitted = torch.cat([omitted, torch.zeros_like(omitted[..., :1])], dim=-1)[..., list(change.ranks)]
-            total[change.rows] += (moved.unsqueeze(-1) - omitted).square().sum((0, 1)).cpu().numpy()
+            right = (x @ change.b.to(x.dtype).T).transpose(1, 2)  # (samples, R, tokens)
+            product = (right.unsqueeze(1) @ g).flatten(2)  # (M Bᵀ)ᵀ, (samples, V, R · out_features)
+            parts = product @ change.a.to(x.dtype).flatten(1).T  # (samples, V, candidates)
+            total[change.rows] += (moved.unsqueeze(-1) + parts).square().sum((0, 1)).cpu().numpy()
 
 
 def _products(difference: Tensor, inputs: Tensor, gradients: Tensor, groups: int) -> Tensor:

@@ -51,10 +51,15 @@ class LayerFit(Protocol):
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"a": A, "b": B}`` with ``W ≈ A B``."""
 
-    def leading_factors(self, rank: int, bits_a: int, bits_b: int) -> tuple[Tensor, Tensor]:
-        """Values of A ``(out_features, rank)`` and B ``(rank, in_features)`` whose codes are those of all ranks.
+    def factors_at(self, ranks: Sequence[int], bits_a: int, bits_b: int) -> tuple[list[Tensor], Tensor]:
+        """Values close to those of ``product`` at many ranks, for less work than the fit of each.
 
-        Their leading parts are what ``product_costs`` takes for the factors of each rank.
+        Args:
+            ranks: in ascending order.
+            bits_a, bits_b: bit-widths of A and B.
+
+        Returns:
+            A ``(out_features, r)`` of each rank r, and B ``(last rank, in_features)``, whose leading rows serve all.
         """
 
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:

@@ -25,10 +25,12 @@ from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gram import leading_errors
-from mlorq.fitting.scale_search import row_ranges, search_left_factor, search_quantizer
+from mlorq.fitting.scale_search import best_left_ranges, ranged_quantizer, row_ranges, search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
+
+SEARCHED = 8  # ranks at which the ranges of A are searched for the costs of all ranks
 
 
 class HessianFit:
@@ -52,6 +54,7 @@ class HessianFit:
         self.percentiles: Sequence[float] = settings.percentiles
         self.zero_point: ZeroPoint = zero_point or storage_for(weight, settings.zero_point)
         self._quantizers: dict[tuple[str, int], RowQuantizer] = {}
+        self._best: dict[tuple[int, int], Tensor] = {}
         self._residuals: dict[int, HessianFit] = {}
 
     @cached_property
@@ -108,9 +111,14 @@ class HessianFit:
     def left_quantizer(self, bits: int, rank: int | None = None) -> RowQuantizer:
         """Quantizer of A's rows by the error after multiplication by B, at one rank; None: full rank, for all."""
         rank = rank or self.factors.a.shape[1]
-        return self._cached(
-            (f"a{rank}", bits),
-            lambda: search_left_factor(
+        best = self._left_ranges(bits, rank)
+        return ranged_quantizer(self.factors.a[:, :rank], bits, self.percentiles, best, self.zero_point)
+
+    def _left_ranges(self, bits: int, rank: int) -> Tensor:
+        """The percentiles that are best for A's rows at a rank, by index."""
+        key = bits, rank
+        if key not in self._best:
+            self._best[key] = best_left_ranges(
                 self.factors.a[:, :rank],
                 self.factors.b[:rank],
                 self.weight,
@@ -118,8 +126,8 @@ class HessianFit:
                 self.percentiles,
                 weights=self.hessian,
                 zero_point=self.zero_point,
-            ),
-        )
+            )
+        return self._best[key]
 
     def _cached(self, key: tuple[str, int], search: Callable[[], RowQuantizer]) -> RowQuantizer:
         if key not in self._quantizers:
@@ -147,12 +155,16 @@ class HessianFit:
         a, b = self.factors.a[:, :rank].float(), self.factors.b[:rank].float()
         return {"a": Rounded.nearest(a, left), "b": Rounded.nearest(b, right)}
 
-    def leading_factors(self, rank: int, bits_a: int, bits_b: int) -> tuple[Tensor, Tensor]:
-        return self._left_values(bits_a)[:, :rank], self._right_values(bits_b)[:rank]
-
-    def _left_values(self, bits: int) -> Tensor:
-        """All columns of A after nearest rounding with the quantizer that serves all ranks."""
-        return self.left_quantizer(bits).round_trip(self.factors.a.to(torch.float32))
+    def factors_at(self, ranks: Sequence[int], bits_a: int, bits_b: int) -> tuple[list[Tensor], Tensor]:
+        """B as in ``product``; A's ranges are those of the percentiles that were best at the nearest searched rank."""
+        searched = np.unique(np.linspace(0, len(ranks) - 1, SEARCHED).round().astype(int))
+        found = []
+        for index, rank in enumerate(ranks):
+            nearest = ranks[int(searched[np.abs(searched - index).argmin()])]
+            a = self.factors.a[:, :rank].float()
+            best = self._left_ranges(bits_a, nearest)
+            found.append(ranged_quantizer(a, bits_a, self.percentiles, best, self.zero_point).round_trip(a))
+        return found, self._right_values(bits_b)[: ranks[-1]]
 
     def _right_values(self, bits: int) -> Tensor:
         """All rows of B after nearest rounding."""
@@ -181,7 +193,7 @@ class HessianFit:
         """Nearest rounding is little work: all ranks have their costs (METHOD 4)."""
 
     def product_costs(self, widths: Sequence[int], rank: int | None = None) -> dict[tuple[int, int], np.ndarray]:
-        a = {bits: self._left_values(bits) for bits in widths}
+        a = {bits: self.left_quantizer(bits).round_trip(self.factors.a.to(torch.float32)) for bits in widths}
         b = {bits: self._right_values(bits) for bits in widths}
         return {pair: costs[:rank] for pair, costs in gram_costs(self.weight, self.row_weights, a, b).items()}
 

@@ -213,16 +213,16 @@ class Form(ABC, Generic[Config]):
         """Position of a candidate on its curve."""
         return candidate.rank or 0
 
-    def nested(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[Tensor, Tensor] | None:
-        """Factors whose leading parts are about the weights of a curve's candidates; None if there are none.
+    def factors(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[list[Tensor], Tensor] | None:
+        """Factors of a curve's candidates for little work each, close to those of ``fit``; None if there are none.
 
         Args:
             fit: of the layer.
             candidates: candidates of one curve, in ascending order of position.
 
         Returns:
-            A ``(out_features, k)`` and B ``(k, in_features)``, k the last position: the candidate at position r is
-            about ``A[:, :r] @ B[:r]``, as it was for its local cost.
+            A ``(out_features, r)`` of each candidate, r its position, and B ``(k, in_features)``, k the last one. A
+            candidate's weight is about ``A @ B[:r]``.
         """
         return None
 

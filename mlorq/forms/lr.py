@@ -80,11 +80,10 @@ class LR(Form[LRSettings]):
     def curve(self, candidate: Candidate) -> Hashable:
         return candidate.bits_a, candidate.bits_b
 
-    def nested(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[Tensor, Tensor]:
-        last = candidates[-1]
-        rank, bits_a, bits_b = last.rank, last.bits_a, last.bits_b
-        assert rank and bits_a and bits_b, last  # noqa: PT018
-        return fit.leading_factors(rank, bits_a, bits_b)
+    def factors(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[list[Tensor], Tensor]:
+        bits_a, bits_b = candidates[-1].bits_a, candidates[-1].bits_b
+        assert bits_a and bits_b, candidates[-1]  # noqa: PT018
+        return fit.factors_at([candidate.rank or 0 for candidate in candidates], bits_a, bits_b)
 
     def fitting_work(self, shape: Shape, settings: LRSettings, percentiles: int) -> tuple[float, float]:
         rows, columns, _ = shape

@@ -14,11 +14,13 @@ from mlorq.costs.first_order import (
     Change,
     changes_of,
     corrected,
+    fill,
     first_order_costs,
     first_order_sensitivity,
     orthonormal_vectors,
 )
 from mlorq.costs.measured import LayerProbe, curves, dense_of, measured_sensitivity
+from mlorq.fitting import hessian_fit as hessian_fit_module
 from mlorq.forms.base import Candidate
 from mlorq.models.base import FloatModel, call_module
 from mlorq.models.layer_list import LINEAR, Layer
@@ -96,24 +98,51 @@ def test_costs_are_those_of_the_jacobian(case, chunk, seed, device, monkeypatch)
     np.testing.assert_allclose(found[[0, 2]], expected / power, rtol=1e-6)
 
 
-def test_all_ranks_at_once_are_those_one_by_one(seed):
+def test_all_ranks_at_once_are_those_one_by_one(seed, monkeypatch):
     model, found, layer, batches, fit = fitted_layer(seed)
     table = table_of(fit)
     rows = table.to_pylist()
-    nested = [change for change in changes_of(fit, table) if change.a is not None]
-    assert sum(len(change.rows) for change in nested) > len(nested) > 0
-    single = []
-    for change in nested:
+    ranked = [change for change in changes_of(fit, table) if change.a is not None]
+    assert sum(len(change.rows) for change in ranked) > len(ranked) > 0
+    apart = []
+    for change in ranked:
+        ranks = [rows[row]["rank"] for row in change.rows]
+        assert ranks == sorted(ranks)
         one = Candidate.of_row(rows[change.rows[0]])
-        a, b = fit.leading_factors(max(change.ranks), one.bits_a, one.bits_b)
-        for row, rank in zip(change.rows, change.ranks, strict=True):
-            assert rows[row]["rank"] == rank
-            single.append(Change(np.array([row]), a[:, :rank] @ b[:rank] - fit.weight))
+        lefts, b = fit.factors_at(ranks, one.bits_a, one.bits_b)
+        for row, rank, left in zip(change.rows, ranks, lefts, strict=True):
+            apart.append(Change(np.array([row]), left @ b[:rank] - fit.weight))
     with LayerProbe(model, layer, found.blocks, batches) as probe:
-        together = first_order_costs(probe, nested, len(rows), seed=seed)
-        apart = first_order_costs(probe, single, len(rows), seed=seed)
-    np.testing.assert_allclose(together, apart, rtol=2e-3)
-    assert together.any()
+        fast = first_order_costs(probe, ranked, len(rows), seed=seed)
+        monkeypatch.setattr(first_order, "CHUNK_ELEMENTS", 1)
+        slow = first_order_costs(probe, apart, len(rows), seed=seed)
+    assert (fast > 0).sum() == len(apart)
+    np.testing.assert_allclose(fast, slow, rtol=2e-3)
+
+
+def test_with_all_ranks_searched_costs_are_those_of_the_candidates_own_codes(seed, monkeypatch):
+    model, found, layer, batches, fit = fitted_layer(seed)
+    monkeypatch.setattr(hessian_fit_module, "SEARCHED", 1000)
+    table = table_of(fit)
+    rows = table.to_pylist()
+    own = [Change(np.array([row]), dense_of(fit, rows[row]) - fit.weight) for curve in curves(table) for row in curve]
+    with LayerProbe(model, layer, found.blocks, batches) as probe:
+        expected = first_order_costs(probe, own, len(rows))
+        found_costs = first_order_costs(probe, changes_of(fit, table), len(rows))
+        monkeypatch.setattr(hessian_fit_module, "SEARCHED", 3)
+        near = first_order_costs(probe, changes_of(fit, table), len(rows))
+    known = expected > 0
+    np.testing.assert_allclose(found_costs, expected, rtol=2e-3)
+    assert np.median(np.abs(np.log(near[known] / expected[known]))) < 0.1
+
+
+def test_costs_between_the_ranks_that_are_computed_are_interpolated(monkeypatch):
+    monkeypatch.setattr(first_order, "RANKS", 3)
+    curve = np.array([4, 2, 5, 0, 1])
+    costs = np.array([0.0, 1e-4, 0.0, 7.0, 1.0, 1e-2])
+    fill(costs, curve)
+    np.testing.assert_allclose(costs[curve], [1, 1e-1, 1e-2, 1e-3, 1e-4])
+    assert costs[3] == 7
 
 
 @pytest.mark.parametrize("name", ["blocks.0.up", "blocks.2.down", "patch", "head"])
@@ -167,14 +196,14 @@ class Measured:
 def test_the_largest_error_alone_is_measured_where_the_first_order_holds(seed):
     estimates = np.sort(np.random.default_rng(seed).uniform(1e-6, 1, size=30))
     measured = Measured(estimates, np.full(30, 1.2))
-    np.testing.assert_allclose(corrected(estimates, measured, 5, shared=False), measured.values)
+    np.testing.assert_allclose(corrected(estimates, measured, 5, several=False), measured.values)
     assert measured.places == [29]
 
 
 def test_a_correction_that_is_linear_in_the_logarithms_is_exact(seed):
     estimates = np.sort(np.exp(np.random.default_rng(seed).uniform(-12, 0, size=40)))
     measured = Measured(estimates, estimates**0.3)
-    found = corrected(estimates, measured, 9, shared=True)
+    found = corrected(estimates, measured, 9, several=True)
     assert measured.places[:2] == [39, 20]
     assert len(measured.places) == len(set(measured.places)) <= 9
     np.testing.assert_allclose(found[20:], measured.values[20:])
@@ -186,7 +215,7 @@ def test_no_more_is_measured_than_allowed(points, count, seed):
     rng = np.random.default_rng(seed)
     estimates = np.sort(np.exp(rng.uniform(-12, 0, size=count)))
     measured = Measured(estimates, np.exp(rng.uniform(-3, 3, size=count)))
-    found = corrected(estimates, measured, points, shared=True)
+    found = corrected(estimates, measured, points, several=True)
     assert len(measured.places) == len(set(measured.places)) <= min(points, count)
     np.testing.assert_allclose([found[place] for place in measured.places], measured.values[measured.places])
 
@@ -194,18 +223,18 @@ def test_no_more_is_measured_than_allowed(points, count, seed):
 def test_neighbours_that_differ_get_a_measurement_between_them():
     estimates = np.array([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
     measured = Measured(estimates, np.array([1, 1, 1, 1, 1, 1, 0.1]))
-    found = corrected(estimates, measured, 5, shared=False)
+    found = corrected(estimates, measured, 5, several=False)
     assert measured.places == [6, 3, 4, 5]
     np.testing.assert_allclose(found, measured.values)
 
 
 def test_candidates_without_an_error_cost_nothing():
     measured = Measured(np.array([0.0, 0.0, 1.0]), np.array([1, 1, 0.0]))  # and a measured cost of nothing is no error
-    found = corrected(np.array([0.0, 0.0, 1.0]), measured, 5, shared=True)
+    found = corrected(np.array([0.0, 0.0, 1.0]), measured, 5, several=True)
     assert found[:2] == [0.0, 0.0]
     assert 0 <= found[2] <= 1e-5
     assert measured.places == [2]
-    assert corrected(np.zeros(3), measured, 5, shared=True) == [0.0, 0.0, 0.0]
+    assert corrected(np.zeros(3), measured, 5, several=True) == [0.0, 0.0, 0.0]
     assert measured.places == [2]
 
 
