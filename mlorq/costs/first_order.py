@@ -44,7 +44,7 @@ from mlorq.models.unfolding import input_tokens, output_tokens
 VECTORS = 128  # of all samples together, at least, unless the outputs are fewer
 TOLERANCE = 2.0  # ratio of the corrections of neighbouring measured candidates up to which none between is measured
 CHUNK_ELEMENTS = 1 << 23  # entries of one temporary: bounds memory
-RANKS = 32  # candidates of a curve of factors whose costs are computed
+RANKS = 16  # candidates of a curve of factors whose costs are computed
 LEAST_RATIO = 1e-6  # of a measured to an estimated cost: logarithms need a positive number
 
 Costs = NDArray[np.float64]

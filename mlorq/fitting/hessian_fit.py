@@ -25,12 +25,10 @@ from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gram import leading_errors
-from mlorq.fitting.scale_search import best_left_ranges, ranged_quantizer, row_ranges, search_quantizer
+from mlorq.fitting.scale_search import row_ranges, search_left_factor, search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
-
-SEARCHED = 8  # ranks at which the ranges of A are searched for the costs of all ranks
 
 
 class HessianFit:
@@ -54,7 +52,6 @@ class HessianFit:
         self.percentiles: Sequence[float] = settings.percentiles
         self.zero_point: ZeroPoint = zero_point or storage_for(weight, settings.zero_point)
         self._quantizers: dict[tuple[str, int], RowQuantizer] = {}
-        self._best: dict[tuple[int, int], Tensor] = {}
         self._residuals: dict[int, HessianFit] = {}
 
     @cached_property
@@ -111,14 +108,9 @@ class HessianFit:
     def left_quantizer(self, bits: int, rank: int | None = None) -> RowQuantizer:
         """Quantizer of A's rows by the error after multiplication by B, at one rank; None: full rank, for all."""
         rank = rank or self.factors.a.shape[1]
-        best = self._left_ranges(bits, rank)
-        return ranged_quantizer(self.factors.a[:, :rank], bits, self.percentiles, best, self.zero_point)
-
-    def _left_ranges(self, bits: int, rank: int) -> Tensor:
-        """The percentiles that are best for A's rows at a rank, by index."""
-        key = bits, rank
-        if key not in self._best:
-            self._best[key] = best_left_ranges(
+        return self._cached(
+            (f"a{rank}", bits),
+            lambda: search_left_factor(
                 self.factors.a[:, :rank],
                 self.factors.b[:rank],
                 self.weight,
@@ -126,8 +118,8 @@ class HessianFit:
                 self.percentiles,
                 weights=self.hessian,
                 zero_point=self.zero_point,
-            )
-        return self._best[key]
+            ),
+        )
 
     def _cached(self, key: tuple[str, int], search: Callable[[], RowQuantizer]) -> RowQuantizer:
         if key not in self._quantizers:
@@ -156,15 +148,10 @@ class HessianFit:
         return {"a": Rounded.nearest(a, left), "b": Rounded.nearest(b, right)}
 
     def factors_at(self, ranks: Sequence[int], bits_a: int, bits_b: int) -> tuple[list[Tensor], Tensor]:
-        """B as in ``product``; A's ranges are those of the percentiles that were best at the nearest searched rank."""
-        searched = np.unique(np.linspace(0, len(ranks) - 1, SEARCHED).round().astype(int))
-        found = []
-        for index, rank in enumerate(ranks):
-            nearest = ranks[int(searched[np.abs(searched - index).argmin()])]
-            a = self.factors.a[:, :rank].float()
-            best = self._left_ranges(bits_a, nearest)
-            found.append(ranged_quantizer(a, bits_a, self.percentiles, best, self.zero_point).round_trip(a))
-        return found, self._right_values(bits_b)[: ranks[-1]]
+        """Those of ``product``."""
+        a = self.factors.a.to(torch.float32)
+        lefts = [self.left_quantizer(bits_a, rank).round_trip(a[:, :rank]) for rank in ranks]
+        return lefts, self._right_values(bits_b)[: ranks[-1]]
 
     def _right_values(self, bits: int) -> Tensor:
         """All rows of B after nearest rounding."""

@@ -56,33 +56,25 @@ def row_ranges(values: Tensor, percentiles: Sequence[float]) -> tuple[Tensor, Te
     Returns:
         ``low`` and ``high``, each ``(len(percentiles), rows)`` float32.
     """
-    ordered = _sorted(values)
-    last = ordered.shape[1] - 1
+    ordered = values.to(torch.float32)
+    if ordered.is_cpu:  # NumPy sorts with vector instructions, some 20 times as fast
+        ordered = torch.from_numpy(np.sort(ordered.detach().numpy(), axis=1))
+    else:
+        ordered = ordered.sort(dim=1).values
+    columns = ordered.shape[1]
     upper = torch.tensor(percentiles, dtype=torch.float64, device=values.device)
-    return _at(ordered, (1 - upper) * last).T, _at(ordered, upper * last).T
-
-
-def _sorted(values: Tensor) -> Tensor:
-    """Rows in ascending order, float32."""
-    values = values.to(torch.float32)
-    if values.is_cpu:  # NumPy sorts with vector instructions, some 20 times as fast
-        return torch.from_numpy(np.sort(values.detach().numpy(), axis=1))
-    return values.sort(dim=1).values
+    return (
+        _at(ordered, (1 - upper) * (columns - 1)),
+        _at(ordered, upper * (columns - 1)),
+    )
 
 
 def _at(ordered: Tensor, positions: Tensor) -> Tensor:
-    """Values at fractional positions of sorted rows, ``(rows, positions)``.
-
-    Args:
-        ordered: ``(rows, columns)``.
-        positions: ``(positions,)`` for all rows, or ``(rows, positions)``.
-    """
-    last = ordered.shape[1] - 1
-    below, above = (whole.clamp(0, last).long() for whole in (positions.floor(), positions.ceil()))
+    """Values at fractional positions of sorted rows, ``(len(positions), rows)``."""
+    below = positions.floor().clamp(0, ordered.shape[1] - 1).long()
+    above = positions.ceil().clamp(0, ordered.shape[1] - 1).long()
     fraction = (positions - below).to(ordered.dtype)
-    if positions.dim() == 1:
-        return torch.lerp(ordered[:, below], ordered[:, above], fraction)
-    return torch.lerp(ordered.gather(1, below), ordered.gather(1, above), fraction)
+    return torch.lerp(ordered[:, below], ordered[:, above], fraction).T
 
 
 def search_quantizer(
@@ -120,9 +112,7 @@ def search_quantizer(
         chunk = RowQuantizer(candidates.scale[:, part], candidates.zero_point[:, part], bits)
         squared = chunk.round_trip(values[part]).sub_(values[part]).square_()
         errors[:, part] = (squared if weights is None else squared.mul_(weights[part])).sum(-1)
-    best = _least(errors)
-    each = torch.arange(rows, device=best.device)
-    return replace(candidates, scale=candidates.scale[best, each], zero_point=candidates.zero_point[best, each])
+    return _least(candidates, errors)
 
 
 def search_left_factor(
@@ -135,22 +125,7 @@ def search_left_factor(
     weights: Tensor,
     zero_point: ZeroPoint = "codes",
 ) -> RowQuantizer:
-    """Quantizers of a left factor's rows by the error after multiplication by B; see ``best_left_ranges``."""
-    best = best_left_ranges(factor, right, target, bits, percentiles, weights=weights, zero_point=zero_point)
-    return ranged_quantizer(factor, bits, percentiles, best, zero_point)
-
-
-def best_left_ranges(
-    factor: Tensor,
-    right: Tensor,
-    target: Tensor,
-    bits: int,
-    percentiles: Sequence[float],
-    *,
-    weights: Tensor,
-    zero_point: ZeroPoint = "codes",
-) -> Tensor:
-    """The percentile of each row of a left factor with the least error after multiplication by B (METHOD 1).
+    """Quantizers of a left factor's rows by the error after multiplication by B (METHOD 1).
 
     The error of row i is ``Σ_j H_ij (W_ij - (Â_i B)_j)²``.
 
@@ -162,9 +137,6 @@ def best_left_ranges(
         percentiles: upper percentiles p tried.
         weights: H, ``(out_features, in_features)``.
         zero_point: range of zero-points (``codecs.base.Storage``).
-
-    Returns:
-        ``(out_features,)`` indices of percentiles.
     """
     factor, right, target = (tensor.to(torch.float32) for tensor in (factor, right, target))
     low, high = row_ranges(factor, percentiles)
@@ -177,19 +149,11 @@ def best_left_ranges(
             chunk = RowQuantizer(candidates.scale[index, part], candidates.zero_point[index, part], bits)
             product = chunk.round_trip(factor[part]) @ right
             errors[index, part] = product.sub_(target[part]).square_().mul_(weights[part]).sum(-1)
-    return _least(errors)
+    return _least(candidates, errors)
 
 
-def ranged_quantizer(
-    values: Tensor, bits: int, percentiles: Sequence[float], best: Tensor, zero_point: ZeroPoint = "codes"
-) -> RowQuantizer:
-    """Quantizers of rows ``(rows, columns)`` whose ranges are given by one of the percentiles each, ``(rows,)``."""
-    ordered = _sorted(values)
-    upper = torch.tensor(percentiles, dtype=torch.float64, device=values.device)[best].unsqueeze(1)
-    low, high = (_at(ordered, share * (ordered.shape[1] - 1))[:, 0] for share in (1 - upper, upper))
-    return range_quantizer(low, high, bits, zero_point)
-
-
-def _least(errors: Tensor) -> Tensor:
+def _least(candidates: RowQuantizer, errors: Tensor) -> RowQuantizer:
     # Percentiles are sorted, the widest range last: flip them, so that argmin's first minimum is the widest.
-    return errors.shape[0] - 1 - errors.flip(0).argmin(dim=0)
+    best = errors.shape[0] - 1 - errors.flip(0).argmin(dim=0)
+    rows = torch.arange(errors.shape[1], device=errors.device)
+    return replace(candidates, scale=candidates.scale[best, rows], zero_point=candidates.zero_point[best, rows])
