@@ -8,6 +8,7 @@ from mlorq.artifacts.store import ArtifactRef, table_bytes
 from mlorq.config.run import Sensitivity
 from mlorq.costs.calibrated import calibrated_sensitivity
 from mlorq.costs.first_order import first_order_sensitivity
+from mlorq.costs.float_passes import FloatPasses
 from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
 from mlorq.models.layer_list import Layer
 from steps import candidates as enumeration
@@ -81,8 +82,10 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     if params.how == "first_order" and labels is None:
         batches = list(layers.batches(batches))  # gradients have to belong to samples
     model = context.model(inputs.model)
+    same = (inputs.model, inputs.calibration, inputs.layers, params.measuring, params.how)
+    passes = context.passes(same, lambda: FloatPasses(model, layers.blocks, batches, context.device))
     with LayerProbe(
-        model, layer, layers.blocks, batches, context.device, cost=params.measuring.cost, labels=labels
+        model, layer, layers.blocks, batches, context.device, cost=params.measuring.cost, labels=labels, passes=passes
     ) as probe:
         if params.points is None:
             costs = calibrated_sensitivity(probe, fit, table)
@@ -92,4 +95,4 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-STEP = Step("sensitivity", 8, Params, Inputs, run)
+STEP = Step("sensitivity", 9, Params, Inputs, run)

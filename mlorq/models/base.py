@@ -106,8 +106,6 @@ class FloatModel:
         key: hash of the architecture and the weights.
         preparation: reads the files of the tokenizer or image processor, by name, for the checkpoint.
         arranged: whether weights that the module reads directly were looked for (``mlorq.models.direct_weights``).
-        entered: whether a pass can be entered after these first blocks (``mlorq.models.partial_forward``), as far as it
-            has been tried.
     """
 
     module: nn.Module
@@ -120,7 +118,6 @@ class FloatModel:
     key: str = ""
     preparation: Callable[[], dict[str, bytes]] = dict
     arranged: bool = False
-    entered: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_readable(self.module)
