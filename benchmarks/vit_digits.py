@@ -28,6 +28,7 @@ from mlorq.calibration.label_free_hessian import label_free_hessian
 from mlorq.codecs.base import Storage
 from mlorq.config.run import PRESETS
 from mlorq.costs.first_order import first_order_sensitivity
+from mlorq.costs.float_passes import FloatPasses
 from mlorq.costs.local import candidate_table
 from mlorq.costs.measured import LayerProbe, dense_of, measured_sensitivity, spread_batches
 from mlorq.evaluation.outputs import model_outputs, output_nmse
@@ -107,8 +108,9 @@ def main() -> None:
 
     def sensitivity() -> dict[str, Any]:
         costs = {}
+        passes = FloatPasses(model, found.blocks, measuring)
         for layer in found.layers:
-            with LayerProbe(model, layer, found.blocks, measuring) as probe:
+            with LayerProbe(model, layer, found.blocks, measuring, passes=passes) as probe:
                 costs[layer.name] = SENSITIVITIES[arguments.sensitivity](probe, fits[layer.name], tables[layer.name])
         return costs
 
