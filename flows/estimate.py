@@ -20,6 +20,7 @@ from mlorq.calibration.token_importance import PASSES
 from mlorq.config.compose import part
 from mlorq.config.layer_overrides import layer_search
 from mlorq.config.sections import SearchConfig
+from mlorq.costs.first_order import VECTORS
 from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
 from mlorq.export_targets import TARGETS
@@ -34,6 +35,7 @@ from steps.session import Session
 
 ELEMENT = 25.0  # cost of one element-wise pass per entry, in multiply-adds
 MEASURED = 0.7  # measured fraction of the points: the fronts of some bit pairs have fewer
+FIRST_ORDER = 2.0  # candidates measured per form with first-order costs
 BACKWARD = 3.5  # cost of a backward pass with squared weight gradients, in forward passes
 FIXED = {"layers": 0.2, "candidates": 0.02, "sensitivity": 0.02, "allocate": 0.5, "round": 0.02, "compressed": 0.3}
 SUMMARY_SECONDS = 2.0  # drawing the report
@@ -174,11 +176,14 @@ class Estimate:
     def _sensitivity(self, layer: Layer) -> float:
         _, _, forms = self._forms(layer)
         points = MEASURED * sum(form.measurements(settings, self.search.points) for form, settings in forms)
+        samples = min(self.search.samples, self.session.calibration.samples)
         if self.search.sensitivity == "closed_form":
             points = 1
         elif self.search.sensitivity == "local":
             return 0.0
-        samples = min(self.search.samples, self.session.calibration.samples)
+        elif self.search.sensitivity == "first_order" and self.search.cost == "nmse":
+            # A pass of gradients to the layer alone takes as long as a forward pass.
+            points = FIRST_ORDER * len(forms) + min(self.speed.outputs, -(-VECTORS // samples))
         blocks = len(self.layers.blocks)
         rest = 1.0 if not blocks else max(0.1, 1 - layer.block / blocks)
         return self._factorisation(layer) + self.speed.forward * samples * (2 + points * rest)

@@ -19,6 +19,7 @@ from steps.handles import DataRef, ModelRef
 
 if TYPE_CHECKING:
     from mlorq.activations.plan import ActivationPlan
+    from mlorq.costs.float_passes import FloatPasses
     from mlorq.data.base import Dataset
     from mlorq.models.base import FloatModel
     from steps.paired_cache import PairedCache
@@ -124,6 +125,7 @@ class Context:
         self._sources = sources
         self._threads = threads
         self._folded: tuple[ArtifactRef, FloatModel] | None = None
+        self._passes: tuple[object, FloatPasses] | None = None
 
     @cached_property
     def paired(self) -> PairedCache:
@@ -131,6 +133,18 @@ class Context:
         from steps.paired_cache import PairedCache
 
         return PairedCache(self)
+
+    def passes(self, depends_on: object, made: Callable[[], FloatPasses]) -> FloatPasses:
+        """The float model's passes on the samples of a measurement: those of the last step if it had the same.
+
+        Args:
+            depends_on: all that decides them.
+            made: makes them.
+        """
+        if self._passes is None or self._passes[0] != depends_on:
+            self._passes = None  # released before the next are made
+            self._passes = (depends_on, made())
+        return self._passes[1]
 
     def use_threads(self) -> None:
         """Give the calling thread the run's fixed number of CPU threads, if one is configured.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from mlorq.artifacts.store import ArtifactRef, table_bytes
 from mlorq.config.run import Sensitivity
 from mlorq.costs.calibrated import calibrated_sensitivity
+from mlorq.costs.first_order import first_order_sensitivity
+from mlorq.costs.float_passes import FloatPasses
 from mlorq.costs.measured import LayerProbe, local_sensitivity, measured_sensitivity
 from mlorq.models.layer_list import Layer
 from steps import candidates as enumeration
@@ -26,7 +28,7 @@ class Params:
         candidates: parameters of the layer's ``candidates`` step.
         how: as ``search.sensitivity``.
         measuring: of the cost; None if ``how`` is ``local``, which measures nothing.
-        points: for ``measured``: number of candidates to measure per curve.
+        points: for ``measured`` and ``first_order``: number of candidates to measure per curve, or per form at most.
     """
 
     candidates: enumeration.Params
@@ -64,7 +66,7 @@ def spec(
     made_from = enumeration.params_of(session, layer)
     params = Params(made_from, search.sensitivity)
     if search.sensitivity != "local":
-        points = search.points if search.sensitivity == "measured" else None
+        points = search.points if search.sensitivity in ("measured", "first_order") else None
         params = Params(made_from, search.sensitivity, measuring(session, [layer]), points)
     return STEP.spec(params, Inputs(model, session.calibration_ref, layers, capture, candidates), layer)
 
@@ -77,15 +79,20 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         return {"sensitivity.parquet": table_bytes(local_sensitivity(table))}
     fit = fits_of(context, inputs.model, inputs.capture, layer, params.candidates.fit).search
     batches, labels = params.measuring.of(context.calibration(inputs.calibration))
+    if params.how == "first_order" and labels is None:
+        batches = list(layers.batches(batches))  # gradients have to belong to samples
     model = context.model(inputs.model)
+    same = (inputs.model, inputs.calibration, inputs.layers, params.measuring, params.how)
+    passes = context.passes(same, lambda: FloatPasses(model, layers.blocks, batches, context.device))
     with LayerProbe(
-        model, layer, layers.blocks, batches, context.device, cost=params.measuring.cost, labels=labels
+        model, layer, layers.blocks, batches, context.device, cost=params.measuring.cost, labels=labels, passes=passes
     ) as probe:
-        if params.points is not None:
-            costs = measured_sensitivity(probe, fit, table, points=params.points, progress=progress)
-        else:
+        if params.points is None:
             costs = calibrated_sensitivity(probe, fit, table)
+        else:
+            sensitivity = first_order_sensitivity if params.how == "first_order" else measured_sensitivity
+            costs = sensitivity(probe, fit, table, points=params.points, progress=progress)
     return {"sensitivity.parquet": table_bytes(costs)}
 
 
-STEP = Step("sensitivity", 8, Params, Inputs, run)
+STEP = Step("sensitivity", 9, Params, Inputs, run)

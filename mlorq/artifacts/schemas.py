@@ -41,6 +41,7 @@ CANDIDATES = pa.schema(
     ]
 )
 SENSITIVITY = pa.schema([("candidate_id", pa.string()), ("global_cost", pa.float64()), ("how", pa.string())])
+FIRST_ORDER = SENSITIVITY.append(pa.field("first_order", pa.float64()))  # the cost before correction, null without one
 ALLOCATION = pa.schema(
     [
         ("layer", pa.string()),

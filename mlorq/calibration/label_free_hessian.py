@@ -12,6 +12,7 @@ cheaper than probing.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -81,7 +82,7 @@ def label_free_hessian(
         moved = move_batch(batch, device, model.dtype)
         count = batch_samples(batch)
         mask = model.token_mask(moved)
-        record, outputs = _recorded(model, layers, moved)
+        record, outputs = recorded_calls(model, layers, partial(model.outputs, model.module, moved))
         exact = mode == "exact" or (mode == "auto" and outputs.shape[1] <= probes)
         passes = outputs.shape[1] if exact else probes
         batch_total = {name: torch.zeros_like(value) for name, value in total.items()}
@@ -126,13 +127,21 @@ def _vectors(outputs: Tensor, exact: bool, passes: int, generator: torch.Generat
 Call = tuple[str, Tensor, Tensor]  # of a layer: its name, its input, its output
 
 
-def _recorded(model: FloatModel, layers: Sequence[Layer], batch: Any) -> tuple[list[Call], Tensor]:
-    """All calls of the layers in one forward pass, and the model's outputs."""
+def recorded_calls(
+    model: FloatModel, layers: Sequence[Layer], forward: Callable[[], Tensor]
+) -> tuple[list[Call], Tensor]:
+    """All calls of the layers in one forward pass, and the model's outputs, within one autograd graph.
+
+    Args:
+        model: the float model.
+        layers: the layers.
+        forward: a pass of the model, whole or from a block on; returns its outputs.
+    """
     copied: set[str] = set()
     while True:
         recording = _Recording(model, layers, copied)
         with recording as record, torch.enable_grad():
-            outputs = model.outputs(model.module, batch)
+            outputs = forward()
         overwritten = recording.overwritten()
         if not overwritten:
             return record, outputs

@@ -21,7 +21,7 @@ from mlorq.registry import Registry, Settings
 from mlorq.rounding import METHODS
 from mlorq.runtimes import RUNTIMES
 
-Sensitivity = Literal["measured", "closed_form", "local"]
+Sensitivity = Literal["measured", "first_order", "closed_form", "local"]
 Cost = Literal["nmse", "kl", "task"]
 TableBits = Literal[2, 4, 8]
 
@@ -138,12 +138,16 @@ class SearchConfig(FitSettings):
     )
     sensitivity: Sensitivity = Field(
         "measured",
-        description="global costs of candidates: measured (as in the paper); closed_form (local costs times one "
-        "measured factor per layer); local (local costs as they are)",
+        description="global costs of candidates: measured (as in the paper); first_order (to first order in the "
+        "change of the weight, corrected by a few measurements); closed_form (local costs times one measured factor "
+        "per layer); local (local costs as they are)",
     )
     samples: int = Field(64, ge=1, description="calibration samples for measured costs")
     points: int = Field(
-        5, ge=2, description="with sensitivity measured: candidates measured per layer and pair of factor bit-widths"
+        5,
+        ge=2,
+        description="candidates measured per layer: with sensitivity measured, per pair of factor bit-widths; with "
+        "first_order, at most, per form",
     )
     cost: Cost = Field(
         "nmse",

@@ -7,6 +7,7 @@ _HOMES = {
     **dict.fromkeys(["pareto_front"], "mlorq.costs.pareto"),
     **dict.fromkeys(["OutputCost"], "mlorq.costs.output_cost"),
     **dict.fromkeys(["LayerProbe", "local_sensitivity", "measured_sensitivity"], "mlorq.costs.measured"),
+    **dict.fromkeys(["first_order_sensitivity"], "mlorq.costs.first_order"),
     **dict.fromkeys(["calibrated_sensitivity"], "mlorq.costs.calibrated"),
 }
 __all__ = sorted(_HOMES)

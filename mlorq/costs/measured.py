@@ -8,7 +8,8 @@ local cost between their two measured neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,22 +19,23 @@ import torch
 from torch import Tensor
 
 from mlorq.artifacts.schemas import SENSITIVITY
+from mlorq.calibration.label_free_hessian import Call, recorded_calls
+from mlorq.costs.float_passes import FloatPasses
 from mlorq.costs.local import spread
 from mlorq.costs.output_cost import CostName, OutputCost
 from mlorq.fitting.base import LayerFit
 from mlorq.forms.base import FORMS, Candidate
 from mlorq.models.base import FloatModel
-from mlorq.models.batches import batch_samples, move_batch
+from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import matrix_of, set_matrix
-from mlorq.models.partial_forward import Segments, enters_cleanly
 
 
 class LayerProbe:
     """Measures the cost of the output with one layer's weight replaced; runs the model from the changed block on.
 
-    The blocks before the layer run once, at construction. As a context manager it restores the float weight on exit,
-    also after an error.
+    The blocks before the layer run once, at construction or for an earlier layer. As a context manager it restores the
+    float weight on exit, also after an error.
 
     Args:
         model: the float model, on ``device``; its layer's weight is replaced in place.
@@ -43,6 +45,7 @@ class LayerProbe:
         device: device of the model.
         cost: which cost of the output.
         labels: labels of the samples, one tensor per batch, for cost ``task``.
+        passes: the float model's passes on these samples, if they are kept for several layers.
 
     Raises:
         ModelError, DataError: see ``OutputCost``.
@@ -58,32 +61,36 @@ class LayerProbe:
         *,
         cost: CostName = "nmse",
         labels: Sequence[Tensor] | None = None,
+        passes: FloatPasses | None = None,
     ) -> None:
         self.model = model
+        self.record = layer
         self.layer = model.module.get_submodule(layer.name)
         self.original = matrix_of(self.layer).clone()
-        self.segments = Segments(model, model.module, blocks)
-        self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
-        self.start = layer.block
-        self.carries = [self.segments.advance(batch, 0, None, self.start) for batch in self.batches]
-        if self.start and not self._is_a_chain():
-            self.start = 0
-            self.carries = [None] * len(self.batches)
-        self.references = [
-            self.segments.outputs(batch, self.start, carry)
-            for batch, carry in zip(self.batches, self.carries, strict=True)
-        ]
-        self._output_cost = OutputCost(cost, self.references, labels)
-
-    def _is_a_chain(self) -> bool:
-        full = self.segments.outputs(self.batches[0])
-        return enters_cleanly(self.segments, self.batches[0], self.start, self.carries[0], full)
+        passes = passes or FloatPasses(model, blocks, batches, device)
+        self.segments, self.batches = passes.segments, passes.batches
+        self.start, self.carries = passes.entry(layer.block)
+        self.cost_name = cost
+        self._output_cost = OutputCost(cost, passes.outputs, labels)
 
     def __enter__(self) -> LayerProbe:
         return self
 
     def __exit__(self, *_: object) -> None:
         set_matrix(self.layer, self.original)
+
+    @property
+    def power(self) -> float:
+        """``Σ ‖f(x)‖²`` of the samples."""
+        return self._output_cost.power
+
+    def recorded(self) -> Iterator[tuple[Any, list[Call], Tensor]]:
+        """Of each batch: the batch, the layer's calls with its float weight and f(x), within one autograd graph."""
+        set_matrix(self.layer, self.original)
+        for batch, carry in zip(self.batches, self.carries, strict=True):
+            forward = partial(self.segments.differentiable_outputs, batch, self.start, carry)
+            calls, outputs = recorded_calls(self.model, [self.record], forward)
+            yield batch, calls, outputs
 
     def cost(self, weight: Tensor) -> float:
         """Cost of the output with the layer's weight replaced by ``weight``, ``(out_features, in_features)``."""
@@ -206,7 +213,7 @@ def sensitivity_table(table: pa.Table, cost: Mapping[int, float], how: Mapping[i
     Args:
         table: the layer's candidates.
         cost: global cost by row.
-        how: ``measured``, ``interpolated``, ``closed_form`` or ``local``, by row.
+        how: ``measured``, ``interpolated``, ``first_order``, ``closed_form`` or ``local``, by row.
     """
     names = table["candidate_id"].to_pylist()
     order = sorted(cost)

@@ -21,6 +21,9 @@ CostName = Literal["nmse", "kl", "task"]
 class OutputCost:
     """The cost of changed outputs on fixed samples; 0 for unchanged outputs.
 
+    Attributes:
+        power: Σ ‖f(x)‖², by which the squared error is divided for ``nmse``.
+
     Args:
         name: which cost.
         references: f(x) of the float model, ``(samples, outputs)`` per batch.
@@ -41,7 +44,7 @@ class OutputCost:
         if name == "task":
             self.labels = self._checked(labels)
         self._float_loss = self._loss(references) if name == "task" else 0.0
-        self._power = sum(float(reference.double().square().sum()) for reference in references)
+        self.power = sum(float(reference.double().square().sum()) for reference in references)
 
     def _checked(self, labels: Sequence[Tensor] | None) -> list[Tensor]:
         if labels is None:
@@ -62,7 +65,7 @@ class OutputCost:
         error = sum(self._error(*pair) for pair in zip(outputs, self.references, strict=True))
         if self.name == "kl":
             return max(0.0, error) / self.samples
-        return error / self._power if self._power > 0 else 0.0
+        return error / self.power if self.power > 0 else 0.0
 
     def _error(self, outputs: Tensor, reference: Tensor) -> float:
         if outputs.shape != reference.shape:

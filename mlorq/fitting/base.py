@@ -51,6 +51,17 @@ class LayerFit(Protocol):
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"a": A, "b": B}`` with ``W ≈ A B``."""
 
+    def factors_at(self, ranks: Sequence[int], bits_a: int, bits_b: int) -> tuple[list[Tensor], Tensor]:
+        """Values close to those of ``product`` at many ranks, for less work than the fit of each.
+
+        Args:
+            ranks: in ascending order.
+            bits_a, bits_b: bit-widths of A and B.
+
+        Returns:
+            A ``(out_features, r)`` of each rank r, and B ``(last rank, in_features)``, whose leading rows serve all.
+        """
+
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """``{"weight": Q, "a": A, "b": B}`` with ``W ≈ Q + A B``."""
 

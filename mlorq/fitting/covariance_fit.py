@@ -188,6 +188,11 @@ class CovarianceFit:
     def product(self, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         return self._with_left(self.weight, bits_a, self.right(bits_b, rank))
 
+    def factors_at(self, ranks: Sequence[int], bits_a: int, bits_b: int) -> tuple[list[Tensor], Tensor]:
+        """Factors that are rounded once, as for ``product_costs``."""
+        a = self.left_at_all_ranks(bits_a, ranks[-1])
+        return [a[:, :rank] for rank in ranks], self.right(bits_b, ranks[-1], sweeps=0).dequantize()
+
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """Alternately codes of W minus the product and the product for W minus the codes; the best of ``TURNS``."""
         best: dict[str, Rounded] = {}

@@ -147,6 +147,16 @@ class HessianFit:
         a, b = self.factors.a[:, :rank].float(), self.factors.b[:rank].float()
         return {"a": Rounded.nearest(a, left), "b": Rounded.nearest(b, right)}
 
+    def factors_at(self, ranks: Sequence[int], bits_a: int, bits_b: int) -> tuple[list[Tensor], Tensor]:
+        """Those of ``product``."""
+        a = self.factors.a.to(torch.float32)
+        lefts = [self.left_quantizer(bits_a, rank).round_trip(a[:, :rank]) for rank in ranks]
+        return lefts, self._right_values(bits_b)[: ranks[-1]]
+
+    def _right_values(self, bits: int) -> Tensor:
+        """All rows of B after nearest rounding."""
+        return self.right_quantizer(bits).round_trip(self.factors.b.to(torch.float32))
+
     def codes_and_product(self, bits: int, rank: int, bits_a: int, bits_b: int) -> dict[str, Rounded]:
         """Factors of the residual of nearest rounding, and then codes of W minus their product."""
         quantizer = self.weight_quantizer(bits)
@@ -171,7 +181,7 @@ class HessianFit:
 
     def product_costs(self, widths: Sequence[int], rank: int | None = None) -> dict[tuple[int, int], np.ndarray]:
         a = {bits: self.left_quantizer(bits).round_trip(self.factors.a.to(torch.float32)) for bits in widths}
-        b = {bits: self.right_quantizer(bits).round_trip(self.factors.b.to(torch.float32)) for bits in widths}
+        b = {bits: self._right_values(bits) for bits in widths}
         return {pair: costs[:rank] for pair, costs in gram_costs(self.weight, self.row_weights, a, b).items()}
 
     def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:

@@ -213,6 +213,19 @@ class Form(ABC, Generic[Config]):
         """Position of a candidate on its curve."""
         return candidate.rank or 0
 
+    def factors(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[list[Tensor], Tensor] | None:
+        """Factors of a curve's candidates for little work each, close to those of ``fit``; None if there are none.
+
+        Args:
+            fit: of the layer.
+            candidates: candidates of one curve, in ascending order of position.
+
+        Returns:
+            A ``(out_features, r)`` of each candidate, r its position, and B ``(k, in_features)``, k the last one. A
+            candidate's weight is about ``A @ B[:r]``.
+        """
+        return None
+
     def dense(self, fit: LayerFit, candidate: Candidate) -> Tensor:
         """Ŵ of a candidate as the search evaluates it, ``(out_features, in_features)`` float32."""
         return self.combine({name: part.dequantize() for name, part in self.fit(fit, candidate).items()})

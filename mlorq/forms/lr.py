@@ -15,6 +15,8 @@ from mlorq.forms.base import FORMS, SVD_WORK, Candidate, Form, Shape
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlorq.codecs.affine import Rounded
     from mlorq.fitting.base import LayerFit
 
@@ -77,6 +79,11 @@ class LR(Form[LRSettings]):
 
     def curve(self, candidate: Candidate) -> Hashable:
         return candidate.bits_a, candidate.bits_b
+
+    def factors(self, fit: LayerFit, candidates: Sequence[Candidate]) -> tuple[list[Tensor], Tensor]:
+        bits_a, bits_b = candidates[-1].bits_a, candidates[-1].bits_b
+        assert bits_a and bits_b, candidates[-1]  # noqa: PT018
+        return fit.factors_at([candidate.rank or 0 for candidate in candidates], bits_a, bits_b)
 
     def fitting_work(self, shape: Shape, settings: LRSettings, percentiles: int) -> tuple[float, float]:
         rows, columns, _ = shape

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mlorq
+from mlorq.artifacts.store import Store
 from mlorq.checkpoint.io import inspect
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.forms.trial import changed_by_replacement
@@ -310,3 +311,16 @@ def test_experts_that_stay_float_keep_their_implementation(monkeypatch: pytest.M
     monkeypatch.setattr(direct_weights, "_kept", lambda *_: [])
     find_layers(from_module(module), batch)
     assert module.config._experts_implementation == before
+
+
+def test_first_order_costs_of_experts_are_taken_one_sample_at_a_time(tmp_path: Any) -> None:
+    search = {"sensitivity": "first_order", "forms": ["Q"], "hessian_samples": 4, "samples": 4}
+    options = {"preset": "quick", "rounding": "nearest", "device": "cpu", "store": f"file://{tmp_path}"}
+    mlorq.compress(Experts(), [UNEVEN], budget="16bit", search=search, **options)
+    store = Store(f"file://{tmp_path}")
+    rows = [
+        row for ref in store.refs("sensitivity") for row in store.read_table(ref, "sensitivity.parquet").to_pylist()
+    ]
+    assert {row["how"] for row in rows} == {"measured", "first_order"}
+    for row in rows:  # few outputs: they are taken exactly
+        assert row["global_cost"] == pytest.approx(row["first_order"], rel=1)
