@@ -165,6 +165,7 @@ def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     artifacts, model, plan = context.artifacts, context.model(inputs.model), context.plan(inputs.model)
+    context.paired.release()  # rounding is finished, and this step copies the model, too
     prepared = model.preparation()
     if preparation.described(prepared) != params.preparation:
         raise ConfigError(

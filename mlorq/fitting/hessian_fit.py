@@ -25,7 +25,7 @@ from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gram import leading_errors
-from mlorq.fitting.scale_search import row_ranges, search_left_factor, search_quantizer
+from mlorq.fitting.scale_search import CHUNK_ELEMENTS, row_ranges, search_left_factor, search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
@@ -170,8 +170,18 @@ class HessianFit:
 
     def cost(self, dense: Tensor) -> float:
         """``Δ = mean_ij h_i (W - Ŵ)²_ij`` (METHOD 4)."""
-        error = (dense - self.weight).to(torch.float64)
-        return float((error.square().sum(1) * self.row_weights).sum() / self.weight.numel())
+        errors = torch.cat(
+            [
+                (own - weight).to(torch.float64).square_().sum(1)
+                for own, weight in zip(dense.split(self._chunk), self.weight.split(self._chunk), strict=True)
+            ]
+        )
+        return float((errors * self.row_weights).sum() / self.weight.numel())
+
+    @property
+    def _chunk(self) -> int:
+        """Rows whose float64 errors are held at once: a head of a language model has 10⁸ weights."""
+        return max(1, CHUNK_ELEMENTS // self.weight.shape[1])
 
     def trellis_costs(self, widths: Sequence[int]) -> list[float]:
         return [self.cost(matrix.dequantize()) for matrix in self.trellis(widths, sweeps=0)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import mlorq
+from mlorq import memory
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.calibration import collect, label_free_hessian
@@ -44,7 +48,7 @@ class Attention(torch.nn.Module):
         return self.head(x.mean(1))
 
 
-def captured(folder: Path, memory: str | None, **search: Any) -> tuple[Session, ArtifactRef]:
+def captured(folder: Path, bound: str | None, **search: Any) -> tuple[Session, ArtifactRef]:
     """The artifact of ``capture`` in a store of its own."""
     torch.manual_seed(0)
     model = float_model(Attention())
@@ -55,7 +59,7 @@ def captured(folder: Path, memory: str | None, **search: Any) -> tuple[Session, 
             "model": {"family": "custom", "factory": "in:memory"},
             "data": {role: {"source": "custom", "factory": "in:memory"} for role in ("calibration", "evaluation")},
             "search": settings,
-            "engine": {"memory": memory, "threads": 1},
+            "engine": {"memory": bound, "threads": 1},
             "store": f"file://{folder}",
         }
     )
@@ -113,8 +117,8 @@ def test_probing_stops_early_in_some_of_these_cases(tmp_path, monkeypatch):
     assert 4 <= counts[0.5] < counts[0.12] < counts[0.0] == 24
 
 
-@pytest.mark.parametrize("memory", ["300kB", "310kB"])
-def test_sums_keep_within_the_bound(tmp_path, monkeypatch, memory):
+@pytest.mark.parametrize("bound", ["300kB", "310kB"])
+def test_sums_keep_within_the_bound(tmp_path, monkeypatch, bound):
     session, ref = captured(tmp_path / "whole", None)
     alive: dict[int, int] = {}
     most = 0
@@ -128,8 +132,8 @@ def test_sums_keep_within_the_bound(tmp_path, monkeypatch, memory):
 
     monkeypatch.setattr(OuterProducts, "__init__", made)
     monkeypatch.setattr(OuterProducts, "__del__", lambda self: alive.pop(id(self)), raising=False)
-    bounded, other = captured(tmp_path / "bounded", memory)
-    assert 0 < most <= int(memory.removesuffix("kB")) * 1000
+    bounded, other = captured(tmp_path / "bounded", bound)
+    assert 0 < most <= int(bound.removesuffix("kB")) * 1000
     assert most < 16 * WIDTH**2 * (4 + 9)  # of the gradients of all layers
     assert digests(bounded, other) == digests(session, ref)
 
@@ -141,10 +145,10 @@ def test_a_bound_below_one_layer_is_refused_before_any_pass(tmp_path, monkeypatc
     assert not list((tmp_path / "capture").glob("*/manifest.json"))
 
 
-@pytest.mark.parametrize("memory", ["8", "8 apples", "-1GB", "0B", "3bit"])
-def test_a_bound_that_is_no_size_is_refused(tmp_path, memory):
+@pytest.mark.parametrize("bound", ["8", "8 apples", "-1GB", "0B", "3bit"])
+def test_a_bound_that_is_no_size_is_refused(tmp_path, bound):
     with pytest.raises(ConfigError, match=r"engine\.memory: "):
-        captured(tmp_path, memory)
+        captured(tmp_path, bound)
 
 
 def layer(name: str, rows: int, columns: int) -> Layer:
@@ -188,3 +192,25 @@ def test_groups_stop_where_all_have_converged():
     converges["a"] = set()  # the rule: nothing is computed twice
     assert [found for _, found in in_groups(groups, estimate)] == [6] * 4
     assert counts == [(name, 6) for name in converges]
+
+
+def test_compress_of_a_large_model_has_its_store_in_a_temporary_folder(tmp_path, monkeypatch):
+    """Its results are those of a store in memory, and nothing of it is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    batches = [torch.randn(6, 8)]
+    modes: list[int] = []
+
+    def evaluate(_: torch.nn.Module) -> float:
+        modes.extend(stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("mlorq-*"))
+        return 1.0
+
+    found = []
+    for free in (2**40, 8):
+        monkeypatch.setattr(memory, "machine_memory", lambda free=free: (free, free))
+        found.append(mlorq.compress(net, batches, preset="fast", evaluate=evaluate, memory="1MB"))
+    assert modes == [0o700] * 2  # for the float and the compressed model, of the second call
+    assert not list(tmp_path.glob("mlorq-*"))
+    assert found[0].metrics["nmse"] == found[1].metrics["nmse"]
+    assert torch.equal(found[0].model(batches[0]), found[1].model(batches[0]))
