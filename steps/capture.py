@@ -13,7 +13,7 @@ the data of its own, and written before the next (``mlorq.calibration.in_groups`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,29 +94,15 @@ def spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> Iterator[tuple[str, bytes]]:
-    listed = context.artifacts.layers(inputs.layers)
-    measured = [layer for layer in listed.layers if params.moments and has_moments(layer)]
-    leader = leaders(measured)
-    sums = _Sums(
-        groups_within([layer for layer in measured if leader[layer.name] == layer.name], inputs_bytes, _bound(context)),
-        groups_within(listed.layers, partial(_hessian_bytes, frozenset(leader)), _bound(context)),
-        leader,
-    )
+    bound = usable_bytes(context.device) if context.memory is None else context.memory
+    sums = Sums.within(bound, context.artifacts.layers(inputs.layers).layers, params.moments)
     if context.memory is not None:
-        sums.check(context.memory)
+        sums.check(bound)
     return _files(params, inputs, context, progress, sums)
 
 
-def _bound(context: Context) -> int:
-    return usable_bytes(context.device) if context.memory is None else context.memory
-
-
-def _hessian_bytes(measured: Collection[str], layer: Layer) -> tuple[int, int]:
-    return hessian_bytes(layer, layer.name in measured)
-
-
 @dataclass(frozen=True)
-class _Sums:
+class Sums:
     """Which sums are taken in the same passes.
 
     Attributes:
@@ -129,6 +115,30 @@ class _Sums:
     hessians: list[list[Layer]]
     leader: dict[str, str]
 
+    @classmethod
+    def within(cls, bound: int, layers: Sequence[Layer], moments: bool) -> Sums:
+        """The largest groups that keep within a bound.
+
+        Args:
+            bound: bytes.
+            layers: in execution order.
+            moments: whether second moments are summed.
+        """
+        leader = leaders([layer for layer in layers if moments and has_moments(layer)])
+        leading = [layer for layer in layers if leader.get(layer.name) == layer.name]
+        inputs = groups_within(leading, inputs_bytes, bound)
+        hessians = groups_within(layers, lambda layer: hessian_bytes(layer, layer.name in leader), bound)
+        return cls(inputs, hessians, leader)
+
+    @property
+    def bytes(self) -> int:
+        """The most bytes that a group takes."""
+        return max(
+            sum(held for held, _ in sizes) + max((moment for _, moment in sizes), default=0)
+            for groups, size in ((self.inputs, inputs_bytes), (self.hessians, self._of_hessian))
+            for sizes in [[size(layer) for layer in group] for group in groups]
+        )
+
     def check(self, bound: int) -> None:
         """Check that the sums of every single layer fit.
 
@@ -136,7 +146,7 @@ class _Sums:
             ConfigError: those of one do not.
         """
         sizes = [(sum(inputs_bytes(layer)), layer.name) for group in self.inputs for layer in group]
-        sizes += [(sum(_hessian_bytes(self.leader, layer)), layer.name) for group in self.hessians for layer in group]
+        sizes += [(sum(self._of_hessian(layer)), layer.name) for group in self.hessians for layer in group]
         size, name = max(sizes)
         if size > bound:
             raise ConfigError(
@@ -144,9 +154,12 @@ class _Sums:
                 f"{-(-size // 10**6)}MB, or exclude the layer (search.exclude)"
             )
 
+    def _of_hessian(self, layer: Layer) -> tuple[int, int]:
+        return hessian_bytes(layer, layer.name in self.leader)
+
 
 def _files(
-    params: Params, inputs: Inputs, context: Context, progress: Progress, sums: _Sums
+    params: Params, inputs: Inputs, context: Context, progress: Progress, sums: Sums
 ) -> Iterator[tuple[str, bytes]]:
     """The files of the artifact, each computed when the one before it is written."""
     model = context.model(inputs.model)

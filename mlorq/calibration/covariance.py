@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlorq.models.layer_list import Layer
+from mlorq.models.layer_list import WIDEST, Layer
 
 FOLDS = 2
 LEAST_SHRINKAGE = 0.005
-WIDEST = 16384  # inputs or outputs of a layer with moments: twice 2.1 GB a matrix; a vocabulary has more
 
 
 def has_moments(layer: Layer) -> bool:

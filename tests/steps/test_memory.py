@@ -15,14 +15,16 @@ import mlorq
 from mlorq import memory
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, Store
-from mlorq.calibration import collect, label_free_hessian
+from mlorq.calibration import collect, covariance, label_free_hessian
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.in_groups import Stops, groups_within, hessian_bytes, in_groups, inputs_bytes
 from mlorq.config.run import RunConfig
 from mlorq.data import from_batches
 from mlorq.data.base import Dataset
 from mlorq.errors import ConfigError
-from mlorq.models.layer_list import Layer
+from mlorq.fitting import hessian_fit
+from mlorq.forms import tcq
+from mlorq.models.layer_list import WIDEST, Layer
 from steps import capture, layers
 from steps.base import execute
 from steps.session import Session
@@ -214,3 +216,44 @@ def test_compress_of_a_large_model_has_its_store_in_a_temporary_folder(tmp_path,
     assert not list(tmp_path.glob("mlorq-*"))
     assert found[0].metrics["nmse"] == found[1].metrics["nmse"]
     assert torch.equal(found[0].model(batches[0]), found[1].model(batches[0]))
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_the_bytes_of_the_sums_are_said(moments):
+    """What the dry run shows: within the bound while every layer is, and never less than the largest layer's."""
+    found = [Layer(str(index), "linear", 4 + index, 8, 1, 1, index, 0, index // 2) for index in range(6)]
+    sizes = [sum(hessian_bytes(layer, moments)) for layer in found]
+    whole = capture.Sums.within(2**40, found, moments)
+    assert (len(whole.hessians), len(whole.inputs)) == (1, 1 if moments else 0)
+    assert [layer.name for group in whole.inputs for layer in group] == (["0", "2", "4"] if moments else [])
+    for bound in (max(sizes), 2 * max(sizes), whole.bytes):
+        sums = capture.Sums.within(bound, found, moments)
+        assert max(sizes) <= sums.bytes <= max(bound, sum(inputs_bytes(found[0])))
+    assert capture.Sums.within(whole.bytes, found, moments) == whole
+    assert len(capture.Sums.within(whole.bytes - 1, found, moments).hessians) == 2
+    assert capture.Sums.within(1, found, moments).bytes == max(*sizes, sum(inputs_bytes(found[0])) if moments else 0)
+
+
+def test_very_wide_layers_have_no_moments():
+    wide = [Layer("head", "linear", WIDEST + 1, 8, 1, 1, 0, 0, 0), Layer("in", "linear", 8, WIDEST + 1, 1, 1, 1, 0, 1)]
+    narrow = Layer("fine", "linear", WIDEST, 8, 1, 1, 2, 0, 0)  # which reads the same tensor as the head
+    sums = capture.Sums.within(2**50, [*wide, narrow], True)
+    assert sums.leader == {"fine": "fine"}
+    assert hessian_bytes(wide[0], False)[0] == 8 * wide[0].params
+
+
+@pytest.mark.parametrize("rounding", ["closed_form", "block"])
+def test_a_layer_too_wide_for_moments_is_compressed(monkeypatch, rounding):
+    """A head with more outputs than a covariance may have takes forms that need none; other layers have theirs."""
+    for module in (covariance, hessian_fit, tcq):
+        monkeypatch.setattr(module, "WIDEST", 64)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 100))
+    batches = list(torch.randn(64, 8).split(16))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "diag", None)  # a matrix of outputs
+        found = mlorq.compress(net, batches, budget="4bit", preset="fast", rounding=rounding, rounding_iterations=3)
+    forms = dict(zip(*(found.allocation[name].to_pylist() for name in ("layer", "form")), strict=True))
+    assert forms["0"] == "TCQ"
+    assert forms["2"] in ("Q", "LR")
+    assert found.metrics["nmse"] < 0.1
