@@ -18,14 +18,19 @@ from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.calibration import collect, covariance, label_free_hessian
 from mlorq.calibration.covariance import OuterProducts
 from mlorq.calibration.in_groups import Stops, groups_within, hessian_bytes, in_groups, inputs_bytes
+from mlorq.codecs.affine import QuantizedMatrix, Rounded
 from mlorq.config.run import RunConfig
 from mlorq.data import from_batches
 from mlorq.data.base import Dataset
 from mlorq.errors import ConfigError
 from mlorq.fitting import hessian_fit
-from mlorq.forms import tcq
+from mlorq.fitting.scale_search import search_quantizer
+from mlorq.forms import tcq, uniform_candidate
+from mlorq.forms.modules import replace_layers
+from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.layer_list import WIDEST, Layer
-from steps import capture, layers
+from mlorq.models.layers import find_layers
+from steps import capture, layers, pack
 from steps.base import execute
 from steps.session import Session
 from tests.nets import float_model
@@ -257,3 +262,24 @@ def test_a_layer_too_wide_for_moments_is_compressed(monkeypatch, rounding):
     assert forms["0"] == "TCQ"
     assert forms["2"] in ("Q", "LR")
     assert found.metrics["nmse"] < 0.1
+
+
+def test_packing_shares_the_weights_that_it_replaces_and_leaves_the_model_alone():
+    model = float_model(Attention())
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    found = find_layers(model, torch.randn(2, 5, WIDTH)).layers
+    copied = pack._without_weights(model.module, found)
+    for layer in found:
+        ours, theirs = (module.get_submodule(layer.name) for module in (model.module, copied))
+        assert ours is not theirs
+        assert ours.weight.data_ptr() == theirs.weight.data_ptr()
+        assert ours.bias.data_ptr() != theirs.bias.data_ptr()
+    replaced = {one.name: CompressedLayer(one.name, uniform_candidate(4), matrices(one)) for one in found}
+    replace_layers(copied, replaced)
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert isinstance(model.module.q, torch.nn.Linear)
+
+
+def matrices(layer: Layer) -> dict[str, QuantizedMatrix]:
+    values = torch.randn(layer.out_features, layer.in_features)
+    return {"weight": Rounded.nearest(values, search_quantizer(values, 4, [1.0])).store()}
