@@ -20,6 +20,7 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.leases import once
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.errors import ConfigError, no_secrets
+from mlorq.memory import return_freed
 from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
 
 if TYPE_CHECKING:
@@ -242,6 +243,8 @@ def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) ->
             writing += time.perf_counter() - begun
         # Rounded before it is used: the outcome and the manifest then have the same number.
         seconds = round(time.perf_counter() - started - writing, 3)
+        if spec.layer is None:  # a step of the whole model, whose large tensors are gone
+            return_freed()
         details = {"layer": spec.layer, "params": spec.params, "inputs": spec.to_json()["inputs"]}
         ref = writer.finish(details=details, seconds=seconds)
         return Outcome(ref, False, seconds)

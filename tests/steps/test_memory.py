@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -283,3 +285,19 @@ def test_packing_shares_the_weights_that_it_replaces_and_leaves_the_model_alone(
 def matrices(layer: Layer) -> dict[str, QuantizedMatrix]:
     values = torch.randn(layer.out_features, layer.in_features)
     return {"weight": Rounded.nearest(values, search_quantizer(values, 4, [1.0])).store()}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries of C return what is freed, or cannot")
+def test_freed_memory_is_returned():
+    """Blocks below the size that glibc maps by themselves, with one kept above them."""
+    blocks = [torch.ones(25_000) for _ in range(2000)]  # 200 MB
+    kept = torch.ones(25_000)
+    before = resident()
+    del blocks
+    memory.return_freed()
+    assert before - resident() > 150_000_000
+    assert float(kept.sum()) == 25_000
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
