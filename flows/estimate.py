@@ -25,12 +25,14 @@ from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
 from mlorq.export_targets import TARGETS
 from mlorq.forms.base import FORMS, Form, Shape
+from mlorq.memory import usable_bytes
 from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer, LayerList
 from mlorq.registry import Settings
 from mlorq.rounding import METHODS
 from mlorq.rounding.base import TrainingSettings
 from steps.base import Needs
+from steps.capture import Sums
 from steps.session import Session
 
 ELEMENT = 25.0  # cost of one element-wise pass per entry, in multiply-adds
@@ -203,7 +205,11 @@ class Estimate:
 
 
 def memory_bytes(session: Session, layers: LayerList) -> int:
-    """Peak memory of the run on its device, in bytes: the current memory plus that of the largest step."""
+    """Peak memory of the run on its device, in bytes: the current memory plus that of the largest step.
+
+    Raises:
+        ConfigError: ``engine.memory`` is too small for the sums of one layer.
+    """
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     model = sum(tensor.nbytes for tensor in session.model.module.state_dict().values())
     if session.device != "cpu":
@@ -217,11 +223,18 @@ def memory_bytes(session: Session, layers: LayerList) -> int:
             for layer in layers.layers
         )
     )
-    hessians = 2 * 4 * layers.params
+    bound = session.config.engine.memory_bytes
+    sums = Sums.within(
+        usable_bytes(session.device) if bound is None else bound,
+        layers.layers,
+        session.config.search.metric == "moments",
+    )
+    if bound is not None:
+        sums.check(bound)
     searching = max(Needs.of_layer(layer).memory_bytes for layer in layers.layers)
     paired = model + _kept_between_blocks(session.calibration, layers.layers)
     # Twice, to allow for PyTorch's temporaries and memory fragmentation.
-    return int(base + max(2 * (2 * activations + hessians), searching + 2 * paired))
+    return int(base + max(2 * 2 * activations + sums.bytes, searching + 2 * paired))
 
 
 def _kept_between_blocks(data: Dataset, layers: Sequence[Layer]) -> int:

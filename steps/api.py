@@ -6,7 +6,9 @@ entry point of the library; nothing else in ``mlorq`` imports ``steps``, so ``ml
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -17,12 +19,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mlorq.config.run import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
 from mlorq.models.layer_list import LeftFloat
 
 MOST_NAMED = 5  # layers that a warning names
+ARTIFACTS = 6  # bytes of a search's artifacts, mostly moments, per byte of the float model
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,6 +88,7 @@ def compress(
     search: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
+    memory: str | None = None,
     store: str | None = None,
     progress: bool | Progress = False,
 ) -> CompressionResult:
@@ -117,8 +122,10 @@ def compress(
         search: further settings of the ``search`` section of a configuration, by name.
         seed: for every random choice.
         device: ``auto``, ``cpu``, ``cuda:0`` …
+        memory: for the sums over the calibration data, ``"8GB"``; less memory takes more passes, with the same result.
+            Default: half of what is free.
         store: URL of an artifact store; a later call reuses the artifacts whose inputs are unchanged. Default: in
-            memory, discarded at the end.
+            memory or, for a large model, in a temporary folder (``TMPDIR``); discarded at the end.
         progress: True for lines on standard error, or ``callable(label, done, total)``.
 
     Raises:
@@ -166,9 +173,9 @@ def compress(
             "rounding": chosen,
             "embeddings": embeddings,
             "activations": activations,
-            "engine": {"devices": device},
+            "engine": {"devices": device, "memory": memory},
             "seed": seed,
-            "store": store or f"memory://mlorq-{uuid.uuid4().hex}",
+            "store": store or _own_store(model),
         }
     )
     # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
@@ -195,6 +202,8 @@ def compress(
     executor = InProcess(session, _reporter(progress), outcomes.append)
     started = time.perf_counter()
     try:
+        if store is None and opened.is_local:
+            os.mkdir(opened.root, mode=0o700)  # what it holds is the caller's alone
         with torch.inference_mode(False), torch.enable_grad():
             if keep is None:
                 (result,) = run_pipeline(session, executor, config.budgets)
@@ -240,6 +249,17 @@ def compress(
     for line in summary["calibration"]["warnings"]:
         warnings.warn(line, stacklevel=2)
     return CompressionResult(compressed, allocation, metrics, left_float, files)
+
+
+def _own_store(model: nn.Module) -> str:
+    """URL of a store that is discarded at the end: in memory, unless the artifacts would take much of it."""
+    from mlorq.memory import usable_bytes
+
+    values = (value for value in (*model.parameters(), *model.buffers()) if not is_lazy(value))
+    name = f"mlorq-{uuid.uuid4().hex}"
+    if ARTIFACTS * sum(value.nbytes for value in values) <= usable_bytes("cpu"):
+        return f"memory://{name}"
+    return f"file://{os.path.join(tempfile.gettempdir(), name)}"
 
 
 def _warn(left_float: Sequence[LeftFloat]) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CALIBRATION, DEPTH = "calibration.json", "depth.json"
 IMPORTANCE = "importance.safetensors"
+SHARED_INPUTS = "inputs.json"  # {layer: the layer whose file has the moments of its input}
 PLAN, PLAN_TENSORS = "activations.json", "activations.safetensors"
 REST = "rest/parameters.safetensors"  # in a folder, because the layers' files are named after layers
 
@@ -33,6 +34,11 @@ REST = "rest/parameters.safetensors"  # in a folder, because the layers' files a
 def moments_file(layer: str) -> str:
     """File of a layer's moments in a ``capture`` artifact."""
     return f"moments/{layer}.safetensors"
+
+
+def inputs_file(layer: str) -> str:
+    """File of the moments of a layer's input, and of all layers that read the same tensor."""
+    return f"inputs/{layer}.safetensors"
 
 
 class RoundedFiles(NamedTuple):
@@ -120,7 +126,13 @@ class ArtifactReader:
 
     def moments(self, capture: ArtifactRef, layer: str) -> dict[str, Tensor]:
         """A layer's Hessian and, if the ``capture`` artifact has them, its moments; by name, on the CPU."""
-        return self._store.read_tensors(capture, moments_file(layer))
+        from mlorq.calibration.covariance import moments_tensors
+
+        own = self._store.read_tensors(capture, moments_file(layer))
+        if "gradient_tokens" not in own:  # no moments; or an artifact of version 4 or before, whose files have all
+            return own
+        shared = self._store.read_json(capture, SHARED_INPUTS)[layer]
+        return moments_tensors(own, self._store.read_tensors(capture, inputs_file(shared)))
 
     def importance(self, capture: ArtifactRef, batches: int) -> Sequence[Importance] | None:
         """Weights of the calibration data's tokens, one mapping per batch; None if the capture has none.

@@ -9,7 +9,7 @@ valid in any process. Keys do not depend on paths, devices, thread counts or log
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,6 +20,7 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.leases import once
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.errors import ConfigError, no_secrets
+from mlorq.memory import return_freed
 from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from steps.context import Context, Worker
 
 Progress = Callable[[int, int], None]
+ArtifactFiles = Mapping[str, bytes] | Iterable[tuple[str, bytes]]
 Params = TypeVar("Params")
 
 
@@ -130,14 +132,15 @@ class Step(Generic[Params, Inputs]):
         version: see ``StepSpec``.
         params: class of its parameters: a frozen dataclass or pydantic model of plain values.
         inputs: class of its inputs: a frozen dataclass of handles.
-        run: ``run(params, inputs, context, progress)`` gives the artifact's files, ``{name: bytes}``.
+        run: ``run(params, inputs, context, progress)`` gives the artifact's files: ``{name: bytes}``, or pairs of name
+            and bytes, of which each is written before the next is computed.
     """
 
     name: str
     version: int
     params: type[Params]
     inputs: type[Inputs]
-    run: Callable[[Params, Inputs, Context, Progress], dict[str, bytes]]
+    run: Callable[[Params, Inputs, Context, Progress], ArtifactFiles]
 
     def spec(
         self,
@@ -214,7 +217,7 @@ def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) ->
         progress: called with (done, total).
 
     Raises:
-        MlorqError: the input is wrong; nothing is written.
+        MlorqError: the input is wrong; there is no artifact.
     """
     from steps import REGISTRY
 
@@ -233,10 +236,17 @@ def execute(spec: StepSpec, worker: Worker, progress: Progress | None = None) ->
         worker.context.use_threads()
         started = time.perf_counter()
         files = step.run(params, inputs, worker.context, progress or (lambda done, total: None))
+        writer, writing = worker.store.writer(spec.step, spec.key), 0.0
+        for name, data in files.items() if isinstance(files, Mapping) else files:
+            begun = time.perf_counter()
+            writer.add(name, data)
+            writing += time.perf_counter() - begun
         # Rounded before it is used: the outcome and the manifest then have the same number.
-        seconds = round(time.perf_counter() - started, 3)
+        seconds = round(time.perf_counter() - started - writing, 3)
+        if spec.layer is None:  # a step of the whole model, whose large tensors are gone
+            return_freed()
         details = {"layer": spec.layer, "params": spec.params, "inputs": spec.to_json()["inputs"]}
-        ref = worker.store.write(spec.step, spec.key, files, details=details, seconds=seconds)
+        ref = writer.finish(details=details, seconds=seconds)
         return Outcome(ref, False, seconds)
 
     kind, store = f"{spec.step}/{spec.key}", worker.store

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mlorq.artifacts.store import ArtifactRef, json_bytes
-from mlorq.calibration.covariance import FOLDS, moments_of_tensors
+from mlorq.calibration.covariance import FOLDS, has_moments, moments_of_tensors
 from mlorq.calibration.coverage import Coverage, between_folds, damped_factor, held_out, mean_scores
 from mlorq.calibration.diagnosis import Diagnosis
 from mlorq.calibration.token_importance import leaders
@@ -79,7 +79,7 @@ def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) 
 def _covered(inputs: Inputs, context: Context) -> Iterator[Coverage]:
     """The layers' inputs between the folds, and on evaluation data."""
     listed = context.artifacts.layers(inputs.layers)
-    layers = [layer for layer in listed.layers if layer.groups == 1]
+    layers = [layer for layer in listed.layers if has_moments(layer)]
     found: dict[str, Coverage] = {}
     factors: dict[str, torch.Tensor] = {}
     for name in dict.fromkeys(leaders(layers).values()):

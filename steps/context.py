@@ -113,16 +113,21 @@ class Context:
         sources: of model and data.
         artifacts: reads the store.
         threads: CPU threads per step; None: torch's default.
+        memory: bytes that the sums of a step may take; None: a share of what is free. Results do not depend on it.
 
     Attributes:
         device: the device to compute on.
         artifacts: reads artifacts by reference.
+        memory: the argument.
     """
 
-    def __init__(self, sources: Sources, artifacts: ArtifactReader, threads: int | None = None) -> None:
+    def __init__(
+        self, sources: Sources, artifacts: ArtifactReader, threads: int | None = None, memory: int | None = None
+    ) -> None:
         self.device = sources.device
         self.artifacts = artifacts
         self._sources = sources
+        self.memory = memory
         self._threads = threads
         self._folded: tuple[ArtifactRef, FloatModel] | None = None
         self._passes: tuple[object, FloatPasses] | None = None

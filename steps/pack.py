@@ -165,6 +165,7 @@ def rest_bytes_bound(session: Session, layers: Sequence[Layer], model: ModelRef 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     artifacts, model, plan = context.artifacts, context.model(inputs.model), context.plan(inputs.model)
+    context.paired.release()  # rounding is finished, and this step copies the model, too
     prepared = model.preparation()
     if preparation.described(prepared) != params.preparation:
         raise ConfigError(
@@ -183,7 +184,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         rest |= found.rest
         progress(len(read), len(layers.layers))
     compressed = {layer.name: read[layer.name] for layer in layers.layers}
-    module = copy_module(model.module).to("cpu")
+    module = _without_weights(model.module, layers.layers).to("cpu")
     set_parameters(module, rest)
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
     replace_tables(module, artifacts.tables(inputs.embeddings))
@@ -206,6 +207,12 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
     }
     files = checkpoint_files(module, description, macs={layer.name: layer.macs for layer in layers.layers})
     return files | preparation.placed(prepared)
+
+
+def _without_weights(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:
+    """A copy of a module for its layers to be replaced: on the CPU it shares their weights with the original."""
+    weights = [module.get_submodule(layer.name)._parameters.get("weight") for layer in layers]
+    return copy_module(module, {id(one): one for one in weights if one is not None and one.device.type == "cpu"})
 
 
 STEP = Step("compressed", 5, Params, Inputs, run)

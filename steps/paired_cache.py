@@ -106,6 +106,10 @@ class PairedCache:
         """Cache a pair in which every layer up to ``last`` is rounded."""
         self._kept = (state, last.key, paired)
 
+    def release(self) -> None:
+        """Drop the cached pair: no step of this run continues it."""
+        self._kept = None
+
     def _build(self, state: PairedState) -> PairedForward:
         context = self._context
         layers = context.artifacts.layers(state.layers)

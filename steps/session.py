@@ -87,11 +87,11 @@ class Session:
             lambda loaded: evaluation or self._load(config.data.evaluation, "evaluation", loaded),
             device,
         )
-        self.worker = Worker(store, Context(self._sources, self.artifacts, config.engine.threads))
+        self.worker = Worker(store, self._context(self._sources, self.artifacts))
 
     def worker_on(self, device: str) -> Worker:
         """Another worker, with its own copy of the model and the same data."""
-        config, model = self.config, self._model
+        model = self._model
         if model is not None:
             from mlorq.models.copying import copy_module
 
@@ -102,7 +102,11 @@ class Session:
             lambda _: self._sources.evaluation,
             device,
         )
-        return Worker(self.store, Context(sources, ArtifactReader(self.store), config.engine.threads))
+        return Worker(self.store, self._context(sources, ArtifactReader(self.store)))
+
+    def _context(self, sources: Sources, artifacts: ArtifactReader) -> Context:
+        engine = self.config.engine
+        return Context(sources, artifacts, engine.threads, engine.memory_bytes)
 
     def _load_model(self) -> FloatModel:
         from mlorq.models import load_model

@@ -10,6 +10,7 @@ from pathlib import Path
 from flows.doctor.row import Row
 from mlorq.artifacts.store import Store
 from mlorq.errors import MlorqError, hide_secrets
+from mlorq.memory import machine_memory
 
 LEAST_DISK = 2 * 10**9  # of a run of a small model: artifacts, checkpoint, caches
 LEAST_MEMORY = 2 * 10**9
@@ -36,24 +37,9 @@ def machine_rows(folder: Path | None) -> list[Row]:
 
 
 def _memory_row() -> Row:
-    total, free = _memory()
+    total, free = machine_memory()
     state, advice = ("ok", "") if free >= LEAST_MEMORY else ("problem", "end other programs, or use a smaller model")
     return Row(MEMORY, state, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free", advice)  # type: ignore[arg-type]
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes of memory in all, and those available to new programs; a container has those of its limit."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = (os.sysconf(name) * page for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    if (table := Path("/proc/meminfo")).exists():  # counts caches that can be freed
-        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no group of its own, or no limit ("max")
-        return total, free
-    return min(total, limit), min(free, max(0, limit - used))
 
 
 def store_rows(store: Store, folder: Path | None) -> list[Row]:

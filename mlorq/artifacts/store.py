@@ -13,6 +13,7 @@ cached locally (``mlorq.artifacts.cache``); whether an artifact exists is always
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import io
@@ -46,6 +47,7 @@ MANIFEST_FORMAT = 2  # format 1 has no digest of the manifest itself; it is read
 MOST_MANIFEST_BYTES = 2**26  # some 400,000 files
 MOST_FILE_BYTES = 2**40
 LEASE_PATIENCE_SECONDS = 2.0
+WAITING_BYTES = 2**26  # of files that are written together to a store that is not local
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # damage of an artifact, not faults of a network
 
 
@@ -280,36 +282,19 @@ class Store:
         Raises:
             StoreError: the store cannot be written.
         """
-        ref = ArtifactRef(step, key)
-        listed: dict[str, dict[str, Any]] = {
-            name: {"bytes": len(data), "digest": digest_bytes(data)} for name, data in files.items()
-        }
-        described = {
-            "format": MANIFEST_FORMAT,
-            "step": step,
-            "key": key,
-            "files": listed,
-            "details": dict(details or {}),
-            "seconds": seconds,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        manifest: dict[str, Any] = json.loads(json.dumps(described))
-        text = json.dumps(manifest | {"digest": _digest_of(manifest)}, indent=1).encode()
-        try:
-            if self.is_local:
-                for name, data in files.items():
-                    self._put(self.path(ref, name), data)
-            else:
-                self.files.write_all({self.path(ref, name): data for name, data in files.items()})
-            self._put(self.path(ref, MANIFEST), text, manifest=True)
-        except OSError as error:
-            raise StoreError(f"cannot write artifact {self.uri(ref)}: {error}") from error
-        if self.is_remote:
-            self._manifests[ref] = manifest
-        if self.cache is not None:
-            for name, data in files.items():
-                self.cache.keep(listed[name]["digest"], data)
-        return ref
+        writer = self.writer(step, key)
+        for name, data in files.items():
+            writer.add(name, data)
+        return writer.finish(details=details, seconds=seconds)
+
+    def writer(self, step: str, key: str) -> ArtifactWriter:
+        """Writes an artifact file by file, so that one that is larger than the memory can be written.
+
+        Args:
+            step: the step that makes the artifact.
+            key: its key.
+        """
+        return ArtifactWriter(self, ArtifactRef(step, key))
 
     def forget(self, ref: ArtifactRef) -> None:
         """Remove the manifest of an artifact, so that its folder is no longer an artifact; other files stay.
@@ -430,6 +415,86 @@ class Store:
             f"artifact {self.uri(ref)} is damaged: {name}: {reason}; delete its folder, and it is computed again "
             "(mlorq store verify --repair does)"
         )
+
+
+class ArtifactWriter:
+    """Writes the files of one artifact as they come, and its manifest last. Without ``finish`` there is no artifact.
+
+    Local files are written at once. Small files for other stores wait for each other, since these are written several
+    at a time; at most ``WAITING_BYTES`` do.
+
+    Args:
+        store: the store.
+        ref: of the artifact.
+    """
+
+    def __init__(self, store: Store, ref: ArtifactRef) -> None:
+        self._store = store
+        self._ref = ref
+        self._listed: dict[str, dict[str, Any]] = {}
+        self._waiting: dict[str, bytes] = {}
+
+    def add(self, name: str, data: bytes) -> None:
+        """Write one file.
+
+        Args:
+            name: its name in the artifact.
+            data: its content.
+
+        Raises:
+            StoreError: the store cannot be written, or the artifact has a file of that name.
+        """
+        if name in self._listed:
+            raise StoreError(f"artifact {self._store.uri(self._ref)} has two files {name!r}")
+        self._listed[name] = {"bytes": len(data), "digest": digest_bytes(data)}
+        with self._faults():
+            if self._store.is_local:
+                self._store._put(self._store.path(self._ref, name), data)
+                return
+        self._waiting[name] = data
+        if sum(map(len, self._waiting.values())) >= WAITING_BYTES:
+            self._write_waiting()
+
+    def finish(self, *, details: Mapping[str, Any] | None = None, seconds: float | None = None) -> ArtifactRef:
+        """Write the manifest; the arguments are those of ``Store.write``.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        store, ref = self._store, self._ref
+        described = {
+            "format": MANIFEST_FORMAT,
+            "step": ref.step,
+            "key": ref.key,
+            "files": self._listed,
+            "details": dict(details or {}),
+            "seconds": seconds,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        manifest: dict[str, Any] = json.loads(json.dumps(described))
+        text = json.dumps(manifest | {"digest": _digest_of(manifest)}, indent=1).encode()
+        self._write_waiting()
+        with self._faults():
+            store._put(store.path(ref, MANIFEST), text, manifest=True)
+        if store.is_remote:
+            store._manifests[ref] = manifest
+        return ref
+
+    def _write_waiting(self) -> None:
+        store = self._store
+        with self._faults():
+            store.files.write_all({store.path(self._ref, name): data for name, data in self._waiting.items()})
+        if store.cache is not None:
+            for name, data in self._waiting.items():
+                store.cache.keep(self._listed[name]["digest"], data)
+        self._waiting.clear()
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"cannot write artifact {self._store.uri(self._ref)}: {error}") from error
 
 
 def _checked_manifest(text: bytes, ref: ArtifactRef) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Later statistics of activations start from the sample; every compressed model is
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.calibration.covariance import OuterProducts
+from mlorq.calibration.covariance import OuterProducts, has_moments
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel, join_outputs
@@ -50,7 +51,8 @@ class Captured:
         reference: f(x), ``(samples, outputs)`` float32 on the CPU.
         samples: ``{layer: sample of its inputs}``.
         inputs: ``{layer: sums of outer products of its inputs}``, one object for all layers that read the same tensor;
-            empty without ``moments``. Grouped convolutions are left out: their rows see different inputs.
+            of those layers that ``moments`` asks for. Grouped convolutions are left out: their rows see different
+            inputs.
     """
 
     reference: Tensor
@@ -65,7 +67,7 @@ def capture(
     *,
     rows: int = 256,
     seed: int = 0,
-    moments: bool = False,
+    moments: bool | Collection[str] = False,
     importance: Sequence[Importance] | None = None,
     alone: Collection[str] = (),
     device: torch.device | str = "cpu",
@@ -80,7 +82,8 @@ def capture(
         rows: approximate number of input rows to keep per layer, spread evenly over the samples; tokens are drawn at
             random from the unmasked ones.
         seed: seed of the choice of tokens.
-        moments: whether to sum the outer products of all inputs as well (METHOD 7).
+        moments: whether to sum the outer products of the inputs as well (METHOD 7), of all layers or of the named ones
+            and those that read the same tensors.
         importance: weights of the tokens in these sums, one mapping per batch; None: equal weights.
         alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         device: device of the model.
@@ -94,12 +97,8 @@ def capture(
     share = max(1, round(rows / total))
     kept: dict[str, list[InputSample]] = {layer.name: [] for layer in layers}
     references: list[Tensor] = []
-    products: dict[str, OuterProducts] = {}
-    leader = leaders([layer for layer in layers if layer.groups == 1] if moments else [])
-    for layer in layers:
-        if layer.name in leader:
-            products[layer.name] = products.get(leader[layer.name]) or OuterProducts(layer.in_features, device)
-    leading = set(leader.values())
+    products = _products(layers, moments, device)
+    leading = _leading(layers, products)
     first = 0
 
     for index, moved in enumerate(feed(batches, device, model.dtype)):
@@ -121,14 +120,11 @@ def capture(
                 if name in seen or not inputs.numel():
                     return
                 seen.add(name)
-                try:
-                    tokens = input_tokens(child, inputs, count)
-                except ModelError as error:
-                    raise ModelError(f"layer {name!r}: {error}; or exclude it (search.exclude)") from error
+                tokens = _tokens(name, child, inputs, count)
                 own = mask_for(name, mask, alone)
                 kept[name].append(_choose(tokens, own, share, start, generator))
                 if name in leading:
-                    products[name].add(tokens, start, counting(own, tokens), weights.get(name))
+                    products[name].add(tokens, start, counting(own, tokens), weights.get(leading[name]))
 
             return record
 
@@ -155,6 +151,97 @@ def capture(
             progress(index + 1, len(batches))
     samples = {layer.name: _joined(layer, kept[layer.name]) for layer in layers}
     return Captured(join_outputs(references), samples, products)
+
+
+class _AllSeen(Exception):
+    """Raised to end a forward pass after the last layer whose inputs are wanted."""
+
+
+def input_moments(
+    model: FloatModel,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    moments: Collection[str],
+    *,
+    importance: Sequence[Importance] | None = None,
+    alone: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, OuterProducts]:
+    """``Captured.inputs`` alone, the same numbers, from passes that end after the last layer that is asked for.
+
+    The arguments are those of ``capture``, which has checked that everything is finite.
+    """
+    products = _products(layers, moments, device)
+    leading = _leading(layers, products)
+    first = 0
+    for index, moved in enumerate(feed(batches, device, model.dtype)):
+        count = batch_samples(moved)
+        mask = model.token_mask(moved)
+        weights = importance[index] if importance is not None else {}
+        left = set(leading)
+
+        def hook(
+            name: str, start: int, count: int, mask: TokenMask, left: set[str], weights: Importance
+        ) -> Callable[..., None]:
+            def add(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+                inputs = first_argument(args, kwargs)
+                if name not in left or not inputs.numel():
+                    return
+                tokens = _tokens(name, child, inputs, count)
+                own = counting(mask_for(name, mask, alone), tokens)
+                products[name].add(tokens, start, own, weights.get(leading[name]))
+                left.discard(name)
+                if not left:
+                    raise _AllSeen
+
+            return add
+
+        handles = [
+            model.module.get_submodule(name).register_forward_hook(
+                hook(name, first, count, mask, left, weights), with_kwargs=True
+            )
+            for name in leading
+        ]
+        try:
+            with torch.no_grad(), contextlib.suppress(_AllSeen):
+                model.outputs(model.module, moved)
+        finally:
+            for handle in handles:
+                handle.remove()
+        first += count
+        if progress is not None:
+            progress(index + 1, len(batches))
+    return products
+
+
+def _products(
+    layers: Sequence[Layer], moments: bool | Collection[str], device: torch.device | str
+) -> dict[str, OuterProducts]:
+    """Empty sums of the layers whose moments are asked for, one object for layers that read the same tensor."""
+    leader = leaders([layer for layer in layers if has_moments(layer)])
+    asked = (leader.values() if moments else ()) if isinstance(moments, bool) else moments
+    products: dict[str, OuterProducts] = {}
+    for layer in layers:
+        first = leader.get(layer.name)
+        if first is not None and first in asked:
+            products[layer.name] = products.get(first) or OuterProducts(layer.in_features, device)
+    return products
+
+
+def _leading(layers: Sequence[Layer], products: Collection[str]) -> dict[str, str]:
+    """``{first layer that reads a summed tensor: its name in the importance}``, which knows layers without moments."""
+    weighed = leaders(layers)
+    own = leaders([layer for layer in layers if layer.name in products])
+    return {name: weighed[name] for name in own.values()}
+
+
+def _tokens(name: str, child: nn.Module, inputs: Tensor, count: int) -> Tensor:
+    """The input vectors of a layer by sample; an error names the layer."""
+    try:
+        return input_tokens(child, inputs, count)
+    except ModelError as error:
+        raise ModelError(f"layer {name!r}: {error}; or exclude it (search.exclude)") from error
 
 
 def _joined(layer: Layer, parts: Sequence[InputSample]) -> InputSample:

@@ -8,14 +8,21 @@ singular, and a low-rank candidate looks free on the samples it was fitted to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mlorq.models.layer_list import WIDEST, Layer
+
 FOLDS = 2
 LEAST_SHRINKAGE = 0.005
+
+
+def has_moments(layer: Layer) -> bool:
+    """Whether second moments of a layer are taken: neither of grouped convolutions nor of very wide layers."""
+    return layer.groups == 1 and max(layer.in_features, layer.out_features) <= WIDEST
 
 
 @dataclass(frozen=True)
@@ -113,19 +120,29 @@ class OuterProducts:
             self.weights[fold] += float(own.double().sum())
             self.squares[fold] += float(own.double().square().sum())
 
-    def means(self) -> Tensor:
-        """Weighted mean outer products, ``(folds, size, size)`` float64; zeros for a fold without tokens."""
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=self.sums.device)
-        return self.sums / torch.where(weights > 0, weights, 1.0)[:, None, None]
+    def means(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Weighted mean outer products, ``(folds, size, size)``; zeros for a fold without tokens."""
+        found = torch.empty_like(self.sums, dtype=dtype)
+        for fold, weight in enumerate(self.weights):
+            torch.div(self.sums[fold], weight or 1.0, out=found[fold])
+        return found
 
 
-def moments_tensors(inputs: OuterProducts, gradients: OuterProducts) -> dict[str, Tensor]:
-    """The content of a ``moments`` file: ``inputs``, ``gradients`` (one matrix per fold) and their ``tokens``."""
-    return {
-        "inputs": inputs.means().float(),
-        "gradients": gradients.means().float(),
-        "tokens": torch.tensor([inputs.counts, gradients.counts]),
-    }
+def inputs_tensors(inputs: OuterProducts) -> dict[str, Tensor]:
+    """The content of an ``inputs`` file: ``inputs`` (one matrix per fold) and their ``tokens``."""
+    return {"inputs": inputs.means(torch.float32), "tokens": torch.tensor(inputs.counts)}
+
+
+def gradients_tensors(gradients: OuterProducts) -> dict[str, Tensor]:
+    """A layer's own part of its moments: ``gradients`` (one matrix per fold) and their ``gradient_tokens``."""
+    return {"gradients": gradients.means(torch.float32), "gradient_tokens": torch.tensor(gradients.counts)}
+
+
+def moments_tensors(own: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's moments from its own part and the ``inputs`` file of its input: ``tokens`` has a row for each."""
+    joined = {**own, "inputs": inputs["inputs"]}
+    joined["tokens"] = torch.stack([inputs["tokens"], joined.pop("gradient_tokens")])
+    return joined
 
 
 def moments_of_tensors(tensors: dict[str, Tensor], device: torch.device | str) -> list[Moments]:

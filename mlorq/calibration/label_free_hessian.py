@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.calibration.covariance import OuterProducts
+from mlorq.calibration.in_groups import Stops
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
@@ -47,6 +48,8 @@ def label_free_hessian(
     mode: Mode = "auto",
     seed: int = 0,
     gradients: Mapping[str, OuterProducts] | None = None,
+    only: Collection[str] | None = None,
+    stops: Stops | None = None,
     alone: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -55,7 +58,7 @@ def label_free_hessian(
 
     Args:
         model: the float model, on ``device``.
-        layers: layers whose Hessians are computed.
+        layers: the compressible layers.
         batches: calibration batches; all their samples count equally.
         probes: largest number of Gaussian probes per batch.
         min_probes: probes per batch before convergence is checked.
@@ -64,6 +67,9 @@ def label_free_hessian(
         seed: seed of the probes, which are drawn on the CPU: every device uses the same ones.
         gradients: ``{layer: sums}`` to which the outer products of ``∂(v · f)/∂y`` are added, for the second moments of
             output gradients; from at most ``GRADIENT_PASSES`` passes per batch, spread evenly.
+        only: names of the layers whose Hessians are computed; None: all. Their numbers are those of a call for all
+            layers if ``stops`` says where that one would have stopped.
+        stops: where probing stops, if other layers have a say in it; None: the layers of this call decide.
         alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         device: device of the model.
         progress: called with (passes done, largest possible number of passes).
@@ -75,42 +81,50 @@ def label_free_hessian(
         ModelError: an activation or gradient is not finite; the message names the layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    modules = {layer.name: model.module.get_submodule(layer.name) for layer in layers}
-    total = {layer.name: torch.zeros(layer.out_features, layer.in_features, device=device) for layer in layers}
+    chosen = [layer for layer in layers if only is None or layer.name in only]
+    modules = {layer.name: model.module.get_submodule(layer.name) for layer in chosen}
+    total = {layer.name: torch.zeros(layer.out_features, layer.in_features, device=device) for layer in chosen}
     samples = 0
     for index, batch in enumerate(batches):
         moved = move_batch(batch, device, model.dtype)
         count = batch_samples(batch)
         mask = model.token_mask(moved)
         record, outputs = recorded_calls(model, layers, partial(model.outputs, model.module, moved))
+        record = [call for call in record if call[0] in modules]
         exact = mode == "exact" or (mode == "auto" and outputs.shape[1] <= probes)
         passes = outputs.shape[1] if exact else probes
         batch_total = {name: torch.zeros_like(value) for name, value in total.items()}
         means: Tensor | None = None
         done = 0
-        for vectors in _vectors(outputs, exact, passes, generator):
+        vectors = _vectors(outputs, exact, passes, generator)
+        for vector in vectors:
             wanted = gradients if done * GRADIENT_PASSES // passes != (done - 1) * GRADIENT_PASSES // passes else None
-            _add_pass(record, modules, outputs, vectors, count, batch_total, wanted, samples, mask, alone)
+            _add_pass(record, modules, outputs, vector, count, batch_total, wanted, samples, mask, alone)
             done += 1
             if progress is not None:
                 progress(index * passes + done, len(batches) * passes)
-            if exact:
+            if exact or done == passes:
                 continue
-            new_means = torch.stack([value.mean() for value in batch_total.values()]) / done
-            if means is not None and done >= min_probes:
-                change = (new_means - means).abs() / means.clamp(min=torch.finfo(means.dtype).tiny)
-                if float(change.max()) < tolerance:
-                    break
-            means = new_means
+            converged = False
+            if min_probes < passes and (stops is None or stops.listens):
+                new_means = torch.stack([value.mean() for value in batch_total.values()]) / done
+                if means is not None and done >= min_probes:
+                    change = (new_means - means).abs() / means.clamp(min=torch.finfo(means.dtype).tiny)
+                    converged = float(change.max()) < tolerance
+                means = new_means
+            if converged if stops is None else stops.after(index, done, converged):
+                break
+        for _ in vectors:  # the next batch has the same vectors wherever this one stopped
+            pass
         for name, value in batch_total.items():
             if not torch.isfinite(value).all():
                 raise ModelError(
                     f"layer {name!r}: its activations or gradients are not finite; "
                     "check the model's weights and the calibration data"
                 )
-            total[name] += value if exact else value / done
+            total[name] += value if exact else value.div_(done)
         samples += count
-    return {name: value / samples for name, value in total.items()}
+    return {name: value.div_(samples) for name, value in total.items()}
 
 
 def _vectors(outputs: Tensor, exact: bool, passes: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -39,6 +39,18 @@ _DECIMALS = re.compile(r"\d*\.\d{4,}")
 _EXPECTED = "expected bits per weight (3bit), a percentage (12.5%) or a size (25MB, 25MiB, 800kB, 123456B)"
 
 
+def size_bytes(text: str) -> int:
+    """Bytes of a size such as ``8GB``, ``512MiB`` or ``1000B``, rounded down.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    match = _BUDGET.fullmatch(text) if len(text) <= LONGEST else None
+    if match is None or match["unit"] not in UNITS or match["sign"] == "-":
+        raise ValueError(f"expected a size (8GB, 512MiB, 1000B), not {text[:LONGEST]!r}")
+    return int(Fraction(match["number"]) * UNITS[match["unit"]])
+
+
 @dataclass(frozen=True)
 class Budget:
     """A memory budget.

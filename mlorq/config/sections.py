@@ -11,6 +11,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.activations.settings import ActivationSettings
 from mlorq.codecs.base import Accounting, Storage
+from mlorq.config.budget import size_bytes
 from mlorq.config.compose import Choice, choices, composed, keys_of, limited, part, require_known
 from mlorq.data.source import SOURCES, Role
 from mlorq.export_targets import TARGETS
@@ -327,12 +328,29 @@ class EngineConfig(Settings):
         description="steps that run at once on a device of a machine, of all runs on a Prefect server; null: any",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads per step; default: torch's choice")
+    memory: str | None = Field(
+        None,
+        description="memory for the sums of step capture, for example 8GB, which takes as many passes over the "
+        "calibration data as they need; default: half of the free memory",
+    )
     cache: str | None = Field(
         "auto", description="local cache folder for a remote store; auto: in the user's cache; null: no cache"
     )
     dask: DaskConfig = Field(DaskConfig(), description="the cluster of runner dask")
     ray: RayConfig = Field(RayConfig(), description="the cluster of runner ray")
     docker: DockerConfig = Field(DockerConfig(), description="the containers of steps docker")
+
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, value: str | None) -> str | None:
+        if value is not None and size_bytes(value) < 1:
+            raise ValueError("expected at least one byte")
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """``memory`` in bytes; None: as much as is free."""
+        return None if self.memory is None else size_bytes(self.memory)
 
 
 # -- sections with the choices and keys of all registered implementations -----------------------------------------

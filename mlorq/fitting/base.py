@@ -88,8 +88,11 @@ class LayerFit(Protocol):
     def sum_costs(self, wanted: Sequence[Sum]) -> list[float]:
         """Local costs of ``codes_and_product``, in the order of ``wanted``."""
 
-    def output_metric(self) -> Tensor:
-        """G, the second moment of the output gradients or a substitute, ``(out_features, out_features)``."""
+    def output_metric(self) -> Tensor | None:
+        """G, the second moment of the output gradients or a substitute, ``(out_features, out_features)``.
+
+        None, which is the identity, for a layer with too many outputs for such a matrix.
+        """
 
     def of(self, weight: Tensor) -> LayerFit:
         """The fit of another weight ``(out_features, in_features)`` of the layer under the same metric."""

@@ -25,10 +25,11 @@ from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
 from mlorq.fitting.base import Sum
 from mlorq.fitting.gram import leading_errors
-from mlorq.fitting.scale_search import row_ranges, search_left_factor, search_quantizer
+from mlorq.fitting.scale_search import CHUNK_ELEMENTS, row_ranges, search_left_factor, search_quantizer
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
+from mlorq.models.layer_list import WIDEST
 
 
 class HessianFit:
@@ -64,8 +65,13 @@ class HessianFit:
         """``h_i = max_j H_ij``, ``(out_features,)`` float64."""
         return self.hessian.amax(1).to(torch.float64)
 
-    def output_metric(self) -> Tensor:
-        """The diagonal matrix of H's row sums plus a small ridge, ``(out_features, out_features)`` float64."""
+    def output_metric(self) -> Tensor | None:
+        """The diagonal matrix of H's row sums plus a small ridge, ``(out_features, out_features)`` float64.
+
+        None, which is the identity, for a layer with too many outputs for such a matrix (``layer_list.WIDEST``).
+        """
+        if len(self.hessian) > WIDEST:
+            return None
         rows = self.hessian.sum(1).to(torch.float64)
         return torch.diag(rows + max(1e-3 * float(rows.mean()), torch.finfo(torch.float64).tiny))
 
@@ -135,7 +141,9 @@ class HessianFit:
     def _trellis(self) -> TrellisFit:
         columns = self.hessian.mean(0).to(torch.float64)
         columns = columns + max(1e-3 * float(columns.mean()), torch.finfo(torch.float64).tiny)
-        return TrellisFit(torch.diag(columns), self.output_metric(), self.settings.rotation)
+        rows = self.output_metric()
+        assert rows is not None  # the form does not serve wider layers
+        return TrellisFit(torch.diag(columns), rows, self.settings.rotation)
 
     def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
         """Trellis codes, errors weighted by H's mean over rows and its mean over columns."""
@@ -170,8 +178,18 @@ class HessianFit:
 
     def cost(self, dense: Tensor) -> float:
         """``Δ = mean_ij h_i (W - Ŵ)²_ij`` (METHOD 4)."""
-        error = (dense - self.weight).to(torch.float64)
-        return float((error.square().sum(1) * self.row_weights).sum() / self.weight.numel())
+        errors = torch.cat(
+            [
+                (own - weight).to(torch.float64).square_().sum(1)
+                for own, weight in zip(dense.split(self._chunk), self.weight.split(self._chunk), strict=True)
+            ]
+        )
+        return float((errors * self.row_weights).sum() / self.weight.numel())
+
+    @property
+    def _chunk(self) -> int:
+        """Rows whose float64 errors are held at once: a head of a language model has 10⁸ weights."""
+        return max(1, CHUNK_ELEMENTS // self.weight.shape[1])
 
     def trellis_costs(self, widths: Sequence[int]) -> list[float]:
         return [self.cost(matrix.dequantize()) for matrix in self.trellis(widths, sweeps=0)]

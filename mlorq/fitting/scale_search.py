@@ -56,17 +56,20 @@ def row_ranges(values: Tensor, percentiles: Sequence[float]) -> tuple[Tensor, Te
     Returns:
         ``low`` and ``high``, each ``(len(percentiles), rows)`` float32.
     """
-    ordered = values.to(torch.float32)
-    if ordered.is_cpu:  # NumPy sorts with vector instructions, some 20 times as fast
-        ordered = torch.from_numpy(np.sort(ordered.detach().numpy(), axis=1))
-    else:
-        ordered = ordered.sort(dim=1).values
-    columns = ordered.shape[1]
+    rows, columns = values.shape
     upper = torch.tensor(percentiles, dtype=torch.float64, device=values.device)
-    return (
-        _at(ordered, (1 - upper) * (columns - 1)),
-        _at(ordered, upper * (columns - 1)),
-    )
+    low, high = torch.empty(2, len(percentiles), rows, device=values.device)
+    step = max(1, CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        ordered = values[part].to(torch.float32)
+        if ordered.is_cpu:  # NumPy sorts with vector instructions, some 20 times as fast
+            ordered = torch.from_numpy(np.sort(ordered.detach().numpy(), axis=1))
+        else:
+            ordered = ordered.sort(dim=1).values
+        low[:, part] = _at(ordered, (1 - upper) * (columns - 1))
+        high[:, part] = _at(ordered, upper * (columns - 1))
+    return low, high
 
 
 def _at(ordered: Tensor, positions: Tensor) -> Tensor:

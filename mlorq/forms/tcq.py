@@ -10,6 +10,7 @@ from pydantic import Field
 from mlorq.codecs.base import Codec, ZeroPoint
 from mlorq.codecs.trellis import FEWEST_ROWS, GAUSSIAN_ERRORS, MOST_BITS, TrellisCodec
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
+from mlorq.models.layer_list import WIDEST
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class TCQ(Form[TCQSettings]):
     by_default = False
 
     def serves(self, shape: Shape) -> bool:
-        """Whether a column has enough rows to fill a state."""
-        return shape.out_features >= FEWEST_ROWS
+        """Whether a column has enough rows to fill a state, and the layer is not too wide for its metric (METHOD 7)."""
+        return shape.out_features >= FEWEST_ROWS and max(shape.out_features, shape.in_features) <= WIDEST
 
     def supersedes(self, settings: TCQSettings) -> int:
         return max(settings.trellis_bits, default=0)

@@ -44,7 +44,7 @@ class RoundingTask:
         candidate: form, bit-widths and rank.
         fit: the layer's weight, and nearest rounding under the label-free Hessian.
         output_metric: returns G, ``(out_features, out_features)``, the second moment of the output gradients or a
-            substitute for it, for closed forms.
+            substitute for it, for closed forms; None for the identity.
         moments: second moments of the inputs in the float and in the partly compressed model; None if the method does
             not need them, and for grouped convolutions, whose rows have different inputs.
         bias: the layer's bias, ``(out_features,)`` float32; None if it has none, or shares it.
@@ -53,7 +53,7 @@ class RoundingTask:
     layer: str
     candidate: Candidate
     fit: HessianFit
-    output_metric: Callable[[], Tensor]
+    output_metric: Callable[[], Tensor | None]
     moments: InputMoments | None = None
     bias: Tensor | None = None
 

@@ -286,7 +286,7 @@ def test_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "LEAST_MEMORY", 10**18)
     _, memory, disk = machine.machine_rows(tmp_path)
     assert (memory.state, disk.state) == ("problem", "problem")
-    total, free = machine._memory()
+    total, free = machine.machine_memory()
     assert 0 < free <= total
 
 

@@ -115,8 +115,9 @@ def test_a_step_found_again_says_the_seconds_that_making_it_took(folder, monkeyp
     config = RunConfig.from_yaml(folder / "run.yaml")
     session = Session(config, Store(config.resolve(config.store)))
     clock = itertools.count()
-    # Times that rounding twice (four digits, then three) and rounding once tell apart.
-    monkeypatch.setattr("steps.base.time.perf_counter", lambda: 0.0425367 * next(clock))
+    # Times that rounding twice (four digits, then three) and rounding once tell apart. Computing has three of the
+    # clock's intervals, before and between the two files and after them; writing has two.
+    monkeypatch.setattr("steps.base.time.perf_counter", lambda: 0.0425367 / 3 * next(clock))
     spec = pipeline.layers.spec(session)
     made, found = execute(spec, session.worker), execute(spec, session.worker)
     assert (made.reused, found.reused) == (False, True)

@@ -1,0 +1,44 @@
+"""Free memory of a device, and the share of it that sums may take."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+SHARE = 0.5  # of the free memory: model, data and activations take the rest
+
+
+def machine_memory() -> tuple[int, int]:
+    """Bytes of memory in all, and those available to new programs; a container has those of its limit."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = (os.sysconf(name) * page for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    if (table := Path("/proc/meminfo")).exists():  # counts caches that can be freed
+        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no group of its own, or no limit ("max")
+        return total, free
+    return min(total, limit), min(free, max(0, limit - used))
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system, where the C library keeps it for itself (glibc: blocks of up to 32 MB)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def usable_bytes(device: str) -> int:
+    """Bytes that sums may take on a device at present: ``SHARE`` of its free memory.
+
+    Args:
+        device: ``cpu``, ``cuda:0`` …
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(SHARE * machine_memory()[1])
