@@ -6,6 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
+WIDEST = 16384  # inputs or outputs of a layer with matrices of their products, 2.1 GB each; a vocabulary has more
 SHARE = 0.5  # of the free memory: model, data and activations take the rest
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlorq.models.layer_list import WIDEST, Layer
+from mlorq.memory import WIDEST
+from mlorq.models.layer_list import Layer
 
 FOLDS = 2
 LEAST_SHRINKAGE = 0.005

@@ -29,7 +29,7 @@ from mlorq.fitting.scale_search import CHUNK_ELEMENTS, row_ranges, search_left_f
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
-from mlorq.models.layer_list import WIDEST
+from mlorq.memory import WIDEST
 
 
 class HessianFit:
@@ -68,7 +68,7 @@ class HessianFit:
     def output_metric(self) -> Tensor | None:
         """The diagonal matrix of H's row sums plus a small ridge, ``(out_features, out_features)`` float64.
 
-        None, which is the identity, for a layer with too many outputs for such a matrix (``layer_list.WIDEST``).
+        None, which is the identity, for a layer with too many outputs for such a matrix (``mlorq.memory.WIDEST``).
         """
         if len(self.hessian) > WIDEST:
             return None

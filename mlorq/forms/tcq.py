@@ -10,7 +10,7 @@ from pydantic import Field
 from mlorq.codecs.base import Codec, ZeroPoint
 from mlorq.codecs.trellis import FEWEST_ROWS, GAUSSIAN_ERRORS, MOST_BITS, TrellisCodec
 from mlorq.forms.base import FORMS, Candidate, Form, Shape
-from mlorq.models.layer_list import WIDEST
+from mlorq.memory import WIDEST
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import pyarrow as pa
 from mlorq.artifacts.schemas import LAYERS
 
 LINEAR = "linear"  # kind of linear layers; others are in ``kinds``
-WIDEST = 16384  # inputs or outputs of a layer with matrices of their products, 2.1 GB each; a vocabulary has more
 
 
 @dataclass(frozen=True)

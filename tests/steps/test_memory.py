@@ -30,7 +30,8 @@ from mlorq.fitting.scale_search import search_quantizer
 from mlorq.forms import tcq, uniform_candidate
 from mlorq.forms.modules import replace_layers
 from mlorq.forms.stored_layer import CompressedLayer
-from mlorq.models.layer_list import WIDEST, Layer
+from mlorq.memory import WIDEST
+from mlorq.models.layer_list import Layer
 from mlorq.models.layers import find_layers
 from steps import capture, layers, pack
 from steps.base import execute
