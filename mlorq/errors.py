@@ -17,6 +17,8 @@ _NAMED = r"[\w-]*(?:secret|password|passwd|token|api_?key|access_?key|account_?k
 _HIDDEN = (
     # A password, which may have any characters; not the port of a host, nor the next part of a chained URL.
     (re.compile(r"(://[^/?#@:\s]*):(?!\d{1,5}/|:\w[\w+.-]*://)\S*@"), r"\1:***@"),
+    # The same without its scheme, as drivers show it; not the digest of an image.
+    (re.compile(r"((?<![\w/:@.+-])[\w.+-]*):(?!//)[^\s/:@'\"]+@(?!sha256:)(?=\w)"), r"\1:***@"),
     (re.compile(r"(https?://)[^/?#@:\s]+@"), r"\1***@"),  # a token in place of a user's name
     (re.compile(rf"([?&;][\w.%-]*(?:{_WORDS})[\w.%-]*=)[^&;#\s'\"]+", re.IGNORECASE), r"\1***"),
     (re.compile(r"(AccountKey=|SharedAccessSignature=|Bearer )[^;\s'\"]+"), r"\1***"),

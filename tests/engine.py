@@ -171,8 +171,13 @@ def served_wheels() -> Iterator[dict[str, str]]:
         for path in wheels:
             os.symlink(path, os.path.join(folder, path.name))
         _pack_torchvision(Path(folder))
+        # Built here: images with a compiler come from a registry, which may not be reachable.
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, str(ROOT)]
+        subprocess.run(command, check=True)
+        (own,) = Path(folder).glob("mlorq-*.whl")
+        source = f"mlorq=={own.name.split('-')[1]}"
         with _served(folder) as address:
-            yield {"PIP_FIND_LINKS": address, "TORCH_INDEX": ""}
+            yield {"PIP_FIND_LINKS": address, "TORCH_INDEX": "", "BUILDER": BASE, "SOURCE": source}
 
 
 def _folders_of_wheels() -> list[Path]:

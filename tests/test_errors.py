@@ -28,6 +28,7 @@ URLS = [
     "sftp://me:hun/te@r?hunter2@host/x",
     '{"endpoint":"x","secret_key":"hunter2"}',
     "AWS_SECRET_ACCESS_KEY=hunter2",
+    "me:hunter2@bucket",
 ]
 PLAIN = [
     "s3://bucket/a@b:c",
@@ -36,6 +37,8 @@ PLAIN = [
     "sftp://me@host/x",
     "keys: sig=3, token 7 of pass=2; see https://host/tokens",
     "memory://store",
+    "python:3.11@sha256:0123",
+    "layer 3: x@y, blocks.0:attn",
 ]
 
 

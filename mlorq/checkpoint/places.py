@@ -14,7 +14,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mlorq.errors import CheckpointError
+from mlorq.artifacts.transfer import as_os_error
+from mlorq.errors import CheckpointError, one_line
 
 TENSORS = "model.safetensors"
 DESCRIPTION = "mlorq.json"
@@ -47,8 +48,11 @@ def read(location: Location, name: str) -> bytes | None:
         return bytes(fs.cat_file(posixpath.join(root, name)))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}") from error
+    except Exception as error:  # drivers have exceptions of their own
+        fault = as_os_error(error)
+        if fault is None:
+            raise
+        raise CheckpointError(f"{name} cannot be read: {one_line(fault)}") from error
 
 
 @contextmanager

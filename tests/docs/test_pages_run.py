@@ -18,9 +18,23 @@ from tests.docs.pages import ROOT, Block, blocks
 from tests.docs.scenarios import SCENARIOS, Scenario
 
 NEEDS = {
-    "onnx": ["docs/COMMAND_LINE.md", "docs/ONNX.md", "docs/PYTHON.md", "docs/OPENVINO.md", "docs/tutorials"],
-    "onnxruntime": ["docs/COMMAND_LINE.md", "docs/ONNX.md", "docs/PYTHON.md", "docs/tutorials"],
-    "onnxscript": ["docs/COMMAND_LINE.md", "docs/ONNX.md", "docs/PYTHON.md", "docs/OPENVINO.md", "docs/tutorials"],
+    "onnx": [
+        "docs/COMMAND_LINE.md",
+        "docs/START.md",
+        "docs/ONNX.md",
+        "docs/PYTHON.md",
+        "docs/OPENVINO.md",
+        "docs/tutorials",
+    ],
+    "onnxruntime": ["docs/COMMAND_LINE.md", "docs/START.md", "docs/ONNX.md", "docs/PYTHON.md", "docs/tutorials"],
+    "onnxscript": [
+        "docs/COMMAND_LINE.md",
+        "docs/START.md",
+        "docs/ONNX.md",
+        "docs/PYTHON.md",
+        "docs/OPENVINO.md",
+        "docs/tutorials",
+    ],
     "openvino": ["docs/COMMAND_LINE.md", "docs/PYTHON.md", "docs/OPENVINO.md"],
     "compressed_tensors": ["docs/TRANSFORMERS.md"],
     "pycocotools": ["docs/tutorials/DETECTOR.md"],
