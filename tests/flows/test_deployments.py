@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {item["name"]: item for item in FILE["deployments"]}
 POOLS = {"mlorq": "process", "mlorq-docker": "docker", "mlorq-kubernetes": "kubernetes"}
-STEPS = 1 + 1 + 6 + 6 + 1 + 1 + 6 + 1 + 1 + 1
+STEPS = 1 + 1 + 6 + 6 + 1 + 1 + 6 + 1 + 1 + 1 + 1
 SEARCH = 1 + 1 + 6 + 6
 
 each = pytest.mark.parametrize("name", DEPLOYMENTS)
