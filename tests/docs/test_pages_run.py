@@ -17,24 +17,12 @@ from tests.docs import not_run
 from tests.docs.pages import ROOT, Block, blocks
 from tests.docs.scenarios import SCENARIOS, Scenario
 
+RUN_GRAPHS = ["docs/COMMAND_LINE.md", "docs/START.md", "docs/ONNX.md", "docs/PYTHON.md", "docs/tutorials"]
+MAKE_GRAPHS = [*RUN_GRAPHS, "docs/OPENVINO.md"]
 NEEDS = {
-    "onnx": [
-        "docs/COMMAND_LINE.md",
-        "docs/START.md",
-        "docs/ONNX.md",
-        "docs/PYTHON.md",
-        "docs/OPENVINO.md",
-        "docs/tutorials",
-    ],
-    "onnxruntime": ["docs/COMMAND_LINE.md", "docs/START.md", "docs/ONNX.md", "docs/PYTHON.md", "docs/tutorials"],
-    "onnxscript": [
-        "docs/COMMAND_LINE.md",
-        "docs/START.md",
-        "docs/ONNX.md",
-        "docs/PYTHON.md",
-        "docs/OPENVINO.md",
-        "docs/tutorials",
-    ],
+    "onnx": MAKE_GRAPHS,
+    "onnxruntime": RUN_GRAPHS,
+    "onnxscript": MAKE_GRAPHS,
     "openvino": ["docs/COMMAND_LINE.md", "docs/PYTHON.md", "docs/OPENVINO.md"],
     "compressed_tensors": ["docs/TRANSFORMERS.md"],
     "pycocotools": ["docs/tutorials/DETECTOR.md"],
