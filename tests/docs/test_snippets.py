@@ -147,6 +147,17 @@ def test_files_that_pages_name_in_code_exist() -> None:
                 assert (ROOT / file).is_file(), f"{page.relative_to(ROOT)}: {file}"
 
 
+def test_tests_that_pages_name_exist() -> None:
+    """Each kind of docs/REPORTED_CASES.md has its test."""
+    page = (ROOT / "docs" / "REPORTED_CASES.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| (?!case \|)", line)]
+    named = [re.findall(r"`([\w/.]+)::(test_\w+)` \|$", row) for row in rows]
+    assert rows
+    assert all(len(found) == 1 for found in named)
+    for file, test in {found[0] for found in named}:
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{test}"
+
+
 def test_the_references_are_complete() -> None:
     """Every key of a configuration's first level, and every command, is on its page."""
     table = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs" / "CONFIGURATION.md").read_text(), re.MULTILINE)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import mlorq
@@ -150,6 +151,31 @@ def test_rows_that_belong_to_no_sample_leave_the_layer_float(rows):
     with pytest.warns(UserWarning, match=r"'second' \(576 bytes\)"):
         result = mlorq.compress(module, batches, budget="40%", device="cpu", **QUICK)
     assert set(result.allocation["layer"].to_pylist()) == {"first", "head"}
+
+
+@pytest.mark.parametrize(
+    ("shared", "left"), [(True, ["query_proj", "key_proj"]), (False, ["pos_key_proj", "pos_query_proj"])]
+)
+def test_relative_positions_of_deberta_belong_to_no_sample(shared: bool, left: list[str]) -> None:
+    """Layers that also get the table of relative positions stay float, and all others are compressed."""
+    config = transformers.DebertaV2Config(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=shared,
+    )
+    module = transformers.DebertaV2ForSequenceClassification(config).eval()
+    texts = torch.randint(5, 30, (2, 6), generator=torch.Generator().manual_seed(1))
+    found = find_layers(from_module(module), texts)
+    assert [one.name.rsplit(".", 1)[1] for one in found.skipped] == left
+    assert all("rows for 2 samples" in one.reason for one in found.skipped)
+    linear = {name for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    assert {layer.name for layer in found.layers} == linear - {one.name for one in found.skipped}
 
 
 class Direct(nn.Module):
