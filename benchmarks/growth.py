@@ -1,7 +1,8 @@
 """How time and memory grow: exponents of each stage against width, depth, samples and parameters.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/growth.py                      # some 10 minutes
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/growth.py --only parameters --longest 3600
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/growth.py --only parameters --longest 3600 \
+        --set search.forms=[Q] --set rounding.method=nearest --set engine.weights=200MB --stored bfloat16
 
 Decoders (Llama) and encoders (BERT) of transformers' real classes with random weights and random tokens, so nothing
 here says anything of accuracy. Each size runs in a process of its own on an empty store, and has as a row its CPU
@@ -21,11 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from mlorq.artifacts.hashing import digest_json
@@ -34,15 +36,13 @@ from mlorq.config.run import RunConfig
 from mlorq.data import from_batches
 from mlorq.data.base import Dataset
 from mlorq.data.custom import IN_MEMORY as IN_MEMORY_DATA
-from mlorq.models import from_module
-from mlorq.models.custom import IN_MEMORY
-from mlorq.models.tasks import TASKS
+from mlorq.memory import return_freed
 from steps.base import Outcome, StepSpec
 from steps.inprocess import InProcess
 from steps.pipeline import run_pipeline
 from steps.session import Session
 
-STAGES = ("capture", "candidates", "round")
+STAGES = ("load", "capture", "candidates", "round")
 TOKENS = 64
 BATCH = 8
 VOCABULARY = 1024
@@ -69,7 +69,9 @@ SERIES: dict[str, list[Size]] = {
     "width": [Size("decoder", width=width) for width in (128, 256, 512)],
     "depth": [Size("decoder", depth=depth) for depth in (2, 4, 8, 16)],
     "samples": [Size("decoder", samples=samples) for samples in (32, 64, 128, 256)],
-    "parameters": [Size("decoder", width, depth) for width, depth in ((128, 4), (256, 8), (512, 8), (768, 12))],
+    "parameters": [
+        Size("decoder", width, depth) for width, depth in ((128, 4), (256, 8), (512, 8), (1024, 12), (2048, 16))
+    ],
     "parameters, encoder": [Size("encoder", width, depth) for width, depth in ((128, 4), (256, 8), (512, 8))],
 }
 KEYS = {name: name.split(",")[0] for name in SERIES}
@@ -127,31 +129,52 @@ def resident(field: str) -> int:
     return 1024 * int(lines[field].split()[0])
 
 
-def measure(size: Size, preset: str, memory: str | None) -> dict[str, Any]:
-    """The figures of one size, in this process."""
-    task = TASKS["text-generation" if size.kind == "decoder" else "text-classification"]
-    model = from_module(build(size), task.forward())
+def measure(size: Size, settings: Sequence[str], stored: str) -> dict[str, Any]:
+    """The figures of one size, in this process.
+
+    Args:
+        size: of model and data.
+        settings: changes of the configuration, ``KEY=VALUE``.
+        stored: dtype of the weights in the model's files.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (size.samples, TOKENS), generator=generator)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(BATCH)]
     none = Dataset([], 0, digest_json("none"))
     with tempfile.TemporaryDirectory(prefix="mlorq-growth-") as folder:
-        config = RunConfig.from_mapping(
-            {
-                "model": IN_MEMORY,
-                "data": {"calibration": IN_MEMORY_DATA, "evaluation": IN_MEMORY_DATA},
-                "preset": preset,
-                "engine": {"devices": "cpu", "threads": 1, "memory": memory},
-                "store": f"file://{folder}",
-            }
+        module = build(size).to(getattr(torch, stored))
+        parameters = sum(value.numel() for value in module.parameters())
+        module.save_pretrained(folder)
+        del module
+        return_freed()
+        values = {
+            "model": {
+                "family": "transformers",
+                "name": folder,
+                "task": "text-generation" if size.kind == "decoder" else "text-classification",
+            },
+            "data": {"calibration": IN_MEMORY_DATA, "evaluation": IN_MEMORY_DATA},
+            "preset": "fast",
+            "engine": {"devices": "cpu", "threads": 1},
+            "store": f"file://{folder}/store",
+        }
+        path = Path(folder) / "growth.yaml"
+        path.write_text(json.dumps(values))  # YAML as well
+        config = RunConfig.from_yaml(
+            path, {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
         )
-        session = Session(config, Store(config.store), model=model, calibration=from_batches(batches), evaluation=none)
-        executor, before = Measured(session), resident("VmRSS")
+        before = resident("VmRSS")
+        session = Session(config, Store(config.store), calibration=from_batches(batches), evaluation=none)
+        executor = Measured(session)
+        reset_peak()
+        started = time.process_time()
+        session.model  # noqa: B018 (loads it)
+        executor.seconds["load"], executor.peaks["load"] = time.process_time() - started, resident("VmHWM")
         run_pipeline(session, executor, config.budgets)
     return {
-        "parameters": sum(value.numel() for value in model.module.parameters()),
-        "seconds": {stage: executor.seconds[stage] for stage in STAGES},
-        "gigabytes": {stage: (executor.peaks[stage] - before) / 1e9 for stage in STAGES},
+        "parameters": parameters,
+        "seconds": executor.seconds,
+        "gigabytes": {stage: (peak - before) / 1e9 for stage, peak in executor.peaks.items()},
     }
 
 
@@ -169,11 +192,10 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
-def measured(series: Sequence[Size], preset: str, memory: str | None, longest: float) -> Iterator[dict[str, Any]]:
+def measured(series: Sequence[Size], settings: Sequence[str], stored: str, longest: float) -> Iterator[dict[str, Any]]:
     """The figures of sizes, each in a process of its own, until one has taken too long."""
     for size in series:
-        command = [sys.executable, __file__, "--preset", preset, "--row", json.dumps(asdict(size))]
-        command += [] if memory is None else ["--memory", memory]
+        command = [sys.executable, __file__, "--row", json.dumps([asdict(size), settings, stored])]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         started = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
@@ -196,23 +218,28 @@ def main() -> int:
     """Print a row a size and a row of exponents a series, as Markdown."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", action="append", choices=list(SERIES), default=[], help="these series")
-    parser.add_argument("--preset", default="fast")
-    parser.add_argument("--memory", help="engine.memory; default: half of what is free")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, as for mlorq compress")
+    parser.add_argument("--stored", default="float32", help="dtype of the model's files")
+    parser.add_argument("--json", help="append the figures of all stages to this file, a line a size")
     parser.add_argument("--longest", type=float, default=60.0, help="seconds of a size after which none larger is run")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        size = replace(Size("decoder"), **json.loads(arguments.row))
-        measure(Size(size.kind, width=64, depth=1, samples=BATCH), arguments.preset, None)  # loads all code
-        print(json.dumps(measure(size, arguments.preset, arguments.memory)))
+        values, settings, stored = json.loads(arguments.row)
+        size = Size(**values)
+        measure(Size(size.kind, width=64, depth=1, samples=BATCH), settings, stored)  # loads all code
+        print(json.dumps(measure(size, settings, stored)))
         return 0
     heads = [f"{stage}, {unit}" for unit in ("CPU s", "GB") for stage in STAGES]
     columns = ["series", "width", "depth", "samples", "parameters, M", *heads]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for name in arguments.only or SERIES:
         rows = []
-        for found in measured(SERIES[name], arguments.preset, arguments.memory, arguments.longest):
+        for found in measured(SERIES[name], arguments.set, arguments.stored, arguments.longest):
             rows.append(found)
+            if arguments.json:
+                with open(arguments.json, "a") as file:
+                    file.write(json.dumps(found) + "\n")
             print(line(name, found), flush=True)
         if len(rows) > 1:
             sizes = [row[KEYS[name]] for row in rows]

@@ -232,7 +232,9 @@ def memory_bytes(session: Session, layers: LayerList) -> int:
     if bound is not None:
         sums.check(bound)
     searching = max(Needs.of_layer(layer).memory_bytes for layer in layers.layers)
-    paired = model + _kept_between_blocks(session.calibration, layers.layers)
+    limit = session.config.engine.weights_bytes
+    held = model if limit is None or session.device != "cpu" else min(model, limit)
+    paired = held + _kept_between_blocks(session.calibration, layers.layers)
     # Twice, to allow for PyTorch's temporaries and memory fragmentation.
     return int(base + max(2 * 2 * activations + sums.bytes, searching + 2 * paired))
 

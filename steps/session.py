@@ -110,8 +110,10 @@ class Session:
 
     def _load_model(self) -> FloatModel:
         from mlorq.models import load_model
+        from mlorq.models.offload import offloading
 
-        with opened_files() as found:
+        limit = self.config.engine.weights_bytes if self.device == "cpu" else None  # others have their own memory
+        with opened_files() as found, offloading(limit):
             model = load_model(self.config.model, self.config.folder)
         self._opened |= found
         return model

@@ -333,6 +333,11 @@ class EngineConfig(Settings):
         description="memory for the sums of step capture, for example 8GB, which takes as many passes over the "
         "calibration data as they need; default: half of the free memory",
     )
+    weights: str | None = Field(
+        None,
+        description="memory for the weights of the float model, for example 1GB, on the device cpu; the others wait in "
+        "a temporary file (folder TMPDIR); default: all weights are in memory",
+    )
     cache: str | None = Field(
         "auto", description="local cache folder for a remote store; auto: in the user's cache; null: no cache"
     )
@@ -340,7 +345,7 @@ class EngineConfig(Settings):
     ray: RayConfig = Field(RayConfig(), description="the cluster of runner ray")
     docker: DockerConfig = Field(DockerConfig(), description="the containers of steps docker")
 
-    @field_validator("memory")
+    @field_validator("memory", "weights")
     @classmethod
     def _check_memory(cls, value: str | None) -> str | None:
         if value is not None and size_bytes(value) < 1:
@@ -351,6 +356,11 @@ class EngineConfig(Settings):
     def memory_bytes(self) -> int | None:
         """``memory`` in bytes; None: as much as is free."""
         return None if self.memory is None else size_bytes(self.memory)
+
+    @property
+    def weights_bytes(self) -> int | None:
+        """``weights`` in bytes; None: all weights are in memory."""
+        return None if self.weights is None else size_bytes(self.weights)
 
 
 # -- sections with the choices and keys of all registered implementations -----------------------------------------

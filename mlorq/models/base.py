@@ -19,7 +19,7 @@ from mlorq.models.computed_weights import merge_computed_weights
 from mlorq.models.family import FAMILIES
 from mlorq.models.library_layers import simplify_library_layers
 from mlorq.models.output_tensors import output_tensor
-from mlorq.models.passes import plain_passes
+from mlorq.models.passes import plain_passes, without_cache
 from mlorq.models.token_masks import TokenMask
 from mlorq.models.transposed import transpose_conv1d
 
@@ -135,7 +135,7 @@ class FloatModel:
 
     def returned(self, module: nn.Module, batch: Batch) -> Any:
         """What the forward returns; the batch is not changed, also by a model that writes into its inputs."""
-        with plain_passes():
+        with plain_passes(), without_cache(module):
             return self.forward(module, fresh(batch))
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
 from mlorq.errors import CheckpointError
-from mlorq.models.copying import copy_module
+from mlorq.models.copying import copy_module, like
 
 META = torch.device("meta")
 SLACK_BYTES = 1 << 28  # of a tensor that is not stored: masks and tables of positions
@@ -73,7 +73,7 @@ def without_values(build: Callable[[], nn.Module], limits: Limits) -> nn.Module:
 def shapes_copy(module: nn.Module) -> nn.Module:
     """A deep copy of a module with its parameters and buffers on the meta device; shared ones stay shared."""
     values = [*module.parameters(), *module.buffers()]
-    return copy_module(module, {id(value): _like(value, value.detach().to(META)) for value in values if _plain(value)})
+    return copy_module(module, {id(value): like(value, value.detach().to(META)) for value in values if _plain(value)})
 
 
 def blank_copy(module: nn.Module, stated: Collection[Tensor]) -> nn.Module:
@@ -85,17 +85,11 @@ def blank_copy(module: nn.Module, stated: Collection[Tensor]) -> nn.Module:
     """
     known = {id(value) for value in stated}
     blank = [value for value in module.parameters() if id(value) in known and _plain(value)]
-    return copy_module(module, {id(value): _like(value, torch.empty_like(value, device="cpu")) for value in blank})
+    return copy_module(module, {id(value): like(value, torch.empty_like(value, device="cpu")) for value in blank})
 
 
 def _plain(value: Tensor) -> bool:
     return type(value) in (nn.Parameter, Tensor)
-
-
-def _like(value: Tensor, data: Tensor) -> Tensor:
-    found = nn.Parameter(data, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else data
-    found.__dict__.update(value.__dict__)
-    return found
 
 
 @contextmanager

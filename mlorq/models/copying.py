@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError, one_line
+from mlorq.models.offload import offloaded_copies
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -19,7 +20,8 @@ def copy_module(module: AnyModule, replaced: Mapping[int, Any] | None = None) ->
 
     Tensors that a computation left in an attribute (the weight that a hook sets) are copied by value. Functions that
     were assigned to the module or are its hooks refer to the copy where they referred to parts of the original. Objects
-    that cannot be copied (locks, open files, connections) are shared with the original.
+    that cannot be copied (locks, open files, connections) are shared with the original. Copies of tensors in a file are
+    in another file (``mlorq.models.offload``).
 
     Args:
         module: the module; it is not changed.
@@ -29,6 +31,8 @@ def copy_module(module: AnyModule, replaced: Mapping[int, Any] | None = None) ->
         ModelError: the module cannot be copied.
     """
     memo: dict[int, Any] = dict(replaced or {})
+    values = {id(value): value for value in (*module.parameters(), *module.buffers()) if id(value) not in memo}
+    memo |= {key: like(values[key], copy) for key, copy in offloaded_copies(values.values()).items()}
     for value in _attributes(module):
         if isinstance(value, Tensor) and not value.is_leaf:
             memo.setdefault(id(value), value.detach().clone())
@@ -44,6 +48,13 @@ def copy_module(module: AnyModule, replaced: Mapping[int, Any] | None = None) ->
         return _rebound(module, deepcopy(module, memo))
     except Exception as error:
         raise ModelError(f"the model cannot be copied: {type(error).__name__}: {one_line(error)}") from error
+
+
+def like(value: Tensor, data: Tensor) -> Tensor:
+    """A tensor with other data that is as another in the rest: a parameter or not, with the same attributes."""
+    found = nn.Parameter(data, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else data
+    found.__dict__.update(value.__dict__)
+    return found
 
 
 def _rebound(module: AnyModule, twin: AnyModule) -> AnyModule:

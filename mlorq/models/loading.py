@@ -15,6 +15,7 @@ from mlorq.errors import CheckpointError, MlorqError, ModelError, no_secrets, on
 from mlorq.models.base import FloatModel, Forward, attention_mask, call_module, check_readable
 from mlorq.models.custom import own_architecture
 from mlorq.models.family import FAMILIES, ModelSection
+from mlorq.models.offload import offload
 from mlorq.models.residual_rotation import rotate_residual_stream
 from mlorq.models.text_outputs import CHOOSERS, choice_masks
 
@@ -22,6 +23,8 @@ from mlorq.models.text_outputs import CHOOSERS, choice_masks
 @no_secrets()
 def load_model(config: ModelSection, folder: str = "") -> FloatModel:
     """The float model of a configuration, with its weights, rotated if ``rotation`` is set.
+
+    Inside ``offloading`` (``mlorq.models.offload``) its weights are in a file.
 
     Args:
         config: the ``model`` section.
@@ -31,6 +34,7 @@ def load_model(config: ModelSection, folder: str = "") -> FloatModel:
         ModelError: the model, its weights or its code cannot be loaded.
     """
     model = FAMILIES[config.family].load(config.own, dtype=config.dtype, folder=folder)
+    offload(model.module)
     if config.rotation is None:
         return model
     rotate_residual_stream(model.module, config.rotation)

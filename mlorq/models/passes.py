@@ -3,6 +3,8 @@
 - Fused attention of ``nn.TransformerEncoder`` reads the weights of its layers without calling them; it is switched off.
 - Activation checkpointing would run parts of the model again in the backward pass, when our hooks are gone. It saves
   memory and changes no value; it is switched off.
+- Decoders of transformers hand a cache of keys and values to their blocks. A block that is run again, on stored
+  arguments, would attend to what it has added before; no cache is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
+from torch import nn
 
 _lock = threading.Lock()
 _running = 0  # passes of all threads: these settings belong to the process
@@ -39,6 +42,20 @@ def plain_passes() -> Iterator[None]:
             _running -= 1
             if _running == 0:
                 _settings.close()
+
+
+@contextmanager
+def without_cache(module: nn.Module) -> Iterator[None]:
+    """Run a model of transformers without a cache of keys and values, which no single pass needs."""
+    configurations = [getattr(child, "config", None) for child in module.modules()]
+    caching = {id(one): one for one in configurations if getattr(one, "use_cache", None) is True}
+    for one in caching.values():
+        one.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for one in caching.values():
+            one.use_cache = True  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from mlorq.artifacts.hashing import digest_json
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.models.base import FloatModel, attention_mask, same_construction
+from mlorq.models.float_files import in_dtype
 from mlorq.models.image_processor import prepared_size
+from mlorq.models.offload import is_offloading, offload
 from mlorq.models.plain import ORIGIN, encoded_float, without_faults
 from mlorq.models.preparation import preparation_files
 from mlorq.models.sentence import read_embedding, with_dense
@@ -49,18 +52,23 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
     as_dtype = getattr(torch, dtype)
     arguments = dict(settings.arguments)
     try:
-        with quiet():
+        with ExitStack() as stack:
+            stack.enter_context(quiet())
             auto = auto_class(settings.task, location if task.other_auto else None)
             options: dict[str, Any] = {"dtype": as_dtype, "output_loading_info": True}
+            files = location
+            if is_offloading():
+                files = stack.enter_context(in_dtype(location, as_dtype, arguments))
             if task.eager:
                 # Convolutional backbones have no fused attention and raise an error if it is requested.
                 options["attn_implementation"] = "eager"
-            module, info = auto.from_pretrained(location, **options, **arguments)
+            module, info = auto.from_pretrained(files, **options, **arguments)
             missing = info.get("missing_keys") or ()
             if settings.task == PAIRS and missing and all(str(k).startswith("pooler.") for k in missing):
                 # Embeddings do not use the pooler, and many sentence encoders are stored without one.
                 arguments["add_pooling_layer"] = False
-                module, info = auto.from_pretrained(location, **options, **arguments)
+                module, info = auto.from_pretrained(files, **options, **arguments)
+            offload(module)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
         raise ModelError(f"model {settings.name!r} cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):

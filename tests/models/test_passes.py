@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint as checkpointing
+import transformers
 from torch import Tensor, nn
 
 import mlorq
@@ -18,6 +19,7 @@ from mlorq.errors import ModelError
 from mlorq.models import from_module
 from mlorq.models.batches import fresh
 from mlorq.models.layers import find_layers
+from mlorq.models.partial_forward import Segments
 from mlorq.models.passes import plain_passes
 
 QUICK: dict[str, Any] = {"preset": "quick", "rounding": "nearest", "search": {"sensitivity": "closed_form"}}
@@ -204,3 +206,47 @@ def test_layers_can_be_called_by_keyword(more):
     result = mlorq.compress(module, [images, images + 1], budget="40%", device="cpu", **{**QUICK, **more})
     assert len(result.allocation) == 3
     assert (result.model(images) - wanted).square().sum() < 0.02 * wanted.square().sum()
+
+
+def decoder() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_block_of_a_decoder_runs_again_as_before() -> None:
+    """Its cache of keys and values would grow with each run."""
+    module = decoder()
+    model = from_module(module, lambda net, batch: net(**batch).logits)
+    texts = {"input_ids": torch.randint(40, (3, 7), generator=torch.Generator().manual_seed(1))}
+    segments = Segments(model, module, ["model.layers.0", "model.layers.1"])
+    arguments, named = segments.block_arguments(texts, 0, None, 1)
+    block = segments.blocks[1]
+    with torch.no_grad():
+        first, again = (block(*arguments, **named) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first, segments.advance(texts, 0, None, 2))
+    assert module.config.use_cache, "the setting is the caller's"
+
+
+def test_blocks_of_a_decoder_are_trained() -> None:
+    texts = torch.randint(40, (4, 8, 7), generator=torch.Generator().manual_seed(1))
+    result = mlorq.compress(
+        decoder(),
+        [{"input_ids": part} for part in texts],
+        budget="6bit",
+        preset="fast",
+        search={"forms": ["Q"], "bits": [4, 6, 8]},
+        rounding="block",
+        rounding_iterations=4,
+        device="cpu",
+    )
+    assert result.metrics["nmse"] < 0.02
+    assert result.model.config.use_cache
