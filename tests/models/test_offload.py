@@ -116,13 +116,11 @@ def test_the_file_is_gone_with_the_tensors(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     module = offloaded(net())
     assert not list(tmp_path.iterdir()), "it has no name from the start"
-    address = module[0].weight.data_ptr()
-    mapped = lambda: f"{address:x}-" in Path("/proc/self/maps").read_text()  # noqa: E731
-    assert mapped()
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
     del module
     gc.collect()
     time.sleep(10 * module_of_offload.INTERVAL)  # the watch may hold it while it looks
-    assert not mapped()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +150,11 @@ with torch.no_grad(), offloading(int(sys.argv[1])) if sys.argv[1] != "none" else
         parts[-1].weight *= 2
         offload(parts[-1])
     module = nn.Sequential(*parts)
-    x = torch.randn(512, side)  # a pass that takes longer than the watch sleeps
+    x = torch.randn(128, side)  # a pass that takes longer than the watch sleeps
     module(x)
     open("/proc/self/clear_refs", "w").write("5")
     before = field("VmRSS")
-    print(json.dumps([field("RssAnon"), max(field("VmHWM") for _ in range(3) if [module(x)]), module(x).sum().item()]))
+    print(json.dumps([field("RssAnon"), (module(x), field("VmHWM"))[1], module(x).sum().item()]))
 """
 
 
@@ -201,7 +199,7 @@ def run(folder: str, store: Path, **engine: Any) -> tuple[dict[str, Any], Sessio
             "data": {"calibration": IN_MEMORY, "evaluation": IN_MEMORY},
             "budget": "4bit",
             "preset": "fast",
-            "search": {"forms": ["Q", "LR"], "bits": [3, 4, 6]},
+            "search": {"forms": ["Q"], "bits": [3, 6]},
             "rounding": {"method": "block", "iterations": 3, "tuning": 2},
             "engine": {"devices": "cpu", "threads": 1, **engine},
             "store": f"file://{store}",
@@ -214,6 +212,7 @@ def run(folder: str, store: Path, **engine: Any) -> tuple[dict[str, Any], Sessio
     return result_json(session, result), session
 
 
+@pytest.mark.parametrize("folder", ["bfloat16"], indirect=True)
 def test_a_run_gives_the_same(folder: str, tmp_path: Path) -> None:
     """All steps, training included: the same keys and bytes."""
     plain, held = run(folder, tmp_path / "plain")
