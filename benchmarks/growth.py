@@ -1,4 +1,4 @@
-"""How time and memory grow: exponents of each stage against width, depth, samples and parameters.
+"""How time and memory grow: exponents of each stage against width, depth, samples, ranks and parameters.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/growth.py                      # some 10 minutes
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/growth.py --only parameters --longest 3600 \
@@ -57,18 +57,26 @@ class Size:
         width: of the hidden states; inner layers are four times as wide.
         depth: number of blocks.
         samples: of ``TOKENS`` tokens.
+        ranks: of a square layer's candidates, which are affine and low-rank then; 0: the forms of the configuration.
     """
 
     kind: str
     width: int = 128
     depth: int = 2
     samples: int = 32
+    ranks: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Changes of the configuration."""
+        return {"search.forms": ["Q", "LR"], "search.rank_multiple": self.width // self.ranks} if self.ranks else {}
 
 
 SERIES: dict[str, list[Size]] = {
     "width": [Size("decoder", width=width) for width in (128, 256, 512)],
     "depth": [Size("decoder", depth=depth) for depth in (2, 4, 8, 16)],
     "samples": [Size("decoder", samples=samples) for samples in (32, 64, 128, 256)],
+    "ranks": [Size("decoder", width=256, ranks=ranks) for ranks in (4, 8, 16, 32, 64)],
     "parameters": [
         Size("decoder", width, depth) for width, depth in ((128, 4), (256, 8), (512, 8), (1024, 12), (2048, 16))
     ],
@@ -160,9 +168,8 @@ def measure(size: Size, settings: Sequence[str], stored: str) -> dict[str, Any]:
         }
         path = Path(folder) / "growth.yaml"
         path.write_text(json.dumps(values))  # YAML as well
-        config = RunConfig.from_yaml(
-            path, {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
-        )
+        changes = {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
+        config = RunConfig.from_yaml(path, size.settings | changes)
         before = resident("VmRSS")
         session = Session(config, Store(config.store), calibration=from_batches(batches), evaluation=none)
         executor = Measured(session)
@@ -210,8 +217,9 @@ def measured(series: Sequence[Size], settings: Sequence[str], stored: str, longe
 def line(name: str, found: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
     figures = [f"{found[key][stage]:.2f}" for key in ("seconds", "gigabytes") for stage in STAGES]
-    sizes = f"{found['width']} | {found['depth']} | {found['samples']} | {found['parameters'] / 1e6:.1f}"
-    return f"| {name} | {sizes} | {' | '.join(figures)} |"
+    sizes = [f"{found[key] or ''}" for key in ("width", "depth", "samples", "ranks")]
+    sizes.append(f"{found['parameters'] / 1e6:.1f}")
+    return f"| {' | '.join([name, *sizes, *figures])} |"
 
 
 def main() -> int:
@@ -227,11 +235,12 @@ def main() -> int:
     if arguments.row:
         values, settings, stored = json.loads(arguments.row)
         size = Size(**values)
-        measure(Size(size.kind, width=64, depth=1, samples=BATCH), settings, stored)  # loads all code
+        small = Size(size.kind, width=64, depth=1, samples=BATCH, ranks=min(2, size.ranks))
+        measure(small, settings, stored)  # loads all code
         print(json.dumps(measure(size, settings, stored)))
         return 0
     heads = [f"{stage}, {unit}" for unit in ("CPU s", "GB") for stage in STAGES]
-    columns = ["series", "width", "depth", "samples", "parameters, M", *heads]
+    columns = ["series", "width", "depth", "samples", "ranks", "parameters, M", *heads]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for name in arguments.only or SERIES:
         rows = []
@@ -248,7 +257,7 @@ def main() -> int:
                 for key in ("seconds", "gigabytes")
                 for stage in STAGES
             ]
-            print(f"| **exponent, {name}** | | | | | {' | '.join(slopes)} |", flush=True)
+            print(f"| **exponent, {name}** | | | | | | {' | '.join(slopes)} |", flush=True)
     return 0
 
 

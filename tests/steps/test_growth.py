@@ -18,9 +18,17 @@ def test_exponents_are_slopes_of_logarithms():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_every_stage_is_measured():
-    size = Size("encoder", width=64, depth=1, samples=8)
-    found = measure(size, "quick", "50MB")
+    size = Size("encoder", width=64, depth=1, samples=8, ranks=2)
+    found = measure(size, ["preset=quick", "engine.memory=50MB", "engine.weights=1MB"], "bfloat16")
     assert found["parameters"] > 64 * 64 * 4
-    assert set(found["seconds"]) == set(found["gigabytes"]) == set(STAGES)
+    assert set(STAGES) < set(found["seconds"]) == set(found["gigabytes"])
     assert all(found["seconds"][stage] > 0 for stage in STAGES)
-    assert line("width", {"width": 64, "depth": 1, "samples": 8, **found}).count("|") == 12
+    assert (
+        line("ranks", {"width": 64, "depth": 1, "samples": 8, "ranks": 2, **found}).count("|")
+        == 6 + 2 * len(STAGES) + 1
+    )
+
+
+def test_ranks_are_those_that_a_size_has() -> None:
+    assert Size("decoder", width=256, ranks=8).settings == {"search.forms": ["Q", "LR"], "search.rank_multiple": 32}
+    assert Size("decoder").settings == {}
