@@ -18,7 +18,6 @@ from mlorq.calibration.covariance import FOLDS, has_moments, moments_of_tensors
 from mlorq.calibration.coverage import Coverage, between_folds, damped_factor, held_out, mean_scores
 from mlorq.calibration.diagnosis import Diagnosis
 from mlorq.calibration.token_importance import leaders
-from mlorq.checkpoint.io import load
 from mlorq.costs.measured import spread_batches
 from mlorq.evaluation.depth import compare_outputs
 from mlorq.evaluation.outputs import output_nmse
@@ -110,9 +109,7 @@ def _output_errors(inputs: Inputs, context: Context, progress: Progress) -> tupl
     """Output NMSE of the compressed model on calibration samples and on the evaluation data; NMSE by layer."""
     model = context.model(ModelRef(inputs.model.key))
     batches = spread_batches(context.calibration(inputs.calibration).batches, SAMPLES)
-    instance = None if model.rebuilds else model.module
-    with context.artifacts.checkpoint(inputs.checkpoint) as location:
-        module = load(location, model=instance, device=context.device)
+    module = context.compressed(inputs.checkpoint, model)
     names = [layer.name for layer in context.artifacts.layers(inputs.layers).layers]
     compared = compare_outputs(model, module, batches, names, device=context.device, progress=progress)
     evaluated = context.artifacts.json(inputs.evaluated, "metrics.json")["nmse"]

@@ -18,6 +18,8 @@ from steps.artifacts import ArtifactReader
 from steps.handles import DataRef, ModelRef
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mlorq.activations.plan import ActivationPlan
     from mlorq.costs.float_passes import FloatPasses
     from mlorq.data.base import Dataset
@@ -182,6 +184,28 @@ class Context:
             plan.fold(module)
             self._folded = (ref.activations, replace(model, module=module, key=ref.digest))
         return self._folded[1]
+
+    def compressed(self, checkpoint: ArtifactRef, model: FloatModel) -> nn.Module:
+        """The module of a checkpoint, on the device.
+
+        Args:
+            checkpoint: the ``compressed`` artifact.
+            model: the float model that it was made of, whose weights may be in a file: then the module decodes each
+                layer whenever it is called, and keeps no float weights in memory.
+        """
+        from mlorq.checkpoint.io import load
+        from mlorq.forms.compressed_module import CompressedModule
+        from mlorq.models.offload import is_offloaded
+
+        # Loaded into a copy of the float model only if its architecture cannot be rebuilt by name.
+        instance = None if model.rebuilds else model.module
+        with self.artifacts.checkpoint(checkpoint) as location:
+            module = load(location, model=instance, device=self.device)
+        keeps = not any(map(is_offloaded, model.module.parameters()))
+        for child in module.modules():
+            if isinstance(child, CompressedModule):
+                child.cache = keeps
+        return module
 
     def plan(self, ref: ModelRef) -> ActivationPlan | None:
         """How the activations of a handle's model are quantized; None if they stay float."""

@@ -8,7 +8,6 @@ import torch
 
 from mlorq.artifacts.schemas import table_matrix
 from mlorq.artifacts.store import ArtifactRef, json_bytes
-from mlorq.checkpoint.io import load
 from mlorq.evaluation.outputs import model_outputs, output_nmse
 from steps.base import NoParams, Progress, Step, StepSpec
 from steps.baseline import measure, stand_in
@@ -37,10 +36,7 @@ def spec(session: Session, checkpoint: ArtifactRef, baseline: ArtifactRef) -> St
 def run(params: NoParams, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
     model, evaluation = context.model(inputs.model), context.evaluation(inputs.evaluation)
     data = evaluation if inputs.calibration is None else context.calibration(inputs.calibration)
-    # Loaded into a copy of the float model only if its architecture cannot be rebuilt by name.
-    instance = None if model.rebuilds else model.module
-    with context.artifacts.checkpoint(inputs.checkpoint) as location:
-        module = load(location, model=instance, device=context.device)
+    module = context.compressed(inputs.checkpoint, model)
     outputs = model_outputs(model, module, data.batches, device=context.device, progress=progress)
     reference = table_matrix(context.artifacts.table(inputs.baseline, "outputs.parquet"), "output")
     info = {

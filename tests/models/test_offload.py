@@ -16,10 +16,12 @@ import torch
 import transformers
 from torch import nn
 
+from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.run import RunConfig
 from mlorq.data import from_batches
 from mlorq.data.custom import IN_MEMORY
 from mlorq.errors import ConfigError, ModelError
+from mlorq.forms.compressed_module import CompressedModule
 from mlorq.models import load_model
 from mlorq.models import offload as module_of_offload
 from mlorq.models.copying import copy_module
@@ -221,6 +223,11 @@ def test_a_run_gives_the_same(folder: str, tmp_path: Path) -> None:
     assert is_offloaded(bounded.model.module.model.layers[1].mlp.up_proj.weight)
     assert plain["allocation"] == file["allocation"]
     assert plain["nmse"] == file["nmse"]
+    for session, keeps in ((held, True), (bounded, False)):
+        module = session.worker.context.compressed(
+            ArtifactRef("compressed", file["checkpoint"].rsplit("/")[-1]), session.model
+        )
+        assert {part.cache for part in module.modules() if isinstance(part, CompressedModule)} == {keeps}
     names = [
         sorted(str(path.relative_to(root)) for path in root.rglob("*.safetensors"))
         for root in (tmp_path / "plain", tmp_path / "file")
