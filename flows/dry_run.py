@@ -20,8 +20,8 @@ from mlorq.config.layer_overrides import layer_search
 from mlorq.config.run import SearchConfig
 from mlorq.errors import BudgetError
 from mlorq.forms.base import Shape, Smallest, smallest_size
-from mlorq.forms.embedding_tables import find_tables
-from mlorq.models.layer_list import Layer, LayerList
+from mlorq.forms.embedding_tables import TableList, find_tables
+from mlorq.models.layer_list import Layer, LayerList, still_float
 from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
 from steps.allocations import Least, allocation_step, check_budget, run_allocations
@@ -245,20 +245,25 @@ def _first_missing(session: Session) -> str | None:
     return None
 
 
-def _embeddings(session: Session) -> dict[str, Any] | None:
+def _tables(session: Session) -> TableList | None:
     """The embedding tables that a run would quantize, and those it would skip; None if tables stay float."""
     settings = session.config.embeddings
-    if settings is None:
+    return None if settings is None else find_tables(session.model.module, settings.smallest)
+
+
+def _embeddings(session: Session) -> dict[str, Any] | None:
+    """``_tables`` as JSON."""
+    settings, found = session.config.embeddings, _tables(session)
+    if settings is None or found is None:
         return None
-    found = find_tables(session.model.module, settings.smallest)
     skipped = [{"table": name, "reason": reason} for name, reason in found.skipped]
     return {"bits": settings.bits, "tables": found.tables, "skipped": skipped}
 
 
 def _others(session: Session, found: LayerList) -> list[dict[str, Any]]:
     """Weights of other modules that stay float."""
-    quantized = pack.tables(session)
-    return [one._asdict() for one in found.others if one.name not in quantized]
+    tables = _tables(session) or TableList([], [])
+    return [one._asdict() for one in still_float(found.others, tables.tables, dict(tables.skipped))]
 
 
 def _walk(planner: Planner, budgets: Sequence[Budget]) -> None:

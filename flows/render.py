@@ -281,7 +281,10 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     tables = plan["embeddings"] or {"tables": [], "skipped": []}
     for name in tables["tables"]:
         out.print(f"embedding table: {name} ({tables['bits']} bit)", markup=False)
+    shown = {row["name"] for row in plan["others"]}
     for row in tables["skipped"]:
+        if row["table"] in shown:
+            continue
         out.print(f"stays float: {row['table']} ({row['reason']})", markup=False)
     out.print()
     pairs = [

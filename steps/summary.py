@@ -14,6 +14,7 @@ from typing import Any
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.checkpoint.places import DESCRIPTION, FILES
 from mlorq.evaluation.report import front_picture
+from mlorq.models.layer_list import still_float
 from steps import export
 from steps.artifacts import CALIBRATION, ArtifactReader
 from steps.base import Needs, Progress, Step, StepSpec
@@ -155,10 +156,12 @@ def _embeddings(artifacts: ArtifactReader, ref: ArtifactRef | None, sizes: dict[
 def _left_float(artifacts: ArtifactReader, inputs: Inputs) -> list[dict[str, Any]]:
     """Layers and other weights that stay float, each with its bytes and the reason."""
     listed = artifacts.layers(inputs.layers)
-    quantized: set[str] = set()
+    tables: dict[str, Any] = {"tables": [], "skipped": []}
     if inputs.embeddings is not None:
-        quantized = {row["table"] for row in artifacts.json(inputs.embeddings, "embeddings.json")["tables"]}
-    return [one._asdict() for one in (*listed.skipped, *listed.others) if one.name not in quantized]
+        tables = artifacts.json(inputs.embeddings, "embeddings.json")
+    quantized = {row["table"] for row in tables["tables"]}
+    reasons = {row["table"]: row["reason"] for row in tables["skipped"]}
+    return [one._asdict() for one in still_float((*listed.skipped, *listed.others), quantized, reasons)]
 
 
 def _exports(artifacts: ArtifactReader, refs: Sequence[ArtifactRef]) -> dict[str, Any]:
@@ -222,4 +225,4 @@ def seconds_of(store: Store, ref: ArtifactRef) -> float:
     return float(manifest.get("seconds") or 0.0)
 
 
-STEP = Step("summary", 7, Params, Inputs, run)
+STEP = Step("summary", 8, Params, Inputs, run)

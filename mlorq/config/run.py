@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args, get_origin
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Self, get_args, get_origin
 import fsspec
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
 
 from mlorq.artifacts.locations import folder_of_url, resolve_location, url_of_store
 from mlorq.codecs.base import Residency
@@ -335,21 +336,42 @@ def _inside(section: Any, part: str) -> Any:
     return next((kind for kind in get_args(found) if hasattr(kind, "model_fields")), found)  # of ``Section | None``
 
 
+def _known_keys(config: type[RunConfig], key: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section that ``key`` is in."""
+    section: Any = config
+    for part in key[:-1]:
+        section = section if isinstance(part, int) else _inside(section, part)
+    return [name for name in getattr(section, "model_fields", {}) if name != "folder"]
+
+
+def _nearest(key: tuple[int | str, ...], known: Sequence[str]) -> str | None:
+    """The known key of a section that an unknown one resembles most; None if it resembles none."""
+    return next(iter(difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.4)), None)
+
+
+def _first(problems: Sequence[ErrorDetails], config: type[RunConfig]) -> ErrorDetails:
+    """The problem to name: the first, or if that is a missing key, the unknown key that misspells it."""
+    first = problems[0]
+    if first["type"] == "missing":
+        *section, missing = first["loc"]
+        for one in problems:
+            beside = one["type"] == "extra_forbidden" and [*one["loc"][:-1]] == section
+            if beside and _nearest(one["loc"], _known_keys(config, one["loc"])) == missing:
+                return one
+    return first
+
+
 def _explain(error: ValidationError, config: type[RunConfig]) -> str:
-    """The first problem of a failed validation, as one line that names the key."""
-    problem = error.errors()[0]
+    """One problem of a failed validation, as one line that names the key."""
+    problem = _first(error.errors(), config)
     where = ".".join(str(part) for part in problem["loc"])
     given = problem["input"]
     if problem["type"] == "extra_forbidden":
         if where in REMOVED_KEYS:
             return f"{where}: {REMOVED_KEYS[where]}"
-        unknown = str(problem["loc"][-1])
-        section: Any = config
-        for part in problem["loc"][:-1]:
-            section = section if isinstance(part, int) else _inside(section, part)
-        known = [name for name in getattr(section, "model_fields", {}) if name != "folder"]
-        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
-        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+        known = _known_keys(config, problem["loc"])
+        near = _nearest(problem["loc"], known)
+        return f"unknown key {where!r}" + (f"; did you mean {near!r}?" if near else f"; known: {', '.join(known)}")
     if problem["type"] == "missing":
         return f"key {where!r} is missing"
     if isinstance(given, str) and (where, given) in REMOVED_VALUES:

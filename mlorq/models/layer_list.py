@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -70,6 +70,19 @@ class LeftFloat(NamedTuple):
     def is_foreseen(self) -> bool:
         """Whether the caller or the kind of the weight decides this: patterns, layers that never run, other modules."""
         return self.reason in (EXCLUDED, UNUSED) or self.reason.startswith(OTHER)
+
+
+def still_float(rows: Iterable[LeftFloat], tables: Collection[str], reasons: Mapping[str, str]) -> list[LeftFloat]:
+    """The weights that stay float beside quantized embedding tables; the other tables with their own reasons.
+
+    Args:
+        rows: the weights that stay float if no table is quantized.
+        tables: names of the quantized tables.
+        reasons: by name, why the other tables stay float.
+    """
+    _, table = OTHER
+    own = {name: f"{table}: {reason}" for name, reason in reasons.items()}
+    return [row._replace(reason=own.get(row.name, row.reason)) for row in rows if row.name not in tables]
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,23 @@ def test_missing_key_is_named():
         RunConfig.from_mapping({"model": BASE["model"]})
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model": {"famly": "bert", "name": "x"}}, "unknown key 'model.famly'; did you mean 'family'?"),
+        ({"model": None, "modle": BASE["model"]}, "unknown key 'modle'; did you mean 'model'?"),
+        ({"data": {"calibraton": {}, "evaluation": {}}}, "unknown key 'data.calibraton'; did you mean 'calibration'?"),
+        ({"model": {"name": "x", "colour": "blue"}}, "key 'model.family' is missing"),  # misspelt by neither
+        ({"model": {"name": "x"}, "famly": "bert"}, "key 'model.family' is missing"),  # of another section
+    ],
+)
+def test_a_misspelt_key_is_named_before_the_missing_one(changes, line):
+    values = {key: value for key, value in (BASE | changes).items() if value is not None}
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_mapping(values)
+    assert str(caught.value) == line
+
+
 def test_presets_fill_in_beneath_what_is_written():
     paper = config(preset="paper", rounding__iterations=10)
     assert paper.rounding.iterations == 10

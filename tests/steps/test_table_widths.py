@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from flows.cli import main
 from flows.dry_run import least_of
 from flows.run import check_budgets, known_layers
 from mlorq.artifacts.store import Store
 from mlorq.config.budget import parse_budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError
+from mlorq.models.layer_list import LeftFloat
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
@@ -76,6 +78,21 @@ def test_the_program_chooses_tables_and_layers_together(folder: Path) -> None:
         assert result["embedding_bytes"] == sum(row["bytes"] for row in result["embeddings"]["tables"])
         assert result["predicted_cost"] == pytest.approx(least(session, result), rel=1e-9)
     assert any(set(widths(result).values()) != {8} for result in results)
+
+
+def test_tables_that_stay_float_have_one_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run.yaml").write_text(session_of(folder, budget="8bit").config.to_yaml())
+    assert main(["compress", str(folder / "run.yaml"), "--dry-run"]) == 0
+    lines = " ".join(capsys.readouterr().out.split()).split("stays float: ")[1:]
+    (types,) = [line for line in lines if "bert.embeddings.token_type_embeddings" in line]
+    assert "entries, fewer than embeddings.smallest = 700" in types
+    assert "option embeddings" not in types, "the option is set"
+
+    (result,), _ = run(session_of(folder), "8bit")
+    rows = {row["name"]: row["reason"] for row in result["left_float"]}
+    assert not rows.keys() & set(TABLES)
+    assert rows["bert.embeddings.token_type_embeddings"] in types, "the same reason as in the dry run"
+    assert all(LeftFloat(**row).is_foreseen for row in result["left_float"]), "no warning of small tables in Python"
 
 
 def least(session: Session, result: dict[str, Any]) -> float:
