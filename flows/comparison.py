@@ -23,6 +23,7 @@ from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError
 from mlorq.forms import FORMS, Shape, uniform_candidate, uniform_form
 from mlorq.models.layer_list import Layer
+from mlorq.numbers import byte_count
 from steps.pipeline import compressible_budget
 from steps.session import Session
 
@@ -180,9 +181,9 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in rows:
         given, asked = one["budget_bytes"], one["asked_bytes"]
         if given > asked:
-            why = f"codes of that bit-width with scales and zero-points; the codes alone take {asked:,} bytes"
+            why = f"codes of that bit-width with scales and zero-points; the codes alone take {byte_count(asked)}"
         else:
-            why = f"the largest uniform bit-width within {asked:,} bytes"
+            why = f"the largest uniform bit-width within {byte_count(asked)}"
         if given != asked:
-            found.append(f"{one['budget']}: all methods have {given:,} bytes for the compressible layers, {why}")
+            found.append(f"{one['budget']}: all methods have {byte_count(given)} for the compressible layers, {why}")
     return list(dict.fromkeys(found))

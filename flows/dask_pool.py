@@ -17,6 +17,7 @@ from prefect.futures import PrefectFuture
 
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
+from mlorq.extras import install_command
 from steps.base import Needs, StepSpec
 from steps.protocol import reject_memory_store
 
@@ -40,7 +41,9 @@ class DaskPool:
         try:
             from prefect_dask import DaskTaskRunner
         except ImportError as error:
-            raise ConfigError(f"engine.runner: dask needs the extra mlorq[dask] ({error})") from None
+            raise ConfigError(
+                f"engine.runner: dask needs the extra dask: {install_command('dask')} ({error})"
+            ) from None
         settings = config.engine.dask
         self.config = config
         try:

@@ -10,7 +10,7 @@ from flows.render import result_line
 from mlorq.artifacts.hashing import digest_json
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, MlorqError
-from mlorq.evaluation.numbers import number
+from mlorq.numbers import number
 from steps.smallest import Keep
 
 LOGGER = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.config.budget import Budget
 from mlorq.config.run import RunConfig
 from mlorq.errors import MlorqError
-from mlorq.evaluation.numbers import duration
 from mlorq.evaluation.page import Made, Searched, Stage, render_report
+from mlorq.numbers import duration
 from steps.artifacts import DEPTH, ArtifactReader
 from steps.summary import seconds_of
 

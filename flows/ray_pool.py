@@ -17,6 +17,7 @@ from prefect.futures import PrefectFuture
 from flows.verbosity import verbosity
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
+from mlorq.extras import install_command
 from steps.base import StepSpec
 from steps.protocol import reject_memory_store
 
@@ -40,7 +41,7 @@ class RayPool:
         try:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
-            raise ConfigError(f"engine.runner: ray needs the extra mlorq[ray] ({error})") from None
+            raise ConfigError(f"engine.runner: ray needs the extra ray: {install_command('ray')} ({error})") from None
         settings = config.engine.ray
         self._address, self._cpus = settings.address, settings.cpus
         arguments = {"log_to_driver": verbosity().prefect_log, "logging_level": "warning"}

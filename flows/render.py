@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import format_seconds
+from mlorq.numbers import byte_count, byte_size
 
 DEFAULT_WIDTH = 110  # columns, if the output is not a terminal
-UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 LONG_FACTS = ("seconds by step",)  # rows of a result with long values
 MOST_NAMED = 5  # weights that stay float, in the totals of a result
 
@@ -25,24 +25,13 @@ def console(stream: IO[str] | None = None) -> Console:
     return Console(file=stream, width=None if stream.isatty() else DEFAULT_WIDTH, highlight=False, soft_wrap=False)
 
 
-def size(count: int | None) -> str:
-    """Bytes for display: ``1,234 B (1.23 kB)``."""
-    if count is None:
-        return "-"
-    for unit, value in UNITS:
-        if count >= value:
-            return f"{count:,} B ({count / value:.2f} {unit})"
-    return f"{count:,} B"
-
-
 def kinds(rest: Mapping[str, int] | None) -> str:
     """Sizes of the float rest by kind, largest first: ``: embeddings 46.9 MB, norms 0.1 MB``."""
     shown = sorted(((count, kind) for kind, count in (rest or {}).items() if count), reverse=True)
     parts = []
     for count, kind in shown:
-        unit, value = next(((unit, value) for unit, value in UNITS if count >= value), ("B", 1))
         name = "skipped layers" if kind == "layers" else kind.replace("_", " ")
-        parts.append(f"{name} {count / value:.3g} {unit}")
+        parts.append(f"{name} {byte_size(count)}")
     return ": " + ", ".join(parts) if parts else ""
 
 
@@ -88,18 +77,18 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Totals of one result; unknown ones are omitted."""
     pairs = [
         ("run", result["run"]),
-        ("budget", f"{result['budget']} = {size(result['budget_bytes'])}"),
-        ("compressible layers", size(result["bytes"])),
+        ("budget", f"{result['budget']} = {byte_count(result['budget_bytes'])}"),
+        ("compressible layers", byte_count(result["bytes"])),
     ]
     if result.get("float_bytes"):
         ratio = result["float_bytes"] / max(1, result["bytes"])
-        pairs[-1] = ("compressible layers", f"{size(result['bytes'])}, {ratio:.2f} times smaller than float32")
-        pairs.append(("float32 size", size(result["float_bytes"])))
+        pairs[-1] = ("compressible layers", f"{byte_count(result['bytes'])}, {ratio:.2f} times smaller than float32")
+        pairs.append(("float32 size", byte_count(result["float_bytes"])))
     if result.get("checkpoint"):
         if result.get("embedding_bytes"):
-            pairs.append(("embedding tables", size(result["embedding_bytes"])))
-        pairs.append(("rest of the model", size(result["rest_bytes"]) + kinds(result.get("rest"))))
-        pairs.append(("checkpoint on disk", size(result["file_bytes"])))
+            pairs.append(("embedding tables", byte_count(result["embedding_bytes"])))
+        pairs.append(("rest of the model", byte_count(result["rest_bytes"]) + kinds(result.get("rest"))))
+        pairs.append(("checkpoint on disk", byte_count(result["file_bytes"])))
     if result.get("memory"):
         pairs.append((f"memory in {result['memory']['target']}", _memory(result["memory"])))
     if result.get("left_float"):
@@ -117,7 +106,7 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     for line in (result.get("calibration") or {}).get("warnings", ()):
         pairs.append(("warning", line))
     for exported in result.get("exports") or ():
-        pairs.append((f"export to {exported['to']}", f"{size(exported['bytes'])}, {_written(exported['files'])}"))
+        pairs.append((f"export to {exported['to']}", f"{byte_count(exported['bytes'])}, {_written(exported['files'])}"))
     solver = result["solver"]
     gap = "" if solver.get("gap") is None else f", gap {solver['gap']:.1e}"
     pairs.append(("solver", f"{solver['name']}: {solver['status']}{gap}, {format_seconds(solver['seconds'])}"))
@@ -131,14 +120,14 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
-    of = "" if memory["budget_bytes"] is None else f" of {size(memory['budget_bytes'])}"
-    return f"{size(memory['bytes'])}{of}, of which the rest of the model {size(memory['rest'])}"
+    of = "" if memory["budget_bytes"] is None else f" of {byte_count(memory['budget_bytes'])}"
+    return f"{byte_count(memory['bytes'])}{of}, of which the rest of the model {byte_count(memory['rest'])}"
 
 
 def _left_float(rows: Sequence[Mapping[str, Any]]) -> str:
     """Weights that stay float: the largest by name, each with its bytes and the reason."""
     ordered = sorted(rows, key=lambda row: -row["bytes"])
-    shown = [f"{row['name']} {size(row['bytes'])} ({row['reason']})" for row in ordered[:MOST_NAMED]]
+    shown = [f"{row['name']} {byte_count(row['bytes'])} ({row['reason']})" for row in ordered[:MOST_NAMED]]
     more = [f"and {len(rows) - MOST_NAMED} more, in run.json"] if len(rows) > MOST_NAMED else []
     return "; ".join([*shown, *more])
 
@@ -247,7 +236,7 @@ def budgets_table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def result_line(result: Mapping[str, Any]) -> str:
     """One result as a line of the log."""
-    parts = [f"{result['run']}: {size(result['bytes'])} for the compressible layers"]
+    parts = [f"{result['run']}: {byte_count(result['bytes'])} for the compressible layers"]
     if result.get("nmse") is not None:
         parts.append(f"output NMSE {result['nmse']:.4g}")
     metric = result.get("metric")
@@ -275,9 +264,9 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     right = ("weights", "share", "smallest bytes")
     out.print(grid(("layer", "kind", "shape", "weights", "share", "smallest bytes"), cells, right=right))
     for row in plan["skipped"]:
-        out.print(f"skipped: {row['layer']} ({row['reason']}; {size(row['bytes'])})", markup=False)
+        out.print(f"skipped: {row['layer']} ({row['reason']}; {byte_count(row['bytes'])})", markup=False)
     for row in plan["others"]:
-        out.print(f"stays float: {row['name']} ({row['reason']}; {size(row['bytes'])})", markup=False)
+        out.print(f"stays float: {row['name']} ({row['reason']}; {byte_count(row['bytes'])})", markup=False)
     tables = plan["embeddings"] or {"tables": [], "skipped": []}
     for name in tables["tables"]:
         out.print(f"embedding table: {name} ({tables['bits']} bit)", markup=False)
@@ -289,16 +278,18 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     out.print()
     pairs = [
         ("compressible layers", f"{len(plan['layers'])} with {plan['params']:,} weights"),
-        ("float32 size", size(plan["float_bytes"])),
-        ("smallest possible", f"{size(plan['smallest_bytes'])}; whole checkpoint at most "
-                              f"{size(plan['smallest_file_bytes'])}"),
+        ("float32 size", byte_count(plan["float_bytes"])),
+        ("smallest possible", f"{byte_count(plan['smallest_bytes'])}; whole checkpoint at most "
+                              f"{byte_count(plan['smallest_file_bytes'])}"),
     ]  # fmt: skip
     if "target" in plan:
-        pairs.append((f"smallest in {plan['target']}", size(plan["smallest_memory_bytes"])))
+        pairs.append((f"smallest in {plan['target']}", byte_count(plan["smallest_memory_bytes"])))
     pairs.append(("stays float", kinds(plan["rest"]).removeprefix(": ")))
     for row in plan["budgets"]:
         verdict = "" if row["feasible"] else ": impossible"
-        pairs.append((f"budget {row['budget']}", f"{size(row['budget_bytes'])} for the compressible layers{verdict}"))
+        pairs.append(
+            (f"budget {row['budget']}", f"{byte_count(row['budget_bytes'])} for the compressible layers{verdict}")
+        )
     out.print(facts(pairs))
     out.print()
     steps = [
@@ -310,7 +301,7 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     out.print()
     expected = plan["expected"]
     out.print(
-        f"expected: about {format_seconds(expected['seconds'])} and {expected['memory_bytes'] / 1e9:.1f} GB of memory "
+        f"expected: about {format_seconds(expected['seconds'])} and {byte_size(expected['memory_bytes'])} of memory "
         f"on {plan['device']} ({expected['note']})",
         markup=False,
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.render import facts, grid, kinds, size
+from flows.render import facts, grid, kinds
 from mlorq.forms.base import Candidate
+from mlorq.numbers import byte_count
 
 POWERS = (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
 NOT_RECORDED = "the checkpoint does not record the positions per sample: every layer counts with one"
@@ -49,15 +50,15 @@ def print_checkpoint(info: Mapping[str, Any], out: Console) -> None:
     layers = totals["layers"]
     pairs = [
         ("architecture", ", ".join(f"{key} {value}" for key, value in _short(info["architecture"]).items())),
-        ("budget", f"{budget['asked']} = {size(budget['budget_bytes'])} ({budget['accounting']})"),
-        ("compressed layers", f"{size(sizes['bytes'])}, {_bits(layers)}, {layers['nominal_bits']:.2f} of codes"),
-        ("float32 size of these", size(sizes["float_bytes"])),
-        *([("embedding tables", size(sizes["embedding_bytes"]))] if "embedding_bytes" in sizes else []),
-        ("rest of the model", size(sizes["rest_bytes"]) + kinds(info["rest"])),
+        ("budget", f"{budget['asked']} = {byte_count(budget['budget_bytes'])} ({budget['accounting']})"),
+        ("compressed layers", f"{byte_count(sizes['bytes'])}, {_bits(layers)}, {layers['nominal_bits']:.2f} of codes"),
+        ("float32 size of these", byte_count(sizes["float_bytes"])),
+        *([("embedding tables", byte_count(sizes["embedding_bytes"]))] if "embedding_bytes" in sizes else []),
+        ("rest of the model", byte_count(sizes["rest_bytes"]) + kinds(info["rest"])),
         ("all tensors", _bits(totals)),
         *([("activations", _sites(info["activations"]))] if info.get("activations") else []),
-        ("headers", size(sizes["overhead_bytes"])),
-        ("on disk", size(info["file_bytes"])),
+        ("headers", byte_count(sizes["overhead_bytes"])),
+        ("on disk", byte_count(info["file_bytes"])),
         *_preparation(info.get("preparation") or {}),
         *_compute(totals),
     ]
@@ -72,7 +73,7 @@ def _bits(totals: Mapping[str, Any]) -> str:
 def _preparation(files: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of the tokenizer's files, with their bytes, which are not part of the other sizes."""
     total = sum(file["bytes"] for file in files.values())
-    return [("preparation", f"{size(total)}: {', '.join(sorted(files))}")] if files else []
+    return [("preparation", f"{byte_count(total)}: {', '.join(sorted(files))}")] if files else []
 
 
 def _compute(totals: Mapping[str, Any]) -> list[tuple[str, str]]:

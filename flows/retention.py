@@ -16,11 +16,11 @@ from flows.failures import shown_failures
 from flows.garbage import collect
 from flows.permissions import check_place, is_limited
 from flows.pipeline import show
-from flows.render import size
 from mlorq.artifacts.locations import resolve_location, url_of_store
 from mlorq.artifacts.store import Store
 from mlorq.config.run import DEFAULT_STORE, STORE
 from mlorq.errors import ConfigError, hide_secrets
+from mlorq.numbers import byte_count
 
 
 def retention_name() -> str:
@@ -66,7 +66,7 @@ def retention_flow(
             found, lambda: kept_runs(created_runs(found), keep_last, since, tagged), "retention", dry_run=dry_run
         )
     verb = "would be removed" if dry_run else "removed"
-    line = f"{removed['artifacts']:,} artifacts {verb}: {size(removed['bytes'])}; {len(kept)} runs kept"
+    line = f"{removed['artifacts']:,} artifacts {verb}: {byte_count(removed['bytes'])}; {len(kept)} runs kept"
     get_run_logger().info("%s: %s", hide_secrets(found.url), line)
     page = "\n".join([f"{line}.", "", *(f"- {name}" for name in kept)])
     show("retention", lambda key: create_markdown_artifact(key=key, markdown=page, description=line))

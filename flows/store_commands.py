@@ -11,6 +11,7 @@ from flows.command_group import Group, Home
 from flows.command_tools import named_store, print_json
 from flows.options import Arguments, Finish, command, json_option, stored
 from mlorq.errors import ConfigError, StoreError, hide_secrets
+from mlorq.numbers import byte_count
 
 if TYPE_CHECKING:
     from mlorq.artifacts.gc import Folder
@@ -42,7 +43,7 @@ def ls(arguments: Arguments) -> Finish:
     total = {"artifacts": len(everything) - len(left_over), "bytes": sum(folder.bytes for folder in everything)}
 
     def finish() -> int:
-        from flows.render import console, grid, size
+        from flows.render import console, grid
 
         if arguments.json:
             name = "steps" if arguments.step is None else "artifacts_of_step"
@@ -54,7 +55,7 @@ def ls(arguments: Arguments) -> Finish:
             cells = [tuple(_cell(row[name]) for name in columns) for row in rows]
             out.print(grid(columns, cells, right=("artifacts", "bytes")))
             out.print()
-        out.print(f"{total['artifacts']:,} artifacts, {size(total['bytes'])}", markup=False)
+        out.print(f"{total['artifacts']:,} artifacts, {byte_count(total['bytes'])}", markup=False)
         if left_over:
             out.print(f"{len(left_over)} left over from interrupted writes (mlorq store gc removes old ones)")
         return 0
@@ -119,7 +120,7 @@ def verify(arguments: Arguments) -> Finish:
     left_over = [found.uri(folder.ref) for folder in findings.left_over]
 
     def finish() -> int:
-        from flows.render import console, size
+        from flows.render import console
 
         if arguments.json:
             counts = {"artifacts": findings.artifacts, "bytes": findings.bytes}
@@ -129,7 +130,7 @@ def verify(arguments: Arguments) -> Finish:
             out = console()
             for name in left_over:
                 out.print(f"left over from an interrupted write: {name}", markup=False, soft_wrap=True)
-            out.print(f"{findings.artifacts:,} artifacts, {size(findings.bytes)}", markup=False)
+            out.print(f"{findings.artifacts:,} artifacts, {byte_count(findings.bytes)}", markup=False)
             if gone:
                 for message in findings.damaged:
                     out.print(message, markup=False, soft_wrap=True)
@@ -157,7 +158,7 @@ def gc(arguments: Arguments) -> Finish:
     _, row = collect(found, lambda: arguments.keep, "store gc", dry_run=arguments.dry_run)
 
     def finish() -> int:
-        from flows.render import console, size
+        from flows.render import console
 
         if arguments.json:
             shown = hide_secrets(found.url)
@@ -165,7 +166,7 @@ def gc(arguments: Arguments) -> Finish:
             return 0
         verb = "would be removed" if arguments.dry_run else "removed"
         rest = f" and {row['left_over']} left-overs" if row["left_over"] else ""
-        console().print(f"{row['artifacts']:,} artifacts{rest} {verb}: {size(row['bytes'])}", markup=False)
+        console().print(f"{row['artifacts']:,} artifacts{rest} {verb}: {byte_count(row['bytes'])}", markup=False)
         return 0
 
     return finish

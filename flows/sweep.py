@@ -19,9 +19,9 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.budget import Budget, parse_budgets
 from mlorq.errors import BudgetError, ConfigError, MlorqError
-from mlorq.evaluation.numbers import byte_size, number
 from mlorq.evaluation.page import render_sweep
 from mlorq.evaluation.report import size_accuracy_picture
+from mlorq.numbers import byte_count, byte_size, number
 from steps.session import Session
 from steps.smallest import Bisection, Keep
 
@@ -125,10 +125,10 @@ def ladder(session: Session, budgets: Sequence[Budget] | None) -> tuple[list[Bud
     missed = [budget for budget in asked if budget not in reached]
     if missed and (budgets or not reached):
         bits = 8 * least.bytes / least.params
-        memory = "" if least.memory is None else f", {least.memory} bytes of memory"
+        memory = "" if least.memory is None else f", {byte_count(least.memory)} of memory"
         raise BudgetError(
-            f"budgets are too small: {', '.join(map(str, missed))}; the smallest possible is {least.bytes} bytes for "
-            f"the compressible layers ({bits:.3g} bits per weight){memory}"
+            f"budgets are too small: {', '.join(map(str, missed))}; the smallest possible is "
+            f"{byte_count(least.bytes)} for the compressible layers ({bits:.3g} bits per weight){memory}"
         )
     return reached, missed
 

@@ -27,6 +27,7 @@ from mlorq.artifacts.store import ArtifactRef, json_bytes
 from mlorq.config.run import RunConfig
 from mlorq.config.tracking import FOLDER, MlflowConfig, WandbConfig
 from mlorq.errors import ConfigError, hide_secrets, one_line
+from mlorq.extras import install_command
 from steps.session import Session
 
 LONGEST_VALUE, LONGEST_KEY = 500, 250  # characters of parameters; trackers bound them
@@ -63,7 +64,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: one is missing.
     """
-    for name, advice in (("mlflow", "pip install 'mlorq[mlflow]'"), ("wandb", "pip install wandb")):
+    for name, advice in (("mlflow", install_command("mlflow")), ("wandb", "pip install wandb")):
         if config.tracking is not None and getattr(config.tracking, name) is not None and not _is_installed(name):
             raise ConfigError(f"tracking.{name}: the package {name} is not installed: {advice}")
 

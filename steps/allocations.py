@@ -16,6 +16,7 @@ from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.errors import BudgetError
 from mlorq.models.layer_list import Layer
+from mlorq.numbers import byte_count
 from steps import allocate, joint, summary
 from steps.allocate import TABLE_COSTS, Limits, Memory
 from steps.base import Outcome, StepSpec
@@ -199,27 +200,28 @@ def check_budget(budget: Budget, least: Least) -> None:
     """
     params, rest_bytes, smallest = least.params, least.rest_bytes, least.bytes
     held = budget.held_bytes(least.rest_memory)
-    tables = f", the embedding tables {least.tables}" if least.tables else ""
+    tables = f", the embedding tables {byte_count(least.tables)}" if least.tables else ""
     if held is not None and least.memory is not None and held < least.memory + least.tables:
         raise BudgetError(
-            f"budget {budget} leaves {held} bytes of memory for what is compressed: the smallest possible is "
-            f"{least.memory + least.tables} bytes, of which the compressible layers take {least.memory}{tables}; "
-            f"the rest of the model takes {least.rest_memory} bytes more"
+            f"budget {budget} leaves {byte_count(held)} of memory for what is compressed: the smallest possible is "
+            f"{byte_count(least.memory + least.tables)}, of which the compressible layers take "
+            f"{byte_count(least.memory)}{tables}; "
+            f"the rest of the model takes {byte_count(least.rest_memory)} more"
         )
     if budget.kind == "bytes":
         total = rest_bytes + smallest + least.tables
         if budget.value < total:
             raise BudgetError(
-                f"budget {budget} is too small: the smallest possible is {total}B, of which the "
-                f"compressible layers take {smallest} bytes{tables} and the rest of the checkpoint takes {rest_bytes} "
-                "bytes"
+                f"budget {budget} is too small: the smallest possible is {byte_count(total)}, of which the "
+                f"compressible layers take {byte_count(smallest)}{tables} and the rest of the checkpoint takes "
+                f"{byte_count(rest_bytes)}"
             )
         return
     allowed = budget.compressible_bytes(params, rest_bytes)
     if allowed < smallest:
         raise BudgetError(
-            f"budget {budget} leaves {allowed} bytes for the compressible layers: the smallest possible is "
-            f"{smallest} bytes ({8 * smallest / params:.3g} bits per weight)"
+            f"budget {budget} leaves {byte_count(allowed)} for the compressible layers: the smallest possible is "
+            f"{byte_count(smallest)}, {8 * smallest / params:.3g} bits per weight"
         )
 
 

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from mlorq.config.run import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
 from mlorq.models.layer_list import LeftFloat
+from mlorq.numbers import byte_count
 
 MOST_NAMED = 5  # layers that a warning names
 ARTIFACTS = 6  # bytes of a search's artifacts, mostly moments, per byte of the float model
@@ -266,7 +267,7 @@ def _warn(left_float: Sequence[LeftFloat]) -> None:
     """Warn of layers that the caller might take for compressed."""
     unforeseen = [one for one in left_float if not one.is_foreseen]
     if unforeseen:
-        shown = "; ".join(f"{one.name!r} ({one.bytes} bytes): {one.reason}" for one in unforeseen[:MOST_NAMED])
+        shown = "; ".join(f"{one.name!r} ({byte_count(one.bytes)}): {one.reason}" for one in unforeseen[:MOST_NAMED])
         more = f"; and {len(unforeseen) - MOST_NAMED} more" if len(unforeseen) > MOST_NAMED else ""
         warnings.warn(f"layers stay float, see left_float of the result: {shown}{more}", stacklevel=3)
 

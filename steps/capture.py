@@ -33,6 +33,7 @@ from mlorq.costs.measured import spread_batches
 from mlorq.errors import ConfigError
 from mlorq.memory import usable_bytes
 from mlorq.models.layer_list import Layer
+from mlorq.numbers import byte_count
 from steps.artifacts import IMPORTANCE, SHARED_INPUTS, inputs_file, moments_file
 from steps.base import Progress, Step, StepSpec
 from steps.context import Context
@@ -150,8 +151,8 @@ class Sums:
         size, name = max(sizes)
         if size > bound:
             raise ConfigError(
-                f"engine.memory is {bound} bytes, and the sums of layer {name!r} alone take {size}: allow at least "
-                f"{-(-size // 10**6)}MB, or exclude the layer (search.exclude)"
+                f"engine.memory is {byte_count(bound)}, and the sums of layer {name!r} alone take "
+                f"{byte_count(size)}: allow at least {-(-size // 10**6)}MB, or exclude the layer (search.exclude)"
             )
 
     def _of_hessian(self, layer: Layer) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from flows.doctor.row import Row
 from mlorq.artifacts.store import Store
 from mlorq.errors import MlorqError, hide_secrets
 from mlorq.memory import machine_memory
+from mlorq.numbers import byte_size
 
 LEAST_DISK = 2 * 10**9  # of a run of a small model: artifacts, checkpoint, caches
 LEAST_MEMORY = 2 * 10**9
@@ -30,7 +31,7 @@ def machine_rows(folder: Path | None) -> list[Row]:
     disk = Row(
         DISK,
         "ok" if enough else "problem",
-        f"{free / 1e9:.1f} GB free at {place}",
+        f"{byte_size(free)} free at {place}",
         "" if enough else "free space: mlorq store gc removes artifacts that no kept run needs",
     )
     return [Row("Python", "ok", python), _memory_row(), disk]
@@ -39,7 +40,7 @@ def machine_rows(folder: Path | None) -> list[Row]:
 def _memory_row() -> Row:
     total, free = machine_memory()
     state, advice = ("ok", "") if free >= LEAST_MEMORY else ("problem", "end other programs, or use a smaller model")
-    return Row(MEMORY, state, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free", advice)  # type: ignore[arg-type]
+    return Row(MEMORY, state, f"{byte_size(free)} of {byte_size(total)} free", advice)  # type: ignore[arg-type]
 
 
 def store_rows(store: Store, folder: Path | None) -> list[Row]:

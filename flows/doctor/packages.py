@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from packaging.requirements import Requirement
 
 from flows.doctor.row import Row
+from mlorq.extras import install_command
 
 PURPOSES = {
     "audio": "recordings in FLAC, Ogg and MP3 (WAV needs nothing)",
@@ -35,7 +36,7 @@ def package_rows() -> list[Row]:
     rows = wrong or [Row("packages", "ok", f"{len(required)} packages at versions that are supported")]
     for extra, purpose in PURPOSES.items():
         row = _row(f"extra {extra}", extras.get(extra, []))
-        advice = f"pip install 'mlorq[{extra}]'" if row.state != "ok" else ""
+        advice = install_command(extra) if row.state != "ok" else ""
         rows.append(Row(row.name, row.state, f"{row.detail} (for {purpose})", advice))
     return rows
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from flows.doctor.row import Row
 from mlorq.errors import hide_secrets, one_line
+from mlorq.extras import install_command
 
 if TYPE_CHECKING:
     import httpx
@@ -74,7 +75,7 @@ def docker_rows(image: str | None) -> list[Row]:
         image: that a configuration names; None: none does.
     """
     if not _installed("docker"):
-        return [Row(DOCKER, "missing", "the package docker is not installed", "pip install 'mlorq[docker]'")]
+        return [Row(DOCKER, "missing", "the package docker is not installed", install_command("docker"))]
     import docker
     from docker.errors import DockerException, NotFound
     from requests.exceptions import RequestException
@@ -103,7 +104,7 @@ def dask_rows(address: str | None) -> list[Row]:
         address: that a configuration names; None: none does.
     """
     if not (_installed("distributed") and _installed("prefect_dask")):
-        return [Row(DASK, "missing", "not installed", "pip install 'mlorq[dask]'")]
+        return [Row(DASK, "missing", "not installed", install_command("dask"))]
     if address is None:
         return [Row(DASK, "ok", "installed; runs start a cluster of their own")]
     try:

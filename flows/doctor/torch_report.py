@@ -12,6 +12,7 @@ import warnings
 from importlib import import_module
 
 from flows.doctor.row import Row
+from mlorq.numbers import byte_size
 
 SECONDS = 90.0  # Triton compiles its kernels the first time
 BITS = 3  # of the codes that are compared; kernels of each bit-width are compiled on their own
@@ -40,7 +41,7 @@ def report() -> list[Row]:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         free, total = torch.cuda.mem_get_info(device)
-        about = f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        about = f"{torch.cuda.get_device_name(device)}, {byte_size(free)} of {byte_size(total)} free"
         rows += [Row(f"device {device}", "ok", about), triton_row(device)]
     if not devices:
         rows.append(Row("device cuda", "missing", "torch finds no CUDA device", "runs use the CPU"))

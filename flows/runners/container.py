@@ -37,6 +37,7 @@ from flows.runners.container_setup import (
 )
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, TransientError
+from mlorq.extras import install_command
 from steps.base import Outcome, StepSpec
 from steps.protocol import Description, outcome_of, reject_memory_store
 from steps.session import open_store
@@ -46,7 +47,7 @@ try:
     from docker.utils.socket import STDOUT, SocketError, frames_iter
     from requests.exceptions import RequestException
 except ImportError:
-    raise ConfigError("engine.steps: docker needs the package docker: pip install 'mlorq[docker]'") from None
+    raise ConfigError(f"engine.steps: docker needs the package docker: {install_command('docker')}") from None
 
 BUILD = "docker build -f docker/Dockerfile -t {} ."
 DESCRIPTION_FOLDER = "/run/mlorq"  # in the container

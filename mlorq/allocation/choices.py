@@ -18,6 +18,7 @@ from mlorq.artifacts.schemas import ALLOCATION
 from mlorq.costs.pareto import pareto_front
 from mlorq.errors import BudgetError
 from mlorq.forms.base import FIELDS
+from mlorq.numbers import byte_count
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -171,8 +172,8 @@ def require_bytes(choices: Sequence[Choices], budget_bytes: int, memory_bytes: i
     smallest = smallest_bytes(choices)
     if budget_bytes < smallest:
         raise BudgetError(
-            f"budget of {budget_bytes} bytes for the compressible layers is too small: "
-            f"the smallest possible is {smallest} bytes"
+            f"budget of {byte_count(budget_bytes)} for the compressible layers is too small: "
+            f"the smallest possible is {byte_count(smallest)}"
         )
     if memory_bytes is None:
         return
@@ -181,8 +182,8 @@ def require_bytes(choices: Sequence[Choices], budget_bytes: int, memory_bytes: i
         raise ValueError("memory is bounded, and a layer has none")
     if memory_bytes < least:
         raise BudgetError(
-            f"{memory_bytes} bytes of memory for the compressible layers are too few: "
-            f"the smallest possible is {least} bytes"
+            f"{byte_count(memory_bytes)} of memory for the compressible layers are too few: "
+            f"the smallest possible is {byte_count(least)}"
         )
 
 

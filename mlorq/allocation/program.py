@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from mlorq.allocation.choices import Choices, WidthChoices, require_bytes
 from mlorq.allocation.knapsack import least_value
 from mlorq.errors import BudgetError
+from mlorq.numbers import byte_count
 
 if TYPE_CHECKING:
     import pulp
@@ -368,14 +369,14 @@ def _nothing_found(program: Program, solver: SolverName, time_limit: float, prob
     status = pulp.LpStatus[problem.status]
     if program.widths is None and program.memory_bytes is not None:
         return (
-            f"no allocation within {program.budget_bytes} bytes and {program.memory_bytes} bytes of memory was found "
-            f"({solver}: {status}); allow more of either, or raise search.time_limit"
+            f"no allocation within {byte_count(program.budget_bytes)} and {byte_count(program.memory_bytes)} of memory "
+            f"was found ({solver}: {status}); allow more of either, or raise search.time_limit"
         )
     if program.widths is None:
         return f"{solver} found no allocation within {time_limit} s (status {status}); raise search.time_limit"
     return (
-        f"no allocation within {program.budget_bytes} bytes and {program.widths.compute:.4g} bit operations per sample "
-        f"was found ({solver}: {status}); allow more of either, or raise search.time_limit"
+        f"no allocation within {byte_count(program.budget_bytes)} and {program.widths.compute:.4g} bit operations per "
+        f"sample was found ({solver}: {status}); allow more of either, or raise search.time_limit"
     )
 
 

@@ -36,6 +36,7 @@ from mlorq.artifacts.leases import Leases
 from mlorq.artifacts.transfer import Files, Traffic
 from mlorq.artifacts.transfer import put_file as put_file  # re-exported for files outside artifacts
 from mlorq.errors import StoreError, hide_secrets, one_line
+from mlorq.numbers import byte_count
 from mlorq.parquet import read_parquet
 
 if TYPE_CHECKING:
@@ -406,9 +407,9 @@ class Store:
     def _check_size(self, ref: ArtifactRef, name: str, size: int, manifest: dict[str, Any]) -> None:
         wanted = manifest["files"][name]["bytes"]
         if size > wanted and not self.is_local:
-            raise self._damaged(ref, name, f"more than {wanted} bytes")
+            raise self._damaged(ref, name, f"more than {byte_count(wanted)}")
         if size != wanted:
-            raise self._damaged(ref, name, f"{size} bytes instead of {wanted}")
+            raise self._damaged(ref, name, f"{byte_count(size)} instead of {byte_count(wanted)}")
 
     def _damaged(self, ref: ArtifactRef, name: str, reason: str) -> StoreError:
         return StoreError(
@@ -505,7 +506,7 @@ def _checked_manifest(text: bytes, ref: ArtifactRef) -> dict[str, Any]:
         ValueError, KeyError, TypeError, AttributeError: it is damaged, too large, or that of another artifact.
     """
     if len(text) > MOST_MANIFEST_BYTES:
-        raise ValueError(f"it has more than {MOST_MANIFEST_BYTES} bytes")
+        raise ValueError(f"it has more than {byte_count(MOST_MANIFEST_BYTES)}")
     manifest: dict[str, Any] = json.loads(text)
     version = manifest["format"]
     if version not in (1, MANIFEST_FORMAT) or not isinstance(manifest["files"], dict):

@@ -25,6 +25,7 @@ from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.blank import META, Limits, blank_copy, shapes_copy, shapes_only, without_values
 from mlorq.models.direct_weights import original_state
 from mlorq.models.transposed import transposed_back
+from mlorq.numbers import byte_count
 
 
 def save(files: Mapping[str, bytes], location: Location) -> None:
@@ -213,7 +214,8 @@ def _tensors(
 
 def _check_size(subject: str, actual: int, expected: Any) -> None:
     if actual != expected:
-        raise CheckpointError(f"it is damaged: {subject} {actual} bytes instead of {expected}")
+        stated = byte_count(expected) if isinstance(expected, int) else f"{expected!r:.100}"
+        raise CheckpointError(f"it is damaged: {subject} {byte_count(actual)} instead of {stated}")
 
 
 @contextmanager

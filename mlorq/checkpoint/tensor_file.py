@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mlorq.checkpoint.places import TENSORS
 from mlorq.errors import CheckpointError, one_line
+from mlorq.numbers import byte_count
 
 FORMAT_VERSION = 2
 ENTRY = "mlorq"  # key of the file's metadata
@@ -133,7 +134,7 @@ def read_header(file: IO[bytes], file_bytes: int) -> Header:
     try:
         start = LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
         if not 2 * LENGTH_BYTES <= start + LENGTH_BYTES <= min(file_bytes, MOST_HEADER) + LENGTH_BYTES:
-            raise ValueError(f"a header of {start - LENGTH_BYTES} bytes in a file of {file_bytes}")
+            raise ValueError(f"a header of {byte_count(start - LENGTH_BYTES)} in a file of {byte_count(file_bytes)}")
         table = json.loads(file.read(start - LENGTH_BYTES))
         if not isinstance(table, dict):
             raise ValueError("the header is not an object")
@@ -144,7 +145,7 @@ def read_header(file: IO[bytes], file_bytes: int) -> Header:
             if tensor.begin != before:
                 raise ValueError(f"tensor {name!r} does not follow the one before it")
         if start + ends[-1] != file_bytes:
-            raise ValueError(f"it has {file_bytes} bytes instead of {start + ends[-1]}")
+            raise ValueError(f"it has {byte_count(file_bytes)} instead of {byte_count(start + ends[-1])}")
         own = json.loads(extra[ENTRY]) if ENTRY in extra else None
         if own is None:
             return Header(tensors, start)
@@ -193,7 +194,8 @@ def _tensors(table: Mapping[str, Any]) -> dict[str, StoredTensor]:
         for length in shape:  # integers of any size: no product overflows
             size *= length
         if span[1] - span[0] != size:
-            raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has {span[1] - span[0]} bytes instead of {size}")
+            given = f"{byte_count(span[1] - span[0])} instead of {byte_count(size)}"
+            raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has {given}")
         found[name] = StoredTensor(dtype, tuple(shape), *span)
     return dict(sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)))
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import BudgetError
+from mlorq.numbers import byte_count
 
 BudgetKind = Literal["bits", "percent", "bytes", "layers"]
 
@@ -107,7 +108,7 @@ class Budget:
         if allowed < 0:
             raise BudgetError(
                 f"budget {self.text} is too small: the uncompressed tensors and the file headers of the checkpoint "
-                f"take {rest_bytes} bytes; ask for more than {rest_bytes}B"
+                f"take {byte_count(rest_bytes)}; ask for more than that"
             )
         return allowed
 
@@ -128,8 +129,8 @@ class Budget:
             )
         if self.memory < rest:
             raise BudgetError(
-                f"budget {self.text} is too small: the uncompressed tensors take {rest} bytes of memory; "
-                f"ask for more than memory={rest}B"
+                f"budget {self.text} is too small: the uncompressed tensors take {byte_count(rest)} of memory; "
+                "ask for more than that"
             )
         return int(self.memory) - rest
 

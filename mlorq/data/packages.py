@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlorq.errors import DataError
+from mlorq.extras import install_command
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class OptionalPackage:
 
     def _missing(self, needed_by: str, instead: str) -> DataError:
         otherwise = f", or {instead}" if instead else ""
-        return DataError(f"{needed_by} needs the package {self.module} (pip install 'mlorq[{self.extra}]'){otherwise}")
+        return DataError(f"{needed_by} needs the package {self.module} ({install_command(self.extra)}){otherwise}")
 
 
 PYCOCOTOOLS = OptionalPackage("pycocotools", "detection")

@@ -17,8 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlorq.costs.pareto import pareto_front
-from mlorq.evaluation.numbers import UNITS, number
 from mlorq.forms.base import FORMS
+from mlorq.numbers import UNITS, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -362,7 +362,7 @@ def _svg(figure: Figure, title: str) -> str:
 
 
 def _unit(largest: float) -> tuple[str, int]:
-    return next(((unit, scale) for unit, scale in UNITS if largest >= scale), ("bytes", 1))
+    return next(((unit, scale) for unit, scale in UNITS if largest >= scale), ("B", 1))
 
 
 def _float(value: float | None) -> float:

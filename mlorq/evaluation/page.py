@@ -21,9 +21,9 @@ from mlorq.evaluation.charts import (
     trade_off,
     trade_off_chart,
 )
-from mlorq.evaluation.numbers import byte_size, cell, duration, number
 from mlorq.evaluation.report import Measured, data_url
 from mlorq.forms.base import FORMS
+from mlorq.numbers import byte_count, byte_size, cell, duration, number
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -194,7 +194,7 @@ def _headlines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ratio = result["float_bytes"] / max(1, result["bytes"])
     found = [
         ("compressed layers", byte_size(result["bytes"]), f"{number(ratio)} times smaller than float32"),
-        ("checkpoint on disk", byte_size(result["file_bytes"]), f"{result['file_bytes']:,} bytes"),
+        ("checkpoint on disk", byte_size(result["file_bytes"]), f"{result['file_bytes']:,} B"),
     ]
     metric = result["metric"]
     if metric is not None:
@@ -207,12 +207,12 @@ def _headlines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _totals(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = [("budget", f"{result['budget']}: {result['budget_bytes']:,} bytes for the compressible layers")]
-    found.append(("compressible layers", f"{result['bytes']:,} bytes; float32 {result['float_bytes']:,} bytes"))
+    found = [("budget", f"{result['budget']}: {byte_count(result['budget_bytes'])} for the compressible layers")]
+    found.append(("compressible layers", f"{byte_count(result['bytes'])}; float32 {byte_count(result['float_bytes'])}"))
     if result.get("embedding_bytes"):
-        found.append(("embedding tables", f"{result['embedding_bytes']:,} bytes"))
-    found.append(("rest of the model", f"{result['rest_bytes']:,} bytes"))
-    found += [(f"export to {one['to']}", f"{one['bytes']:,} bytes") for one in result.get("exports") or ()]
+        found.append(("embedding tables", byte_count(result["embedding_bytes"])))
+    found.append(("rest of the model", byte_count(result["rest_bytes"])))
+    found += [(f"export to {one['to']}", byte_count(one["bytes"])) for one in result.get("exports") or ()]
     for name, value in (result.get("metrics") or {}).get("compressed", {}).items():
         if result["metric"] is None or name != result["metric"]["name"]:
             before = result["metrics"]["float"].get(name)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mlorq.costs.pareto import pareto_front
 from mlorq.forms.base import FORMS
+from mlorq.numbers import byte_count
 
 PLAIN, MARKED = "#2f6fb0", "#d1662f"  # colours of ordinary and highlighted runs
 
@@ -54,7 +55,7 @@ def front_picture(
     left.set_xlabel("bits per weight, with scales and zero-points")
     left.set_xlim(0, max(bits) * 1.2)
     left.set_title(
-        f"{result['model']} at {result['budget']}: {result['bytes']:,} bytes, output NMSE {result['nmse']:.4f}"
+        f"{result['model']} at {result['budget']}: {byte_count(result['bytes'])}, output NMSE {result['nmse']:.4f}"
     )
     for row in rows:
         candidates, sensitivity = fronts[row["layer"]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import ValidationError
 
 from mlorq.errors import ConfigError, no_secrets
+from mlorq.extras import install_command
 from mlorq.registry import Registry, Settings
 
 if TYPE_CHECKING:
@@ -148,5 +149,5 @@ def require(needed_by: str, packages: Sequence[str], extra: str | None) -> None:
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            named = f"'mlorq[{extra}]'" if extra else package
-            raise ConfigError(f"{needed_by} needs the package {package}: pip install {named}")
+            advice = install_command(extra) if extra else f"pip install {package}"
+            raise ConfigError(f"{needed_by} needs the package {package}: {advice}")

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from mlorq.forms.base import FORMS, Candidate
+from mlorq.numbers import byte_count
 
 # Tasks with another name on the hub.
 PIPELINES = dict.fromkeys(("instance-segmentation", "semantic-segmentation"), "image-segmentation")
@@ -94,7 +95,7 @@ def _sizes(facts: CardFacts) -> str:
         lines.append(f"The compressed layers have {8 * sizes['bytes'] / weights:.3f} bits per weight.")
     if budget.get("budget_bytes") is not None:
         counted = f", counted as `{budget['accounting']}`" if budget.get("accounting") else ""
-        lines.append(f"The budget was {budget['asked']}: {budget['budget_bytes']:,} bytes{counted}.")
+        lines.append(f"The budget was {budget['asked']}: {byte_count(budget['budget_bytes'])}{counted}.")
     plan = facts.info.get("activations") or {}
     if plan.get("sites"):
         widths = sorted({site["quantizer"]["bits"] for site in plan["sites"]})

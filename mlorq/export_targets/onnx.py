@@ -14,6 +14,7 @@ from pydantic import Field
 from mlorq.errors import CheckpointError, ModelError
 from mlorq.export_targets.base import TARGETS
 from mlorq.export_targets.graph_files import GraphConfig, GraphSettings, GraphTarget
+from mlorq.numbers import byte_count
 from mlorq.registry import Settings
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ def graph_bytes(module: nn.Module, architecture: Mapping[str, Any], settings: On
         raise CheckpointError(f"export to onnx: {error}") from error
     size = built.model.ByteSize()
     if not 0 < size < LARGEST_FILE:
-        raise CheckpointError(f"export to onnx: the graph has {size} bytes; one file holds at most {LARGEST_FILE}")
+        raise CheckpointError(
+            f"export to onnx: the graph has {byte_count(size)}; one file holds at most {byte_count(LARGEST_FILE)}"
+        )
     model = OnnxModel(built.model.SerializeToString())
     rounded = settings.precision == "fast" or bool(quantizers_of(module))
     difference, nmse = checked(model.outputs, built.checks, rounded=rounded, target=Onnx.name)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from mlorq.errors import CheckpointError
 from mlorq.models.copying import copy_module, like
+from mlorq.numbers import byte_count
 
 META = torch.device("meta")
 SLACK_BYTES = 1 << 28  # of a tensor that is not stored: masks and tables of positions
@@ -151,5 +152,7 @@ class _Measured(_Unfilled):
         found = super().__torch_function__(func, types, args, kwargs)
         if isinstance(found, Tensor) and found.numel() * found.element_size() > self.most_bytes:
             size = found.numel() * found.element_size()
-            raise CheckpointError(f"the architecture asks for a tensor of {size} bytes, far more than the file holds")
+            raise CheckpointError(
+                f"the architecture asks for a tensor of {byte_count(size)}, far more than the file holds"
+            )
         return found

@@ -81,7 +81,7 @@ def test_a_manifest_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("mlorq.artifacts.store.MOST_MANIFEST_BYTES", 1000)
     with (tmp_path / "step" / KEY / "manifest.json").open("ab") as file:
         file.write(b" " * 900)
-    with pytest.raises(StoreError, match=r"is damaged: manifest\.json: it has more than 1000 bytes"):
+    with pytest.raises(StoreError, match=r"is damaged: manifest\.json: it has more than 1,000 B"):
         store.exists(ref)
 
 

@@ -132,7 +132,7 @@ def test_damage_is_named(url: str) -> None:
     store = Store(url)
     ref = store.write("step", KEY, {"a": b"123"})
     store.fs.pipe_file(store.path(ref, "a"), b"12")
-    with pytest.raises(StoreError, match="damaged: a: 2 bytes instead of 3"):
+    with pytest.raises(StoreError, match="damaged: a: 2 B instead of 3 B"):
         Store(url).exists(ref)
     with pytest.raises(StoreError, match="damaged: a"):
         Store(url).read_bytes(ref, "a")

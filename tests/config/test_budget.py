@@ -67,7 +67,7 @@ def test_bytes_of_the_compressible_layers() -> None:
 
 def test_a_size_below_the_rest_names_the_smallest() -> None:
     assert parse_budget("1kB").compressible_bytes(10, 1000) == 0
-    with pytest.raises(BudgetError, match=r"1kB.*1001 bytes"):
+    with pytest.raises(BudgetError, match=r"1kB.*1,001 B"):
         parse_budget("1kB").compressible_bytes(10, 1001)
 
 

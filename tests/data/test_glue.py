@@ -20,6 +20,7 @@ from mlorq.data import Dataset, load_dataset
 from mlorq.data.glue import TASKS
 from mlorq.errors import DataError
 from mlorq.evaluation.outputs import model_outputs
+from mlorq.extras import install_command
 from mlorq.models import load_model
 from tests import zoo
 
@@ -315,5 +316,5 @@ def test_without_the_library_local_copies_still_work(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert load(place, "rte").samples == 8
     message = refusal(place, "rte", path=None)
-    assert "mlorq[hub]" in message
+    assert install_command("hub") in message
     assert "path" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mlorq.data import load_dataset
 from mlorq.data.base import Dataset, Predicted
 from mlorq.data.package_metrics import NamedMetric, known_metric, metric_location, with_named_metric
 from mlorq.errors import ConfigError, DataError
+from mlorq.extras import install_command
 from mlorq.models import load_model
 from tests import zoo
 
@@ -199,7 +201,7 @@ def test_mistakes_are_named_when_a_configuration_is_read(tmp_path: Path, monkeyp
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             with pytest.raises(
-                ConfigError, match=rf"{name}:one needs the package {name} \(pip install 'mlorq\[metrics\]'"
+                ConfigError, match=re.escape(f"{name}:one needs the package {name} ({install_command('metrics')}")
             ):
                 read(metric=f"{name}:one")
     for wrong in ("nothing", "sklearn:f1_score", "evaluate:", "evaluate"):

@@ -21,9 +21,9 @@ from mlorq.evaluation.charts import (
     trade_off,
     trade_off_chart,
 )
-from mlorq.evaluation.numbers import byte_size, cell, duration, number
 from mlorq.evaluation.page import Made, Searched, Stage, render_report, render_sweep, render_table
 from mlorq.evaluation.report import Measured, size_accuracy_picture
+from mlorq.numbers import byte_count, byte_size, cell, duration, number
 from scripts.browser import browser, find_browser
 
 BITS = (2, 3, 4, 6, 8)
@@ -44,8 +44,9 @@ def test_numbers_are_short(value: float | None, shown: str) -> None:
 
 def test_sizes_and_times() -> None:
     assert [byte_size(n) for n in (None, 7, 1500, 4_022_694, 12_345_678_901)] == [
-        "–", "7 bytes", "1.50 kB", "4.02 MB", "12.3 GB",
+        "–", "7 B", "1.50 kB", "4.02 MB", "12.3 GB",
     ]  # fmt: skip
+    assert [byte_count(n) for n in (None, 999, 6_368_377)] == ["–", "999 B", "6,368,377 B (6.37 MB)"]
     times = {0.004: "0 s", 0.4216: "0.42 s", 12.3: "12 s", 125: "2 min 5 s", 3840: "1 h 4 min"}
     assert {seconds: duration(seconds) for seconds in times} == times
     assert [cell(v) for v in (None, 1234, 0.8114159, True, "a")] == ["", "1,234", "0.8114", "yes", "a"]

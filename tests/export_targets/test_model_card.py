@@ -20,6 +20,7 @@ from mlorq.checkpoint.io import inspect
 from mlorq.errors import CheckpointError, ConfigError
 from mlorq.models.sentence import SentenceEmbedding
 from mlorq.models.transformers import TransformersSettings, tokenizer
+from mlorq.numbers import byte_count
 from tests import zoo
 from tests.export_targets.models import CASES
 from tests.hub import hub_server
@@ -121,7 +122,7 @@ def test_the_card_has_the_numbers_of_the_checkpoint_and_of_the_run(encoder, tmp_
     }
     info, found = inspect(result["checkpoint"]), tables(text)
     assert text.startswith("\n# my-encoder, compressed to 5bit with mlorq\n")
-    assert f"{info['budget']['budget_bytes']:,} bytes" in text
+    assert f"{byte_count(info['budget']['budget_bytes'])}" in text
     sizes = {row[0]: row[1] for row in found["bytes in float32"]}
     assert sizes["compressed layers"] == f"{info['sizes']['bytes']:,}"
     written = sum((tmp_path / "out" / name).stat().st_size for name in ("config.json", "model.safetensors"))

@@ -15,6 +15,7 @@ from torch import nn
 import mlorq
 from mlorq.checkpoint.io import inspect
 from mlorq.errors import CheckpointError, ConfigError
+from mlorq.extras import install_command
 from tests import zoo
 from tests.compressed import compressed, folder_of, trellis
 from tests.export_targets.graph_cases import (
@@ -201,7 +202,7 @@ def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mlorq.export(tmp_path, tmp_path / "model.bin", to="openvino")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
-    message = r"needs the package openvino: pip install 'mlorq\[openvino\]'"
+    message = re.escape(f"needs the package openvino: {install_command('openvino')}")
     with pytest.raises(ConfigError, match=message):
         mlorq.export(tmp_path, tmp_path / "model.xml")
     with pytest.raises(ConfigError, match=message):

@@ -19,6 +19,7 @@ from flows.cli import main
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
+from mlorq.numbers import byte_count
 from steps import search_index
 from steps.allocations import run_allocations
 from steps.inprocess import InProcess
@@ -294,7 +295,7 @@ def test_an_impossible_budget_is_named_and_the_others_are_solved(
     assert [row["budget"] for row in found["errors"]] == ["0.1bit", "100B"]
     bits, size = (row["error"] for row in found["errors"])
     smallest = found["results"][0]["smallest_bytes"]
-    assert f"the smallest possible is {smallest} bytes" in bits
+    assert f"the smallest possible is {byte_count(smallest)}" in bits
     least = int(size.partition("the smallest possible is ")[2].partition("B")[0])
     assert main(["rebudget", str(path), *options, "--allocate-only"]) == 2
     out, err = capsys.readouterr()

@@ -18,6 +18,7 @@ from flows.template import template
 from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig
 from mlorq.config.sections import rounding_section, search_section
 from mlorq.models import FAMILIES
+from mlorq.numbers import byte_count
 from tests.layers import search_config
 
 FACTORY = """
@@ -227,7 +228,7 @@ def test_dry_run_shows_the_plan_of_an_impossible_budget_and_fails(
     out, err = capsys.readouterr()
     plan = json.loads(out)
     assert [row["feasible"] for row in plan["budgets"]] == [False]
-    assert f"the smallest possible is {plan['smallest_bytes']} bytes" in err
+    assert f"the smallest possible is {byte_count(plan['smallest_bytes'])}" in err
 
 
 def test_dry_run_for_people(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from flows.run import known_layers, open_session
 from mlorq.config.budget import Budget, parse_budget, parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError
+from mlorq.numbers import byte_count
 from tests.flows.test_cli import fails, write_project
 from tests.flows.test_flows import flow_runs
 from tests.long import few
@@ -99,8 +100,8 @@ def test_another_method_computes_only_its_own(compared: Compared, capsys: pytest
     shown = capsys.readouterr()
     assert "ERQ (2407.06794)" in shown.out
     given = compared.result["rows"][0]
-    assert f"4bit: all methods have {given['budget_bytes']:,} bytes" in shown.out
-    assert f"the codes alone take {given['asked_bytes']:,} bytes" in shown.out
+    assert f"4bit: all methods have {byte_count(given['budget_bytes'])}" in shown.out
+    assert f"the codes alone take {byte_count(given['asked_bytes'])}" in shown.out
     assert main([*argv, "--methods", "gptq,best", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"]["computed"] == 0
     assert main([*argv, "--methods", "erq", "--json", "--set", "activations.percentiles=[0.99, 1.0]"]) == 0
@@ -175,7 +176,7 @@ def test_notes_say_what_the_bytes_are() -> None:
         {"budget": "10%", "budget_bytes": 500, "asked_bytes": 500},
     ]
     first, second = notes(rows)
-    assert first.startswith("3bit: all methods have 16,726 bytes")
-    assert "the codes alone take 13,992 bytes" in first
-    assert second.startswith("20%: all methods have 900 bytes")
-    assert "within 1,000 bytes" in second
+    assert first.startswith("3bit: all methods have 16,726 B (16.7 kB)")
+    assert "the codes alone take 13,992 B (14.0 kB)" in first
+    assert second.startswith("20%: all methods have 900 B")
+    assert "within 1,000 B (1.00 kB)" in second

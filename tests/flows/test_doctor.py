@@ -26,6 +26,7 @@ from flows.doctor.row import Check, Row, needed, run_checks
 from flows.doctor.services import dask_rows, docker_rows, prefect_rows
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
+from mlorq.extras import install_command
 from mlorq.fitting import viterbi
 from tests.flows.test_cli import write_project
 
@@ -128,7 +129,7 @@ def test_versions_are_compared_with_the_bounds(monkeypatch: pytest.MonkeyPatch) 
     assert rows["package numpy"].detail == f"numpy {version}, not >=999"
     assert rows["package numpy"].advice == "pip install 'numpy>=999'"
     assert [rows[f"extra {name}"].state for name in ("s3", "onnx", "hub")] == ["problem", "ok", "missing"]
-    assert rows["extra hub"].advice == "pip install 'mlorq[hub]'"
+    assert rows["extra hub"].advice == install_command("hub")
     assert PURPOSES["hub"] in rows["extra hub"].detail
 
 
@@ -262,7 +263,7 @@ def test_docker(monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
         assert (row.state, row.advice.startswith("docker build ")) == ("problem", True)
     monkeypatch.setitem(sys.modules, "docker", None)
     monkeypatch.setattr(services, "_installed", lambda package: False)
-    assert docker_rows(None)[0].advice == "pip install 'mlorq[docker]'"
+    assert docker_rows(None)[0].advice == install_command("docker")
 
 
 def test_dask(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:

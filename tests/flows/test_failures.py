@@ -31,7 +31,7 @@ def logged(error: Exception) -> str:
 
 
 def test_an_error_of_the_input_is_one_line() -> None:
-    message = "budget 0.1bit leaves 28 bytes"
+    message = "budget 0.1bit leaves 28 B"
     assert logged(BudgetError(message)).splitlines() == [
         f"Encountered exception during execution: BudgetError({message!r})"
     ]
@@ -42,8 +42,8 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 
 def test_names_of_failed_runs() -> None:
-    assert failed_name("net 0.1bit", BudgetError("budget 0.1bit leaves 28 bytes")) == (
-        "net 0.1bit: budget 0.1bit leaves 28 bytes"
+    assert failed_name("net 0.1bit", BudgetError("budget 0.1bit leaves 28 B")) == (
+        "net 0.1bit: budget 0.1bit leaves 28 B"
     )
     error = KeyError("rows")
     add_step(error, "round blocks.0.up")

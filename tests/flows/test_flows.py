@@ -25,6 +25,7 @@ from flows.run import open_session
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, ModelError, StoreError
+from mlorq.numbers import byte_count
 from steps import layers
 from steps.base import execute
 from steps.faults import is_transient
@@ -387,7 +388,7 @@ def test_mistakes_are_found_before_the_run(
 ) -> None:
     project = write_project(tmp_path)
     smallest = finished.result["smallest_bytes"]
-    assert f"the smallest possible is {smallest} bytes" in fails(capsys, "compress", project, "--budget", "1bit")
+    assert f"the smallest possible is {byte_count(smallest)}" in fails(capsys, "compress", project, "--budget", "1bit")
     assert "budget 100B is too small" in fails(capsys, "compress", project, "--budget", "100B")
     assert not contents(tmp_path / "store")
     # Also where the layers are known already, and before anything is computed.
@@ -395,7 +396,7 @@ def test_mistakes_are_found_before_the_run(
     session = open_session(config)
     execute(layers.spec(session), session.worker)
     before = contents(tmp_path / "store")
-    assert f"the smallest possible is {smallest} bytes" in fails(capsys, "compress", project, "--budget", "1bit")
+    assert f"the smallest possible is {byte_count(smallest)}" in fails(capsys, "compress", project, "--budget", "1bit")
     assert contents(tmp_path / "store") == before
     (tmp_path / "file").write_text("")
     line = fails(capsys, "compress", project, "--set", f"store=file://{tmp_path}/file/store")

@@ -248,6 +248,6 @@ def test_a_cluster_that_is_not_there_is_one_line(
     engine = {"runner": "ray", "ray": {"arguments": {"no_such": 1}}}
     found = fails(capsys, "compress", write_project(tmp_path, engine=engine))
     if importlib.util.find_spec("prefect_ray") is None:
-        assert "engine.runner: ray needs the extra mlorq[ray]" in found
+        assert "engine.runner: ray needs the extra ray: " in found
     else:
         assert "engine.ray: a cluster of this machine cannot be used" in found

@@ -21,6 +21,7 @@ from mlorq.artifacts.store import Store
 from mlorq.config.budget import parse_budgets
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, StoreError
+from mlorq.numbers import byte_count
 from steps.base import Outcome, StepSpec
 from tests.flows.test_cli import fails, prints_json, write_project
 from tests.flows.test_flows import STEPS, contents, flow_runs
@@ -121,7 +122,7 @@ def test_impossible_budgets_are_named_before_any_work(
     project = write_project(tmp_path)
     line = fails(capsys, "sweep", project, "--budget", "3bit", "--budget", "1bit", "--budget", "0.5bit")
     assert "budgets are too small: 1bit, 0.5bit;" in line
-    assert f"the smallest possible is {swept.result['results'][0]['smallest_bytes']} bytes" in line
+    assert f"the smallest possible is {byte_count(swept.result['results'][0]['smallest_bytes'])}" in line
     assert "3 apples" in fails(capsys, "sweep", project, "--budget", "3 apples")
     assert not contents(tmp_path / "store")
 

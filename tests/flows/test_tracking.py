@@ -18,6 +18,7 @@ from flows.tracking import Tracked, check, metrics_of, mlflow_place, parameters,
 from mlorq.config.run import RunConfig
 from mlorq.config.tracking import MlflowConfig, WandbConfig
 from mlorq.errors import ConfigError
+from mlorq.extras import install_command
 from tests.flows.test_cli import fails, write_project
 
 REPORT = b"<html>page</html>"
@@ -72,7 +73,7 @@ def test_a_missing_package_is_said_before_the_run(
     monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
     project = write_project(tmp_path, tracking={"mlflow": {}})
     line = fails(capsys, "compress", project)
-    assert line == "tracking.mlflow: the package mlflow is not installed: pip install 'mlorq[mlflow]'"
+    assert line == f"tracking.mlflow: the package mlflow is not installed: {install_command('mlflow')}"
     assert not (tmp_path / "store").exists()
     check(RunConfig.from_yaml(write_project(tmp_path, tracking={"mlflow": None})))
     check(RunConfig.from_yaml(write_project(tmp_path)))

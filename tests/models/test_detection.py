@@ -28,6 +28,7 @@ from mlorq.config.sections import model_section, source_section
 from mlorq.data import load_dataset
 from mlorq.data.average_precision import average_precisions, result_rows
 from mlorq.errors import ConfigError, DataError, MlorqError, ModelError
+from mlorq.extras import install_command
 from mlorq.forms.base import Candidate
 from mlorq.forms.modules import CompressedLinear, replace_layers
 from mlorq.models import detection_keys, load_model, mask_rcnn, rebuild
@@ -582,7 +583,7 @@ def test_data_at_fault_is_named(folder, tmp_path, monkeypatch):
     assert any("2.png is 20 × 20, but 60 × 40 in the annotations" in text for text in found)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycocotools" else real(name))
-    assert "mlorq[detection]" in refusal(DataError, dataset, folder)
+    assert install_command("detection") in refusal(DataError, dataset, folder)
     assert dataset(folder, "calibration").samples == 6, "calibration needs no metric"
 
 

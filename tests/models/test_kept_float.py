@@ -95,7 +95,7 @@ def test_layers_without_a_gradient_stay_float(kind):
     assert all("no gradient of the output reaches it" in one.reason for one in found.skipped)
     assert [one.bytes for one in found.skipped] == [4 * 12 * 12] * 2
     wanted = module(inputs()).detach()
-    with pytest.warns(UserWarning, match=r"layers stay float.*'first' \(576 bytes\).*no gradient"):
+    with pytest.warns(UserWarning, match=r"layers stay float.*'first' \(576 B\).*no gradient"):
         result = mlorq.compress(module, [inputs(), inputs(seed=2)], budget="40%", device="cpu", **QUICK)
     assert (result.model(inputs()) - wanted).square().sum() < 1e-2 * wanted.square().sum()
     assert [one.name for one in result.left_float] == ["first", "second"]
@@ -148,7 +148,7 @@ def test_rows_that_belong_to_no_sample_leave_the_layer_float(rows):
     single = find_layers(from_module(module), inputs(1, 5, 12))
     assert [layer.name for layer in single.layers] == ["first", "second", "head"]
     batches = [inputs(4, 5, 12), inputs(3, 5, 12, seed=2)]
-    with pytest.warns(UserWarning, match=r"'second' \(576 bytes\)"):
+    with pytest.warns(UserWarning, match=r"'second' \(576 B\)"):
         result = mlorq.compress(module, batches, budget="40%", device="cpu", **QUICK)
     assert set(result.allocation["layer"].to_pylist()) == {"first", "head"}
 

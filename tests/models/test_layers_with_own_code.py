@@ -92,7 +92,7 @@ def test_the_compressed_model_has_the_function_of_the_given_one(change):
     module = three_layers()
     change(module)
     wanted = module(inputs()).detach()
-    with pytest.warns(UserWarning, match=r"layers stay float.*'2' \(1024 bytes\)"):
+    with pytest.warns(UserWarning, match=r"layers stay float.*'2' \(1,024 B"):
         result = mlorq.compress(module, [inputs(), inputs(2)], budget="40%", device="cpu", **QUICK)
     assert error(result.model(inputs()), wanted) < 1e-2
     assert set(result.allocation["layer"].to_pylist()) == {"0", "4"}

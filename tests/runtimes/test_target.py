@@ -232,7 +232,7 @@ def test_memory_needs_a_target(net: nn.Module) -> None:
 
 
 def test_too_little_memory_is_named(net: nn.Module) -> None:
-    with pytest.raises(BudgetError, match="ask for more than memory=320B"):
+    with pytest.raises(BudgetError, match="take 320 B of memory; ask for more than that"):
         mlorq.compress(net, batches(), budget="memory=300B", **options())
     with pytest.raises(BudgetError, match="the smallest possible is"):
         mlorq.compress(net, batches(), budget="memory=400B", **options())

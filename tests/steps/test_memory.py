@@ -150,7 +150,7 @@ def test_sums_keep_within_the_bound(tmp_path, monkeypatch, bound):
 
 def test_a_bound_below_one_layer_is_refused_before_any_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "capture", None)
-    with pytest.raises(ConfigError, match=r"engine\.memory is 20000 bytes.*'(up|down)' alone take \d+: allow at least"):
+    with pytest.raises(ConfigError, match=r"engine\.memory is 20,000 B.*'(up|down)' alone take [\d,]+ B.*: allow"):
         captured(tmp_path, "20kB")
     assert not list((tmp_path / "capture").glob("*/manifest.json"))
 

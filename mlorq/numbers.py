@@ -1,4 +1,4 @@
-"""Numbers as people read them: ``3.7e-5``, ``0.0824``, ``4.02 MB``, ``2 min 5 s``."""
+"""Numbers as people read them: ``3.7e-5``, ``0.0824``, ``4.02 MB``, ``4,016,832 B (4.02 MB)``, ``2 min 5 s``."""
 
 from __future__ import annotations
 
@@ -33,8 +33,16 @@ def byte_size(count: int | None) -> str:
     """Bytes in the largest unit below: ``4.02 MB``."""
     if count is None:
         return "–"
-    unit, scale = next(((unit, scale) for unit, scale in UNITS if count >= scale), ("bytes", 1))
+    unit, scale = next(((unit, scale) for unit, scale in UNITS if count >= scale), ("B", 1))
     return f"{count:,} {unit}" if scale == 1 else f"{number(count / scale)} {unit}"
+
+
+def byte_count(count: int | None) -> str:
+    """An exact number of bytes: ``4,016,832 B (4.02 MB)``."""
+    if count is None:
+        return "–"
+    exact = f"{count:,} B"
+    return exact if count < UNITS[-1][1] else f"{exact} ({byte_size(count)})"
 
 
 def duration(seconds: float) -> str:
