@@ -169,7 +169,7 @@ def row(planned: Planned, result: Mapping[str, Any]) -> dict[str, Any]:
         "bits_per_weight": round(32 * result["budget_bytes"] / result["float_bytes"], 3),
         "file_bytes": result["file_bytes"],
         forms_column(): " / ".join(str(forms.count(form.name)) for form in FORMS),
-        "seconds": round(sum(result["seconds"].values()), 1),
+        "seconds": round(sum((*result["seconds"].values(), *result["seconds_reused"].values())), 1),
         "run": result["run"],
         "checkpoint": result["checkpoint"],
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlorq.artifacts.store import ArtifactRef
 from steps.allocations import Compressed
-from steps.base import Outcome, StepSpec
+from steps.base import Outcome, StepSpec, seconds_by_step
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class Account:
     Attributes:
         computed: number of steps computed for it in this run.
         reused: number of steps whose artifacts existed already.
-        seconds: time that computing the artifacts took, now or earlier, by step name.
+        seconds: time that the computed steps took, by step name.
+        seconds_reused: time that the reused steps took when they were computed, by step name.
         reused_by_step: number of reused steps by step name.
     """
 
     computed: int
     reused: int
     seconds: dict[str, float]
+    seconds_reused: dict[str, float]
     reused_by_step: dict[str, int]
 
     @property
@@ -61,13 +63,14 @@ class Ledger:
             keys = self._behind(result)
             computed = [key for key in keys if not self.outcomes[key].reused and key not in seen]
             seen.update(keys)
-            seconds: dict[str, float] = defaultdict(float)
-            for key in keys:
-                seconds[self.specs[key].step] += self.outcomes[key].seconds
-            rounded = {step: round(value, 3) for step, value in seconds.items()}
             made = set(computed)
-            reused = Counter(self.specs[key].step for key in keys if key not in made)
-            accounts.append(Account(len(computed), len(keys) - len(computed), rounded, dict(reused)))
+            reused = [key for key in keys if key not in made]
+            times = (
+                seconds_by_step(self.outcomes[key] for key in computed),
+                seconds_by_step(self.outcomes[key] for key in reused),
+            )
+            counts = Counter(self.specs[key].step for key in reused)
+            accounts.append(Account(len(computed), len(reused), *times, dict(counts)))
         return accounts
 
     def _behind(self, result: ArtifactRef) -> list[str]:
@@ -97,5 +100,6 @@ def results_json(
     accounts = ledger.accounts([result.summary or result.allocation for result in results])
     objects = []
     for result, account in zip(results, accounts, strict=True):
-        objects.append(as_json(result) | {"steps": account.steps, "seconds": account.seconds})
+        times = {"seconds": account.seconds, "seconds_reused": account.seconds_reused}
+        objects.append(as_json(result) | {"steps": account.steps} | times)
     return {"results": objects, "steps": ledger.steps, "wall_seconds": round(time.perf_counter() - started, 3)}

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 import mlorq
+from flows.ledger import Account
 from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.store import ArtifactRef, Store, json_bytes
 from mlorq.config.budget import Budget
@@ -62,19 +63,21 @@ def keep_page(
     return ref
 
 
-def made_json(config: RunConfig, budget: Budget, reused: Mapping[str, int]) -> dict[str, Any]:
+def made_json(config: RunConfig, budget: Budget, account: Account) -> dict[str, Any]:
     """How this process makes a run: its configuration, the reused steps, and the versions of software.
 
     Args:
         config: of the run.
         budget: of the run. Without a configuration if it has no text that gives the same bytes (in comparisons).
-        reused: number of reused steps by step name.
+        account: of the run.
     """
     repeatable = budget.kind != "layers"
     return {
         "config": config.model_dump(mode="json") | {"budget": budget.text} if repeatable else None,
         "folder": config.folder if repeatable else "",
-        "reused": dict(reused),
+        "reused": account.reused_by_step,
+        "seconds": account.seconds,
+        "seconds_reused": account.seconds_reused,
         "versions": versions(),
     }
 
@@ -112,14 +115,25 @@ def made_of(store: Store, summary: ArtifactRef, result: Mapping[str, Any], made:
     for ref in {ArtifactRef.from_json(value) for value in result["artifacts"].values()}:
         counts[ref.step] += 1
         seconds[ref.step] += seconds_of(store, ref)
-    known = made.get("reused")
+    known, now, before = made.get("reused"), made.get("seconds"), made.get("seconds_reused")
+    if now is not None and before is not None:
+        seconds = defaultdict(float, now)
     order = dict.fromkeys([*STAGES, *sorted(counts)])
     stages = [
-        Stage(name, counts[name], None if known is None else int(known.get(name, 0)), seconds[name])
+        Stage(
+            name,
+            counts[name],
+            None if known is None else int(known.get(name, 0)),
+            float(seconds[name]),
+            float((before or {}).get(name, 0.0)),
+        )
         for name in order
         if counts[name]
     ]
-    lines = [f"Computing took {duration(sum(seconds.values()))} in all, in this run or earlier ones."]
+    took = duration(sum(stage.seconds for stage in stages))
+    lines = [f"Computing took {took} in all, in this run or earlier ones."]
+    if before is not None:
+        lines = [f"Computing took {took}; what was reused had taken {duration(sum(one.before for one in stages))}."]
     if known is not None:
         lines.append(f"{sum(stage.reused or 0 for stage in stages)} of {sum(counts.values())} steps were reused.")
     created = str((store.manifest(summary, missing_ok=True) or {}).get("created", ""))

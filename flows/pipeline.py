@@ -19,7 +19,7 @@ from flows.executor import PrefectExecutor
 from flows.failures import refused_name, shown_failures
 from flows.goal import announce as announce_results
 from flows.goal import goal_json
-from flows.ledger import results_json
+from flows.ledger import Account, results_json
 from flows.page import PAGE, keep_page, made_json
 from flows.progress import Observer, Observers, PrefectProgress, format_seconds
 from flows.render import budgets_table, picture_markdown, result_line, result_markdown
@@ -141,7 +141,7 @@ def run_on(
             log.log(logging.INFO if goal["kept"] else logging.WARNING, "%s: %s", result["run"], goal["about"])
         for warning in (result.get("calibration") or {}).get("warnings", ()):
             log.warning("%s: %s", result["run"], warning)
-        _show_result(session, compressed, result, account.reused_by_step)
+        _show_result(session, compressed, result, account)
         if compressed.summary is not None and config.tracking is not None:
             result["tracking"] = track(session, result, compressed.summary, log)
     rows, about = budgets_table(found["results"]), f"{subject}: the result"
@@ -179,7 +179,7 @@ def _show_curve(results: Sequence[dict[str, Any]], title: str) -> None:
     show("size-accuracy", lambda key: create_markdown_artifact(key=key, markdown=markdown, description=title))
 
 
-def _show_result(session: Session, compressed: Compressed, result: dict[str, Any], reused: Mapping[str, int]) -> None:
+def _show_result(session: Session, compressed: Compressed, result: dict[str, Any], account: Account) -> None:
     """Create one budget's pages: its report in the store, a table of its layers, its totals with links, the fronts."""
     run = result["run"]
     table, about = result["allocation"], f"{run}: the chosen candidate of every layer"
@@ -188,7 +188,7 @@ def _show_result(session: Session, compressed: Compressed, result: dict[str, Any
     if compressed.summary is not None:
         store, summary = session.store, compressed.summary
         try:
-            made = made_json(session.config, compressed.budget, reused)
+            made = made_json(session.config, compressed.budget, account)
             files[PAGE] = page_address(store, keep_page(store, summary, result, made), PAGE)
         except Exception as error:  # the result is in the store; a read-only one cannot take the page
             get_run_logger().warning("no page of %s: %r", run, error)

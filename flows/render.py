@@ -15,7 +15,7 @@ from flows.progress import format_seconds
 from mlorq.numbers import byte_count, byte_size
 
 DEFAULT_WIDTH = 110  # columns, if the output is not a terminal
-LONG_FACTS = ("seconds by step",)  # rows of a result with long values
+LONG_FACTS = ("seconds by step", "reused")  # rows of a result with long values
 MOST_NAMED = 5  # weights that stay float, in the totals of a result
 
 
@@ -109,14 +109,19 @@ def result_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append((f"export to {exported['to']}", f"{byte_count(exported['bytes'])}, {_written(exported['files'])}"))
     solver = result["solver"]
     gap = "" if solver.get("gap") is None else f", gap {solver['gap']:.1e}"
-    pairs.append(("solver", f"{solver['name']}: {solver['status']}{gap}, {format_seconds(solver['seconds'])}"))
+    before = " (reused)" if {"allocate", "joint"} & result.get("seconds_reused", {}).keys() else ""
+    pairs.append(("solver", f"{solver['name']}: {solver['status']}{gap}, {format_seconds(solver['seconds'])}{before}"))
     if result.get("seconds"):
-        pairs.append(
-            ("seconds by step", ", ".join(f"{step} {seconds:.1f}" for step, seconds in result["seconds"].items()))
-        )
+        pairs.append(("seconds by step", _seconds(result["seconds"])))
+    if result.get("seconds_reused"):
+        pairs.append(("reused", f"{_seconds(result['seconds_reused'])} (seconds when computed, before)"))
     steps = result["steps"]
     pairs.append(("steps", f"{steps['computed']} computed, {steps['reused']} reused"))
     return pairs
+
+
+def _seconds(by_step: Mapping[str, float]) -> str:
+    return ", ".join(f"{step} {seconds:.1f}" for step, seconds in by_step.items())
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
@@ -373,6 +378,26 @@ def print_runs(runs: Sequence[Mapping[str, Any]], out: Console) -> None:
             )
         )
     out.print(grid(("run", "model", "budget", "bytes", "nmse", "metric", "date"), cells, right=("bytes", "nmse")))
+
+
+def print_allocations(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """Print the allocations alone of ``mlorq runs``; nothing if there are none."""
+    if not rows:
+        return
+    cells = [
+        (
+            row["run"],
+            row["model"] or "unknown",
+            row["budget"],
+            f"{row['bytes']:,}",
+            f"{row['predicted_cost']:.3e}",
+            row["created"][:16],
+        )
+        for row in rows
+    ]
+    out.print("\nallocations alone (mlorq rebudget CONFIG --budget B makes the model and measures it):", markup=False)
+    columns = ("run", "model", "budget", "bytes", "predicted cost", "date")
+    out.print(grid(columns, cells, right=("bytes", "predicted cost")))
 
 
 def print_models(rows: Sequence[Mapping[str, str]], out: Console) -> None:

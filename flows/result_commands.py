@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,10 +25,10 @@ from flows.options import (
 )
 from flows.verbosity import say
 from mlorq.artifacts.locations import resolve_location
-from mlorq.errors import ConfigError, MlorqError, StoreError, hide_secrets
+from mlorq.errors import ConfigError, StoreError, hide_secrets
 
 if TYPE_CHECKING:
-    from mlorq.artifacts.store import ArtifactRef, Store
+    from mlorq.artifacts.store import Store
     from steps.session import Session
 
 
@@ -171,27 +172,27 @@ def export(arguments: Arguments) -> Finish:
 @stored
 @json_option
 def runs(arguments: Arguments) -> Finish:
-    """List finished runs, oldest first; damaged ones are reported at the end."""
+    """List finished runs and allocations alone, oldest first; damaged ones are reported at the end."""
+    from flows.stored_runs import SHOWN, allocations, finished_runs
+
     store = named_store(arguments)
-    found, damaged = [], []
-    sizes = ("budget_bytes", "bytes", "file_bytes", "float_bytes")
-    keys = ("run", "model", "budget", *sizes, "nmse", "metric", "checkpoint")
-    for ref in store.refs("summary"):
-        try:
-            run = store.read_json(ref, "run.json")
-            created = (store.manifest(ref) or {}).get("created", "")
-            found.append({key: run[key] for key in keys} | {"created": created})
-        except (MlorqError, KeyError) as error:
-            damaged.append(str(error))
+    damaged: list[str] = []
+    finished = list(finished_runs(store, damaged))
+    found = [
+        {key: run[key] for key in SHOWN} | {"created": (store.manifest(ref) or {}).get("created", "")}
+        for ref, run in finished
+    ]
     found.sort(key=lambda run: str(run["created"]))
+    alone = allocations(store, [run for _, run in finished], damaged)
 
     def finish() -> int:
-        from flows.render import console, print_runs
+        from flows.render import console, print_allocations, print_runs
 
         if arguments.json:
-            print_json({"store": hide_secrets(store.url), "runs": found})
+            print_json({"store": hide_secrets(store.url), "runs": found, "allocations": alone})
         else:
             print_runs(found, console())
+            print_allocations(alone, console())
         if damaged:
             raise StoreError("; ".join(damaged))
         return 0
@@ -213,6 +214,7 @@ def runs(arguments: Arguments) -> Finish:
 def report(arguments: Arguments) -> Finish:
     """Print where a run's page and picture are, or write one page that compares it with the runs of the same model."""
     from flows.page import PAGE, keep_page, known_made, made_of, page_parts, page_ref
+    from flows.stored_runs import finished_runs
     from mlorq.evaluation.page import render_report
     from mlorq.evaluation.report import Measured
     from mlorq.runtimes.benchmark import legend, picture, read_result, table
@@ -223,11 +225,12 @@ def report(arguments: Arguments) -> Finish:
         raise ConfigError("--benchmark: add --output FILE.html, the page that shows it")
     measured = None if arguments.benchmark is None else read_result(arguments.benchmark)
     store = named_store(arguments)
-    known = {run["run"]: (ref, run) for ref, run in _results(store)}
+    damaged: list[str] = []
+    known = {run["run"]: (ref, run) for ref, run in finished_runs(store, damaged)}
+    for line in damaged:
+        say(f"note: {line}")
     if arguments.run not in known:
-        near = difflib.get_close_matches(arguments.run, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise StoreError(f"no run {arguments.run!r} in the store {hide_secrets(store.url)} (see mlorq runs){hint}")
+        raise _no_run(arguments.run, store, [run for _, run in known.values()])
     ref, result = known[arguments.run]
     if measured is not None and measured.get("description") != _description_digest(store, result):
         raise ConfigError(f"benchmark {arguments.benchmark} is of another checkpoint than that of run {arguments.run}")
@@ -258,6 +261,24 @@ def report(arguments: Arguments) -> Finish:
     return finish
 
 
+def _no_run(name: str, store: Store, finished: Sequence[dict[str, Any]]) -> StoreError:
+    """The error for a name that is not that of a finished run; an allocation is told apart by its key alone."""
+    from flows.stored_runs import allocations
+
+    alone = allocations(store, finished, [])
+    for row in alone:
+        if name.rpartition("-")[2] == row["run"].rpartition("-")[2]:
+            budget = shlex.quote(row["budget"])
+            return StoreError(
+                f"{name!r} is an allocation alone, with a predicted cost of {row['predicted_cost']:.4e} and nothing "
+                f"measured; mlorq rebudget CONFIG --budget {budget} makes the model and its report"
+            )
+    names = [row["run"] for row in (*finished, *alone)]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return StoreError(f"no run {name!r} in the store {hide_secrets(store.url)} (see mlorq runs){hint}")
+
+
 def _description_digest(store: Store, result: dict[str, Any]) -> str:
     """The digest of ``mlorq.json`` in a run's checkpoint."""
     from mlorq.artifacts.store import ArtifactRef
@@ -265,15 +286,6 @@ def _description_digest(store: Store, result: dict[str, Any]) -> str:
     from mlorq.checkpoint.tensor_file import digest
 
     return digest(store.read_bytes(ArtifactRef.from_json(result["artifacts"]["checkpoint"]), DESCRIPTION))
-
-
-def _results(store: Store) -> Iterator[tuple[ArtifactRef, dict[str, Any]]]:
-    """Result objects of the store's runs; damaged ones are reported and skipped."""
-    for ref in store.refs("summary"):
-        try:
-            yield ref, store.read_json(ref, "run.json")
-        except MlorqError as error:
-            say(f"note: {error}")
 
 
 def write_file(location: str, data: bytes) -> None:

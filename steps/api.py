@@ -41,10 +41,11 @@ class CompressionResult:
         allocation: Arrow table, one row per layer: layer, candidate_id, form, bits, bits_a, bits_b, rank, bytes,
             global_cost.
         metrics: ``nmse``, ``bytes`` and ``budget_bytes`` (compressible layers), ``float_bytes``, ``rest_bytes``,
-            ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``seconds`` by step, ``steps`` computed and
-            reused, ``solver``; ``calibration``: the calibration data against held-out data, with ``warnings``; with
-            ``target``: ``memory``, its bytes there; with ``evaluate=``: ``float`` and ``compressed``, its results for
-            the two models; if a metric is to be kept: ``smallest``, the bound and the budgets that were tried.
+            ``embedding_bytes``, ``file_bytes``, ``predicted_cost``, ``steps`` computed and reused, ``seconds`` of the
+            computed ones by step, ``seconds_reused`` that the others had taken, ``wall_seconds``, ``solver``;
+            ``calibration``: the calibration data against held-out data, with ``warnings``; with ``target``:
+            ``memory``, its bytes there; with ``evaluate=``: ``float`` and ``compressed``, its results for the two
+            models; if a metric is to be kept: ``smallest``, the bound and the budgets that were tried.
         left_float: layers and other weights that stay float: name, reason, bytes.
     """
 
@@ -143,7 +144,7 @@ def compress(
     from mlorq.models import from_module
     from mlorq.models.copying import copy_module
     from mlorq.models.custom import IN_MEMORY
-    from steps.base import Outcome
+    from steps.base import Outcome, seconds_by_step
     from steps.devices import devices
     from steps.inprocess import InProcess
     from steps.pipeline import result_json, run_pipeline
@@ -223,7 +224,8 @@ def compress(
     finally:
         if store is None and opened.fs.exists(opened.root):
             opened.fs.rm(opened.root, recursive=True)
-    reused = sum(outcome.reused for outcome in outcomes)
+    first = {outcome.ref: outcome for outcome in reversed(outcomes)}.values()  # budgets share the steps of the search
+    reused = sum(outcome.reused for outcome in first)
     names = (
         "nmse",
         "bytes",
@@ -233,13 +235,14 @@ def compress(
         "embedding_bytes",
         "file_bytes",
         "predicted_cost",
-        "seconds",
         "calibration",
     )
     metrics: dict[str, Any] = {name: summary[name] for name in names}
     metrics |= {
         "wall_seconds": time.perf_counter() - started,
-        "steps": {"computed": len(outcomes) - reused, "reused": reused},
+        "steps": {"computed": len(first) - reused, "reused": reused},
+        "seconds": seconds_by_step(outcome for outcome in first if not outcome.reused),
+        "seconds_reused": seconds_by_step(outcome for outcome in first if outcome.reused),
         "solver": summary["solver"],
     }
     if evaluate is not None:

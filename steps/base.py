@@ -9,6 +9,7 @@ valid in any process. Keys do not depend on paths, devices, thread counts or log
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,6 +198,14 @@ class Outcome:
     ref: ArtifactRef
     reused: bool
     seconds: float
+
+
+def seconds_by_step(outcomes: Iterable[Outcome]) -> dict[str, float]:
+    """Seconds that steps took, now or when they were computed, summed by step name."""
+    seconds: dict[str, float] = defaultdict(float)
+    for outcome in outcomes:
+        seconds[outcome.ref.step] += outcome.seconds
+    return {step: round(value, 3) for step, value in seconds.items()}
 
 
 def find(spec: StepSpec, store: Store) -> Outcome | None:

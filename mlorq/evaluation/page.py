@@ -46,13 +46,15 @@ class Stage(NamedTuple):
         stage: name of the step.
         steps: number of artifacts.
         reused: how many of them were in the store before the run; None: unknown.
-        seconds: time to compute all of them, in this run or earlier.
+        seconds: time to compute those that were not reused; all of them, if it is unknown what was reused.
+        before: time that the reused ones had taken.
     """
 
     stage: str
     steps: int
     reused: int | None
     seconds: float
+    before: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,18 @@ def outcome(text: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in result.items()
-        if name not in ("seconds", "steps", "wall_seconds", "checkpoint", "output", "solver", "report", "picture")
+        if name
+        not in (
+            "seconds",
+            "seconds_reused",
+            "steps",
+            "wall_seconds",
+            "checkpoint",
+            "output",
+            "solver",
+            "report",
+            "picture",
+        )
     } | {"objective": result["solver"]["objective"]}
 
 

@@ -69,7 +69,11 @@ class Runs:
 
 def found_in(result: dict[str, Any]) -> dict[str, Any]:
     """A result without what differs from run to run and from store to store."""
-    same = {name: value for name, value in result.items() if name not in ("seconds", "solver", "checkpoint")}
+    same = {
+        name: value
+        for name, value in result.items()
+        if name not in ("seconds", "seconds_reused", "solver", "checkpoint")
+    }
     return same | {"objective": result["solver"]["objective"]}
 
 

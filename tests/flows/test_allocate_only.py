@@ -115,7 +115,10 @@ def test_nothing_is_loaded_and_the_artifacts_are_the_same(
         assert row["bytes"] <= row["budget_bytes"]
         assert row["steps"]["computed"] == 1
         assert row["steps"]["reused"] == found["steps"]["reused"]
-        assert {"layers", "capture", "candidates", "sensitivity", step} <= set(row["seconds"])
+        assert set(row["seconds"]) == {step}, "only what this run computed"
+        assert {"layers", "capture", "candidates", "sensitivity"} <= set(row["seconds_reused"])
+        assert row["seconds_reused"]["capture"] > 0
+        assert step not in row["seconds_reused"]
 
 
 def test_a_later_run_reuses_the_allocations(tmp_path: Path) -> None:

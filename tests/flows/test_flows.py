@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from flows.run import open_session
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig
 from mlorq.errors import BudgetError, ConfigError, ModelError, StoreError
-from mlorq.numbers import byte_count
+from mlorq.numbers import byte_count, duration
 from steps import layers
 from steps.base import execute
 from steps.faults import is_transient
@@ -189,7 +190,9 @@ def test_second_run_computes_nothing(finished: Finished, capsys: pytest.CaptureF
     result = prints_json(capsys, "compress", finished.config)
     assert contents(finished.store) == before
     assert result["steps"] == {"computed": 0, "reused": STEPS}
-    same = set(result) - {"steps", "wall_seconds"}
+    assert result["seconds"] == {}, "reused steps took no time of this run"
+    assert result["seconds_reused"] == finished.result["seconds"]
+    same = set(result) - {"steps", "seconds", "seconds_reused", "wall_seconds"}
     assert {key: result[key] for key in same} == {key: finished.result[key] for key in same}
     assert task_states(flow_runs("tiny_project 4bit")[0], STEPS) == {"Cached": STEPS}
 
@@ -248,10 +251,40 @@ def test_rebudget_and_allocate_only(finished: Finished, capsys: pytest.CaptureFi
         assert result["bytes"] <= result["budget_bytes"]
         assert result["steps"]["computed"] == STEPS - SHARED_STEPS - 1
     assert found["steps"]["computed"] == 2 * (STEPS - SHARED_STEPS - 1)
+    page = prints_json(capsys, "report", found["results"][0]["run"], finished.config)["page"]
+    html = Path(page.removeprefix("file://")).read_text()
+    (line,) = re.findall(r"Computing took (.*?); what was reused had taken (.*?)\.<", html)
+    account = found["results"][0]
+    own = {step: seconds for step, seconds in account["seconds"].items() if step != "summary"}  # the page is its own
+    assert line == (duration(sum(own.values())), duration(sum(account["seconds_reused"].values())))
     assert main(["rebudget", str(finished.config), *asked, "--allocate-only"]) == 0
-    assert "3bit" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3bit" in out
+    assert "seconds by step" not in out, "all was reused"
+    assert "(seconds when computed, before)" in " ".join(out.split())
     # What was there before is as it was.
     assert before.items() <= contents(finished.store).items()
+
+
+def test_allocations_alone_are_listed_until_they_are_runs(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (alone,) = prints_json(capsys, "rebudget", finished.config, "--budget", "4.5bit", "--allocate-only")["results"]
+    listed = prints_json(capsys, "runs", finished.config)
+    (row,) = [row for row in listed["allocations"] if row["budget"] == "4.5bit"]
+    assert {name: row[name] for name in ("run", "model", "budget_bytes", "bytes", "predicted_cost")} == {
+        name: alone[name] for name in ("run", "model", "budget_bytes", "bytes", "predicted_cost")
+    }
+    assert alone["run"] not in [run["run"] for run in listed["runs"]]
+    assert main(["runs", str(finished.config)]) == 0
+    assert "allocations alone" in capsys.readouterr().out
+    line = fails(capsys, "report", alone["run"], finished.config)
+    assert "allocation alone" in line
+    assert "mlorq rebudget CONFIG --budget 4.5bit" in line
+    (made,) = prints_json(capsys, "rebudget", finished.config, "--budget", "4.5bit")["results"]
+    listed = prints_json(capsys, "runs", finished.config)
+    assert made["run"] in [run["run"] for run in listed["runs"]]
+    assert "4.5bit" not in [row["budget"] for row in listed["allocations"]]
 
 
 def test_allocate_only_without_a_server_is_the_same(
