@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import format_seconds
-from mlorq.numbers import byte_count, byte_size
+from mlorq.numbers import byte_count, byte_size, number
 
 DEFAULT_WIDTH = 110  # columns, if the output is not a terminal
 LONG_FACTS = ("seconds by step", "reused")  # rows of a result with long values
@@ -398,6 +398,21 @@ def print_allocations(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     out.print("\nallocations alone (mlorq rebudget CONFIG --budget B makes the model and measures it):", markup=False)
     columns = ("run", "model", "budget", "bytes", "predicted cost", "date")
     out.print(grid(columns, cells, right=("bytes", "predicted cost")))
+
+
+def figure_lines(figures: Mapping[str, Any], meanings: Mapping[str, str]) -> list[str]:
+    """Figures of an export with their meanings: ``difference: 4.5e-7 (largest error of …)``."""
+    lines = []
+    for name, value in figures.items():
+        shown = byte_count(value) if name == "bytes" else _figure(value)
+        lines.append(f"{name}: {shown}" + (f" ({meanings[name]})" if name in meanings else ""))
+    return lines
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value)
+    return ", ".join(f"{key} {_figure(one)}" for key, one in value.items()) if isinstance(value, dict) else str(value)
 
 
 def print_models(rows: Sequence[Mapping[str, str]], out: Console) -> None:

@@ -156,13 +156,16 @@ def export(arguments: Arguments) -> Finish:
     if arguments.precision is not None:
         options["precision"] = arguments.precision
     files = write(arguments.checkpoint, arguments.output, arguments.to, **options)
-    summary = target_of(arguments.output, arguments.to).summary(files)
+    target = target_of(arguments.output, arguments.to)
+    summary = target.summary(files)
 
     def finish() -> int:
+        from flows.render import figure_lines
+
         if arguments.json:
             print_json({"checkpoint": arguments.checkpoint, "files": files, **summary})
         else:
-            print("\n".join([*files, *(f"{key}: {value}" for key, value in summary.items())]))
+            print("\n".join([*files, *figure_lines(summary, target.meanings)]))
         return 0
 
     return finish

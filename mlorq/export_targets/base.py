@@ -35,6 +35,7 @@ class ExportTarget(ABC, Generic[Config]):
         suffixes: suffixes of output paths that select this target by default; a target without any writes a folder.
         packages: import names of the packages that it needs.
         extra: the extra of mlorq that installs them; None: they have to be named.
+        meanings: of figures of ``summary`` by name, for display.
         seconds: for estimates: seconds of an export, and seconds per weight of the compressible layers.
     """
 
@@ -46,6 +47,7 @@ class ExportTarget(ABC, Generic[Config]):
     suffixes: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    meanings: ClassVar[Mapping[str, str]] = {}
     seconds: ClassVar[tuple[float, float]] = (1.0, 4e-8)  # measured: dense, MiniLM and ViT-Base, 2 cores
 
     @abstractmethod

@@ -16,6 +16,7 @@ from mlorq.models.tasks import PAIRS
 from mlorq.models.transformers import TransformersSettings, locate
 
 CARD = "README.md"
+OPTION = "option source"
 CARD_KEYS = ("license", "license_name", "license_link", "language")  # also true of the compressed model
 
 
@@ -30,7 +31,7 @@ def prepared_files(source: str, architecture: Mapping[str, Any]) -> dict[str, by
         ModelError: the folder does not exist, or the hub refuses a request.
         ConfigError: there is no such file.
     """
-    kept = preparation_files(TransformersSettings(name=source, task=architecture.get("task")), os.getcwd())
+    kept = preparation_files(TransformersSettings(name=source, task=architecture.get("task")), os.getcwd(), OPTION)
     if not kept and architecture.get("family") != "timm":
         raise ConfigError(
             f"source {source!r} has no file of a tokenizer or image processor: give the folder or the hub name of the "
@@ -91,7 +92,7 @@ def sentence_modules(architecture: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _located(source: str) -> str:
     """Folder or hub name of a model."""
-    return locate(TransformersSettings(name=source), os.getcwd())
+    return locate(TransformersSettings(name=source), os.getcwd(), OPTION)
 
 
 def _json(value: Any) -> bytes:

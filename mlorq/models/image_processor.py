@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlorq.errors import DataError, ModelError, one_line
+from mlorq.models.hub_names import load_problem
 
 if TYPE_CHECKING:
     from mlorq.models.batches import Batch
@@ -48,7 +49,8 @@ def load_processor(location: str, name: str, keys: Sequence[str] = ("pixel_value
     try:
         processor = AutoImageProcessor.from_pretrained(location)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"model {name!r}: its image processor cannot be loaded: {one_line(error)}") from error
+        text = load_problem(error, location)
+        raise ModelError(f"model {name!r}: its image processor cannot be loaded: {text}") from error
 
     def prepare(images: Sequence[Any]) -> Batch:
         try:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import ModelError
+from mlorq.models.hub_names import load_problem
 from mlorq.models.image_processor import NOT_PREPROCESSING
 from mlorq.models.segmentation import on_lattice
 
@@ -96,7 +97,7 @@ def prompted(settings: TransformersSettings, location: str) -> Prompted:
     try:
         processor: Any = AutoProcessor.from_pretrained(location)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"model {name!r}: its processor cannot be loaded: {one_line(error)}") from error
+        raise ModelError(f"model {name!r}: its processor cannot be loaded: {load_problem(error, location)}") from error
     images_of = getattr(processor, "image_processor", processor)
     if not hasattr(images_of, "post_process_masks"):
         raise ModelError(f"model {name!r}: its processor, {type(images_of).__name__}, makes no masks of boxes")

@@ -34,20 +34,21 @@ SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.
 GENERATION = ("generation_config.json", "normalizer.json", "source.spm", "target.spm")
 
 
-def preparation_files(settings: TransformersSettings, folder: str = "") -> dict[str, bytes]:
+def preparation_files(settings: TransformersSettings, folder: str = "", named: str | None = None) -> dict[str, bytes]:
     """Files of the tokenizer or image processor of a model from transformers, by name; empty if there are none.
 
     Args:
         settings: settings of the model.
         folder: folder that relative paths start from.
+        named: the option that holds the model's name, for errors; None: the key of the configuration.
 
     Raises:
         ModelError: the folder does not exist, or the hub refuses a request.
     """
     from mlorq.models.sentence import read_embedding
-    from mlorq.models.transformers import locate
+    from mlorq.models.transformers import MODEL_NAME, locate
 
-    location, name = locate(settings, folder), settings.name or ""
+    location, name = locate(settings, folder, named or MODEL_NAME), settings.name or ""
     inside = read_embedding(location, name).inside if settings.task == PAIRS else ""
     found = {file: read_file(location, os.path.join(inside, file), name) for file in PREPARATION}
     if settings.task in (TARGETS, SPEECH):

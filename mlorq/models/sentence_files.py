@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from mlorq.errors import ModelError, one_line
+from mlorq.models.hub_names import load_problem
 
 
 def find_file(location: str, file: str, name: str) -> str | None:
@@ -33,7 +34,7 @@ def find_file(location: str, file: str, name: str) -> str | None:
                 _raise_exceptions_for_gated_repo=False,
             )
         except (OSError, ValueError) as error:
-            raise ModelError(f"model {name!r}: {one_line(error)}") from error
+            raise ModelError(f"model {name!r}: {load_problem(error, location)}") from error
     return path if path is not None and os.path.isfile(path) else None
 
 

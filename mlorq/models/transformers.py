@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mlorq.artifacts.locations import is_remote, resolve_location
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import ModelError
 from mlorq.models.family import DerivedOutput, Example, LibrarySettings, ModelFamily, TextInputs
 from mlorq.models.family import load as load
+from mlorq.models.hub_names import is_hub_name, load_problem
 from mlorq.models.tasks import (
     ANSWERS,
     CHOICES,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from mlorq.models.two_towers import TwoTowers
 
 NAME = "transformers"
+MODEL_NAME = "model.name"  # key of a configuration
 PREDICTED: dict[str, Literal["next", "masked", "target", "tags", "answers", "choices"]] = {
     NEXT: "next",
     MASKED: "masked",
@@ -258,8 +260,8 @@ class Transformers(ModelFamily[TransformersSettings]):
         return not os.path.isabs(locate(settings, folder))
 
 
-def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
-    """The tokenizer of a model; see ``mlorq.models.transformers_texts``.
+def tokenizer(settings: TransformersSettings, folder: str = "", named: str = MODEL_NAME) -> Any:
+    """The tokenizer of a model; see ``mlorq.models.transformers_texts``. Arguments as those of ``locate``.
 
     Raises:
         ModelError: the tokenizer cannot be loaded, or lacks what batches of texts need.
@@ -267,14 +269,15 @@ def tokenizer(settings: TransformersSettings, folder: str = "") -> Any:
     from mlorq.models.sentence import read_embedding
     from mlorq.models.transformers_texts import load_tokenizer
 
+    location = locate(settings, folder, named)
     try:
         with quiet():
-            location = locate(settings, folder)
             if settings.task == PAIRS and os.path.isdir(location):
                 location = os.path.join(location, read_embedding(location, settings.name or "").inside)
             return load_tokenizer(location, settings.name or location)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"model {settings.name!r}: its tokenizer cannot be loaded: {one_line(error)}") from error
+        text = load_problem(error, location)
+        raise ModelError(f"model {settings.name!r}: its tokenizer cannot be loaded: {text}") from error
 
 
 def decoder_shift(settings: TransformersSettings, folder: str = "") -> Callable[[Tensor], Tensor]:
@@ -307,34 +310,43 @@ def class_names(settings: TransformersSettings, folder: str = "") -> list[str]:
 def _configuration(settings: TransformersSettings, folder: str) -> Any:
     from transformers import AutoConfig
 
+    location = locate(settings, folder)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(locate(settings, folder), **settings.arguments)
+            return AutoConfig.from_pretrained(location, **settings.arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model {settings.name!r}: its configuration cannot be loaded: {one_line(error)}") from error
+        text = load_problem(error, location)
+        raise ModelError(f"model {settings.name!r}: its configuration cannot be loaded: {text}") from error
 
 
-def locate(settings: TransformersSettings, folder: str = "") -> str:
+def locate(settings: TransformersSettings, folder: str = "", named: str = MODEL_NAME) -> str:
     """Location of a model: path of a folder (also inside an installed package), or else the hub name.
 
+    Args:
+        settings: settings of the model.
+        folder: folder that relative paths start from.
+        named: the key or option that holds the name, for errors.
+
     Raises:
-        ModelError: the folder is not on this machine or does not exist.
+        ModelError: the name is that of a folder, which is not on this machine or does not exist.
     """
     name = settings.name
     assert name is not None  # see check
     path = resolve_location(name, folder)
-    if is_remote(name) or (is_remote(folder) and name.startswith(".")):
-        raise ModelError(f"model folder {path} is not on this machine: copy it here, or use a hub name")
+    if is_remote(name) or (is_remote(path) and not is_hub_name(name)):
+        raise ModelError(f"{named}: folder {path} is not on this machine: copy it here, or use a hub name")
     if os.path.isdir(path):
         return path
     package, _, inside = name.partition("/")
-    named = inside and ".." not in inside.split("/") and package.isidentifier()
-    if named and (spec := importlib.util.find_spec(package)) is not None:
+    in_package = inside and ".." not in inside.split("/") and package.isidentifier()
+    if in_package and (spec := importlib.util.find_spec(package)) is not None:
         for root in spec.submodule_search_locations or ():
             if os.path.isdir(os.path.join(root, inside)):
                 return os.path.join(root, inside)
-    if name.startswith((".", "/", "~")):
-        raise ModelError(f"model folder {path} does not exist: correct model.name")
+    if os.path.exists(path):
+        raise ModelError(f"{named}: {path} is a file: give the folder that it is in, or a hub name")
+    if not is_hub_name(name):
+        raise ModelError(f"{named}: folder {path} does not exist")
     return name
 
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.errors import DataError, ModelError, one_line
+from mlorq.errors import DataError, ModelError
 from mlorq.models.batches import Batch
 from mlorq.models.detector import Detections, Detector, Size, at_points, side_by_side
+from mlorq.models.hub_names import load_problem
 from mlorq.models.image_processor import load_processor
 from mlorq.models.task_outputs import directions
 from mlorq.models.transformers import TransformersSettings
@@ -108,7 +109,7 @@ def detector(settings: TransformersSettings, location: str) -> Detector:
     try:
         named = AutoConfig.from_pretrained(location).id2label
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        text = one_line(error)
+        text = load_problem(error, location)
         raise ModelError(f"model {settings.name!r}: its configuration cannot be loaded: {text}") from error
 
     def boxes(module: nn.Module, batch: Batch, originals: Sequence[Size]) -> list[Detections]:

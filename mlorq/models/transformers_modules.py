@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from mlorq.artifacts.hashing import digest_json
-from mlorq.errors import CheckpointError, ModelError, one_line
+from mlorq.errors import CheckpointError, ModelError
 from mlorq.models.base import FloatModel, attention_mask, same_construction
 from mlorq.models.float_files import in_dtype
+from mlorq.models.hub_names import load_problem
 from mlorq.models.image_processor import prepared_size
 from mlorq.models.offload import is_offloading, offload
 from mlorq.models.plain import ORIGIN, encoded_float, without_faults
@@ -70,7 +71,7 @@ def load(settings: TransformersSettings, dtype: str, folder: str) -> FloatModel:
                 module, info = auto.from_pretrained(files, **options, **arguments)
             offload(module)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
-        raise ModelError(f"model {settings.name!r} cannot be loaded: {one_line(error)}") from error
+        raise ModelError(f"model {settings.name!r} cannot be loaded: {load_problem(error, location)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         for key in sorted(info.get(problem) or (), key=str):
             name = key if isinstance(key, str) else key[0]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import ModelError
 from mlorq.models.batches import Batch
+from mlorq.models.hub_names import load_problem
 from mlorq.models.transformers import TransformersSettings, class_names, quiet
 from mlorq.models.transformers_speech import INPUTS, NOT_PREPROCESSING
 
@@ -55,7 +56,7 @@ def sound_classifier(settings: TransformersSettings, location: str, folder: str)
             extractor: Any = AutoFeatureExtractor.from_pretrained(location)
         rate = int(extractor.sampling_rate)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        text = one_line(error)
+        text = load_problem(error, location)
         raise ModelError(f"model {settings.name!r}: its feature extractor cannot be loaded: {text}") from error
     padding: Any = "max_length" if getattr(extractor, "chunk_length", None) else True  # Whisper hears 30 seconds
 

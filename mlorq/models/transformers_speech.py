@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mlorq.errors import ModelError, one_line
 from mlorq.models.batches import Batch
 from mlorq.models.encoder_decoder import decoder_batch, shifter, without_values
+from mlorq.models.hub_names import load_problem
 from mlorq.models.recogniser import Recogniser
 from mlorq.models.speech_outputs import frame_mask
 from mlorq.models.transformers import TransformersSettings, quiet
@@ -46,7 +47,7 @@ def recogniser(settings: TransformersSettings, location: str, language: str | No
             tokenizer = AutoTokenizer.from_pretrained(location)
             generation = _generation(location, config)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        text = one_line(error)
+        text = load_problem(error, location)
         raise ModelError(f"model {name!r}: its feature extractor or tokenizer cannot be loaded: {text}") from error
     kind = model_class(settings.task, type(config))
     decodes = bool(config.is_encoder_decoder)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlorq.errors import ModelError, one_line
+from mlorq.errors import ModelError
 from mlorq.models.base import attention_mask
+from mlorq.models.hub_names import load_problem
 from mlorq.models.image_processor import ImageProcessor, load_processor
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def two_towers(settings: TransformersSettings, location: str) -> TwoTowers:
         kind: Any = AutoModel._model_mapping.get(type(config), None)
         tokenizer = load_tokenizer(location, name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"model {name!r}: its tokenizer cannot be loaded: {one_line(error)}") from error
+        raise ModelError(f"model {name!r}: its tokenizer cannot be loaded: {load_problem(error, location)}") from error
     if not isinstance(kind, type) or not has_two_towers(kind):
         raise ModelError(f"model {name!r} is of type {config.model_type}, which has no towers of images and of texts")
     taken = inspect.signature(kind.get_text_features).parameters  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from mlorq.checkpoint.preparation import described, placed
 from mlorq.errors import CheckpointError, ConfigError
 from mlorq.export_targets.graph_files import files_beside
 from mlorq.extras import install_command
+from mlorq.numbers import byte_count, number
 from tests import detectors, zoo
 from tests.compressed import compressed, folder_of
 from tests.export_targets.graph_cases import (
@@ -281,6 +282,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert printed["precision"] == "fast"
     assert 0 < printed["nmse_added"] < NMSE
     assert printed["bytes"] == file.stat().st_size
+    assert main(["export", str(folder), "--to", "onnx", "--output", str(file), "--precision", "fast"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert lines["bytes"] == byte_count(printed["bytes"])
+    assert lines["difference"].startswith(f"{number(printed['difference'])} (largest error of one output value")
+    assert "as a share of the largest output, on 7 random samples; below 1e-5 is rounding" in lines["difference"]
+    assert lines["nmse_added"].startswith(number(printed["nmse_added"]))
     assert main(["export", str(folder), "--output", str(tmp_path / "x.safetensors"), "--precision", "fast"]) == 2
     error = capsys.readouterr().err.strip()
     assert "precision" in error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.errors import ModelError, one_line
+from mlorq.export_targets.graph_files import SAMPLES
 from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS
 from mlorq.export_targets.onnx_graph.calls import Call, Flat, described, flat
 from mlorq.export_targets.onnx_graph.float_graph import OPSET, float_graph, float_twin
@@ -24,7 +25,6 @@ from mlorq.models.observe import outputs_changed
 METADATA = "mlorq"  # key of the metadata: one JSON object
 PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well
 IR_VERSION = 10  # the first with 4-bit integers
-SAMPLES = 4  # of the example: exporters take an axis of size 1 for a constant
 # What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4, and keep weights that were
 # decoded at load in the memory that is reused between operators.
 _COMMON = {
