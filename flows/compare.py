@@ -20,7 +20,8 @@ from flows.comparison import activation_width, notes, plan, row
 from flows.comparison_methods import chosen
 from flows.events import requested
 from flows.failures import REFUSED, shown_failures
-from flows.pipeline import name_of_run, run_on, show
+from flows.naming import name_of_run
+from flows.pipeline import run_on, show
 from flows.progress import format_seconds, terminal_progress
 from flows.run import handed, handing, prepare
 from flows.run_form import ConfigFile, RunForm, explicit_values

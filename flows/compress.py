@@ -1,4 +1,8 @@
-"""Flow ``compress``: a model, calibration data and budgets in, one compressed checkpoint per budget out."""
+"""Flow ``compress``: a model, calibration data and budgets in, one compressed checkpoint per budget out.
+
+Prefect imports a flow to deploy it, to run it, and once more before a cancelled run is Cancelled: torch is imported
+only when the flow runs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.pipeline import carry_out, run_name
+from flows.naming import run_name
 from flows.run_form import ConfigFile, RunForm
 
 
@@ -24,4 +28,6 @@ def compress_flow(config: RunForm | ConfigFile, folder: str = "", budgets: list[
     Returns:
         ``{"results": [one public object per budget], "steps": {"computed", "reused"}, "wall_seconds"}``.
     """
+    from flows.pipeline import carry_out
+
     return carry_out({"config": config, "folder": folder, "budgets": budgets}, announce=True)

@@ -14,9 +14,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.allocate_only import finished_search, found_json
-from flows.events import EXPECTED, SearchWatch, requested
+from flows.events import SearchWatch, requested
 from flows.executor import PrefectExecutor
-from flows.failures import refused_name, shown_failures
+from flows.failures import shown_failures
 from flows.goal import announce as announce_results
 from flows.goal import goal_json
 from flows.ledger import Account, results_json
@@ -37,28 +37,6 @@ from steps.session import Session
 from steps.smallest import Bisection
 
 STORE_PAGES = "MLORQ_STORE_PAGES"  # variable of the environment: the address at which browsers reach the store
-
-
-def run_name() -> str:
-    """Name of a flow run: the model and the budgets."""
-    return name_of_run()
-
-
-def name_of_run(default: Sequence[str] | None = None, about: str = "") -> str:
-    """Name of a flow run.
-
-    Args:
-        default: budgets if the run has none; None: those of the configuration.
-        about: what stands in the name in place of the budgets.
-    """
-    try:
-        parameters = requested({**dict.fromkeys(EXPECTED), **flow_run.parameters})
-        config = read_config(parameters["config"], parameters.get("folder") or "")
-        asked = [config.budget] if isinstance(config.budget, str) else config.budget
-        budgets = parse_budgets(parameters.get("budgets") or default or asked)
-    except MlorqError as error:
-        return refused_name(error)  # the flow then raises the error, and the run counts as failed
-    return f"{config.model.display_name} {about or ' '.join(map(str, budgets))}"
 
 
 @shown_failures()

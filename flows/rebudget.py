@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.pipeline import carry_out, run_name
+from flows.naming import run_name
 from flows.run_form import ConfigFile, RunForm
 
 
@@ -29,5 +29,7 @@ def rebudget_flow(
         As ``compress_flow``. With ``allocate_only``, ``nmse``, ``metric`` and ``checkpoint`` are null, and ``errors``
         has ``{"budget": …, "error": …}`` for each impossible budget; if no budget is possible, the flow fails.
     """
+    from flows.pipeline import carry_out
+
     given = {"config": config, "folder": folder, "budgets": budgets}
     return carry_out(given, allocate_only=allocate_only)

@@ -11,7 +11,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.failures import refused_name, shown_failures
-from flows.pipeline import name_of_run, run_on
+from flows.naming import name_of_run
+from flows.pipeline import run_on
 from flows.render import budgets_table
 from flows.run import handed, known_layers, prepare
 from flows.run_form import ConfigFile, RunForm, read_config

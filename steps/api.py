@@ -25,6 +25,7 @@ from mlorq.config.run import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
 from mlorq.models.layer_list import LeftFloat
 from mlorq.numbers import byte_count
+from steps.progress_line import watched_line
 
 MOST_NAMED = 5  # layers that a warning names
 ARTIFACTS = 6  # bytes of a search's artifacts, mostly moments, per byte of the float model
@@ -92,7 +93,7 @@ def compress(
     device: str = "auto",
     memory: str | None = None,
     store: str | None = None,
-    progress: bool | Progress = False,
+    progress: bool | Progress | None = None,
 ) -> CompressionResult:
     """Compress a trained module to a memory budget (MLoRQ, arXiv 2507.09616).
 
@@ -128,7 +129,9 @@ def compress(
             Default: half of what is free.
         store: URL of an artifact store; a later call reuses the artifacts whose inputs are unchanged. Default: in
             memory or, for a large model, in a temporary folder (``TMPDIR``); discarded at the end.
-        progress: True for lines on standard error, or ``callable(label, done, total)``.
+        progress: by default a terminal and a notebook show the running step, and other processes nothing; True: those
+            print a line per step on standard error; False: nothing; or ``callable(label, done, total)``, called after
+            every step.
 
     Raises:
         ConfigError: an option is wrong.
@@ -201,7 +204,9 @@ def compress(
         config, opened, devices(config)[0], model=float_model, calibration=calibration, evaluation=evaluation
     )
     outcomes: list[Outcome] = []
-    executor = InProcess(session, _reporter(progress), outcomes.append)
+    # Where a line can be replaced, unless the caller has a function or wants nothing; else what he asked for.
+    line = watched_line() if progress is None or progress is True else None
+    executor = InProcess(session, None if line else _reporter(progress), outcomes.append, line)
     started = time.perf_counter()
     try:
         if store is None and opened.is_local:
@@ -222,6 +227,8 @@ def compress(
                 compressed = load(location, model=float_model.module, device=session.device)
             allocation = opened.read_table(result.allocation, "allocation.parquet")
     finally:
+        if line is not None:
+            line.close()
         if store is None and opened.fs.exists(opened.root):
             opened.fs.rm(opened.root, recursive=True)
     first = {outcome.ref: outcome for outcome in reversed(outcomes)}.values()  # budgets share the steps of the search
@@ -288,11 +295,10 @@ def _numbers(
     return measure
 
 
-def _reporter(progress: bool | Progress) -> Progress | None:
-    if callable(progress):
-        return progress
-    if not progress:
-        return None
+def _reporter(progress: bool | Progress | None) -> Progress | None:
+    """What is called after every step; None: nothing."""
+    if progress is not True:
+        return progress if callable(progress) else None
 
     def line(label: str, done: int, total: int) -> None:
         print(f"mlorq: {label} {done}/{total}", file=sys.stderr)

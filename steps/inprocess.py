@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from steps.base import Outcome, StepSpec, execute
+from steps.progress_line import ProgressLine
 from steps.session import Session
 
 
@@ -15,6 +16,7 @@ class InProcess:
         session: of the run.
         progress: called after every step with (label, steps done, number of steps) of the current phase.
         record: called with every outcome.
+        line: shows the running step.
     """
 
     def __init__(
@@ -22,10 +24,12 @@ class InProcess:
         session: Session,
         progress: Callable[[str, int, int], None] | None = None,
         record: Callable[[Outcome], object] | None = None,
+        line: ProgressLine | None = None,
     ) -> None:
         self.session = session
         self._progress = progress
         self._record = record
+        self._line = line
         self._done, self._total = 0, 1
 
     def phase(self, name: str, total: int, budget: str = "") -> None:
@@ -34,7 +38,9 @@ class InProcess:
 
     def run(self, spec: StepSpec) -> Outcome:
         """Run one step unless the store has its artifact."""
-        outcome = execute(spec, self.session.worker)
+        if self._line is not None:
+            self._line.started(spec.label, self._done, self._total)
+        outcome = execute(spec, self.session.worker, None if self._line is None else self._line.advanced)
         self.finished(spec, outcome)
         return outcome
 

@@ -53,7 +53,7 @@ class GraphTarget(ExportTarget[Options]):
     locations: ClassVar[tuple[str, ...]] = ("tokenizer",)
     meanings: ClassVar[Mapping[str, str]] = {
         "difference": "largest error of one output value against mlorq.load, as a share of the largest output, on "
-        f"{2 * SAMPLES - 1} random samples; below 1e-5 is rounding of float32, 0.01 to 0.1 is usual with 8-bit products",
+        f"{2 * SAMPLES - 1} random samples; below 1e-5 is rounding of float32, 0.01 to 0.1 usual with 8-bit products",
         "nmse_added": "NMSE of the outputs against those of mlorq.load, on the same inputs",
     }
 

@@ -104,7 +104,7 @@ def test_its_parameters_fit_the_form_and_make_a_run(name: str) -> None:
     parameters = DEPLOYMENTS[name]["parameters"]
     assert validate(parameters, schema_of(DEPLOYMENTS[name]), raise_on_error=True, ignore_required=False) == []
     config = read_config(parameters["config"])
-    demo = RunConfig.from_yaml(ROOT / "examples" / "minilm.yaml")
+    demo = RunConfig.from_yaml(ROOT / "examples" / "demo.yaml")
     assert config.model_copy(update={"data": demo.data, "store": demo.store, "folder": demo.folder}) == demo
     for ours, theirs in (
         (config.data.calibration, demo.data.calibration),
@@ -189,7 +189,7 @@ def test_containers_keep_the_store_and_not_the_workers_home() -> None:
         # The default store of a configuration beside the examples, which are read-only.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLORQ_STORE", variables["env"]["MLORQ_STORE"])
-            named = read_config(str(ROOT / "examples" / "minilm.yaml"))
+            named = read_config(str(ROOT / "examples" / "demo.yaml"))
         assert any(named.resolve(named.store).startswith(f"file://{folder}/") for folder in kept)
         assert variables["env"]["PREFECT_HOME"].startswith("/tmp/")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import mlorq
 from mlorq.errors import BudgetError, CheckpointError, ConfigError, DataError, ModelError
+from steps.progress_line import ProgressLine
 from tests.nets import SharedNet, SkipNet, TokenNet, images
 
 QUICK = {"samples": 8, "points": 2, "hessian_mode": "exact", "factor_bits": [4, 8]}
@@ -182,6 +185,39 @@ def test_paper_accounting_counts_weight_bits_alone():
         assert row["bytes"] == -(-bits // 8)
         counted += row["bytes"]
     assert counted <= result.metrics["budget_bytes"] == 3 * sum([128, 64, *[512] * 4]) // 8
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_running_step_and_a_script_nothing(monkeypatch, capsys):
+    settings = {"budget": "9bit", "rounding": "nearest", "search": QUICK}
+    mlorq.compress(net(), batches(), **settings)
+    assert capsys.readouterr() == ("", "")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    mlorq.compress(net(), batches(), **settings)
+    drawn = terminal.getvalue().split("\r")
+    assert any(line.startswith("mlorq: sensitivity blocks.1.down 5/6  0%") for line in drawn)
+    assert "\n" not in terminal.getvalue(), "one line"
+    assert drawn[-2:] == [" " * len(drawn[-3].rstrip()), ""], "which is gone at the end"
+    terminal.truncate(0)
+    mlorq.compress(net(), batches(), **settings, progress=False)
+    assert terminal.getvalue() == ""
+
+
+def test_a_line_of_progress_is_replaced_while_a_step_runs():
+    shown, now = [], [0.0]
+    line = ProgressLine(shown.append, lambda: now[0])
+    line.started("round up", 2, 6)
+    for now[0] in (0.1, 0.3, 0.4, 65.0):
+        line.advanced(int(now[0] * 10), 650)
+    line.started("tune", 0, 1)
+    line.close()
+    times = ["0%  0 s", "0%  0.30 s", "100%  1 min 5 s"]  # not more often than it can be read
+    assert shown == [*(f"mlorq: round up 3/6  {time}" for time in times), "mlorq: tune 1/1  0%  1 min 5 s", ""]
 
 
 def test_progress_is_reported(capsys):
