@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mlorq.errors import ModelError
 from mlorq.memory import return_freed
+from mlorq.numbers import byte_count
 
 SMALLEST = 65536  # bytes of a tensor that is worth a place in a file
 ALIGNMENT = 64  # bytes, as of torch's own memory
@@ -148,8 +149,8 @@ def _new_file(size: int, limit: int) -> _File:
             found = _File(file.fileno(), size)
     except OSError as error:
         raise ModelError(
-            f"engine.weights: {size:,} bytes of weights have no room in {folder} ({error.strerror}): set TMPDIR to a "
-            "folder on a larger disk"
+            f"engine.weights: {byte_count(size)} of weights have no room in {folder} ({error.strerror}): set TMPDIR "
+            "to a folder on a larger disk"
         ) from error
     found.start = torch.frombuffer(found, dtype=torch.uint8).data_ptr()
     found.stop, found.limit = found.start + size, limit

@@ -442,3 +442,41 @@ def test_deployments_on_a_server(stack: Stack, tmp_path: Path) -> None:
     nights = [run for run in runs if run["state_type"] == "SCHEDULED"]
     assert {run["deployment_id"] for run in nights} == {deployed["nightly"]["id"]}
     assert nights[0]["expected_start_time"].partition("T")[2].startswith("03:00:00")
+
+
+SLOW = """
+
+def evaluate(model):
+    import os, time
+    from pathlib import Path
+
+    Path(__file__).with_name("running").write_text(str(os.getpid()))
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["inprocess", "subprocess"])
+def test_a_cancelled_run_becomes_cancelled_and_its_step_ends(stack: Stack, tmp_path: Path, kind: str) -> None:
+    path = write_project(tmp_path, engine={"devices": "cpu", "threads": 1, "steps": kind})
+    with (tmp_path / "tiny_project.py").open("a") as module:
+        module.write(SLOW)
+    config = yaml.safe_load(path.read_text())
+    run = stack.run("compress/compress", {"config": config, "folder": str(tmp_path)})
+    deadline, running = time.monotonic() + 300, tmp_path / "running"
+    while not (running.exists() and running.read_text()):
+        assert time.monotonic() < deadline, stack.run_log(run)
+        time.sleep(0.5)
+    process = int(running.read_text())
+    assert Path(f"/proc/{process}").exists()
+    stack.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    assert stack.wait(run, state="CANCELLED")["state_name"] == "Cancelled"
+    assert not Path(f"/proc/{process}").exists(), "the step's process has ended"
+
+
+def test_deployed_flows_are_imported_without_torch() -> None:
+    """Prefect imports a flow before a cancelled run is Cancelled, among other times."""
+    code = "import flows.compress, flows.rebudget, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"

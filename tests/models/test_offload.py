@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ModelError, match=r"engine\.weights: [\d,]+ bytes of weights have no room in .*TMPDIR"):
+    with pytest.raises(ModelError, match=r"engine\.weights: [\d,]+ B.* of weights have no room in .*TMPDIR"):
         offloaded(net())
 
 
