@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from mlorq.config.run import RunConfig
 from mlorq.config.tracking import FOLDER, MlflowConfig, WandbConfig
 from mlorq.errors import ConfigError, hide_secrets, one_line
 from mlorq.extras import install_command
+from mlorq.scratch import scratch_folder
 from steps.session import Session
 
 LONGEST_VALUE, LONGEST_KEY = 500, 250  # characters of parameters; trackers bound them
@@ -191,11 +191,11 @@ def _fill(client: Any, entry: str, settings: MlflowConfig, run: Tracked) -> None
     for start in range(0, len(pairs), BATCH):
         client.log_batch(entry, params=pairs[start : start + BATCH])
     client.log_batch(entry, metrics=[Metric(key, value, 0, 0) for key, value in run.metrics.items()])
-    with tempfile.TemporaryDirectory() as name:
+    with scratch_folder() as name:
         _write(run.files, Path(name))
         client.log_artifacts(entry, name)
     if settings.checkpoint:
-        with tempfile.TemporaryDirectory() as name:
+        with scratch_folder() as name:
             _write(run.checkpoint(), Path(name))
             client.log_artifacts(entry, name, "checkpoint")
 
@@ -247,7 +247,7 @@ def to_wandb(settings: WandbConfig, run: Tracked) -> str:
             shown["report"] = wandb.Html(run.files[PAGE].decode(), inject=False)
         entry.log(shown)
         if settings.checkpoint:
-            with tempfile.TemporaryDirectory() as name:
+            with scratch_folder() as name:
                 _write(run.checkpoint(), Path(name))
                 model = wandb.Artifact("checkpoint", type="model", metadata=dict(run.metrics))
                 model.add_dir(name)

@@ -6,13 +6,12 @@ entry point of the library; nothing else in ``mlorq`` imports ``steps``, so ``ml
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
-import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from mlorq.config.run import DEFAULT_PRESET, RunConfig
 from mlorq.errors import ConfigError
 from mlorq.models.layer_list import LeftFloat
 from mlorq.numbers import byte_count
+from mlorq.scratch import scratch_folder
 from steps.progress_line import watched_line
 
 MOST_NAMED = 5  # layers that a warning names
@@ -167,51 +167,52 @@ def compress(
     chosen: dict[str, Any] = {} if rounding is None else {"method": rounding}
     chosen |= {} if rounding_iterations is None else {"iterations": rounding_iterations}
     in_memory = IN_MEMORY_DATA
-    config = RunConfig.from_mapping(
-        {
-            "model": IN_MEMORY,
-            "data": {"calibration": in_memory, "evaluation": in_memory},
-            "budget": "3bit" if budget is None else budget,
-            "target": target,
-            "preset": preset,
-            "search": settings,
-            "rounding": chosen,
-            "embeddings": embeddings,
-            "activations": activations,
-            "engine": {"devices": device, "memory": memory},
-            "seed": seed,
-            "store": store or _own_store(model),
-        }
-    )
-    # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
-    # Made outside of inference mode, in which a caller may be: its tensors could not take part in a backward pass.
-    with torch.inference_mode(False):
-        float_model = from_module(copy_module(model), forward)
-    calibration = from_batches(batches)
-    held_out = from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
-    wrapped = None
-    if evaluate is not None:
-        # User code cannot be hashed with all that it calls: it is measured again in every call.
-        wrapped = _numbers(evaluate)
-    evaluation = Dataset(
-        held_out.batches,
-        held_out.samples,
-        digest_json([held_out.key, uuid.uuid4().hex if evaluate is not None else None]),
-        evaluate=wrapped,
-    )
-    opened = open_store(config)
-    session = Session(
-        config, opened, devices(config)[0], model=float_model, calibration=calibration, evaluation=evaluation
-    )
-    outcomes: list[Outcome] = []
-    # Where a line can be replaced, unless the caller has a function or wants nothing; else what he asked for.
-    line = watched_line() if progress is None or progress is True else None
-    executor = InProcess(session, None if line else _reporter(progress), outcomes.append, line)
-    started = time.perf_counter()
-    try:
-        if store is None and opened.is_local:
-            os.mkdir(opened.root, mode=0o700)  # what it holds is the caller's alone
-        with torch.inference_mode(False), torch.enable_grad():
+    with contextlib.nullcontext(store) if store else _own_store(model) as url:
+        config = RunConfig.from_mapping(
+            {
+                "model": IN_MEMORY,
+                "data": {"calibration": in_memory, "evaluation": in_memory},
+                "budget": "3bit" if budget is None else budget,
+                "target": target,
+                "preset": preset,
+                "search": settings,
+                "rounding": chosen,
+                "embeddings": embeddings,
+                "activations": activations,
+                "engine": {"devices": device, "memory": memory},
+                "seed": seed,
+                "store": url,
+            }
+        )
+        # A copy: the run puts it in eval mode, disables gradients and moves it to the device.
+        # Made outside of inference mode, in which a caller may be: its tensors could not take part in a backward pass.
+        with torch.inference_mode(False):
+            float_model = from_module(copy_module(model), forward)
+        calibration = from_batches(batches)
+        held_out = (
+            from_batches(validation, "evaluation") if validation is not None else Dataset([], 0, digest_json("none"))
+        )
+        wrapped = None
+        if evaluate is not None:
+            # User code cannot be hashed with all that it calls: it is measured again in every call.
+            wrapped = _numbers(evaluate)
+        evaluation = Dataset(
+            held_out.batches,
+            held_out.samples,
+            digest_json([held_out.key, uuid.uuid4().hex if evaluate is not None else None]),
+            evaluate=wrapped,
+        )
+        opened = open_store(config)
+        session = Session(
+            config, opened, devices(config)[0], model=float_model, calibration=calibration, evaluation=evaluation
+        )
+        outcomes: list[Outcome] = []
+        # Where a line can be replaced, unless the caller has a function or wants nothing; else what he asked for.
+        line = watched_line() if progress is None or progress is True else None
+        executor = InProcess(session, None if line else _reporter(progress), outcomes.append, line)
+        started = time.perf_counter()
+        shown = contextlib.nullcontext() if line is None else contextlib.closing(line)
+        with shown, torch.inference_mode(False), torch.enable_grad():
             if keep is None:
                 (result,) = run_pipeline(session, executor, config.budgets)
                 summary = result_json(session, result)
@@ -226,11 +227,6 @@ def compress(
             with session.artifacts.checkpoint(result.checkpoint) as location:
                 compressed = load(location, model=float_model.module, device=session.device)
             allocation = opened.read_table(result.allocation, "allocation.parquet")
-    finally:
-        if line is not None:
-            line.close()
-        if store is None and opened.fs.exists(opened.root):
-            opened.fs.rm(opened.root, recursive=True)
     first = {outcome.ref: outcome for outcome in reversed(outcomes)}.values()  # budgets share the steps of the search
     reused = sum(outcome.reused for outcome in first)
     names = (
@@ -262,15 +258,25 @@ def compress(
     return CompressionResult(compressed, allocation, metrics, left_float, files)
 
 
-def _own_store(model: nn.Module) -> str:
+@contextlib.contextmanager
+def _own_store(model: nn.Module) -> Iterator[str]:
     """URL of a store that is discarded at the end: in memory, unless the artifacts would take much of it."""
+    from fsspec import filesystem
+
     from mlorq.memory import usable_bytes
 
     values = (value for value in (*model.parameters(), *model.buffers()) if not is_lazy(value))
-    name = f"mlorq-{uuid.uuid4().hex}"
-    if ARTIFACTS * sum(value.nbytes for value in values) <= usable_bytes("cpu"):
-        return f"memory://{name}"
-    return f"file://{os.path.join(tempfile.gettempdir(), name)}"
+    if ARTIFACTS * sum(value.nbytes for value in values) > usable_bytes("cpu"):
+        with scratch_folder() as folder:
+            yield f"file://{folder}"
+        return
+    name = f"/mlorq-{uuid.uuid4().hex}"
+    memory = filesystem("memory")
+    try:
+        yield f"memory:/{name}"
+    finally:
+        if memory.exists(name):
+            memory.rm(name, recursive=True)
 
 
 def _warn(left_float: Sequence[LeftFloat]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from mlorq.allocation.choices import SearchSpace
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.forms import Candidate, uniform_candidate
 from mlorq.models.layer_list import LayerList, LeftFloat, layers_from_table
+from mlorq.scratch import scratch_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -254,7 +254,7 @@ class ArtifactReader:
     @contextlib.contextmanager
     def copied(self, ref: ArtifactRef) -> Iterator[str]:
         """Temporary folder with the files of a ``compressed`` artifact, beside which no other artifacts are found."""
-        with tempfile.TemporaryDirectory(prefix="mlorq-checkpoint-") as folder:
+        with scratch_folder() as folder:
             for name, data in self.files(ref).items():
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlorq.artifacts.hashing import digest_bytes, digest_json
@@ -19,6 +18,7 @@ from mlorq.errors import ConfigError
 from mlorq.export_targets import TARGETS
 from mlorq.export_targets.base import require
 from mlorq.models.family import FAMILIES
+from mlorq.scratch import scratch_folder
 from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef
@@ -107,7 +107,7 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         batch = next(iter(context.calibration(inputs.calibration).batches))
         example = unmarked(take_samples(batch, slice(0, min(SAMPLES, batch_samples(batch)))))
         settings = target.with_model(settings, copy_module(context.model(inputs.model).module).to("cpu"), example)
-    with TemporaryDirectory(prefix="mlorq-export-") as folder, context.artifacts.copied(inputs.checkpoint) as source:
+    with scratch_folder() as folder, context.artifacts.copied(inputs.checkpoint) as source:
         output = f"{folder}/model{target.suffixes[0]}" if target.suffixes else folder
         about = target.summary(target.write(source, output, settings))
         written = {

@@ -16,7 +16,6 @@ import json
 import os
 import queue
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -38,6 +37,7 @@ from flows.runners.container_setup import (
 from mlorq.config.run import RunConfig
 from mlorq.errors import ConfigError, TransientError
 from mlorq.extras import install_command
+from mlorq.scratch import scratch_folder
 from steps.base import Outcome, StepSpec
 from steps.protocol import Description, outcome_of, reject_memory_store
 from steps.session import open_store
@@ -107,7 +107,7 @@ class ContainerRunner:
         """Run a step in its own container."""
         # Chosen before the container exists, so that it can be removed if its creation is interrupted.
         name = f"mlorq-{spec.step}-{uuid.uuid4().hex[:12]}"
-        with tempfile.TemporaryDirectory(prefix="mlorq-step-") as folder, _faults(spec.label, self._secrets):
+        with scratch_folder() as folder, _faults(spec.label, self._secrets):
             try:
                 self._create(name, spec, folder)
                 return outcome_of(self._follow(name, spec.label, watch), spec.label)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from mlorq.errors import CheckpointError, ConfigError, ModelError
 from mlorq.export_targets.base import ExportTarget
 from mlorq.models.preparation import GENERATION, PREPARATION
 from mlorq.registry import Settings
+from mlorq.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,26 +128,30 @@ def write_files(output: str, files: Mapping[str, bytes]) -> list[str]:
     Raises:
         CheckpointError: a file cannot be written.
     """
-    from mlorq.artifacts.store import put_file
+    from mlorq.artifacts.transfer import os_errors, put_file
 
     try:
-        for location, data in files.items():
-            fs, path = url_to_fs(location)
-            fs.makedirs(posixpath.dirname(path) or ".", exist_ok=True)
-            put_file(fs, path, data)
-    except (OSError, ValueError, ImportError) as error:
+        with os_errors():
+            for location, data in files.items():
+                fs, path = url_to_fs(location)
+                fs.makedirs(posixpath.dirname(path) or ".", exist_ok=True)
+                put_file(fs, path, data)
+    except (OSError, ImportError) as error:
         raise CheckpointError(f"{output} cannot be written: {error}") from error
     return list(files)
 
 
 def _check_others(folder: str, source: Mapping[str, bytes], target: str) -> None:
     """Refuse to replace files that nobody asked to replace."""
+    from mlorq.artifacts.transfer import os_errors
+
     for name, data in source.items():
         location = posixpath.join(folder, name)
         try:
-            fs, path = url_to_fs(location)
-            differs = fs.exists(path) and fs.cat_file(path) != data
-        except (OSError, ValueError, ImportError) as error:
+            with os_errors():
+                fs, path = url_to_fs(location)
+                differs = fs.exists(path) and fs.cat_file(path) != data
+        except (OSError, ImportError) as error:
             raise CheckpointError(f"{location} cannot be written: {error}") from error
         if differs:
             raise CheckpointError(
@@ -164,6 +168,6 @@ def _tokenizer_files(name: str, target: str) -> dict[str, bytes]:
         found = tokenizer(TransformersSettings(name=name, task="sentence-similarity"), named="option tokenizer")
     except ModelError as error:
         raise ConfigError(f"export to {target}: {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         found.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

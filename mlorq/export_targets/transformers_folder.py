@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from mlorq.artifacts.store import put_file
+from mlorq.artifacts.transfer import os_errors, put_file
 from mlorq.checkpoint.description import COMPUTED
 from mlorq.checkpoint.preparation import read_preparation
 from mlorq.errors import CheckpointError, ConfigError, one_line
@@ -24,6 +23,7 @@ from mlorq.export_targets.transformers_model import pretrained_model
 from mlorq.huggingface.quantizer import METHOD
 from mlorq.models.family import short_name
 from mlorq.models.transformers import quiet
+from mlorq.scratch import scratch_folder
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 ONE_FILE = "1000TB"  # larger than any model: no shards
@@ -72,10 +72,11 @@ def write_folder(
     fs, root = _open(output)
     files = folder_files(checkpoint, settings, convert)
     try:
-        for name in sorted(files, key=lambda name: name == CONFIG):
-            path = posixpath.join(root, name)
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            put_file(fs, path, files[name])
+        with os_errors():
+            for name in sorted(files, key=lambda name: name == CONFIG):
+                path = posixpath.join(root, name)
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
+                put_file(fs, path, files[name])
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {one_line(error)}") from error
     written = [posixpath.join(output.rstrip("/"), name) for name in sorted(files)]
@@ -140,7 +141,7 @@ def _saved(module: Any, state: dict[str, Tensor] | None, checkpoint: str) -> dic
     In the format of ``mlorq`` they are written by a model that was loaded from them: transformers completes
     configurations when it loads a model, and loading the written files and saving them again must change nothing.
     """
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with scratch_folder() as folder, quiet():
         first, second = os.path.join(folder, "first"), os.path.join(folder, "second")
         try:
             module.save_pretrained(first, state_dict=state, max_shard_size=ONE_FILE)
@@ -185,14 +186,15 @@ def _open(output: str) -> tuple[AbstractFileSystem, str]:
         CheckpointError: it holds something else.
     """
     try:
-        fs, root = url_to_fs(output)
-        there = fs.ls(root, detail=False) if fs.isdir(root) else []
-        if fs.isfile(root):
-            raise CheckpointError(f"{output} is a file: give a folder")
-        if there and not _is_export(fs, root):
-            raise CheckpointError(f"{output} has other files than an earlier export's: give a new or empty folder")
+        with os_errors():
+            fs, root = url_to_fs(output)
+            there = fs.ls(root, detail=False) if fs.isdir(root) else []
+            if fs.isfile(root):
+                raise CheckpointError(f"{output} is a file: give a folder")
+            if there and not _is_export(fs, root):
+                raise CheckpointError(f"{output} has other files than an earlier export's: give a new or empty folder")
         return fs, str(root)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ImportError) as error:
         raise CheckpointError(f"{output} cannot be written: {one_line(error)}") from error
 
 

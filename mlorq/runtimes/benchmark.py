@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlorq.errors import ConfigError, MlorqError, one_line
+from mlorq.scratch import scratch_folder
 
 FLOAT = "float"  # name of the float model's variant
 PROCESS = "mlorq.runtimes.benchmark_process"
@@ -88,7 +88,7 @@ def benchmark(
 
     for name in runtimes:
         RUNTIMES[name].check_packages()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         inputs = _write_inputs(checkpoint, batches, folder)
         variants = [one for name in runtimes for one in RUNTIMES[name].variants(checkpoint, folder)]
         common = inputs | {"threads": threads, "seconds": seconds}

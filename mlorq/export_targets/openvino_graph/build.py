@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from mlorq.codecs.trellis_graph import ROTATED
 from mlorq.errors import ModelError, one_line
 from mlorq.export_targets.onnx_graph import build as onnx_build
 from mlorq.export_targets.openvino_graph.decoding import HINTS, METADATA
+from mlorq.scratch import scratch_folder
 
 KERNEL_BITS = 8  # OpenVINO keeps codes of 2, 4 and 8 bits packed
 
@@ -76,7 +76,7 @@ def set_metadata(model: Any, about: Mapping[str, Any]) -> None:
 
 def content(model: Any) -> tuple[bytes, bytes]:
     """A model as the content of its ``.xml`` and ``.bin`` files."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=False)
         return _shorter(path.read_text()).encode(), path.with_suffix(".bin").read_bytes()
