@@ -299,8 +299,10 @@ def write_file(location: str, data: bytes) -> None:
     """
     import fsspec
 
+    from mlorq.artifacts.transfer import os_errors
+
     try:
-        with fsspec.open(resolve_location(location, os.getcwd()), "wb") as file:
+        with os_errors(), fsspec.open(resolve_location(location, os.getcwd()), "wb") as file:
             file.write(data)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise StoreError(f"{location} cannot be written: {error}") from error

@@ -20,12 +20,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import fsspec
+
+from mlorq.errors import MlorqError
 
 CHUNK_BYTES = 8 * 2**20  # size of a part of a large file; S3 requires at least 5 MiB
 PARALLEL = 8  # transfers at a time; botocore opens 10 connections
@@ -50,6 +52,20 @@ def can_pass(fault: BaseException | None) -> bool:
     """Whether a fault is transient, like a network outage and unlike a missing file or a full disk."""
     permanent = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
     return isinstance(fault, OSError) and not isinstance(fault, permanent) and fault.errno not in PERMANENT_ERRNO
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Turn exceptions of drivers in a ``with`` block into ``OSError``s, unless they show a defect of code."""
+    try:
+        yield
+    except MlorqError:
+        raise
+    except Exception as error:
+        fault = as_os_error(error)
+        if fault is None or fault is error:
+            raise
+        raise fault from error
 
 
 def as_os_error(error: Exception) -> OSError | None:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from fsspec import AbstractFileSystem
 from torch import Tensor, nn
 
-from mlorq.artifacts.store import put_file
+from mlorq.artifacts.transfer import os_errors, put_file
 from mlorq.checkpoint import places
 from mlorq.checkpoint.description import Description, is_old_description, read_description
 from mlorq.checkpoint.figures import count_unit, layer_figures, total_figures
@@ -40,22 +41,27 @@ def save(files: Mapping[str, bytes], location: Location) -> None:
     with _naming(location):
         fs, root = places.file_system(location)
         try:
-            fs.makedirs(root, exist_ok=True)
-            if fs.exists(posixpath.join(root, DESCRIPTION)):
-                fs.rm_file(posixpath.join(root, DESCRIPTION))
-            old = places.read(location, OLD_DESCRIPTION)
-            if DESCRIPTION in files and old is not None and is_old_description(old):
-                fs.rm_file(posixpath.join(root, OLD_DESCRIPTION))
-            for name in ALLOWED:
-                stale = posixpath.join(root, FOLDER, name)
-                if f"{FOLDER}/{name}" not in files and fs.exists(stale):
-                    fs.rm_file(stale)
-            for name in sorted(files, key=lambda name: name == DESCRIPTION):
-                path = posixpath.join(root, name)
-                fs.makedirs(posixpath.dirname(path), exist_ok=True)
-                put_file(fs, path, files[name])
+            with os_errors():
+                _save(files, location, fs, root)
         except OSError as error:
             raise CheckpointError(f"it cannot be written: {error}") from error
+
+
+def _save(files: Mapping[str, bytes], location: Location, fs: AbstractFileSystem, root: str) -> None:
+    fs.makedirs(root, exist_ok=True)
+    if fs.exists(posixpath.join(root, DESCRIPTION)):
+        fs.rm_file(posixpath.join(root, DESCRIPTION))
+    old = places.read(location, OLD_DESCRIPTION)
+    if DESCRIPTION in files and old is not None and is_old_description(old):
+        fs.rm_file(posixpath.join(root, OLD_DESCRIPTION))
+    for name in ALLOWED:
+        stale = posixpath.join(root, FOLDER, name)
+        if f"{FOLDER}/{name}" not in files and fs.exists(stale):
+            fs.rm_file(stale)
+    for name in sorted(files, key=lambda name: name == DESCRIPTION):
+        path = posixpath.join(root, name)
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        put_file(fs, path, files[name])
 
 
 def load(location: Location, model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import posixpath
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 import fsspec
@@ -14,13 +13,15 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mlorq.artifacts.transfer import as_os_error
+from mlorq.artifacts.transfer import os_errors
 from mlorq.errors import CheckpointError, one_line
+from mlorq.scratch import scratch_folder
 
 TENSORS = "model.safetensors"
 DESCRIPTION = "mlorq.json"
 FILES = (TENSORS, DESCRIPTION)
 OLD_DESCRIPTION = "config.json"  # of format 1; also the name that Hugging Face gives its own
+ABSENT = (FileNotFoundError, NotADirectoryError)
 Location = str | os.PathLike[str]
 
 
@@ -28,13 +29,28 @@ def file_system(location: Location) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a location, and the path in it.
 
     Raises:
-        CheckpointError: the protocol is unknown or its driver is not installed.
+        CheckpointError: the protocol is unknown, or its driver is not installed or refuses.
     """
     try:
-        fs, root = url_to_fs(os.fspath(location))
+        with os_errors():
+            fs, root = url_to_fs(os.fspath(location))
         return fs, str(root)
-    except (ValueError, ImportError) as error:
-        raise CheckpointError(str(error)) from error
+    except (OSError, ImportError) as error:
+        raise CheckpointError(one_line(error)) from error
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn faults of drivers into one line that names the file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with os_errors():
+            yield
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from error
 
 
 def read(location: Location, name: str) -> bytes | None:
@@ -45,19 +61,17 @@ def read(location: Location, name: str) -> bytes | None:
     """
     fs, root = file_system(location)
     try:
-        return bytes(fs.cat_file(posixpath.join(root, name)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:  # drivers have exceptions of their own
-        fault = as_os_error(error)
-        if fault is None:
-            raise
-        raise CheckpointError(f"{name} cannot be read: {one_line(fault)}") from error
+        with reading(name):
+            return bytes(fs.cat_file(posixpath.join(root, name)))
+    except CheckpointError as error:
+        if isinstance(error.__cause__, ABSENT):
+            return None
+        raise
 
 
 @contextmanager
 def opened(location: Location, name: str, *, whole: bool) -> Iterator[tuple[IO[bytes], int]]:
-    """An open file, and its size in bytes.
+    """An open file, and its size in bytes. Its reads belong into ``reading``.
 
     Args:
         location: folder or URL.
@@ -65,32 +79,38 @@ def opened(location: Location, name: str, *, whole: bool) -> Iterator[tuple[IO[b
         whole: whether all of it will be read; it is then copied to a temporary file first if it is on a network.
 
     Raises:
-        CheckpointError: the file is missing or cannot be read.
+        CheckpointError: the file is missing or cannot be opened.
     """
+    with ExitStack() as stack:
+        try:
+            with reading(name):
+                file, size = stack.enter_context(_file(location, name, whole))
+        except CheckpointError as error:
+            if isinstance(error.__cause__, ABSENT):
+                raise CheckpointError(missing(location, name)) from error
+            raise
+        yield file, size
+
+
+@contextmanager
+def _file(location: Location, name: str, whole: bool) -> Iterator[tuple[IO[bytes], int]]:
     fs, root = file_system(location)
     path = posixpath.join(root, name)
-    near = isinstance(fs, (LocalFileSystem, MemoryFileSystem))
-    try:
-        with tempfile.TemporaryDirectory(prefix="mlorq-load-") if whole and not near else _nothing() as folder:
-            if folder is not None:
-                fs.get_file(path, os.path.join(folder, name))
-                path, fs = os.path.join(folder, name), LocalFileSystem()
-            # Python's own files read straight into a tensor's memory.
-            with open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size if isinstance(fs, LocalFileSystem) else int(fs.size(path))
-                yield file, size
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(missing(location, name)) from error
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}") from error
+    if isinstance(fs, LocalFileSystem):
+        with open(path, "rb") as file:  # Python's own files read straight into a tensor's memory
+            yield file, os.fstat(file.fileno()).st_size
+    elif isinstance(fs, MemoryFileSystem) or not whole:
+        with fs.open(path, "rb") as file:
+            yield file, int(fs.size(path))
+    else:
+        with scratch_folder() as folder:
+            fs.get_file(path, os.path.join(folder, TENSORS))
+            with _file(folder, TENSORS, whole) as found:
+                yield found
 
 
 def missing(location: Location, name: str) -> str:
     """What to say of a file that is not there."""
     fs, root = file_system(location)
-    return f"the folder has no {name}" if fs.isdir(root) else "the folder does not exist"
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+    with reading(name):
+        return f"the folder has no {name}" if fs.isdir(root) else "the folder does not exist"

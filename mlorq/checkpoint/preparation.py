@@ -58,26 +58,26 @@ def read_preparation(location: Location, config: Mapping[str, Any]) -> dict[str,
         CheckpointError: a file is missing, too large or changed, or ``mlorq.json`` names one that is not allowed.
     """
     table = config.get(KEY) or {}
-    for name in table:
-        if name not in ALLOWED:
-            raise CheckpointError(
-                f"checkpoint {location}: {DESCRIPTION} names {name!r:.60}, which is not a file of a tokenizer or image "
-                "processor"
-            )
-    fs, root = places.file_system(location)
-    if not table or not fs.exists(posixpath.join(root, FOLDER)):
-        return {}
-    return {name: _read(location, name, about) for name, about in table.items()}
+    try:
+        for name in table:
+            if name not in ALLOWED:
+                raise CheckpointError(
+                    f"{DESCRIPTION} names {name!r:.60}, which is not a file of a tokenizer or image processor"
+                )
+        fs, root = places.file_system(location)
+        with places.reading(FOLDER):
+            if not table or not fs.exists(posixpath.join(root, FOLDER)):
+                return {}
+        return {name: _read(location, name, about) for name, about in table.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {location}: {error}") from error
 
 
 def _read(location: Location, name: str, about: Mapping[str, Any]) -> bytes:
     path = posixpath.join(FOLDER, name)
-    try:
-        with places.opened(location, path, whole=False) as (file, size):
-            # Compared before it is read: whoever made the folder chose what lies there.
-            data = file.read() if size == about["bytes"] <= MOST_BYTES else b""
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint {location}: {error}") from error
+    with places.opened(location, path, whole=False) as (file, size), places.reading(path):
+        # Compared before it is read: whoever made the folder chose what lies there.
+        data = file.read() if size == about["bytes"] <= MOST_BYTES else b""
     if len(data) != about["bytes"] or digest(data) != about["digest"]:
-        raise CheckpointError(f"checkpoint {location}: {path} does not have its size and digest in {DESCRIPTION}")
+        raise CheckpointError(f"{path} does not have its size and digest in {DESCRIPTION}")
     return data

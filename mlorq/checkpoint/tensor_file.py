@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from mlorq.checkpoint.places import TENSORS
+from mlorq.checkpoint.places import TENSORS, reading
 from mlorq.errors import CheckpointError, one_line
 from mlorq.numbers import byte_count
 
@@ -129,13 +129,13 @@ def read_header(file: IO[bytes], file_bytes: int) -> Header:
         file_bytes: size of the file.
 
     Raises:
-        CheckpointError: the header is damaged, or the file has another size than it says.
+        CheckpointError: the header is damaged or cannot be read, or the file has another size than it says.
     """
     try:
-        start = LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
+        start = LENGTH_BYTES + int.from_bytes(_read(file, LENGTH_BYTES), "little")
         if not 2 * LENGTH_BYTES <= start + LENGTH_BYTES <= min(file_bytes, MOST_HEADER) + LENGTH_BYTES:
             raise ValueError(f"a header of {byte_count(start - LENGTH_BYTES)} in a file of {byte_count(file_bytes)}")
-        table = json.loads(file.read(start - LENGTH_BYTES))
+        table = json.loads(_read(file, start - LENGTH_BYTES))
         if not isinstance(table, dict):
             raise ValueError("the header is not an object")
         extra = table.pop("__metadata__", None) or {}
@@ -150,7 +150,7 @@ def read_header(file: IO[bytes], file_bytes: int) -> Header:
         if own is None:
             return Header(tensors, start)
         return _with_digests(table, tensors, own, start)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"{TENSORS} is damaged: {reason}") from error
 
@@ -170,16 +170,19 @@ def read_tensor(file: IO[bytes], header: Header, name: str) -> Tensor:
     found = torch.empty(stored.shape, dtype=stored.dtype)
     # As bytes, since NumPy has no bfloat16; a scalar has no axis to be viewed along.
     view = found.reshape(-1).view(torch.uint8).numpy().data if stored.bytes else memoryview(b"")
-    try:
+    with reading(TENSORS):
         file.seek(header.start + stored.begin)
         read = file.readinto(view) if stored.bytes else 0  # type: ignore[attr-defined]
-    except OSError as error:
-        raise CheckpointError(f"{TENSORS} cannot be read: {one_line(error)}") from error
     if read != stored.bytes:
         raise CheckpointError(f"{TENSORS} is damaged: tensor {name!r} is cut off")
     if stored.digest is not None and digest(view) != stored.digest:
         raise CheckpointError(f"{TENSORS} is damaged: tensor {name!r} does not have its digest")
     return found
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    with reading(TENSORS):
+        return file.read(size)
 
 
 def _tensors(table: Mapping[str, Any]) -> dict[str, StoredTensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlorq.artifacts.transfer import can_pass
+from mlorq.artifacts.transfer import can_pass, os_errors
 from mlorq.errors import DataError, one_line
 
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -24,10 +24,11 @@ def contents(fs: Any, path: str, name: str, missing: str = "does not exist") -> 
         OSError: a transient fault of a network; a step that meets one is tried again.
     """
     try:
-        data: bytes = fs.cat_file(path)
+        with os_errors():
+            data: bytes = fs.cat_file(path)
     except NO_FILE:
         raise DataError(f"{name} {missing}") from None
-    except (OSError, ValueError) as error:  # ValueError: of names that no file can have
+    except OSError as error:
         if can_pass(error):
             raise
         raise DataError(f"{name} cannot be read: {one_line(error)}") from error

@@ -36,7 +36,8 @@ class Dense(ExportTarget[DenseSettings]):
         import torch
         from fsspec.core import url_to_fs
 
-        from mlorq.artifacts.store import put_file, tensors_bytes
+        from mlorq.artifacts.store import tensors_bytes
+        from mlorq.artifacts.transfer import os_errors, put_file
         from mlorq.checkpoint.io import dense_state
 
         state, dropped = dense_state(checkpoint)
@@ -49,10 +50,11 @@ class Dense(ExportTarget[DenseSettings]):
             dtype = getattr(torch, settings.dtype)
             state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         try:
-            fs, path = url_to_fs(output)
-            fs.makedirs(posixpath.dirname(path) or ".", exist_ok=True)
-            put_file(fs, path, tensors_bytes(state))
-        except (OSError, ValueError, ImportError) as error:
+            with os_errors():
+                fs, path = url_to_fs(output)
+                fs.makedirs(posixpath.dirname(path) or ".", exist_ok=True)
+                put_file(fs, path, tensors_bytes(state))
+        except (OSError, ImportError) as error:
             raise CheckpointError(f"{output} cannot be written: {error}") from error
         return [output]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from mlorq.artifacts.transfer import os_errors
 from mlorq.errors import ConfigError
 from mlorq.forms.base import FIELDS
 
@@ -23,12 +24,13 @@ def find_result(checkpoint: str, budget: str | None) -> dict[str, Any]:
         budget: the budget that the checkpoint records. Runs at several budgets can have the same checkpoint.
     """
     try:
-        fs, root = url_to_fs(checkpoint)
-        store, key = posixpath.dirname(posixpath.dirname(root.rstrip("/"))), posixpath.basename(root.rstrip("/"))
-        results = [json.loads(fs.cat_file(path)) for path in sorted(fs.glob(f"{store}/{STEP}/*/{FILE}"))]
+        with os_errors():
+            fs, root = url_to_fs(checkpoint)
+            store, key = posixpath.dirname(posixpath.dirname(root.rstrip("/"))), posixpath.basename(root.rstrip("/"))
+            results = [json.loads(fs.cat_file(path)) for path in sorted(fs.glob(f"{store}/{STEP}/*/{FILE}"))]
         own = [result for result in results if result["artifacts"]["checkpoint"]["key"] == key]
         own.sort(key=lambda result: result.get("budget") != budget)
-    except (OSError, ValueError, ImportError, KeyError, TypeError):
+    except (OSError, ImportError, KeyError, TypeError):
         return {}  # what is beside the folder is of other software, or damaged
     return dict(own[0]) if own else {}
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlorq.artifacts.transfer import os_errors
 from mlorq.errors import CheckpointError, ModelError, one_line
 from mlorq.export_targets.onnx_graph.calls import Call, rebuilt
 from mlorq.forms.in_memory import release_memory
@@ -183,7 +184,7 @@ def read_metadata(source: str | bytes) -> dict[str, Any]:
 
     name = "the graph" if isinstance(source, bytes) else source
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else fsspec.open(source, "rb").open() as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else _opened(source) as file:
             entries, size = _entries(file)
         about: dict[str, Any] = json.loads(entries[METADATA])
     except OSError as error:
@@ -236,7 +237,12 @@ def _varint(file: BinaryIO) -> int:
         shift += 7
 
 
+def _opened(location: str) -> BinaryIO:
+    with os_errors():
+        file: BinaryIO = fsspec.open(location, "rb").open()
+    return file
+
+
 def _content(location: str) -> bytes:
-    with fsspec.open(location, "rb") as file:
-        found: bytes = file.read()
-    return found
+    with _opened(location) as file:
+        return file.read()
