@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _interrupted(interrupted)
     except Exception as error:
         # An interrupt between two states of a task makes Prefect raise an error of its own.
-        if interrupted.is_set():
+        if interrupted.caused(error):
             return _interrupted(interrupted)
         if isinstance(error, BrokenPipeError):  # the reader of the output (a pager, `head`) has closed it
             sys.stderr.close()

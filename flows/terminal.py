@@ -49,6 +49,19 @@ class Interrupt(threading.Event):
 
     status = 128 + signal.SIGINT
 
+    def caused(self, error: BaseException) -> bool:
+        """Whether a signal led to an error, which hides what the signal raised."""
+        if self.is_set():
+            return True
+        # In a flow, Prefect handles SIGTERM by an exception of its own, which it passes on when the flow has ended.
+        terminated = getattr(sys.modules.get("prefect.exceptions"), "TerminationSignal", ())
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, terminated):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            self.status = 128 + signal.SIGTERM
+        return cause is not None
+
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:

@@ -62,7 +62,7 @@ def manifests(store: Path, step: str = "*") -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in store.glob(f"{step}/*/manifest.json")}
 
 
-def wait_for(store: Path, step: str, count: int, seconds: float = 120) -> None:
+def wait_for(store: Path, step: str, count: int, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while len(manifests(store, step)) < count:
         assert time.monotonic() < deadline, manifests(store)
@@ -107,7 +107,7 @@ def test_a_killed_container_of_a_step(
     worker = stack.start_worker("faults")
     run = stack.run("compress/compress", parameters)
     wait_for(store, "candidates", LAYERS)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     boxes: list[Any] = []
     while not boxes:
         assert time.monotonic() < deadline
@@ -145,7 +145,7 @@ def test_a_store_that_is_down_for_twenty_seconds(stack: Stack, tmp_path: Path) -
         worker = stack.start_worker("faults", **server.environment)
         run = stack.run("compress/compress", parameters)
         store = Store(url)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while len(list(store.refs("sensitivity"))) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.2)

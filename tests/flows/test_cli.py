@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefect.exceptions import TerminationSignal
 
 from flows.cli import main
 from flows.dry_run import smallest_layer
@@ -337,12 +339,21 @@ def test_an_interrupt_that_ends_in_an_error_is_an_interrupt(
         event.set()
         raise ValueError("Task run is not set")
 
+    def terminated(arguments: list[str], event: threading.Event) -> int:
+        try:
+            raise TerminationSignal(
+                signal=signal.SIGTERM
+            )  # by the handler that Prefect installs for the time of a flow
+        except TerminationSignal:
+            raise ValueError("Task run is not set")  # noqa: B904
+
     def defect(arguments: list[str], event: threading.Event) -> int:
         raise ValueError("a defect")
 
-    monkeypatch.setattr("flows.cli._run", interrupted)
-    assert main(["models"]) == 130
-    assert "run the same command again to resume" in capsys.readouterr().err
+    for run, status in ((interrupted, 130), (terminated, 143)):
+        monkeypatch.setattr("flows.cli._run", run)
+        assert main(["models"]) == status
+        assert "run the same command again to resume" in capsys.readouterr().err
     monkeypatch.setattr("flows.cli._run", defect)
     with pytest.raises(ValueError, match="a defect"):
         main(["models"])
