@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mlorq.scratch import scratch_folder
 
 INDEX = "model.safetensors.index.json"
 OTHER_FILES = ("subfolder", "variant", "gguf_file", "use_safetensors")  # arguments that name other files of a model
@@ -40,7 +41,7 @@ def in_dtype(location: str, dtype: torch.dtype, arguments: Mapping[str, Any]) ->
     if any(name in arguments for name in OTHER_FILES) or not any(_differs(file, dtype) for file in files):
         yield location
         return
-    with tempfile.TemporaryDirectory(prefix="mlorq-weights-") as made:
+    with scratch_folder() as made:
         for file in folder.iterdir():
             if file not in files and file.name != INDEX:
                 (Path(made) / file.name).symlink_to(file.resolve())
