@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from mlorq.data.choose import before_glob
 from mlorq.data.packages import OptionalPackage
 from mlorq.data.source import BatchSettings, ModelSettings, RefusedElsewhere, Role, SourceSettings
 from mlorq.errors import ConfigError, DataError
+from mlorq.extras import install_command
 from tests.nets import TokenNet, float_model
 
 
@@ -158,7 +160,8 @@ def test_before_glob():
 
 def test_a_missing_package_is_named_with_what_installs_it():
     assert OptionalPackage("json", "x").require("this").loads("1") == 1
-    with pytest.raises(DataError, match=r"source x needs the package nowhere_at_all \(pip .*mlorq\[y\]'\), or go"):
+    found = re.escape(f"source x needs the package nowhere_at_all ({install_command('y')}), or go")
+    with pytest.raises(DataError, match=found):
         OptionalPackage("nowhere_at_all", "y").require("source x", "go")
 
 

@@ -13,7 +13,7 @@ from flows.compress import compress_flow
 from flows.permissions import check_permitted, check_text, is_below_roots, is_limited
 from flows.run_form import explicit_values, read_config
 from mlorq.config.run import RunConfig
-from mlorq.errors import ConfigError
+from mlorq.errors import ConfigError, ModelError
 from tests.flows.test_cli import write_project
 
 HARMLESS: dict[str, Any] = {
@@ -185,8 +185,8 @@ def test_the_working_directory_is_the_root_by_default(project: Path, monkeypatch
 def test_names_in_packages_stay_inside_them() -> None:
     from mlorq.models.transformers import TransformersSettings, locate
 
-    name = "yaml/../yaml"
-    assert locate(TransformersSettings(name=name, task="fill-mask")) == name  # nothing of this machine
+    with pytest.raises(ModelError, match=r"folder .*/yaml does not exist"):  # no package of this machine
+        locate(TransformersSettings(name="yaml/../yaml", task="fill-mask"))
 
 
 # -- flows ------------------------------------------------------------------------------------------------------
