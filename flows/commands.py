@@ -39,8 +39,6 @@ def compress(arguments: Arguments) -> Finish:
         check_output(arguments.output)
     found = _flow(arguments, config, budgets)
     results: list[dict[str, Any]] = found["results"]
-    if arguments.output is not None:
-        _copy_checkpoints(config, arguments.output, results)
     if len(results) == 1:
         results[0] |= {"wall_seconds": found["wall_seconds"]}
 
@@ -267,9 +265,13 @@ def _flow(arguments: Arguments, config: RunConfig, budgets: list[Budget] | None)
         budgets = budgets or []
         shown = [budget.text for budget in budgets]
         observer, record = terminal_progress(), prefect.expect
-        with handing(Handed(session, budgets, observer, _command(arguments), record, arguments.interrupted)):
+        given = Handed(session, budgets, observer, _command(arguments), record, arguments.interrupted)
+        with session.in_use(), handing(given):
             if arguments.command == "compress":
-                return compress_flow(values, config.folder, shown)
+                found: dict[str, Any] = compress_flow(values, config.folder, shown)
+                if arguments.output is not None:  # as long as nobody removes them
+                    _copy_checkpoints(config, arguments.output, found["results"])
+                return found
             if arguments.command == "compare":
                 return compare_flow(values, config.folder, shown, _names(arguments), arguments.activations)
             if sweeping:

@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
@@ -36,6 +37,8 @@ from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
 from steps.smallest import Bisection
 
+P = ParamSpec("P")
+T = TypeVar("T")
 STORE_PAGES = "MLORQ_STORE_PAGES"  # variable of the environment: the address at which browsers reach the store
 
 
@@ -62,6 +65,18 @@ def carry_out(parameters: Mapping[str, Any], *, allocate_only: bool = False, ann
     return run_on(session, parsed, started, allocate_only=allocate_only, announce=announce)
 
 
+def _in_use(function: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
+    """Let nobody remove artifacts of the session's store until a function has returned."""
+
+    @wraps(function)
+    def call(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with session.in_use():
+            return function(session, *args, **kwargs)
+
+    return call
+
+
+@_in_use
 def run_on(
     session: Session,
     budgets: Sequence[Budget],

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlorq.allocation.choices import TableBudget, smallest_bytes, smallest_memory, smallest_tables
-from mlorq.artifacts.leases import running
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.errors import BudgetError
@@ -293,7 +292,7 @@ def run_allocations(
 
 def allocate_budgets(session: Session, executor: Executor, search: Search, budgets: Sequence[Budget]) -> Allocated:
     """Solve the integer program of every possible budget; all budgets are checked before the first is solved."""
-    with running(session.store.leases, f"a run of {session.config.model.display_name}"):
+    with session.in_use():
         return _allocate_budgets(session, executor, search, budgets)
 
 

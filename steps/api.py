@@ -212,7 +212,7 @@ def compress(
         executor = InProcess(session, None if line else _reporter(progress), outcomes.append, line)
         started = time.perf_counter()
         shown = contextlib.nullcontext() if line is None else contextlib.closing(line)
-        with shown, torch.inference_mode(False), torch.enable_grad():
+        with shown, session.in_use(), torch.inference_mode(False), torch.enable_grad():
             if keep is None:
                 (result,) = run_pipeline(session, executor, config.budgets)
                 summary = result_json(session, result)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlorq.artifacts.leases import running
 from mlorq.artifacts.store import ArtifactRef
 from mlorq.config.budget import Budget
 from mlorq.config.layer_overrides import check_overrides
@@ -257,7 +256,7 @@ def run_pipeline(
     """
     export.check(session)
     measured = baseline.spec(session)
-    with running(session.store.leases, f"a run of {session.config.model.display_name}"):
+    with session.in_use():
 
         def measure() -> None:
             executor.phase("baseline", 1)

@@ -6,11 +6,13 @@ functions have no access to it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlorq.artifacts.fingerprints import opened_files
+from mlorq.artifacts.leases import running
 from mlorq.artifacts.store import Store
 from mlorq.config.run import RunConfig, SourceConfig
 from mlorq.data import load_dataset
@@ -128,6 +130,10 @@ class Session:
                 self.made_from = made_from(config, self.store, self._opened | found)
             return data
         return load_dataset(source, role, model, config.model, config.folder, config.seed)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Marks the store for the duration of a ``with`` block: ``gc`` removes nothing. A run may be inside another."""
+        return running(self.store.leases, f"a run of {self.config.model.display_name}")
 
     # -- model and data ---------------------------------------------------------------------------------------
 

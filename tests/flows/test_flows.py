@@ -18,9 +18,11 @@ import pytest
 import torch
 
 import steps
+from flows import commands, pipeline
 from flows.cli import main
 from flows.executor import PrefectExecutor
 from flows.failures import failed_name
+from flows.garbage import alone
 from flows.progress import Observers
 from flows.run import open_session
 from mlorq.artifacts.store import Store
@@ -228,11 +230,40 @@ def test_the_default_preset_does_what_its_dry_run_says(
     assert result["bytes"] <= result["budget_bytes"]
     again = prints_json(capsys, "compress", path)
     assert again["steps"] == {"computed": 0, "reused": result["steps"]["computed"]}
-    (alone,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
-    assert alone["steps"]["computed"] == 1
+    (solved,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
+    assert solved["steps"]["computed"] == 1
     (found,) = prints_json(capsys, "rebudget", path, "--budget", "5bit")["results"]
-    assert found["allocation"] == alone["allocation"]
+    assert found["allocation"] == solved["allocation"]
     assert found["steps"]["reused"] >= SHARED_STEPS + 1  # the program's solution too
+
+
+def test_nothing_is_removed_before_a_command_has_read_its_results(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is in use beyond the last step: the results are read, the pages made, the checkpoint copied."""
+    refused: list[str] = []
+
+    def asking(owner: Any, name: str) -> None:
+        given = getattr(owner, name)
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            with (
+                pytest.raises(StoreError, match="may need any artifact"),
+                alone(Store(f"file://{finished.store}"), "store gc"),
+            ):
+                pass
+            refused.append(name)
+            return given(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, ask)
+
+    asking(pipeline, "results_json")
+    asking(pipeline, "_show_result")
+    asking(commands, "_copy_checkpoints")
+    prints_json(capsys, "compress", finished.config, "--output", tmp_path / "out")
+    assert refused == ["results_json", "_show_result", "_copy_checkpoints"]
+    with alone(Store(f"file://{finished.store}"), "store gc"):
+        pass
 
 
 def test_rebudget_and_allocate_only(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +300,7 @@ def test_rebudget_and_allocate_only(finished: Finished, capsys: pytest.CaptureFi
 def test_allocations_alone_are_listed_until_they_are_runs(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (alone,) = prints_json(capsys, "rebudget", finished.config, "--budget", "4.5bit", "--allocate-only")["results"]
+    (solved,) = prints_json(capsys, "rebudget", finished.config, "--budget", "4.5bit", "--allocate-only")["results"]
     listed = prints_json(capsys, "runs", finished.config)
     (row,) = [row for row in listed["allocations"] if row["budget"] == "4.5bit"]
     assert {name: row[name] for name in ("run", "model", "budget_bytes", "bytes", "predicted_cost")} == {
