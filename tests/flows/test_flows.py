@@ -18,11 +18,10 @@ import pytest
 import torch
 
 import steps
-from flows import commands, pipeline
+from flows import commands, garbage, pipeline
 from flows.cli import main
 from flows.executor import PrefectExecutor
 from flows.failures import failed_name
-from flows.garbage import alone
 from flows.progress import Observers
 from flows.run import open_session
 from mlorq.artifacts.store import Store
@@ -230,10 +229,10 @@ def test_the_default_preset_does_what_its_dry_run_says(
     assert result["bytes"] <= result["budget_bytes"]
     again = prints_json(capsys, "compress", path)
     assert again["steps"] == {"computed": 0, "reused": result["steps"]["computed"]}
-    (solved,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
-    assert solved["steps"]["computed"] == 1
+    (alone,) = prints_json(capsys, "rebudget", path, "--budget", "5bit", "--allocate-only")["results"]
+    assert alone["steps"]["computed"] == 1
     (found,) = prints_json(capsys, "rebudget", path, "--budget", "5bit")["results"]
-    assert found["allocation"] == solved["allocation"]
+    assert found["allocation"] == alone["allocation"]
     assert found["steps"]["reused"] >= SHARED_STEPS + 1  # the program's solution too
 
 
@@ -249,7 +248,7 @@ def test_nothing_is_removed_before_a_command_has_read_its_results(
         def ask(*args: Any, **kwargs: Any) -> Any:
             with (
                 pytest.raises(StoreError, match="may need any artifact"),
-                alone(Store(f"file://{finished.store}"), "store gc"),
+                garbage.alone(Store(f"file://{finished.store}"), "store gc"),
             ):
                 pass
             refused.append(name)
@@ -262,7 +261,7 @@ def test_nothing_is_removed_before_a_command_has_read_its_results(
     asking(commands, "_copy_checkpoints")
     prints_json(capsys, "compress", finished.config, "--output", tmp_path / "out")
     assert refused == ["results_json", "_show_result", "_copy_checkpoints"]
-    with alone(Store(f"file://{finished.store}"), "store gc"):
+    with garbage.alone(Store(f"file://{finished.store}"), "store gc"):
         pass
 
 
@@ -300,7 +299,7 @@ def test_rebudget_and_allocate_only(finished: Finished, capsys: pytest.CaptureFi
 def test_allocations_alone_are_listed_until_they_are_runs(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (solved,) = prints_json(capsys, "rebudget", finished.config, "--budget", "4.5bit", "--allocate-only")["results"]
+    (alone,) = prints_json(capsys, "rebudget", finished.config, "--budget", "4.5bit", "--allocate-only")["results"]
     listed = prints_json(capsys, "runs", finished.config)
     (row,) = [row for row in listed["allocations"] if row["budget"] == "4.5bit"]
     assert {name: row[name] for name in ("run", "model", "budget_bytes", "bytes", "predicted_cost")} == {
