@@ -72,7 +72,10 @@ TRAINING = {"iterations": 2, "tuning": 2, "samples": 2}
 WORSE = (
     1.5  # ratio of the NMSE after training to that of closed forms; two steps lower it by little, or raise it by little
 )
-NOISE = 1e-6  # NMSE below which models are equal
+NOISE = 1e-9  # NMSE below which models are equal
+TRELLIS = (
+    200_000  # parameters of a model up to which layers may take trellis codes: their fits take nearly all the time
+)
 STORE = "trained"  # of the two runs of a model, in memory
 WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
 DIRECT = "its weight is read directly"
@@ -177,13 +180,16 @@ def _trained(module: nn.Module, batch: Any) -> dict[str, Any]:
     """As ``_whole``, with training; ``closed``: NMSE of the same search without it; ``trained``: number of blocks."""
     store = MemoryFileSystem()
     settings = CHEAP_BEST | {"store": f"memory://{STORE}"}
+    if sum(value.numel() for value in module.parameters()) > TRELLIS:
+        settings["search"] = settings["search"] | {"forms": ["Q"]}
     try:
         with patch("steps.summary.front_picture", return_value=b""):  # takes longer than all the rest
             closed = mlorq.compress(module, [batch], rounding="closed_form", **settings)
             result = mlorq.compress(module, [batch], rounding=TRAINING, **settings)
         trained = len(store.ls(f"/{STORE}/reconstruct")) if store.exists(f"/{STORE}/reconstruct") else 0
     finally:
-        store.rm(f"/{STORE}", recursive=True)
+        with suppress(FileNotFoundError):  # an error before the first artifact
+            store.rm(f"/{STORE}", recursive=True)
     row = {"closed": closed.metrics["nmse"], "trained": trained, **_reloaded(module, batch, result)}
     return row | {"worse": not row["nmse"] <= WORSE * row["closed"] + NOISE}
 

@@ -104,7 +104,11 @@ class Net(nn.Module):
     def __init__(self, kind: type[Plain]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.blocks, self.head = nn.Linear(WIDTH, WIDTH), nn.ModuleList([kind(), kind()]), nn.Linear(WIDTH, 3)
+        self.first, self.blocks, self.head = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.ModuleList([kind(), kind()]),
+            nn.Linear(WIDTH, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, cache = self.first(x), Cache()
