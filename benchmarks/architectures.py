@@ -69,13 +69,9 @@ CHEAP_BEST: dict[str, Any] = {
     "search": CHEAPEST["search"] | FORMS,
 }
 TRAINING = {"iterations": 2, "tuning": 2, "samples": 2}
-WORSE = (
-    1.5  # ratio of the NMSE after training to that of closed forms; two steps lower it by little, or raise it by little
-)
+WORSE = 1.5  # ratio of the NMSE after training to that of closed forms: two steps change it by little
 NOISE = 1e-9  # NMSE below which models are equal
-TRELLIS = (
-    200_000  # parameters of a model up to which layers may take trellis codes: their fits take nearly all the time
-)
+TRELLIS = 200_000  # parameters of a model up to which layers may take trellis codes, whose fits take longest
 STORE = "trained"  # of the two runs of a model, in memory
 WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
 DIRECT = "its weight is read directly"

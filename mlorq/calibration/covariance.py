@@ -55,14 +55,16 @@ def shrink(matrix: Tensor, samples: int) -> Tensor:
         samples: number of vectors averaged in M.
 
     Returns:
-        ``(n, n)`` float64; the identity if M is zero (a layer that cannot affect the output).
+        ``(n, n)`` float64; the identity if M is zero (a layer that cannot affect the output), or so small that the
+        float32 sums which it comes from have lost their digits, and with them that it is positive semi-definite.
     """
     size = matrix.shape[0]
     share = max(LEAST_SHRINKAGE, size / (size + samples))
     wide = matrix.double()
     level = float(wide.diagonal().mean())
     identity = torch.eye(size, dtype=torch.float64, device=matrix.device)
-    return (1 - share) * wide + share * level * identity if level > 0 else identity
+    known = level > torch.finfo(torch.float32).tiny
+    return (1 - share) * wide + share * level * identity if known else identity
 
 
 def pooled(folds: Sequence[Moments]) -> Moments:

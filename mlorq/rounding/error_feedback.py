@@ -97,7 +97,8 @@ def _damped(moments: InputMoments, amount: float) -> InputMoments:
 def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     """``W* = W + W C (Σ̃ + λI)⁻¹``, float64, with λ chosen by two-fold cross-validation of the output error.
 
-    W itself if no λ reduces the error, or without two folds. Of large layers, every so many rows are judged: λ is one
+    W itself if no λ reduces the error, without two folds, or if the inputs vanish: float32 sums of their products have
+    lost all digits. Of large layers, every so many rows are judged: λ is one
     number for all of them, and trying it on all would cost more than all the rest of rounding.
 
     Args:
@@ -106,7 +107,7 @@ def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     """
     w = weight.double()
     level = float(moments.compressed.diagonal().mean())
-    if len(moments.folds) < 2 or level <= 0:
+    if len(moments.folds) < 2 or level <= torch.finfo(torch.float32).tiny:
         return w
     judging = w[:: -(-len(w) // JUDGING_ROWS)]
     crosses = [judging @ fold.drift_cross for fold in moments.folds]  # W C
