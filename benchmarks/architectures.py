@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/architectures.py timm --json timm.jsonl
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/architectures.py transformers --depth layers --json transformers.jsonl
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/architectures.py transformers --depth trained --json trained.jsonl
     .venv/bin/python benchmarks/architectures.py timm --only resnet
 
 The smallest variant of each of ``timm.list_modules()``, and a tiny model of each class behind ``AutoModel``, with
 random weights and a batch of two. ``--depth whole``: ``mlorq.compress`` with the cheapest settings, then the
 checkpoint is loaded again. ``--depth layers``: only the first step, which decides what is compressed (a tenth of the
-time). Seconds are of CPU time.
+time). ``--depth trained``: as ``whole``, with the forms and the training of preset ``best`` for a few steps, beside the
+same candidates in closed form: a model whose training makes it much worse is marked. Seconds are of CPU time.
 
 Each model runs in a child process, which is stopped at a limit of time or memory. One row each; the last lines count.
 """
@@ -29,8 +31,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
 import mlorq
@@ -57,6 +61,18 @@ CHEAPEST: dict[str, Any] = {
         "sensitivity": "closed_form",
     },
 }
+FORMS = {"forms": ["Q", "LR", "TCQ"], "bits": [4, 8], "factor_bits": [4], "trellis_bits": [3], "metric": "moments"}
+CHEAP_BEST: dict[str, Any] = {
+    "budget": "4bit",
+    "preset": "best",
+    "device": "cpu",
+    "search": CHEAPEST["search"] | FORMS,
+}
+TRAINING = {"iterations": 2, "tuning": 2, "samples": 2}
+WORSE = 1.5  # ratio of the NMSE after training to that of closed forms: two steps change it by little
+NOISE = 1e-9  # NMSE below which models are equal
+TRELLIS = 200_000  # parameters of a model up to which layers may take trellis codes, whose fits take longest
+STORE = "trained"  # of the two runs of a model, in memory
 WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
 DIRECT = "its weight is read directly"
 UNUSED = "never reached by a forward pass"
@@ -106,7 +122,7 @@ def measure(kind: str, name: str, depth: str = "whole") -> dict[str, Any]:
     Args:
         kind: ``timm`` or ``transformers``.
         name: of the architecture.
-        depth: ``whole`` or ``layers``.
+        depth: a key of ``RUNS``.
 
     Returns:
         ``status``: ``ok``, ``refused`` (an error in one line), ``traceback``, ``not built``; ``share`` of the weights
@@ -121,7 +137,7 @@ def measure(kind: str, name: str, depth: str = "whole") -> dict[str, Any]:
         return row | {"status": "not built", "error": _line(error)}
     row |= {"parameters": sum(value.numel() for value in module.parameters())}
     try:
-        row |= _whole(module, batch) if depth == "whole" else _layers(module, batch)
+        row |= RUNS[depth](module, batch)
         row["status"] = "ok"
     except MlorqError as error:
         row |= {"status": "refused", "error": _line(error)}
@@ -153,7 +169,32 @@ def _layers(module: nn.Module, batch: Any) -> dict[str, Any]:
 
 def _whole(module: nn.Module, batch: Any) -> dict[str, Any]:
     """Everything, and the outputs of the loaded checkpoint."""
-    result = mlorq.compress(module, [batch], **CHEAPEST)
+    return _reloaded(module, batch, mlorq.compress(module, [batch], **CHEAPEST))
+
+
+def _trained(module: nn.Module, batch: Any) -> dict[str, Any]:
+    """As ``_whole``, with training; ``closed``: NMSE of the same search without it; ``trained``: number of blocks."""
+    store = MemoryFileSystem()
+    settings = CHEAP_BEST | {"store": f"memory://{STORE}"}
+    if sum(value.numel() for value in module.parameters()) > TRELLIS:
+        settings["search"] = settings["search"] | {"forms": ["Q"]}
+    try:
+        with patch("steps.summary.front_picture", return_value=b""):  # takes longer than all the rest
+            closed = mlorq.compress(module, [batch], rounding="closed_form", **settings)
+            result = mlorq.compress(module, [batch], rounding=TRAINING, **settings)
+        trained = len(store.ls(f"/{STORE}/reconstruct")) if store.exists(f"/{STORE}/reconstruct") else 0
+    finally:
+        with suppress(FileNotFoundError):  # an error before the first artifact
+            store.rm(f"/{STORE}", recursive=True)
+    row = {"closed": closed.metrics["nmse"], "trained": trained, **_reloaded(module, batch, result)}
+    return row | {"worse": not row["nmse"] <= WORSE * row["closed"] + NOISE}
+
+
+RUNS: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {"whole": _whole, "layers": _layers, "trained": _trained}
+
+
+def _reloaded(module: nn.Module, batch: Any, result: mlorq.CompressionResult) -> dict[str, Any]:
+    """What was compressed, and whether the checkpoint has the outputs of the result's model."""
     model = from_module(copy_module(module))
     names = result.allocation["layer"].to_pylist()
     row = shares(model.module, names, [(one.name, one.reason) for one in result.left_float])
@@ -221,7 +262,7 @@ def run_all(
     Args:
         kind: ``timm`` or ``transformers``.
         names: of the architectures.
-        depth: ``whole`` or ``layers``.
+        depth: a key of ``RUNS``.
         timeout: seconds of CPU time for each.
         memory: resident GB for each.
         jobs: number of processes at a time.
@@ -254,12 +295,15 @@ def run_all(
         time.sleep(0.05)
 
 
-def _import_all(kind: str) -> None:
+def _import_all(kind: str, depth: str) -> None:
     """Import what every child needs: before the first of them is made, once for all."""
     _, module, batch = LISTS[kind][1]({"timm": "resnet", "transformers": "bert"}[kind])
     model = from_module(module)
     with torch.no_grad(), suppress(MlorqError):
         model.outputs(model.module, batch)
+    if depth != "layers":
+        torch.manual_seed(0)
+        RUNS[depth](nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), torch.randn(2, 16))
 
 
 def _child(kind: str, name: str, depth: str, file: Any) -> None:
@@ -292,6 +336,9 @@ def line(row: dict[str, Any]) -> str:
     equal = {True: "equal", False: f"differs by {row.get('difference')}", None: ""}[row.get("equal")]
     left = "; ".join(f"{reason}: {size}" for reason, size in sorted(row["left"].items(), key=lambda item: -item[1]))
     share = f"{row['share']:.3f} {row['share_run']:.3f}"
+    if "closed" in row:
+        worse = ", worse" if row["worse"] else ""
+        equal += f", NMSE {row['closed']:.2g} to {row['nmse']:.2g} by training {row['trained']} blocks{worse};"
     return (
         f"{row['name']:28} {share} {row['layers']:4} {row['weights']:10} {row['seconds']:6} s {row['peak_mb']:6} MB "
         f"{equal} {left}"
@@ -319,7 +366,7 @@ def main() -> None:
     parser.add_argument("list", choices=list(LISTS))
     parser.add_argument("--only", action="append", help="name of an architecture; can be repeated")
     parser.add_argument("--every", type=int, default=1, help="only each n-th of the list")
-    parser.add_argument("--depth", choices=["whole", "layers"], default="whole")
+    parser.add_argument("--depth", choices=list(RUNS), default="whole")
     parser.add_argument("--json", type=Path, help="file to which rows are appended; names in it are not run again")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of CPU time per architecture")
     parser.add_argument("--memory", type=float, default=6, help="resident GB per architecture")
@@ -333,7 +380,7 @@ def main() -> None:
     known = {row["name"] for row in rows}
     todo = [name for name in names if name not in known]
     if len(todo) > 1:
-        _import_all(arguments.list)
+        _import_all(arguments.list, arguments.depth)
     for row in run_all(
         arguments.list, todo, arguments.depth, arguments.timeout, arguments.memory, min(arguments.jobs, 2)
     ):

@@ -80,7 +80,7 @@ def compress(
     validation: Sequence[Any] | None = None,
     preset: str = DEFAULT_PRESET,
     accounting: str | None = None,
-    rounding: str | None = None,
+    rounding: str | Mapping[str, Any] | None = None,
     rounding_iterations: int | None = None,
     embeddings: Mapping[str, Any] | None = None,
     activations: Mapping[str, Any] | None = None,
@@ -114,7 +114,8 @@ def compress(
         validation: held-out batches on which the output NMSE is measured; default: the calibration data.
         preset: ``best``, ``fast``, ``integer``, ``quick`` or ``paper``: defaults of the search and the rounding.
         accounting: ``exact`` (bytes on disk) or ``paper`` (weight bits alone).
-        rounding: name of a rounding method (``mlorq.rounding.METHODS``); None: the preset's.
+        rounding: name of a rounding method (``mlorq.rounding.METHODS``), or keys of the ``rounding`` section of a
+            configuration, ``{"iterations": 400, "tuning": 0}``; None: the preset's.
         rounding_iterations: per layer (``lra``) or per block (methods that reconstruct blocks).
         activations: the ``activations`` section of a configuration, ``{"bits": 4, "method": "repq"}``; None: they
             stay float.
@@ -164,7 +165,7 @@ def compress(
     settings = dict(search or {})
     settings |= {"include": list(include), "exclude": list(exclude)}
     settings |= {} if accounting is None else {"accounting": accounting}
-    chosen: dict[str, Any] = {} if rounding is None else {"method": rounding}
+    chosen = dict(rounding) if isinstance(rounding, Mapping) else {} if rounding is None else {"method": rounding}
     chosen |= {} if rounding_iterations is None else {"iterations": rounding_iterations}
     in_memory = IN_MEMORY_DATA
     with contextlib.nullcontext(store) if store else _own_store(model) as url:

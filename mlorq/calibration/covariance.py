@@ -19,6 +19,9 @@ from mlorq.models.layer_list import Layer
 
 FOLDS = 2
 LEAST_SHRINKAGE = 0.005
+# Mean squares below it count as zero: float32 sums of such products have lost their digits, and are not positive
+# semi-definite.
+LEAST_SQUARE = torch.finfo(torch.float32).tiny
 
 
 def has_moments(layer: Layer) -> bool:
@@ -55,14 +58,14 @@ def shrink(matrix: Tensor, samples: int) -> Tensor:
         samples: number of vectors averaged in M.
 
     Returns:
-        ``(n, n)`` float64; the identity if M is zero (a layer that cannot affect the output).
+        ``(n, n)`` float64; the identity if M is zero (a layer that cannot affect the output) up to ``LEAST_SQUARE``.
     """
     size = matrix.shape[0]
     share = max(LEAST_SHRINKAGE, size / (size + samples))
     wide = matrix.double()
     level = float(wide.diagonal().mean())
     identity = torch.eye(size, dtype=torch.float64, device=matrix.device)
-    return (1 - share) * wide + share * level * identity if level > 0 else identity
+    return (1 - share) * wide + share * level * identity if level > LEAST_SQUARE else identity
 
 
 def pooled(folds: Sequence[Moments]) -> Moments:

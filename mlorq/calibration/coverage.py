@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlorq.calibration.covariance import FOLDS, Moments
+from mlorq.calibration.covariance import FOLDS, LEAST_SQUARE, Moments
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, take_samples
 from mlorq.models.observe import first_argument
@@ -54,13 +54,13 @@ class Coverage:
 
 
 def damped_factor(inputs: Tensor) -> Tensor | None:
-    """L of ``L Lᵀ = Σ + λ I``, λ = ``DAMPING`` × the mean of Σ's diagonal; None if Σ is zero.
+    """L of ``L Lᵀ = Σ + λ I``, λ = ``DAMPING`` × the mean of Σ's diagonal; None if Σ is zero up to ``LEAST_SQUARE``.
 
     Args:
         inputs: Σ, ``(n, n)`` float64.
     """
     level = float(inputs.diagonal().mean())
-    if level <= 0:
+    if level <= LEAST_SQUARE:
         return None
     factor: Tensor = torch.linalg.cholesky(
         inputs + DAMPING * level * torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)

@@ -37,10 +37,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return change(value)
     if isinstance(value, Shared):
         return Shared(change(value.tensor))
-    return _map_items(value, lambda item: map_tensors(item, change))
+    return map_items(value, lambda item: map_tensors(item, change))
 
 
-def _map_items(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_items(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same mapping, tuple or list with each item changed; another value stays."""
     if isinstance(value, Mapping):
         return {name: change(item) for name, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -52,12 +53,12 @@ def fresh(value: Any) -> Any:
     """The same nested value with copies of its tensors, which are never inference tensors, and without marks."""
     if isinstance(value, Shared):
         return value.tensor.clone()
-    return value.clone() if isinstance(value, Tensor) else _map_items(value, fresh)
+    return value.clone() if isinstance(value, Tensor) else map_items(value, fresh)
 
 
 def unmarked(value: Any) -> Any:
     """The same nested value without ``Shared`` marks."""
-    return value.tensor if isinstance(value, Shared) else _map_items(value, unmarked)
+    return value.tensor if isinstance(value, Shared) else map_items(value, unmarked)
 
 
 def move_batch(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
@@ -111,7 +112,7 @@ def take_samples(batch: Batch, index: slice) -> Batch:
             if value.dim() == 0:
                 return value
             return value[index] if value.shape[0] == count else Shared(value)
-        return _map_items(value, take)
+        return map_items(value, take)
 
     return take(batch)
 

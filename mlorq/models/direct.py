@@ -101,18 +101,14 @@ class DirectLinear(DirectlyRead, nn.Linear):
 
     @property
     def own_weight(self) -> Tensor:  # type: ignore[override]
-        found = vars(self).get("weight", self._parameters.get("weight"))  # training sets a tensor
+        found = self._parameters.get("weight")
         assert isinstance(found, Tensor)
         return found
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[override]
         """The weight, for other code."""
         return WeightView(self)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        vars(self)["weight"] = value
 
     def forward(self, input: Tensor, *given: Tensor | None) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``.

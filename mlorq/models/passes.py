@@ -3,6 +3,8 @@
 - Fused attention of ``nn.TransformerEncoder`` reads the weights of its layers without calling them; it is switched off.
 - Activation checkpointing would run parts of the model again in the backward pass, when our hooks are gone. It saves
   memory and changes no value; it is switched off.
+- Models that keep tensors from one pass to the next (the state of a recurrence) would keep the graph of one step of
+  training for the next; what a step leaves in a model is removed.
 - Decoders of transformers hand a cache of keys and values to their blocks. A block that is run again, on stored
   arguments, would attend to what it has added before; no cache is asked for.
 """
@@ -56,6 +58,29 @@ def without_cache(module: nn.Module) -> Iterator[None]:
     finally:
         for one in caching.values():
             one.use_cache = True  # type: ignore[union-attr]
+
+
+@contextmanager
+def leaving_no_trace(module: nn.Module) -> Iterator[None]:
+    """Restore attributes, buffers, and the contents of lists and dictionaries in attributes at the end."""
+    before = [
+        (places, dict(places), {name: value.copy() for name, value in places.items() if type(value) in (list, dict)})
+        for places in map(vars, module.modules())
+    ]
+    try:
+        yield
+    finally:
+        for places, values, contents in before:
+            for name in [name for name in places if name not in values]:
+                del places[name]
+            places.update(values)
+            for name, content in contents.items():
+                value = values[name]
+                if isinstance(value, list):
+                    value[:] = content
+                else:
+                    value.clear()
+                    value.update(content)
 
 
 @contextmanager

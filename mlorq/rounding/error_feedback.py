@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlorq.calibration.covariance import shrink
+from mlorq.calibration.covariance import LEAST_SQUARE, shrink
 from mlorq.codecs.base import FittedMatrix
 from mlorq.fitting.covariance_fit import CovarianceFit, Metric
 from mlorq.forms.stored_layer import CompressedLayer
@@ -97,8 +97,9 @@ def _damped(moments: InputMoments, amount: float) -> InputMoments:
 def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     """``W* = W + W C (Σ̃ + λI)⁻¹``, float64, with λ chosen by two-fold cross-validation of the output error.
 
-    W itself if no λ reduces the error, or without two folds. Of large layers, every so many rows are judged: λ is one
-    number for all of them, and trying it on all would cost more than all the rest of rounding.
+    W itself if no λ reduces the error, without two folds, or for inputs that vanish (``LEAST_SQUARE``). Of large
+    layers, every so many rows are judged: λ is one number for all of them, and trying it on all would cost more than
+    all the rest of rounding.
 
     Args:
         weight: W, ``(out_features, in_features)``.
@@ -106,7 +107,7 @@ def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
     """
     w = weight.double()
     level = float(moments.compressed.diagonal().mean())
-    if len(moments.folds) < 2 or level <= 0:
+    if len(moments.folds) < 2 or level <= LEAST_SQUARE:
         return w
     judging = w[:: -(-len(w) // JUDGING_ROWS)]
     crosses = [judging @ fold.drift_cross for fold in moments.folds]  # W C

@@ -25,6 +25,7 @@ from mlorq.models.batches import move_batch
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters, set_parameters
+from mlorq.models.passes import leaving_no_trace
 from mlorq.models.token_masks import counting
 from mlorq.rounding.base import Progress
 from mlorq.rounding.block import TuningSettings
@@ -119,7 +120,7 @@ class _Objective:
     def __call__(self, samples: tuple[Any, Importance]) -> Tensor:
         batch, importance = samples
         reference, wanted = self._kept.get(id(samples)) or self._of_float_model(samples)
-        with _outputs_of(self.module, self.blocks) as found:
+        with _outputs_of(self.module, self.blocks) as found, leaving_no_trace(self.module):
             output = self.model.outputs(self.module, batch)
         loss = _relative(output - reference, reference, None)
         mask = self.model.token_mask(batch)

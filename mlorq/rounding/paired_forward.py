@@ -9,6 +9,7 @@ all layers does not take a forward pass of the whole model per layer.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +22,13 @@ from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.base import FloatModel
-from mlorq.models.batches import batch_samples, fresh, move_batch
+from mlorq.models.batches import Shared, batch_samples, fresh, map_items, move_batch
 from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import Layer
 from mlorq.models.layers import set_matrix
 from mlorq.models.norms import set_parameters
 from mlorq.models.partial_forward import NotReached, Segments, enters_cleanly
-from mlorq.models.passes import plain_passes
+from mlorq.models.passes import leaving_no_trace, plain_passes
 from mlorq.models.token_masks import counting, mask_for
 from mlorq.models.unfolding import input_tokens
 
@@ -138,6 +139,23 @@ class BlockCall:
     outputs: Tensor | None
     weights: Tensor | None
     float_input: Tensor | None = None
+
+
+def _copies(value: Any, kept: dict[int, Any]) -> Any:
+    """Copies of a block's arguments: tensors, also those in containers, and objects (a cache).
+
+    Args:
+        value: the arguments.
+        kept: by id: modules, which are passed as they are.
+    """
+    if isinstance(value, (Tensor, Shared)):
+        return fresh(value)
+    if isinstance(value, (Mapping, tuple, list)):
+        return map_items(value, lambda item: _copies(item, kept))
+    try:
+        return deepcopy(value, dict(kept))
+    except Exception:  # a lock, an open file, what a class raises
+        return value
 
 
 def token_weights(target: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
@@ -307,9 +325,11 @@ class PairedForward:
         return (squared / squared.mean().clamp(min=torch.finfo(squared.dtype).tiny)).float()
 
     def run_block(self, block: int, call: BlockCall) -> Any:
-        """Output of a block of the compressed copy, differentiable."""
-        with plain_passes():
-            return self._changed.blocks[block](*fresh(call.args), **fresh(call.kwargs))
+        """Output of a block of the compressed copy, differentiable; neither the block nor its arguments are changed."""
+        module = self._changed.blocks[block]
+        args, kwargs = _copies((call.args, call.kwargs), {id(child): child for child in self.compressed.modules()})
+        with plain_passes(), leaving_no_trace(module):
+            return module(*args, **kwargs)
 
     def block_name(self, block: int) -> str:
         """Name of a block in the model."""

@@ -49,15 +49,19 @@ def trainable_matrix(matrix: StoredMatrix, device: torch.device) -> Trainable:
 
 
 @contextmanager
-def _without_parameters(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Remove parameters of modules, so that tensors can be set instead, and restore them at the end."""
-    kept = [(module, name, module._parameters.pop(name)) for module, name in places]
+def _restored(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Restore parameters of modules at the end, for which tensors are set until then (``_set``)."""
+    kept = [(module, name, module._parameters[name]) for module, name in places]
     try:
         yield
     finally:
         for module, name, parameter in kept:
-            module.__dict__.pop(name, None)
             module._parameters[name] = parameter
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter, among ``parameters()``: models ask these for their dtype."""
+    module._parameters[name] = value  # type: ignore[assignment]
 
 
 class TrainableLayer:
@@ -71,7 +75,8 @@ class TrainableLayer:
 
     def __init__(self, root: nn.Module, layer: Layer, compressed: CompressedLayer) -> None:
         self.module = root.get_submodule(layer.name)
-        self.modules = [self.module, *(root.get_submodule(name) for name in layer.aliases)]
+        named = [self.module, *(root.get_submodule(name) for name in layer.aliases)]
+        self.modules = list({id(module): module for module in named}.values())  # a module can have two names
         self.layer = compressed
         self.form = FORMS[compressed.candidate.form]
         weight = self.module._parameters["weight"]
@@ -89,16 +94,16 @@ class TrainableLayer:
         dense = self.form.combine({name: matrix.values() for name, matrix in self.matrices.items()})
         weight = self.kind.to_weight(dense, self.shape).to(self.dtype)
         for module in self.modules:
-            module.weight = weight
+            _set(module, "weight", weight)
         if self.bias is not None:
-            self.module.bias = self.bias.to(self.dtype)
+            _set(self.module, "bias", self.bias.to(self.dtype))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Remove the modules' parameters, for which ``refresh`` sets tensors, and restore them at the end."""
+        """Restore the modules' parameters at the end, for which ``refresh`` sets tensors."""
         places = [(module, "weight") for module in self.modules]
         places += [(self.module, "bias")] if self.bias is not None else []
-        with _without_parameters(places):
+        with _restored(places):
             yield
 
     def result(self) -> CompressedLayer:
@@ -128,11 +133,11 @@ class TrainableNorm:
         """Set the current value in all modules that hold the parameter."""
         value = self.value()
         for module, key in self.owners:
-            setattr(module, key, value)
+            _set(module, key, value)
 
     def attached(self) -> AbstractContextManager[None]:
         """As for ``TrainableLayer``."""
-        return _without_parameters(self.owners)
+        return _restored(self.owners)
 
     def result(self) -> Tensor:
         """The current value, on the CPU."""
@@ -224,7 +229,8 @@ def train(
 
     Returns:
         The layers and norms with the smallest held-out loss among the given ones and those at ``CHECKS`` evaluations.
-        Without any trainable parameter no step is made.
+        Without any trainable parameter no step is made. A batch whose loss depends on none of them (a block that skips
+        itself at random, an expert without tokens) changes nothing.
     """
     held, trained = batches[::HELD_OUT], [batch for index, batch in enumerate(batches) if index % HELD_OUT]
     trained = trained or list(batches)
@@ -250,16 +256,18 @@ def train(
             refresh_all(parts)
             optimiser.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                objective(trained[index]).backward()
+                loss = objective(trained[index])
+            if loss.requires_grad:
+                loss.backward()
             optimiser.step()
             schedule.step()
             done = step + 1
             if progress is not None:
                 progress(done, iterations)
             if done == iterations or done % max(1, iterations // CHECKS) == 0:
-                loss = loss_held_out()
-                if loss < least:
-                    best, least = [layer.result() for layer in layers], loss
+                now = loss_held_out()
+                if now < least:
+                    best, least = [layer.result() for layer in layers], now
                     best_norms = {norm.name: norm.result() for norm in norms}
     return Trained(best, before, least, iterations, best_norms)
 

@@ -12,15 +12,19 @@ import pytest
 from benchmarks.architectures import GOAL, LISTS, line, measure, run_all, summary
 
 TINY = {("timm", "convnext"), ("transformers", "bert")}  # also in the default run
+# A decoder, an encoder-decoder, a vision model: trained in the default run.
+TRAINED = ("llama", "t5", "vit")
+SAMPLE = 15  # every so many are trained in the run of long tests
 LIMIT, MEMORY = 600, 6  # seconds of CPU time, GB
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
     """One test per architecture. Their names take seconds to list, so that runs without long tests do not."""
-    if "architecture" in metafunc.fixturenames:
-        without = "not long" in metafunc.config.getoption("markexpr")
-        every = [] if without else [(kind, name) for kind, (names, _) in LISTS.items() for name in names()]
-        metafunc.parametrize("architecture", every, ids="-".join)
+    for fixture, step in (("architecture", 1), ("sampled", SAMPLE)):
+        if fixture in metafunc.fixturenames:
+            without = "not long" in metafunc.config.getoption("markexpr")
+            every = [] if without else [(kind, name) for kind, (names, _) in LISTS.items() for name in names()[::step]]
+            metafunc.parametrize(fixture, every, ids="-".join)
 
 
 @pytest.mark.parametrize(("kind", "name"), sorted(TINY))
@@ -31,6 +35,16 @@ def test_a_tiny_one_is_compressed(kind: str, name: str) -> None:
     assert sum(row["left"].values()) + round(row["share"] * row["weights"]) == pytest.approx(row["weights"], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of several outputs, of few samples
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_tiny_one_is_trained_saved_and_loaded(name: str) -> None:
+    row = measure("transformers", name, "trained")
+    assert row["status"] == "ok", row
+    assert row["trained"] == 2, "its blocks"
+    assert row["equal"], line(row)
+    assert row["nmse"] < row["closed"] < 0.05, line(row)
+
+
 @pytest.mark.long
 def test_an_architecture_ends_without_a_traceback(architecture: tuple[str, str]) -> None:
     kind, name = architecture
@@ -39,6 +53,16 @@ def test_an_architecture_ends_without_a_traceback(architecture: tuple[str, str])
         pytest.skip(row["error"])
     assert row["status"] != "traceback", row
     assert row["status"] == "refused" or row["equal"], line(row)
+
+
+@pytest.mark.long
+def test_a_sampled_one_is_trained(sampled: tuple[str, str]) -> None:
+    kind, name = sampled
+    (row,) = run_all(kind, [name], "trained", LIMIT, MEMORY)
+    if row["status"] in ("not built", "limit"):
+        pytest.skip(row["error"])
+    assert row["status"] != "traceback", row
+    assert row["status"] == "refused" or (row["equal"] and not row["worse"]), line(row)
 
 
 @pytest.mark.long

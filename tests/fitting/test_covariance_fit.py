@@ -242,6 +242,18 @@ def test_pooling_weighs_by_tokens_and_shrinking_keeps_the_trace(seed: int) -> No
     assert torch.equal(shrink(torch.zeros(3, 3), 5), torch.eye(3).double())
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e-20, 2.6e-23, 0.0])
+def test_moments_of_vanishing_vectors_have_factors(size: float) -> None:
+    """Of numbers of 2.6e-23 the products are at float32's smallest number: rounded, they are not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    common, scales = torch.randn(4, 250, 1, generator=generator), torch.linspace(0.7, 1.5, 16)
+    products = OuterProducts(16, "cpu")
+    products.add(size * common * scales, 0)
+    for matrix in products.means(torch.float32):
+        factor = torch.linalg.cholesky(shrink(matrix, 500))
+        assert factor.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "matrix", [torch.zeros(3, 3), torch.full((3, 3), 1e-310), torch.ones(3, 3), torch.eye(3) * 1e9]
 )
