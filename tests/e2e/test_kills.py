@@ -343,6 +343,7 @@ def concurrent(warm: Warm, folder: Path, count: int, attempts: int = 3) -> None:
         if gc.status == 0 and any(run.poll() is not None for run in runs):
             assert attempts > 1, "gc never ran while all of them worked"
             assert [run.wait() for run in runs] == [0] * count, [run.err for run in runs]
+            (folder / "again").mkdir()
             return concurrent(warm, folder / "again", count, attempts - 1)  # it may have worked after they had ended
         collected += 1
         check = warm.start("flows.cli:script", ["store", "verify", "--store", project.url])
