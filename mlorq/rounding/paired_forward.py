@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlorq.activations.plan import ActivationPlan
 from mlorq.calibration.covariance import FOLDS
@@ -141,19 +141,21 @@ class BlockCall:
     float_input: Tensor | None = None
 
 
-def _copies(value: Any, kept: dict[int, Any]) -> Any:
+def _copies(value: Any, model: nn.Module) -> Any:
     """Copies of a block's arguments: tensors, also those in containers, and objects (a cache).
 
     Args:
         value: the arguments.
-        kept: by id: modules, which are passed as they are.
+        model: whose modules are passed as they are.
     """
     if isinstance(value, (Tensor, Shared)):
         return fresh(value)
     if isinstance(value, (Mapping, tuple, list)):
-        return map_items(value, lambda item: _copies(item, kept))
+        return map_items(value, lambda item: _copies(item, model))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     try:
-        return deepcopy(value, dict(kept))
+        return deepcopy(value, {id(child): child for child in model.modules()})
     except Exception:  # a lock, an open file, what a class raises
         return value
 
@@ -327,7 +329,7 @@ class PairedForward:
     def run_block(self, block: int, call: BlockCall) -> Any:
         """Output of a block of the compressed copy, differentiable; neither the block nor its arguments are changed."""
         module = self._changed.blocks[block]
-        args, kwargs = _copies((call.args, call.kwargs), {id(child): child for child in self.compressed.modules()})
+        args, kwargs = _copies((call.args, call.kwargs), self.compressed)
         with plain_passes(), leaving_no_trace(module):
             return module(*args, **kwargs)
 
