@@ -517,20 +517,51 @@ def wait_for(store: Path, step: str, count: int, process: subprocess.Popen[str])
         time.sleep(0.02)
 
 
+HELD = """
+
+def held(model):
+    import pathlib, time
+    here = pathlib.Path(__file__).parent
+    rounding = (here / "store" / "round").exists()  # if not, the float model is evaluated
+    while rounding and (here / "held").exists():
+        time.sleep(0.02)
+    return evaluate(model)
+"""
+
+
+def write_held_project(folder: Path, budget: str) -> tuple[Path, Path]:
+    """A configuration whose evaluation waits while a file exists, so that no run ends too early to be stopped.
+
+    Returns:
+        The configuration's path, and that of the file.
+    """
+    data = {
+        "calibration": {"source": "custom", "factory": "tiny_project:batches"},
+        "evaluation": {"source": "custom", "factory": "tiny_project:held"},
+    }
+    rounding = {"method": "lra", "iterations": 1000, "stop_loss": 0}
+    project = write_project(folder, budget=budget, rounding=rounding, data=data)
+    with (folder / "tiny_project.py").open("a") as module:
+        module.write(HELD)
+    hold = folder / "held"
+    hold.touch()
+    return project, hold
+
+
 def test_ctrl_c_and_the_same_command_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prefect_server: str
 ) -> None:
-    # So many iterations that the process cannot finish before it is interrupted.
-    project = write_project(tmp_path, budget="4.5bit", rounding={"method": "lra", "iterations": 2000, "stop_loss": 0})
+    project, hold = write_held_project(tmp_path, "4.75bit")
     process = start(project, {"PREFECT_API_URL": prefect_server})
     wait_for(tmp_path / "store", "round", 2, process)
     process.send_signal(signal.SIGINT)
+    hold.unlink()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == ""
     assert err.splitlines()[-1] == "mlorq: interrupted; run the same command again to resume"
     assert "Traceback" not in err
-    assert flow_runs("tiny_project 4.5bit")[0].state_name == "Crashed"
+    assert flow_runs("tiny_project 4.75bit")[0].state_name == "Crashed"
     before = contents(tmp_path / "store")
     done = steps_in(before)
     assert done < STEPS
@@ -543,7 +574,7 @@ def test_ctrl_c_and_the_same_command_again(
 def test_kill_and_the_same_command_again_with_an_embedded_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    project = write_project(tmp_path, budget="4.6bit", rounding={"method": "lra", "iterations": 2000, "stop_loss": 0})
+    project, hold = write_held_project(tmp_path, "4.6bit")
     # No server is configured here: the process brings its own, on a database of its own.
     process = start(project, {"PREFECT_HOME": str(tmp_path / "prefect")})
     wait_for(tmp_path / "store", "round", 2, process)
@@ -551,6 +582,7 @@ def test_kill_and_the_same_command_again_with_an_embedded_server(
     assert len(servers) == 1
     process.kill()
     process.communicate(timeout=60)
+    hold.unlink()
     before = contents(tmp_path / "store")
     done = steps_in(before)
     assert done < STEPS
