@@ -231,12 +231,13 @@ class Stack:
         return "\n".join(str(line["message"]) for line in self.call("POST", "/logs/filter", query))
 
     def task_states(self, run: str, expected: int = 0, seconds: float = 30.0) -> Counter[str]:
-        """Number of task runs of a flow run by state; waits until the server has recorded ``expected`` of them."""
+        """Task runs of a flow run by state; waits until ``expected`` of them have ended, as the server knows."""
         deadline = time.monotonic() + seconds
         while True:
             query = {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}
             found = [item["state_name"] for item in self.call("POST", "/task_runs/filter", query)]
-            if len(found) >= expected or time.monotonic() > deadline:
+            ended = [state for state in found if state not in ("Pending", "Running")]
+            if len(ended) >= expected or time.monotonic() > deadline:
                 return Counter(found)
             time.sleep(0.3)
 

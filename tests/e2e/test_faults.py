@@ -18,7 +18,7 @@ from tests.engine import docker_engine, mlorq_image  # noqa: F401
 from tests.flows.test_cli import FACTORY, write_project
 from tests.s3 import s3_server
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600, func_only=True)]  # building the image takes longer
 
 LAYERS = 6
 STEPS = 1 + 1 + LAYERS + LAYERS + 1 + 1 + LAYERS + 1 + 1 + 1 + 1
