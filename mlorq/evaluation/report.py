@@ -39,12 +39,10 @@ def front_picture(
         params: each layer's number of weights.
         result: the run's result object; ``budget``, ``bytes`` and ``nmse`` go into the title.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.0, 0.17 * len(rows) + 1.5)), width_ratios=(3, 2))
+    figure = Figure(figsize=(13, max(4.0, 0.17 * len(rows) + 1.5)))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     bits = [8 * row["bytes"] / params[row["layer"]] for row in rows]
     position = np.arange(len(rows))
     left.barh(position, bits, color=[FORMS[row["form"]].colour for row in rows])
@@ -55,7 +53,8 @@ def front_picture(
     left.set_xlabel("bits per weight, with scales and zero-points")
     left.set_xlim(0, max(bits) * 1.2)
     left.set_title(
-        f"{result['model']} at {result['budget']}: {byte_count(result['bytes'])}, output NMSE {result['nmse']:.4f}"
+        f"{result['model']} at {result['budget']}: {byte_count(result['bytes'])}, output NMSE {result['nmse']:.4f}",
+        y=1,  # a position that is given is not searched for, which would lay out all ticks once more
     )
     for row in rows:
         candidates, sensitivity = fronts[row["layer"]]
@@ -76,7 +75,7 @@ def front_picture(
         _logarithmic(right)
     right.set_xlabel("bits per weight")
     right.set_ylabel("global cost: output NMSE with only this layer compressed")
-    right.set_title("fronts of all layers (grey) and chosen candidates")
+    right.set_title("fronts of all layers (grey) and chosen candidates", y=1)
     right.legend()
     # Margins in inches from the longest name: measuring the text, as a layout engine does, would draw all of it twice.
     width, height = figure.get_size_inches()
@@ -86,7 +85,6 @@ def front_picture(
     buffer = io.BytesIO()
     # No metadata: equal results give equal bytes.
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -110,10 +108,7 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
         title: of the picture.
         highlight: ``run`` of the result to mark.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     results = sorted(results, key=lambda result: (result["bytes"], result["nmse"]))
     unit, scale = next(item for item in _UNITS if results[-1]["bytes"] >= item[1] or item[1] == 1)
@@ -122,7 +117,8 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
     panels = {"output NMSE": nmse}
     if metric is not None:
         panels = {metric["name"]: [_number((result["metric"] or {}).get("compressed")) for result in results]} | panels
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 if metric is None else 11.5, 4.2), squeeze=False)
+    figure = Figure(figsize=(6 if metric is None else 11.5, 4.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     front = np.flatnonzero(pareto_front(np.array(nmse), np.array([result["bytes"] for result in results])))
     size = [result["bytes"] / scale for result in results]
     colours = [MARKED if result["run"] == highlight else PLAIN for result in results]
@@ -145,7 +141,6 @@ def size_accuracy_picture(results: Sequence[Mapping[str, Any]], title: str, *, h
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
     return buffer.getvalue()
 
 
