@@ -27,6 +27,7 @@ from steps.base import Outcome, StepSpec, execute
 from steps.inprocess import InProcess
 from steps.pipeline import result_json, run_pipeline
 from steps.session import Session
+from tests.long import few
 from tests.nets import images
 
 MODEL = """
@@ -58,13 +59,35 @@ CONFIG = {
 }
 
 
+def _write(folder: Path) -> Path:
+    (folder / "small_model.py").write_text(MODEL)
+    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a configuration and the code it names, imported afresh."""
-    (tmp_path / "small_model.py").write_text(MODEL)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
     _forget(monkeypatch)
-    return tmp_path
+    return _write(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The store and the result of one run, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        _forget(patch)
+        folder = _write(tmp_path_factory.mktemp("first"))
+        (result,), done = run(folder)
+        assert computed(done) == ALL
+        return folder / ".mlorq", result
+
+
+@pytest.fixture
+def ran(folder: Path, first: tuple[Path, dict]) -> Path:
+    """A folder whose configuration has run: its store is a copy of that of ``first``, for keys hold no paths."""
+    shutil.copytree(first[0], folder / ".mlorq")
+    return folder
 
 
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,22 +147,19 @@ def test_a_step_found_again_says_the_seconds_that_making_it_took(folder, monkeyp
     assert made.seconds == found.seconds == 0.043
 
 
-def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, tmp_path_factory):
+def test_same_inputs_give_the_same_keys_and_bytes_elsewhere(folder, first):
     run(folder)
-    other = tmp_path_factory.mktemp("elsewhere")
-    for name in ("small_model.py", "run.yaml"):
-        shutil.copy(folder / name, other / name)
-    run(other)
+    here, elsewhere = folder / ".mlorq", first[0]
     files = {
         store: {
             name: digest
-            for name, (_, digest) in fingerprint(store / ".mlorq").items()
+            for name, (_, digest) in fingerprint(store).items()
             # Manifests hold times, and the index of a search holds paths.
             if digest and not name.endswith("manifest.json") and not name.startswith("search/")
         }
-        for store in (folder, other)
+        for store in (here, elsewhere)
     }
-    assert files[folder] == files[other]
+    assert files[here] == files[elsewhere]
 
 
 ALL = set(REGISTRY) - {
@@ -183,41 +203,37 @@ FROM_CANDIDATES = {"candidates", "sensitivity", "allocate"}
         ({"model__arguments": {"seed": 1}}, ALL, ALL),
     ],
 )
-def test_a_change_recomputes_what_depends_on_it(folder, overrides, expected, allowed):
-    run(folder)
-    before = fingerprint(folder / ".mlorq")
-    _, done = run(folder, **overrides)
+def test_a_change_recomputes_what_depends_on_it(ran, overrides, expected, allowed):
+    before = fingerprint(ran / ".mlorq")
+    _, done = run(ran, **overrides)
     assert expected <= computed(done) <= allowed
-    after = fingerprint(folder / ".mlorq")
+    after = fingerprint(ran / ".mlorq")
     assert all(after[name] == entry for name, entry in before.items() if entry[1]), "nothing computed is lost"
 
 
-def test_a_changed_calibration_sample_recomputes_all_but_the_baseline(folder, monkeypatch):
-    run(folder)
-    (folder / "small_model.py").write_text(MODEL.replace("images(4, 3)", "images(4, 30)"))
+def test_a_changed_calibration_sample_recomputes_all_but_the_baseline(ran, monkeypatch):
+    (ran / "small_model.py").write_text(MODEL.replace("images(4, 3)", "images(4, 30)"))
     _forget(monkeypatch)
-    _, done = run(folder)
+    _, done = run(ran)
     # The NMSE is measured on calibration data here, so the float outputs are new too.
     assert computed(done) == ALL
 
 
-def test_a_changed_evaluation_recomputes_no_search(folder, monkeypatch):
-    run(folder)
-    (folder / "small_model.py").write_text(MODEL.replace("images(8, 9)", "images(8, 10)"))
+def test_a_changed_evaluation_recomputes_no_search(ran, monkeypatch):
+    (ran / "small_model.py").write_text(MODEL.replace("images(8, 9)", "images(8, 10)"))
     _forget(monkeypatch)
-    _, done = run(folder)
+    _, done = run(ran)
     assert computed(done) == {"baseline", "evaluate", "calibration", "summary"}
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
-def test_a_step_of_a_new_version_recomputes_it_and_what_reads_it(folder, name, monkeypatch):
-    run(folder)
+def test_a_step_of_a_new_version_recomputes_it_and_what_reads_it(ran, name, monkeypatch):
     REGISTRY[name]
     module = next(m for m in sys.modules.values() if getattr(getattr(m, "STEP", None), "name", None) == name)
     new = replace(module.STEP, version=module.STEP.version + 1)
     monkeypatch.setattr(module, "STEP", new)
     monkeypatch.setitem(REGISTRY, name, new)
-    _, done = run(folder)
+    _, done = run(ran)
     after = {
         "layers": ALL - {"baseline"},
         "capture": ALL - {"layers", "baseline"},
@@ -298,19 +314,17 @@ def test_local_costs_are_taken_as_they_are_where_asked(folder):
         assert {row["how"] for row in found} == {"local"}
 
 
-def test_other_costs_of_the_output_change_costs_and_nothing_before_them(folder):
-    run(folder)
-    (result,), done = run(folder, search__cost="kl")
+def test_other_costs_of_the_output_change_costs_and_nothing_before_them(ran):
+    (result,), done = run(ran, search__cost="kl")
     assert computed(done) >= {"sensitivity", "allocate"}
     assert not computed(done) & {"layers", "capture", "candidates", "baseline"}
     assert result["predicted_cost"] > 0
     with pytest.raises(DataError, match="task needs calibration data with labels"):
-        run(folder, search__cost="task", seed=1)
+        run(ran, search__cost="task", seed=1)
 
 
-def test_another_budget_computes_only_what_depends_on_it(folder):
-    run(folder)
-    results, done = run(folder, ["4bit", "30%", "3.5bit"])
+def test_another_budget_computes_only_what_depends_on_it(ran):
+    results, done = run(ran, ["4bit", "30%", "3.5bit"])
     assert computed(done) <= {"allocate", "round", *AFTER_ROUNDING}
     assert [result["budget"] for result in results] == ["4bit", "30%", "3.5bit"]
     for result in results:
@@ -319,8 +333,8 @@ def test_another_budget_computes_only_what_depends_on_it(folder):
         assert result["bytes"] + result["rest_bytes"] + result["overhead_bytes"] == result["file_bytes"]
 
 
-def test_result_object_has_what_it_promises(folder):
-    (result,), _ = run(folder)
+def test_result_object_has_what_it_promises(first):
+    _, result = first
     for name in [
         "run",
         "budget",
@@ -339,21 +353,26 @@ def test_result_object_has_what_it_promises(folder):
     ]:
         assert result[name] is not None, name
     assert result["metric"]["name"] == "mean"
+    assert 0 < result["nmse"] < 1
     assert set(result["solver"]) == {"name", "status", "objective", "bound", "gap", "seconds"}
     files = {path.name: path.stat().st_size for path in Path(result["checkpoint"].removeprefix("file://")).iterdir()}
     assert files["model.safetensors"] + files["mlorq.json"] == result["file_bytes"]
 
 
-def test_the_checkpoint_gives_the_outputs_that_were_evaluated(folder):
-    (result,), _ = run(folder)
+def test_the_checkpoint_gives_the_outputs_that_were_evaluated(ran):
+    (result,), _ = run(ran)
     import small_model
 
     model = mlorq.load(result["checkpoint"], model=small_model.build())
     assert small_model.evaluate(model)["mean"] == result["metric"]["compressed"]
 
 
-@pytest.mark.parametrize("after", ["layers", "capture", "candidates", "sensitivity", "round", "compressed"])
-def test_an_interrupted_run_goes_on_where_it_stopped(folder, after, monkeypatch):
+STOPS = ["layers", "capture", "candidates", "sensitivity", "round", "compressed"]
+
+
+# One step, a fan-out of the search, and one of a budget.
+@pytest.mark.parametrize("after", few(STOPS, "capture", "candidates", "round"))
+def test_an_interrupted_run_goes_on_where_it_stopped(folder, first, after, monkeypatch):
     real = execute
     seen: list[str] = []
 
@@ -373,8 +392,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, after, monkeypatch)
     assert sum(reused for _, reused in done) == len(seen)
     now = fingerprint(folder / ".mlorq")
     assert all(now[name] == entry for name, entry in before.items() if entry[1])
-    shutil.rmtree(folder / ".mlorq")
-    (whole,), _ = run(folder)
+    _, whole = first
     for name in ("nmse", "metric", "allocation", "bytes"):
         assert resumed[name] == whole[name]
 
@@ -390,14 +408,13 @@ def test_impossible_budget_names_the_smallest_and_keeps_the_search(folder):
         run(folder, ["1kB"])
 
 
-def test_a_damaged_artifact_is_named(folder):
-    run(folder)
-    victim = next((folder / ".mlorq" / "candidates").glob("*/candidates.parquet"))
+def test_a_damaged_artifact_is_named(ran):
+    victim = next((ran / ".mlorq" / "candidates").glob("*/candidates.parquet"))
     victim.write_bytes(victim.read_bytes()[:-7])
     with pytest.raises(StoreError, match=victim.parent.name):
-        run(folder)
+        run(ran)
     shutil.rmtree(victim.parent)
-    _, done = run(folder)
+    _, done = run(ran)
     assert [step for step, reused in done if not reused] == ["candidates"]
 
 
@@ -424,14 +441,13 @@ def test_models_and_data_at_fault_are_named_before_any_artifact(folder, monkeypa
     assert not (folder / ".mlorq").exists()
 
 
-def test_a_step_in_a_process_of_its_own_makes_the_same_artifact(folder, tmp_path_factory):
+def test_a_step_in_a_process_of_its_own_makes_the_same_artifact(ran, tmp_path_factory):
     import json
     import os
     import subprocess
     import sys
 
-    run(folder)
-    config = RunConfig.from_yaml(folder / "run.yaml")
+    config = RunConfig.from_yaml(ran / "run.yaml")
     store = Store(config.resolve(config.store))
     ref = next(store.refs("sensitivity"))
     manifest = store.manifest(ref)
@@ -439,10 +455,10 @@ def test_a_step_in_a_process_of_its_own_makes_the_same_artifact(folder, tmp_path
     spec = StepSpec.from_json({**spec.to_json(), "inputs": manifest["details"]["inputs"]})
     assert spec.ref == ref
     before = store.read_bytes(ref, "sensitivity.parquet")
-    shutil.rmtree(folder / ".mlorq" / "sensitivity" / ref.key)
+    shutil.rmtree(ran / ".mlorq" / "sensitivity" / ref.key)
     message = tmp_path_factory.mktemp("spec") / "spec.json"
     values = config.model_dump(mode="json", exclude={"folder"})
-    message.write_text(json.dumps({"config": values, "folder": str(folder), "device": "cpu", "spec": spec.to_json()}))
+    message.write_text(json.dumps({"config": values, "folder": str(ran), "device": "cpu", "spec": spec.to_json()}))
     found = subprocess.run(
         [sys.executable, "-m", "steps", "sensitivity", "--spec", str(message)],
         capture_output=True,
@@ -476,30 +492,29 @@ def test_nothing_in_the_library_knows_of_prefect_or_docker():
                         assert front or name.split(".")[0] != "steps", (file, name)
 
 
-def test_outputs_do_not_depend_on_hash_seeds(folder):
-    (first,), _ = run(folder)
-    assert torch.tensor(first["nmse"]).isfinite()
-    assert first["nmse"] > 0
-
-
 # -- exports ----------------------------------------------------------------------------------------------------------
 
 EXPORT = {"export": [{"to": "onnx"}, {"to": "dense", "dtype": "float16"}]}
 
 
-@pytest.fixture
-def needs_onnx() -> None:
+@pytest.fixture(scope="module")
+def exported(first: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A folder whose configuration has run without exports, then with them, and the latter's result."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="needs the extra onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        _forget(patch)
+        folder = _write(tmp_path_factory.mktemp("exported"))
+        shutil.copytree(first[0], folder / ".mlorq")
+        (result,), done = run(folder, **EXPORT)
+        assert computed(done) == {"export", "summary"}, "all else is of the first run"
+        return folder, result
 
 
-@pytest.mark.usefixtures("needs_onnx")
-def test_a_run_ends_in_the_files_that_export_asks_for(folder):
-    (plain,), done = run(folder)
+def test_a_run_ends_in_the_files_that_export_asks_for(first, exported):
+    _, plain = first
     assert plain["exports"] == []
-    assert "export" not in dict(done)
-    (result,), done = run(folder, **EXPORT)
-    assert computed(done) == {"export", "summary"}, "all else is of the first run"
+    folder, result = exported
     assert result["bytes"] == plain["bytes"]
     graph, state = result["exports"]
     assert (graph["to"], state["to"], state["options"]) == ("onnx", "dense", {"dtype": "float16"})
@@ -528,16 +543,15 @@ def test_a_run_ends_in_the_files_that_export_asks_for(folder):
     assert fingerprint(folder / ".mlorq") == before
 
 
-@pytest.mark.usefixtures("needs_onnx")
-def test_a_change_of_one_export_recomputes_it_alone(folder):
-    run(folder, **EXPORT)
+def test_a_change_of_one_export_recomputes_it_alone(folder, exported):
+    shutil.copytree(exported[0] / ".mlorq", folder / ".mlorq")
     _, done = run(folder, export=[{"to": "onnx"}, {"to": "dense"}])
     assert sorted(done, key=lambda item: item[1])[:2] == [("export", False), ("summary", False)]
     assert done.count(("export", True)) == 1
 
 
-def test_every_budget_has_its_export(folder):
-    found, done = run(folder, ["4bit", "6bit"], export=[{"to": "dense"}])
+def test_every_budget_has_its_export(ran):
+    found, done = run(ran, ["4bit", "6bit"], export=[{"to": "dense"}])
     assert done.count(("export", False)) == 2
     first, second = (result["exports"][0]["uri"] for result in found)
     assert first != second
