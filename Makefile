@@ -10,7 +10,8 @@ help: ## list the targets
 demo: setup-demo ## compress a small sentence encoder on this machine
 	$(BIN)/mlorq compress examples/demo.yaml
 
-# A process more than cores: tests wait for servers, processes and disks for a seventh of their time.
+# A process more than cores: tests wait for servers, processes and disks for a seventh of their time. Files whose tests
+# need a Prefect server go to one process (tests/conftest.py).
 test: check ## what CI runs: check, then the tests that are not marked long
 	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 4 --dist loadfile
 

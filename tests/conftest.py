@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before prefect or torch are imported anywhere.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -21,6 +24,42 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.fixture(autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what is imported with the tests out of garbage collections.
+
+    They are a million objects. To look at all of them takes half a second, and each load of a checkpoint does so.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, but files whose tests need a Prefect server go to one process.
+
+    A server takes seconds to start and works in the background as long as it runs.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    @functools.cache
+    def has_server(file: str) -> bool:
+        return "prefect_server" in (config.rootpath / file).read_text()
+
+    class OneServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "prefect_server" if has_server(file) else file
+
+    return OneServer(config, log)
 
 
 _looked_at: set[str] = set()
