@@ -323,7 +323,7 @@ def test_all_of_them_through_the_command_line(
     assert main(["report", result["run"], str(project), "--output", str(folder / "page.html")]) == 0
     assert "RQ" in (folder / "page.html").read_text()
 
-    methods = "shrunk,nearest,mlorq"
+    methods = "shrunk,mlorq"
     rows = printed(capsys, "compare", project, "--methods", methods, "--budget", "8bit")["rows"]
     assert [row["method"] for row in rows] == methods.split(",")
     assert all("RQ" in next(key for key in row if " / " in key) for row in rows)

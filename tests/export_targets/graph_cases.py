@@ -50,7 +50,7 @@ def trellis_folder(folder: Path) -> Path:
     from mlorq.forms.modules import replace_layers
     from mlorq.forms.stored_layer import CompressedLayer
 
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 384, "depth": 6, "num_heads": 4, "num_classes": 10}
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 512, "depth": 3, "num_heads": 4, "num_classes": 10}
     module = zoo.timm_model(zoo.VIT, arguments)
     layers = {}
     for index, (name, child) in enumerate(module.named_modules()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +42,29 @@ pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 
 
+@pytest.fixture(scope="module")
+def graph_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The graph of a model of ``CASES``, compressed, which is made once."""
+
+    @functools.cache
+    def made(case: str) -> str:
+        module, architecture, _ = CASES[case]()
+        folder = folder_of(tmp_path_factory.mktemp(case) / "out", compressed(module), architecture)
+        (file,) = mlorq.export(folder, folder.parent / "model.onnx")
+        return file
+
+    return made
+
+
 def operators(file: str | Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(file).graph.node)
 
 
 @pytest.mark.parametrize("case", few(CASES, "vit", "bert"))
-def test_families(case: str, tmp_path: Path) -> None:
+def test_families(case: str, graph_of: Callable[[str], str]) -> None:
     """At other numbers of samples and tokens than the example's; outputs of the same class."""
-    module, architecture, batch = CASES[case]()
-    module = compressed(module)
-    folder = folder_of(tmp_path / "out", module, architecture)
-    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
+    module, _, batch = CASES[case]()
+    module, file = compressed(module), graph_of(case)
     onnx.checker.check_model(file)
     graph = onnx.load(file)
     assert {node.domain for node in graph.graph.node} == {""}
@@ -100,11 +114,8 @@ def test_the_file_has_the_checkpoints_size(tmp_path: Path) -> None:
         assert abs(ratio - 1) < 0.02, ratio
 
 
-def test_image_preprocessing_is_in_the_metadata(tmp_path: Path) -> None:
-    module, architecture, _ = CASES["vit"]()
-    folder = folder_of(tmp_path / "out", compressed(module), architecture)
-    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
-    entries = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+def test_image_preprocessing_is_in_the_metadata(graph_of: Callable[[str], str]) -> None:
+    entries = {entry.key: entry.value for entry in onnx.load(graph_of("vit")).metadata_props}
     described = json.loads(entries["preprocessing"])
     assert described["input_size"] == [3, 32, 32]
     assert {"mean", "std", "crop_pct", "interpolation"} <= described.keys()

@@ -24,8 +24,8 @@ from tests.flows.test_flows import flow_runs
 from tests.long import few
 
 NAMES = list(known_methods())
-# Of every kind one: uniform, published, mixed, trained.
-SOME = ["nearest", "gptq", "erq", "brecq", "repq", "mlorq+lra", "best"]
+# Of every kind one: uniform, published, trained, mixed, and the default preset.
+SOME = ["nearest", "erq", "brecq", "mlorq+lra", "best"]
 SETTINGS = {
     "search": {"points": 2, "hessian_probes": 4, "samples": 8, "factor_bits": [4], "sum_ranks": [2]},
     "rounding": {"iterations": 6, "tuning": 2},
@@ -96,13 +96,13 @@ def test_the_table_is_in_the_store_and_where_it_was_asked_for(compared: Compared
 
 def test_another_method_computes_only_its_own(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["compare", str(compared.config), "--budget", "4bit", "--activations", "6"]
-    assert main([*argv, "--methods", "nearest,repq,erq"]) == 0
+    assert main([*argv, "--methods", "nearest,repq"]) == 0
     shown = capsys.readouterr()
-    assert "ERQ (2407.06794)" in shown.out
+    assert "RepQ-ViT (2212.08254)" in shown.out
     given = compared.result["rows"][0]
     assert f"4bit: all methods have {byte_count(given['budget_bytes'])}" in shown.out
     assert f"the codes alone take {byte_count(given['asked_bytes'])}" in shown.out
-    assert main([*argv, "--methods", "gptq,best", "--json"]) == 0
+    assert main([*argv, "--methods", "repq,best", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"]["computed"] == 0
     assert main([*argv, "--methods", "erq", "--json", "--set", "activations.percentiles=[0.99, 1.0]"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"]["computed"] > 0

@@ -27,6 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of(tmp_path_factory.mktemp("vit") / "out", module, architecture)
 
 
+@pytest.fixture(scope="module")
+def graph(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The checkpoint as a graph."""
+    (file,) = mlorq.export(folder, tmp_path_factory.mktemp("graph") / "model.onnx")
+    return file
+
+
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max())
@@ -46,18 +53,16 @@ def test_a_checkpoint(precision: str, folder: Path) -> None:
     assert (model.nmse_added < 1e-9) == (precision == "exact")
 
 
-def test_weights_are_decoded_once(folder: Path, tmp_path: Path) -> None:
+def test_weights_are_decoded_once(graph: str, tmp_path: Path) -> None:
     """No operator of the decoding is left in the session's graph, and none is run by a call."""
     import onnx
     import onnxruntime
 
-    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
-
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    before = {node.op_type for node in onnx.load(file).graph.node}
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    before = {node.op_type for node in onnx.load(graph).graph.node}
     after = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert {"Einsum", "BitwiseAnd", "BitShift", "DequantizeLinear"} <= before
     assert not {"Einsum", "BitwiseAnd", "BitShift", "DequantizeLinear"} & after
@@ -100,7 +105,7 @@ def test_outputs_of_any_structure(tmp_path: Path) -> None:
         assert difference(left, right) < 1e-5
 
 
-def test_wrong_use(folder: Path, tmp_path: Path) -> None:
+def test_wrong_use(folder: Path, graph: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown runtime 'onnx'; did you mean 'onnxruntime'"):
         mlorq.load(folder, runtime="onnx")
     with pytest.raises(ConfigError, match="option 'precison'"):
@@ -113,10 +118,9 @@ def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a graph that mlorq exported"):
         mlorq.load(tmp_path / "other.onnx", runtime="onnxruntime")
 
-    (file,) = mlorq.export(folder, tmp_path / "model.onnx")
     with pytest.raises(ConfigError, match="--precision fast"):
-        mlorq.load(file, runtime="onnxruntime", precision="fast")
-    model = mlorq.load(file, runtime="onnxruntime")
+        mlorq.load(graph, runtime="onnxruntime", precision="fast")
+    model = mlorq.load(graph, runtime="onnxruntime")
     with pytest.raises(ModelError, match="the call lacks x: the graph takes x"):
         model()
     with pytest.raises(ModelError, match="the call has y"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +33,14 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("precision", few(["exact", "fast"], "fast"))
-def test_a_checkpoint(precision: str, folder: Path) -> None:
-    model = mlorq.load(folder, runtime="openvino", precision=precision, threads=1)
+@pytest.fixture(scope="module", params=few(["exact", "fast"], "fast"))
+def model(request: pytest.FixtureRequest, folder: Path) -> Any:
+    """The checkpoint, loaded with a precision."""
+    return mlorq.load(folder, runtime="openvino", precision=request.param, threads=1)
+
+
+def test_a_checkpoint(model: Any, folder: Path, request: pytest.FixtureRequest) -> None:
+    precision = request.node.callspec.params["model"]
     pixels = zoo.pixels(3, 1)
     expected = mlorq.load(folder)(pixels)
     assert model.precision == precision
@@ -83,7 +89,8 @@ def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a model that mlorq exported"):
         mlorq.load(tmp_path / "other.xml", runtime="openvino")
 
-    model = mlorq.load(folder, runtime="openvino")
+
+def test_wrong_calls(model: Any) -> None:
     with pytest.raises(ModelError, match="the call lacks x: the graph takes x"):
         model()
     with pytest.raises(ModelError, match="OpenVINO: ") as failed:
