@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from benchmarks.architectures import GOAL, LISTS, line, measure, run_all, summary
+from tests.long import few
 
 TINY = {("timm", "convnext"), ("transformers", "bert")}  # also in the default run
-# A decoder, an encoder-decoder, a vision model: trained in the default run.
-TRAINED = ("llama", "t5", "vit")
+TRAINED = ("llama", "t5", "vit")  # a decoder, an encoder-decoder, a vision model
 SAMPLE = 15  # every so many are trained in the run of long tests
 LIMIT, MEMORY = 600, 6  # seconds of CPU time, GB
 
@@ -36,7 +36,7 @@ def test_a_tiny_one_is_compressed(kind: str, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of several outputs, of few samples
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", few(TRAINED, "llama", "t5"))  # tests/steps/test_trained_norms.py trains a ViT
 def test_a_tiny_one_is_trained_saved_and_loaded(name: str) -> None:
     row = measure("transformers", name, "trained")
     assert row["status"] == "ok", row

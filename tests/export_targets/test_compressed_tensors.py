@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,16 @@ def uniform(folder: Path, bits: list[int], model: nn.Module | None = None, **opt
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The checkpoint with codes of one width, which is made once."""
+    return functools.cache(lambda bits: uniform(tmp_path_factory.mktemp("uniform") / "checkpoint", [bits]))
+
+
 @pytest.mark.parametrize("bits", few([2, 3, 4, 6, 8], 3))
-def test_transformers_dequantizes_the_checkpoint_s_weights(bits, tmp_path):
+def test_transformers_dequantizes_the_checkpoint_s_weights(bits, checkpoint_of, tmp_path):
     pytest.importorskip("compressed_tensors")
-    checkpoint = uniform(tmp_path / "checkpoint", [bits])
+    checkpoint = checkpoint_of(bits)
     mlorq.export(checkpoint, tmp_path / "out", to="compressed-tensors")
     reference, batch = mlorq.load(checkpoint), texts()
     safetensors.torch.save_file(batch, tmp_path / "batch.safetensors")
@@ -64,9 +72,8 @@ save_file(dict(model.state_dict()) | {{"logits": logits}}, {str(tmp_path / "foun
     assert torch.equal(found["logits"], outputs(reference, batch)["logits"])
 
 
-def test_rows_are_filled_up_to_words_and_the_file_says_so(tmp_path):
-    checkpoint = uniform(tmp_path / "checkpoint", [3])
-    mlorq.export(checkpoint, tmp_path / "out", to="compressed-tensors")
+def test_rows_are_filled_up_to_words_and_the_file_says_so(checkpoint_of, tmp_path):
+    mlorq.export(checkpoint_of(3), tmp_path / "out", to="compressed-tensors")
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     name = "bert.encoder.layer.0.output.dense"  # 48 inputs, 32 outputs
     assert tensors[f"{name}.weight_packed"].shape == (32, 5)  # ⌈48 · 3 / 32⌉

@@ -462,7 +462,9 @@ def test_the_packaged_minilm_is_found():
     [
         ("bert", "sentence-similarity", {"text": [0, 1], "label": 2}),
         ("bert-classifier", "text-classification", {"text": [0], "label": 2}),
-        ("distilbert-classifier", "text-classification", {"text": [0, 1], "label": 2}),
+        pytest.param(
+            "distilbert-classifier", "text-classification", {"text": [0, 1], "label": 2}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_run_on_a_tiny_text_model_gives_a_checkpoint_that_loads_alone(kind, task, columns, tmp_path):
