@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.prefect_stack import REPOSITORY, Stack
 
 LAYERS = 14  # of the digits model
-STEPS = 1 + 1 + LAYERS + LAYERS + 1 + 1 + LAYERS + 1 + 1 + 1
+STEPS = 1 + 1 + LAYERS + LAYERS + 1 + 1 + LAYERS + 1 + 1 + 1 + 1
 POOLS = {"mlorq": "process", "mlorq-docker": "docker", "mlorq-kubernetes": "kubernetes"}
 
 
