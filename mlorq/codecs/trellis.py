@@ -118,7 +118,7 @@ class TrellisMatrix(StoredMatrix):
         codes: ``(columns, rows)`` uint8, the k bits of each weight, in the order of the stream.
         scale: ``(rows,)`` uint8 scale codes, in the order of the rows.
         base: ``(1,)`` float32, the scale of code 0.
-        rotation: ``(1,)`` int32, seed of the rotation of the columns; -1: none.
+        rotation: ``(1,)`` int32, how the columns are rotated (``mlorq.codecs.rotation.stored_seed``).
         bits: k.
     """
 
