@@ -50,10 +50,18 @@ def rotate_both(matrix: Tensor, seed: int) -> Tensor:
 
 
 def stored_seed(seed: int | None, columns: int, width: int) -> int:
-    """The number that says how a matrix is rotated: the seed; ``-2 - seed`` for blocks of a width; -1 for none."""
+    """The number that says how a matrix is rotated: the seed; ``-2 - seed`` for blocks; -1 for none.
+
+    Raises:
+        ValueError: blocks of another width than those of the format (docs/TRELLIS.md).
+    """
     if seed is None:
         return -1
-    return seed if width == columns else -2 - seed
+    if width == columns:
+        return seed
+    if width != block_width(columns):
+        raise ValueError(f"{columns} columns are rotated in blocks of {block_width(columns)}, not {width}")
+    return -2 - seed
 
 
 def rotated_back(values: Tensor, stored: Tensor) -> Tensor:

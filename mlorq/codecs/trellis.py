@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, Trainable
+from mlorq.memory import block_width
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +210,10 @@ class TrellisCodec(Codec):
 
     def unpaid(self, rows: int, columns: int) -> int:
         return columns + rows + 9  # a byte of padding per column and one of rounding, the scales, base and seed
+
+    def in_blocks(self, columns: int) -> bool:
+        """Whether their rotation is (``mlorq.codecs.rotation``)."""
+        return block_width(columns) < columns
 
     def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:
         from mlorq.codecs.packing import pack_rows

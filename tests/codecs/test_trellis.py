@@ -167,6 +167,11 @@ def test_rotation_of_blocks(size: int, width: int, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(rotated_back(rotated, stored), values)
 
 
+def test_blocks_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="12544 columns are rotated in blocks of 3136, not 6272"):
+        stored_seed(0, 12544, 6272)
+
+
 def test_rotation_spreads_single_columns() -> None:
     for size in (64, 192, 147):
         q = rotate(torch.eye(size, dtype=torch.float64), seed=0)

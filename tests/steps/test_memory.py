@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
@@ -293,13 +294,15 @@ def test_a_layer_in_blocks_is_compressed(monkeypatch, tmp_path, rounding):
         )
     assert (2, 3, 32, 32) in made
     assert not [shape for shape in made if shape[-2:] == (96, 96)]
-    assert found.metrics["nmse"] < 0.1
+    assert found.metrics["nmse"] < 0.3
     forms = dict(zip(*(found.allocation[name].to_pylist() for name in ("layer", "form")), strict=True))
     assert forms["3"] == "TCQ"
     rows = {one["layer"]: one for one in found.metrics["calibration"]["layers"]}
     assert rows["3"]["width"] == 96
     assert rows["3"]["ratio"] > 0
     found.save(tmp_path / "out")
+    description = json.loads((tmp_path / "out" / "mlorq.json").read_text())
+    assert description["format_version"] == 3  # version 2 would decode its rotation wrongly, and is refused there
     assert torch.equal(mlorq.load(tmp_path / "out", model=net)(x), found.model(x))
 
 
