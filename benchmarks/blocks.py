@@ -1,6 +1,6 @@
 """What second moments in blocks cost: held-out errors, time and memory beside those of one matrix and of its diagonal.
 
-    D=../shared/data; OMP_NUM_THREADS=1 .venv/bin/python benchmarks/blocks.py $D/vit_tiny/model.safetensors $D/imagenet_700
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/blocks.py vit_tiny/model.safetensors imagenet_700
 
 The layer has the shape of a detector's first box layer: regions of 7 × 7 positions of the feature maps of real images
 (trained ViT-Tiny, 192 channels behind block 9 and the rest behind block 5), flattened channel by channel. Its weight

@@ -60,6 +60,8 @@ class Moments:
 def shrink(matrix: Tensor, samples: int) -> Tensor:
     """``(1 - ρ) M + ρ tr(M)/n I`` with ``ρ = max(0.005, n / (n + samples))``, shrinkage to the identity (METHOD 7).
 
+    Of blocks ρ has their width for n, since each is the moment of so many numbers alone.
+
     Args:
         matrix: M, ``(n, n)`` or blocks, positive semi-definite.
         samples: number of vectors averaged in M.
@@ -67,8 +69,8 @@ def shrink(matrix: Tensor, samples: int) -> Tensor:
     Returns:
         float64, of M's shape; the identity if M is zero (a layer that cannot affect the output) up to ``LEAST_SQUARE``.
     """
-    count = size(matrix)
-    share = max(LEAST_SHRINKAGE, count / (count + samples))
+    width = matrix.shape[-1]
+    share = max(LEAST_SHRINKAGE, width / (width + samples))
     wide = matrix.double()
     level, unit = float(diagonal(wide).mean()), identity(wide)
     return (1 - share) * wide + share * level * unit if level > LEAST_SQUARE else unit.expand(matrix.shape).contiguous()
