@@ -6,7 +6,9 @@ The layer has the shape of a detector's first box layer: regions of 7 × 7 posit
 (trained ViT-Tiny, 192 channels behind block 9 and the rest behind block 5), flattened channel by channel. Its weight
 regresses the classifier's input and logits on them. Codes, a low-rank candidate and trellis codes are fitted under Σ of
 the calibration images; their errors ``tr(G ΔW Σ' ΔWᵀ)``, over that of a weight of zeros, are those on the evaluation
-images, with all correlations. Each kind of Σ is run in a process of its own, for the sake of its peak memory.
+images, with all correlations. ``--layer blocks.6.mlp.fc2`` takes a layer of ViT-Tiny instead, with its own inputs and
+weight: inner features have no order in which neighbours are alike. Each kind of Σ is run in a process of its own, for
+the sake of its peak memory.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mlorq import memory
@@ -51,12 +55,18 @@ def images(folder: Path, split: str) -> Iterator[Tensor]:
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def vit(weights: str) -> nn.Module:
+    """ViT-Tiny with trained weights."""
+    model = timm.create_model("vit_tiny_patch16_224")
+    model.load_state_dict(load_file(weights))
+    found: nn.Module = model.eval()
+    return found
+
+
 @torch.no_grad()
 def regions(weights: str, folder: Path, split: str, channels: int) -> tuple[Tensor, Tensor]:
     """The layer's inputs ``(regions, channels · 49)``, and targets of every region's image."""
-    model = timm.create_model("vit_tiny_patch16_224")
-    model.load_state_dict(load_file(weights))
-    model.eval()
+    model: Any = vit(weights)
     seen: dict[str, Tensor] = {}
     for place in PLACES:
         model.get_submodule(place).register_forward_hook(lambda _, __, out, place=place: seen.update({place: out}))
@@ -77,6 +87,23 @@ def regions(weights: str, folder: Path, split: str, channels: int) -> tuple[Tens
     return torch.cat(found), torch.cat(targets)
 
 
+@torch.no_grad()
+def layer_inputs(weights: str, folder: Path, name: str) -> dict[str, Tensor]:
+    """Weight and inputs of a linear layer of ViT-Tiny, 10 tokens of an image each, and G of correlated outputs."""
+    model = vit(weights)
+    module = model.get_submodule(name)
+    found: dict[str, list[Tensor]] = {"calibration": [], "evaluation": []}
+    for split, parts in found.items():
+        hook = module.register_forward_pre_hook(
+            lambda _, args, parts=parts: parts.append(args[0][:, ::20].flatten(0, 1).clone())
+        )
+        for batch in images(folder, split):
+            model(batch)
+        hook.remove()
+    own = {split: torch.cat(parts) for split, parts in found.items()}
+    return own | {"weight": module.weight.detach().clone(), "gradients": output_moment(len(module.weight))}
+
+
 def layer(inputs: Tensor, targets: Tensor, rows: int) -> dict[str, Tensor]:
     """A trained weight ``(rows, columns)`` by ridge regression, and G of correlated outputs."""
     x, y = inputs.double(), targets[:, :rows].double()
@@ -84,9 +111,14 @@ def layer(inputs: Tensor, targets: Tensor, rows: int) -> dict[str, Tensor]:
     gram = x @ x.T
     gram += 0.1 * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=torch.float64)
     weight = torch.linalg.solve(gram, y).T @ x
-    mixing = torch.randn(4 * rows, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradients = mixing * torch.logspace(0, -1, rows, dtype=torch.float64)
-    return {"weight": weight.float(), "gradients": shrink(gradients.T @ gradients / len(mixing), len(mixing)).float()}
+    return {"weight": weight.float(), "gradients": output_moment(rows)}
+
+
+def output_moment(rows: int) -> Tensor:
+    """G of outputs of different weight, ``(rows, rows)``."""
+    gradients = torch.randn(4 * rows, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients *= torch.logspace(0, -1, rows, dtype=torch.float64)
+    return shrink(gradients.T @ gradients / len(gradients), len(gradients)).float()
 
 
 def measure(file: Path, width: int) -> dict[str, object]:
@@ -129,11 +161,21 @@ def measure(file: Path, width: int) -> dict[str, object]:
     return {"errors": errors, "seconds": seconds, "peak": peak * 1024 / 1e9}
 
 
+def _data(arguments: argparse.Namespace) -> dict[str, Tensor]:
+    if arguments.layer:
+        return layer_inputs(arguments.weights, arguments.folder, arguments.layer)
+    splits = ("calibration", "evaluation")
+    own = {name: regions(arguments.weights, arguments.folder, name, arguments.channels) for name in splits}
+    tensors = {name: inputs for name, (inputs, _) in own.items()}
+    return tensors | layer(*own["calibration"], arguments.rows)
+
+
 def main() -> None:
     """Print a table, one row a width of blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="of ViT-Tiny")
     parser.add_argument("folder", type=Path, help="images, and labels.tsv with their splits")
+    parser.add_argument("--layer", help="a linear layer of ViT-Tiny instead")
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 0], help="numbers; 0: the diagonal")
@@ -146,11 +188,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mlorq-blocks-") as temporary:
         file = arguments.data or Path(temporary) / "layer.safetensors"
         if not file.exists():
-            splits = ("calibration", "evaluation")
-            own = {name: regions(arguments.weights, arguments.folder, name, arguments.channels) for name in splits}
-            tensors = {name: inputs for name, (inputs, _) in own.items()}
-            save_file(tensors | layer(*own["calibration"], arguments.rows), file)
-        columns = arguments.channels * SIDE**2
+            save_file(_data(arguments), file)
+        columns = safe_open(file, "pt").get_slice("weight").get_shape()[1]
         for index, count in enumerate(arguments.blocks):
             width = columns // count if count else 1
             command = [sys.executable, __file__, arguments.weights, str(arguments.folder), "--data", str(file)]
