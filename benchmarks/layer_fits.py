@@ -25,8 +25,9 @@ def layer_fits(arguments: argparse.Namespace) -> Iterator[tuple[Layer, Covarianc
     config = RunConfig.from_yaml(arguments.config, overrides)
     session = Session(config, Store(config.resolve(config.store)), arguments.device)
     listed = execute(layers.spec(session), session.worker).ref
-    captured = execute(capture.spec(session, session.model_ref, listed), session.worker).ref
-    for layer in session.artifacts.layers(listed).layers[1 :: arguments.every]:
+    found = session.artifacts.layers(listed).layers
+    captured = execute(capture.spec(session, session.model_ref, listed, found), session.worker).ref
+    for layer in found[1 :: arguments.every]:
         fit = fits_of(session.worker.context, session.model_ref, captured, layer, config.search.fit).search
         assert isinstance(fit, CovarianceFit)
         yield layer, fit

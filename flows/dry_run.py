@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.estimate import Estimate, measure_speed, memory_bytes
+from mlorq.calibration.covariance import in_blocks
 from mlorq.checkpoint.size_bound import table_bytes
 from mlorq.codecs.base import Residency
 from mlorq.config.budget import Budget
@@ -21,6 +22,7 @@ from mlorq.config.run import SearchConfig
 from mlorq.errors import BudgetError
 from mlorq.forms.base import Shape, Smallest, smallest_size
 from mlorq.forms.embedding_tables import TableList, find_tables
+from mlorq.memory import block_width
 from mlorq.models.layer_list import Layer, LayerList, still_float
 from mlorq.rounding import METHODS
 from steps import activations, baseline, layers, pack
@@ -198,6 +200,7 @@ def make_plan(session: Session, found: LayerList, budgets: Sequence[Budget]) -> 
             }
             for layer in found.layers
         ],
+        "blocks": _blocks(session, found),
         "embeddings": _embeddings(session),
         "skipped": [{"layer": one.name, "reason": one.reason, "bytes": one.bytes} for one in found.skipped],
         "others": _others(session, found),
@@ -233,6 +236,17 @@ def _memory(session: Session, least: Least) -> dict[str, Any]:
     if target is None or least.memory is None or least.rest_memory is None:
         return {}
     return {"target": target.text, "smallest_memory_bytes": least.memory + least.rest_memory}
+
+
+def _blocks(session: Session, found: LayerList) -> list[dict[str, Any]]:
+    """The layers whose second moments of inputs are blocks on the diagonal."""
+    if session.config.search.metric != "moments":
+        return []
+    return [
+        {"layer": layer.name, "in_features": layer.in_features, "width": block_width(layer.in_features)}
+        for layer in found.layers
+        if in_blocks(layer)
+    ]
 
 
 def _first_missing(session: Session) -> str | None:

@@ -25,7 +25,7 @@ from mlorq.costs.measured import spread_batches
 from mlorq.data.base import Dataset
 from mlorq.export_targets import TARGETS
 from mlorq.forms.base import FORMS, Form, Shape
-from mlorq.memory import usable_bytes
+from mlorq.memory import block_width, usable_bytes
 from mlorq.models.batches import batch_samples, move_batch
 from mlorq.models.layer_list import Layer, LayerList
 from mlorq.registry import Settings
@@ -193,14 +193,15 @@ class Estimate:
     def _round(self, layer: Layer) -> float:
         rounding = self.session.config.rounding
         method = METHODS[rounding.method]
-        work = method.layer_work(layer.params, layer.in_features, rounding)
+        inputs = layer.in_features * layer.groups
+        work = method.layer_work(layer.params, block_width(layer.in_features), rounding)
         seconds = self._factorisation(layer) + self.speed.product * work
         if not method.needs_inputs:
             return seconds
         samples = min(part(rounding, TrainingSettings).samples, self.session.calibration.samples)
         forwards = 2 * samples / max(1, len(self.layers.blocks))
         tokens = samples * layer.macs / layer.params
-        moments = 3 * tokens * layer.in_features**2 * layer.groups
+        moments = 3 * tokens * inputs * block_width(layer.in_features)
         return seconds + self.speed.product * moments + self.speed.forward * forwards
 
 

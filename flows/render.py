@@ -270,6 +270,12 @@ def print_plan(plan: Mapping[str, Any], out: Console) -> None:
     out.print(grid(("layer", "kind", "shape", "weights", "share", "smallest bytes"), cells, right=right))
     for row in plan["skipped"]:
         out.print(f"skipped: {row['layer']} ({row['reason']}; {byte_count(row['bytes'])})", markup=False)
+    for row in plan["blocks"]:
+        count, width = row["in_features"] // row["width"], row["width"]
+        out.print(
+            f"in blocks: {row['layer']} (correlations between {count} blocks of {width:,} inputs are left out)",
+            markup=False,
+        )
     for row in plan["others"]:
         out.print(f"stays float: {row['name']} ({row['reason']}; {byte_count(row['bytes'])})", markup=False)
     tables = plan["embeddings"] or {"tables": [], "skipped": []}

@@ -6,8 +6,22 @@ import ctypes
 import os
 from pathlib import Path
 
-WIDEST = 16384  # inputs or outputs of a layer with matrices of their products, 2.1 GB each; a vocabulary has more
+WIDEST = 16384  # outputs of a layer with a matrix of their products, 2.1 GB; a vocabulary has more
+# Second moments of inputs are one matrix up to so many, 0.5 GB; of more inputs, equal blocks on its diagonal, of at
+# most so many (benchmarks/README.md, "Blocks").
+ONE_BLOCK, LARGEST_BLOCK = 8192, 4096
 SHARE = 0.5  # of the free memory: model, data and activations take the rest
+
+
+def block_width(inputs: int) -> int:
+    """Width of the blocks of a layer's second moments of inputs: all inputs, or the largest divisor that is allowed.
+
+    Args:
+        inputs: their number.
+    """
+    if inputs <= ONE_BLOCK:
+        return inputs
+    return next(width for width in range(LARGEST_BLOCK, 0, -1) if inputs % width == 0)
 
 
 def machine_memory() -> tuple[int, int]:

@@ -21,7 +21,7 @@ from mlorq.artifacts.hashing import digest_json
 from mlorq.artifacts.leases import once
 from mlorq.artifacts.store import ArtifactRef, Store
 from mlorq.errors import ConfigError, no_secrets
-from mlorq.memory import return_freed
+from mlorq.memory import block_width, return_freed
 from steps.handles import Handle, Inputs, ModelRef, handle_from_json, handle_to_json, inputs_of, key_of, roles_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Needs:
 
         Doubled to allow for PyTorch's temporaries and memory fragmentation.
         """
-        return cls(True, 2 * 8 * (8 * layer.params + 9 * (layer.in_features * layer.groups) ** 2))
+        inputs = layer.in_features * layer.groups
+        return cls(True, 2 * 8 * (8 * layer.params + 9 * inputs * block_width(inputs)))
 
 
 @dataclass(frozen=True)

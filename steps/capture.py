@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from mlorq.artifacts.schemas import matrix_table
 from mlorq.artifacts.store import ArtifactRef, json_bytes, table_bytes, tensors_bytes
 from mlorq.calibration.collect import capture, input_moments
-from mlorq.calibration.covariance import OuterProducts, gradients_tensors, has_moments, inputs_tensors
+from mlorq.calibration.covariance import OuterProducts, gradients_tensors, has_moments, in_blocks, inputs_tensors
 from mlorq.calibration.in_groups import Stops, groups_within, hessian_bytes, in_groups, inputs_bytes
 from mlorq.calibration.label_free_hessian import Mode, label_free_hessian
 from mlorq.calibration.token_importance import PASSES, importance_tensors, leaders, token_importance
@@ -51,7 +51,8 @@ class Params:
         rows: number of input tokens kept per layer.
         samples: number of calibration samples for the label-free Hessian.
         probes, min_probes, tolerance, mode: of its estimate (``mlorq.calibration.label_free_hessian``).
-        moments: whether moments of inputs and output gradients are accumulated.
+        moments: whether moments of inputs and output gradients are accumulated; ``blocks`` if those of the inputs of
+            some layers are blocks on the diagonal (``mlorq.memory.block_width``).
         token_weights: exponent of the tokens' weights in the moments; False: equal weights.
         seed: for the choice of rows, and for the probes.
     """
@@ -62,7 +63,7 @@ class Params:
     min_probes: int
     tolerance: float
     mode: Mode
-    moments: bool
+    moments: bool | Literal["blocks"]
     token_weights: bool | float
     seed: int
 
@@ -76,8 +77,15 @@ class Inputs:
     layers: ArtifactRef
 
 
-def spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
-    """Depends on the model, the calibration data, the layers and the Hessian's settings."""
+def spec(session: Session, model: ModelRef, layers: ArtifactRef, listed: Sequence[Layer]) -> StepSpec:
+    """Depends on the model, the calibration data, the layers and the Hessian's settings.
+
+    Args:
+        session: of the run.
+        model: the model that is observed.
+        layers: the ``layers`` artifact.
+        listed: its layers.
+    """
     search = session.config.search
     moments = search.metric == "moments"
     params = Params(
@@ -87,7 +95,7 @@ def spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
         min_probes=search.hessian_min_probes,
         tolerance=search.hessian_tolerance,
         mode=search.hessian_mode,
-        moments=moments,
+        moments="blocks" if moments and any(in_blocks(layer) for layer in listed) else moments,
         token_weights=moments and search.token_weights,
         seed=session.config.seed,
     )
@@ -96,7 +104,7 @@ def spec(session: Session, model: ModelRef, layers: ArtifactRef) -> StepSpec:
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> Iterator[tuple[str, bytes]]:
     bound = usable_bytes(context.device) if context.memory is None else context.memory
-    sums = Sums.within(bound, context.artifacts.layers(inputs.layers).layers, params.moments)
+    sums = Sums.within(bound, context.artifacts.layers(inputs.layers).layers, bool(params.moments))
     if context.memory is not None:
         sums.check(bound)
     return _files(params, inputs, context, progress, sums)

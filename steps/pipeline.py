@@ -81,7 +81,7 @@ def run_search(session: Session, executor: Executor, measure: Callable[[], None]
     if session.config.activations is not None:
         activations_ref = run("activations", activations.spec(session, layers_ref))
         model = ModelRef(model.key, activations_ref)
-    capture_ref = run("capture", capture.spec(session, model, layers_ref))
+    capture_ref = run("capture", capture.spec(session, model, layers_ref, found))
     # Large layers first: the last steps to run are then short ones.
     ordered = sorted(found, key=lambda layer: (-layer.params, layer.order))
     refs = run_all("candidates", [candidates.spec(session, model, capture_ref, layers_ref, layer) for layer in ordered])

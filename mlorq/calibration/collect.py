@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mlorq.calibration.covariance import OuterProducts, has_moments
 from mlorq.calibration.token_importance import Importance, leaders
 from mlorq.errors import ModelError
+from mlorq.memory import block_width
 from mlorq.models.base import FloatModel, join_outputs
 from mlorq.models.batches import batch_samples
 from mlorq.models.layer_list import Layer
@@ -225,7 +226,9 @@ def _products(
     for layer in layers:
         first = leader.get(layer.name)
         if first is not None and first in asked:
-            products[layer.name] = products.get(first) or OuterProducts(layer.in_features, device)
+            products[layer.name] = products.get(first) or OuterProducts(
+                layer.in_features, device, block_width(layer.in_features)
+            )
     return products
 
 

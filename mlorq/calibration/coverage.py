@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlorq.calibration.blocks import diagonal, identity, multiply, size, trace
 from mlorq.calibration.covariance import FOLDS, LEAST_SQUARE, Moments
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, take_samples
@@ -57,14 +58,12 @@ def damped_factor(inputs: Tensor) -> Tensor | None:
     """L of ``L Lᵀ = Σ + λ I``, λ = ``DAMPING`` × the mean of Σ's diagonal; None if Σ is zero up to ``LEAST_SQUARE``.
 
     Args:
-        inputs: Σ, ``(n, n)`` float64.
+        inputs: Σ, ``(n, n)`` float64, or its blocks.
     """
-    level = float(inputs.diagonal().mean())
+    level = float(diagonal(inputs).mean())
     if level <= LEAST_SQUARE:
         return None
-    factor: Tensor = torch.linalg.cholesky(
-        inputs + DAMPING * level * torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-    )
+    factor: Tensor = torch.linalg.cholesky(inputs + DAMPING * level * identity(inputs))
     return factor
 
 
@@ -79,8 +78,9 @@ def between_folds(layer: str, folds: Sequence[Moments], factor: Tensor) -> Cover
     inverse = torch.cholesky_inverse(factor)
     fitted, other = ((inverse * fold.inputs).sum() for fold in folds)
     rank, ratio = float(fitted), float(other / fitted)
-    scale = float(folds[0].inputs.trace() / folds[1].inputs.trace().clamp_min(torch.finfo(torch.float64).tiny))
-    return Coverage(layer, len(factor), folds[0].tokens, rank, ratio * scale)
+    power, other_power = (trace(fold.inputs) for fold in folds)
+    scale = float(power / other_power.clamp_min(torch.finfo(torch.float64).tiny))
+    return Coverage(layer, size(factor), folds[0].tokens, rank, ratio * scale)
 
 
 def held_out(batches: Sequence[Any], total: int, samples: int) -> Iterator[Any]:
@@ -113,17 +113,13 @@ def mean_scores(
 
     Args:
         model: the float model, on ``device``.
-        factors: L of each layer, ``(n, n)``.
+        factors: L of each layer, ``(n, n)`` or blocks.
         batches: inputs of the model.
         device: device of the model.
     """
     sums = {layer: [0.0, 0.0] for layer in factors}
     inverses = {  # triangular products, in the precision of the inputs
-        layer: torch.linalg.solve_triangular(
-            factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
-        )
-        .float()
-        .to(device)
+        layer: torch.linalg.solve_triangular(factor, identity(factor), upper=False).float().to(device)
         for layer, factor in factors.items()
     }
     for moved in feed(batches, device, model.dtype):
@@ -135,7 +131,7 @@ def mean_scores(
                 covering = counting(mask, tokens)
                 rows = tokens.flatten(0, 1) if covering is None else tokens[covering.to(tokens.device)]
                 rows = rows.float()
-                sums[layer][0] += float((rows @ inverses[layer].T).square().sum())
+                sums[layer][0] += float(multiply(rows, inverses[layer].mT).square().sum())
                 sums[layer][1] += float(rows.square().sum())
 
             return record

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from mlorq.calibration.covariance import FOLDS
+from mlorq.memory import block_width
 from mlorq.models.layer_list import Layer
 
 FLOAT32, FLOAT64 = 4, 8
@@ -20,7 +21,7 @@ Estimated = TypeVar("Estimated")
 
 def inputs_bytes(layer: Layer) -> tuple[int, int]:
     """Bytes of the sums of a layer's input products, and those taken for a moment besides."""
-    entries = layer.in_features**2
+    entries = layer.in_features * block_width(layer.in_features)
     return FLOAT64 * FOLDS * entries, COPIES * FLOAT32 * FOLDS * entries
 
 

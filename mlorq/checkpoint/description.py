@@ -6,7 +6,7 @@ Folders of format 1 have the same description in ``config.json``, without digest
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlorq.errors import CheckpointError, ConfigError, one_line
 from mlorq.models.arrangement import Arrangement
 
 VERSION_KEY = "format_version"
+BLOCKS_VERSION = 3  # of descriptions with layers in blocks of columns, which readers of version 2 would decode wrongly
 TRANSPOSED = "transposed"  # key in ``extra``: layers whose weight the original class stores transposed
 COMPUTED = "computed_by_class"  # key in ``extra``: layers whose class computes their weight; the file has its value
 ARRANGED = "arranged"  # key in ``extra``: weights that the original classes read directly
@@ -107,12 +108,20 @@ def read_description(location: Location) -> Description:
             raise CheckpointError(f"the folder has no {DESCRIPTION}, and its {file} is of other software")
         version = config[VERSION_KEY]
         known = FORMAT_VERSION if file == DESCRIPTION else 1
-        if type(version) is int and version == known:
-            return _checked(config, file, text)
+        if type(version) is int and version in (known, BLOCKS_VERSION):
+            found = _checked(config, file, text)
+            # Version 2 may have wide layers of earlier versions, which are not in blocks.
+            if version in (known, version_of(found.entries)):
+                return found
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ConfigError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"{file} is damaged: {reason}") from error
     raise CheckpointError(f"{file} has format version {version!r:.60}; this version of mlorq reads {known} there")
+
+
+def version_of(entries: Sequence[LayerEntry]) -> int:
+    """The format version that a description of these layers says."""
+    return BLOCKS_VERSION if any(entry.in_blocks for entry in entries) else FORMAT_VERSION
 
 
 def is_old_description(text: bytes) -> bool:

@@ -61,6 +61,11 @@ class LayerEntry:
         """Bytes of the float weight in the dtype in which the layer computes."""
         return self.weights * dtype_of(self.dtype).itemsize
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a matrix is stored in blocks of columns (``Codec.in_blocks``)."""
+        return any(codec.in_blocks(columns) for _, columns, codec in self.matrices().values())
+
     def tensor_names(self, path: str) -> list[str]:
         """State-dict names of this layer's stored tensors, for one of the layer's names."""
         return [f"{path}.{name.removeprefix(f'{self.layer}.')}" for name in self.layout()]

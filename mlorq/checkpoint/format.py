@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.artifacts.store import tensors_bytes
-from mlorq.checkpoint.description import ARRANGED, COMPUTED, TRANSPOSED, VERSION_KEY
+from mlorq.checkpoint.description import ARRANGED, COMPUTED, TRANSPOSED, VERSION_KEY, version_of
 from mlorq.checkpoint.entry import EMBEDDING, LayerEntry, dtype_name
 from mlorq.checkpoint.places import DESCRIPTION, TENSORS
-from mlorq.checkpoint.tensor_file import FORMAT_VERSION, compact, digest, header_text, metadata, parts
+from mlorq.checkpoint.tensor_file import compact, digest, header_text, metadata, parts
 from mlorq.codecs.base import FLOAT_BYTES
 from mlorq.errors import CheckpointError
 from mlorq.forms.compressed_module import CompressedModule
@@ -104,7 +104,7 @@ def description_bytes(
     extra |= {ARRANGED: arranged} if arranged else {}
     return json_lines(
         {
-            VERSION_KEY: FORMAT_VERSION,
+            VERSION_KEY: version_of(entries),
             "mlorq_version": _mlorq_version(),
             "architecture": given["architecture"],
             "dtype": given.get("dtype") or _module_dtype(module),

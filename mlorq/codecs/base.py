@@ -168,6 +168,10 @@ class Codec(ABC):
         """Upper bound on ``size - rows · columns · bits / 8``, the bytes that ``paper`` accounting does not count."""
         return self.size(rows, columns) - rows * columns * self.bits // 8
 
+    def in_blocks(self, columns: int) -> bool:
+        """Whether a matrix of so many columns is stored in blocks of them, which earlier versions would misread."""
+        return False
+
     def held(self, rows: int, columns: int, residency: Residency) -> Held:
         """What a runtime that does not keep packed tensors holds of a matrix; by default its decoded values."""
         return held_values(rows, columns, residency)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mlorq.codecs.base import Codec, StoredMatrix, TensorSpec, Trainable
+from mlorq.memory import block_width
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ class TrellisMatrix(StoredMatrix):
         codes: ``(columns, rows)`` uint8, the k bits of each weight, in the order of the stream.
         scale: ``(rows,)`` uint8 scale codes, in the order of the rows.
         base: ``(1,)`` float32, the scale of code 0.
-        rotation: ``(1,)`` int32, seed of the rotation of the columns; -1: none.
+        rotation: ``(1,)`` int32, how the columns are rotated (``mlorq.codecs.rotation.stored_seed``).
         bits: k.
     """
 
@@ -209,6 +210,10 @@ class TrellisCodec(Codec):
 
     def unpaid(self, rows: int, columns: int) -> int:
         return columns + rows + 9  # a byte of padding per column and one of rounding, the scales, base and seed
+
+    def in_blocks(self, columns: int) -> bool:
+        """Whether their rotation is (``mlorq.codecs.rotation``)."""
+        return block_width(columns) < columns
 
     def pack(self, matrix: StoredMatrix) -> dict[str, Tensor]:
         from mlorq.codecs.packing import pack_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlorq.codecs.rotation import rotate_back
+from mlorq.codecs.rotation import rotated_back
 from mlorq.codecs.trellis import STATE_BITS, scale_values, stream, tables
 
 
@@ -30,11 +30,11 @@ def unit(codes: Tensor, rotation: Tensor, bits: int) -> Tensor:
 
     Args:
         codes, bits: as for ``states``.
-        rotation: seed of the rotation, of one element; -1: none.
+        rotation: how the columns are rotated (``stored_seed``), of one element.
     """
     table, place = _table(bits).to(codes.device), _place(codes.shape[1]).to(codes.device)
     values = table[states(codes, bits).long()][:, place].T.contiguous()
-    return torch.where(rotation < 0, values, rotate_back(values, rotation.clamp(min=0)))
+    return rotated_back(values, rotation)
 
 
 def scales(codes: Tensor, base: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from mlorq.codecs.graph import Graph, hadamard, integers, sizes
 from mlorq.codecs.packing import unpack_rows
 from mlorq.codecs.rotation import hartley, signs
 from mlorq.codecs.trellis import STATE_BITS, scale_values, stream, tables
+from mlorq.memory import block_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,11 @@ ROTATED = "m,xzm,qx,qbz->qbm"  # the scales of the rows, and two matrices
 def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
     """The transposed weight, ``(columns, rows)`` float32, within 1e-6 of the decoder's."""
     rows, seed = len(tensors["scale"]), int(tensors["rotation"])
-    odd, high, low = _factors(columns)
+    width = columns
+    if seed < -1:
+        seed, width = -2 - seed, block_width(columns)
+    single, high, low = _factors(width)
+    odd = single * (columns // width)
     words = _words(unpack_rows(tensors["codes"], rows, bits).numpy(), bits)
     stored = words if seed < 0 else words.reshape(odd * high, low, words.shape[1])
     table = graph.node("Cast", graph.constant(tables()[bits - 1].astype(np.float16)), to="float32")
@@ -43,8 +48,10 @@ def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int)
     scale = graph.node("Mul", scale, graph.constant(tensors["base"].numpy()))
     if seed < 0:
         return graph.node("Mul", found, scale)
-    # T = C ⊗ H ⊗ H as two products, by C ⊗ H and by H; the signs of the columns are those of the columns of H.
-    odd_matrix = (hartley(odd).numpy().astype(np.float32) / math.sqrt(columns)).astype(np.float32)
+    # T = C ⊗ H ⊗ H as two products, by C ⊗ H and by H; the signs of the columns are those of the columns of H. Of all
+    # blocks of columns, each with this T, it is (I ⊗ C) ⊗ H ⊗ H.
+    odd_matrix = (hartley(single).numpy().astype(np.float32) / math.sqrt(width)).astype(np.float32)
+    odd_matrix = np.kron(np.eye(columns // width, dtype=np.float32), odd_matrix)
     high_matrix = graph.node("Cast", graph.constant(hadamard(high).reshape(1, high, 1, high)), to="float32")
     low_matrix = graph.node("Cast", graph.constant(hadamard(low)), to="float32")
     left = graph.node("Mul", graph.constant(odd_matrix.reshape(odd, 1, odd, 1)), high_matrix)

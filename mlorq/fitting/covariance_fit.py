@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import diagonal, multiply, solve_lower
 from mlorq.calibration.covariance import Moments, pooled
 from mlorq.codecs.affine import Rounded, RowQuantizer, storage_for
 from mlorq.codecs.base import ZeroPoint
@@ -59,7 +60,8 @@ class Metric:
     """Σ and G of a layer with their Cholesky factors.
 
     Args:
-        inputs: Σ, ``(in_features, in_features)``, positive definite (``calibration.covariance.shrink``).
+        inputs: Σ, ``(in_features, in_features)`` or its blocks (``calibration.blocks``), positive definite
+            (``calibration.covariance.shrink``).
         gradients: G, ``(out_features, out_features)``, positive definite; None for the identity.
     """
 
@@ -74,7 +76,7 @@ class Metric:
 
     @cached_property
     def right(self) -> Tensor:
-        """``L_Σ``, lower triangular."""
+        """``L_Σ``, lower triangular, or its blocks."""
         found: Tensor = torch.linalg.cholesky(self.inputs)
         return found
 
@@ -86,7 +88,7 @@ class Metric:
     def cost(self, difference: Tensor) -> float:
         """``tr(G ΔW Σ ΔWᵀ)`` of a difference ``(out_features, in_features)``, float64."""
         wide = difference.double()
-        weighted = wide @ self.inputs
+        weighted = multiply(wide, self.inputs)
         return float((weighted * (wide if self.gradients is None else self.gradients @ wide)).sum())
 
     def svd(self, weight: Tensor) -> ProductFactors:
@@ -95,7 +97,7 @@ class Metric:
         Args:
             weight: W, ``(out_features, in_features)``.
         """
-        w = weight.double() @ self.right
+        w = multiply(weight.double(), self.right)
         w = w if self.left is None else self.left.T @ w
         if w.shape[0] <= w.shape[1]:
             u = principal_directions(w @ w.T)
@@ -109,7 +111,7 @@ class Metric:
         root = s.sqrt().clamp(min=torch.finfo(s.dtype).tiny)
         a = u * root
         a = a if self.left is None else torch.linalg.solve_triangular(self.left.T, a, upper=True)
-        b = torch.linalg.solve_triangular(self.right, sv / root.unsqueeze(1), upper=False, left=False)
+        b = solve_lower(sv / root.unsqueeze(1), self.right)
         # Only the product matters: factors of equal magnitude stay in the range of float16 scales.
         level = (b.square().mean() / a.square().mean().clamp(min=torch.finfo(s.dtype).tiny)).sqrt().sqrt()
         level = torch.where(level > 0, level, torch.ones_like(level))  # 0 if W is
@@ -244,13 +246,13 @@ class CovarianceFit:
 
     def _search(self, values: Tensor, hessian: RowHessian | None, bits: int) -> RowQuantizer:
         values = values.float()
-        weights = None if hessian is None else hessian.single.diagonal().expand_as(values)
+        weights = None if hessian is None else diagonal(hessian.single).expand_as(values)
         return search_quantizer(values, bits, self.percentiles, weights=weights, zero_point=self.zero_point)
 
     def _with_left(self, target: Tensor, bits_a: int, right: Rounded) -> dict[str, Rounded]:
         """The rounded least-squares left factor for a rounded right factor."""
         b = right.dequantize().double()
-        weighted = b @ self.metric.inputs
+        weighted = multiply(b, self.metric.inputs)
         gram = damped(weighted @ b.T, RIDGE)
         a = torch.cholesky_solve(weighted @ target.T, torch.linalg.cholesky(gram)).T
         return {"a": self.round_rows(a, RowHessian(gram), bits_a), "b": right}
@@ -333,7 +335,7 @@ def product_costs(
         ``{(bits_a, bits_b): (k,) float64}``: the cost of rank r at entry ``r - 1``.
     """
     w = weight.double()
-    weighted = w @ metric.inputs  # W Σ
+    weighted = multiply(w, metric.inputs)  # W Σ
     total = metric.cost(w)
     gram_a, gram_b, projected, wide_b = {}, {}, {}, {}
     for bits, values in left.items():
@@ -343,7 +345,7 @@ def product_costs(
         projected[bits] = scaled @ weighted
     for bits, values in right.items():
         wide_b[bits] = values.double()
-        gram_b[bits] = (wide_b[bits] @ metric.inputs) @ wide_b[bits].T
+        gram_b[bits] = multiply(wide_b[bits], metric.inputs) @ wide_b[bits].T
     costs = {}
     for bits_a in left:
         for bits_b in right:

@@ -19,6 +19,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import multiply, parts
 from mlorq.codecs.affine import SCALE_LIMITS, RowQuantizer, scale_dtype, stored_scale
 from mlorq.fitting.cuda import has_kernels
 from mlorq.fitting.gram import damped
@@ -28,7 +29,11 @@ BLOCK = 64  # columns per block; the columns after a block are updated once
 
 
 class RowHessian:
-    """A positive semi-definite H, ``(columns, columns)``, with its factor for rounding, computed once for all rows."""
+    """A positive semi-definite H, ``(columns, columns)``, with its factor for rounding, computed once for all rows.
+
+    Of blocks on the diagonal (``mlorq.calibration.blocks``) each is a problem by itself, which is exact: errors do not
+    spread to other blocks.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.double()
@@ -40,21 +45,33 @@ class RowHessian:
 
     @cached_property
     def order(self) -> Tensor:
-        """Column order of GPTQ: descending diagonal of H."""
-        return self.matrix.diagonal().argsort(descending=True, stable=True)
+        """Column order of GPTQ: descending diagonal of H, within each block."""
+        found = self.matrix.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        if found.dim() == 1:
+            return found
+        starts = torch.arange(len(found), device=found.device) * found.shape[1]
+        return (found + starts.unsqueeze(1)).flatten()
 
     @cached_property
     def shares(self) -> Tensor:
         """Upper Cholesky factor of the damped H⁻¹ in that order, float32: spreads a column's error over later ones."""
-        h = damped(self.matrix[self.order][:, self.order], DAMPING)
+        h = damped(self.in_order(self.matrix), DAMPING)
         inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(h))
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
         return factor.float()
 
+    def in_order(self, matrix: Tensor) -> Tensor:
+        """H, or a matrix of its shape, with rows and columns in the order of ``order``."""
+        if matrix.dim() == 2:
+            order = self.order.to(matrix.device)
+            return matrix[order][:, order]
+        order = (self.order.reshape(len(matrix), -1) % matrix.shape[-1]).to(matrix.device)
+        return torch.stack([block[own][:, own] for block, own in zip(matrix, order, strict=True)])
+
     def norms(self, rows: Tensor) -> Tensor:
         """``w H wᵀ`` per row, ``(rows,)`` float64."""
         wide = rows.double()
-        return ((wide @ self.matrix) * wide).sum(1)
+        return (multiply(wide, self.matrix) * wide).sum(1)
 
 
 def gptq(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer) -> Tensor:
@@ -68,17 +85,19 @@ def gptq(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer) -> Tensor
     Returns:
         Codes, ``(rows, columns)`` float32 integers.
     """
-    order, upper = hessian.order, hessian.shares
-    left = weight.float().T[order].contiguous()
-    codes = torch.empty_like(left)
+    order = hessian.order
+    ordered = weight.float().T[order].contiguous()
+    codes = torch.empty_like(ordered)
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
-    columns = len(left)
-    block, _ = _block_functions(left)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        errors = torch.empty_like(left[start:stop])
-        block(left[start:stop], upper[start:stop, start:stop], scale, zero, top, codes[start:stop], errors)
-        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    block, _ = _block_functions(ordered)
+    for part, upper in parts(hessian.shares):
+        left, found = ordered[part], codes[part]
+        columns = len(left)
+        for start in range(0, columns, BLOCK):
+            stop = min(start + BLOCK, columns)
+            errors = torch.empty_like(left[start:stop])
+            block(left[start:stop], upper[start:stop, start:stop], scale, zero, top, found[start:stop], errors)
+            left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
@@ -107,23 +126,25 @@ def gptq_block(
 
 def descend(weight: Tensor, hessian: RowHessian, quantizer: RowQuantizer, codes: Tensor, sweeps: int = 1) -> Tensor:
     """Codes after at most ``sweeps`` of cyclic coordinate descent from ``codes``; shapes as for ``gptq``."""
-    h = hessian.single
     scale, zero, top = quantizer.scale, quantizer.zero_point, 2**quantizer.bits - 1
-    found = codes.T.contiguous()
-    columns = len(found)
-    _, block = _block_functions(found)
-    for _ in range(sweeps):
-        slope = h @ (quantizer.dequantize(found.T) - weight.float()).T  # half the gradient
-        changed = torch.zeros((), dtype=torch.bool, device=h.device)
-        for start in range(0, columns, BLOCK):
-            stop = min(start + BLOCK, columns)
-            moves = torch.empty_like(slope[start:stop])
-            block(slope[start:stop], h[start:stop, start:stop], scale, zero, top, found[start:stop], moves)
-            slope[stop:].addmm_(h[stop:, start:stop], moves)
-            changed |= moves.any()
-        if sweeps > 1 and not changed:
-            break
-    return found.T.contiguous()
+    codes = codes.T.contiguous()
+    _, block = _block_functions(codes)
+    for part, h in parts(hessian.single):
+        found = codes[part]
+        columns = len(found)
+        for _ in range(sweeps):
+            errors = quantizer.dequantize(found.T) - weight[:, part].float()
+            slope = h @ errors.T  # half the gradient
+            changed = torch.zeros((), dtype=torch.bool, device=h.device)
+            for start in range(0, columns, BLOCK):
+                stop = min(start + BLOCK, columns)
+                moves = torch.empty_like(slope[start:stop])
+                block(slope[start:stop], h[start:stop, start:stop], scale, zero, top, found[start:stop], moves)
+                slope[stop:].addmm_(h[stop:, start:stop], moves)
+                changed |= moves.any()
+            if sweeps > 1 and not changed:
+                break
+    return codes.T.contiguous()
 
 
 def descend_block(
@@ -197,7 +218,7 @@ def refit_scale(
         The quantizer, and ``(ŵ - w) H (ŵ - w)ᵀ`` per row, ``(rows,)`` float64.
     """
     centred = (codes - quantizer.zero_point.unsqueeze(1)).double()
-    weighted = centred @ hessian.matrix
+    weighted = multiply(centred, hessian.matrix)
     power = (weighted * centred).sum(1)
     cross = (weighted * weight.double()).sum(1)
     best = cross / power.clamp(min=torch.finfo(torch.float64).tiny)

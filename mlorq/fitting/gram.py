@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import diagonal, identity
+
 
 def leading_errors(total: Tensor | float, projected: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
     """``‖W‖² - 2 Σ_{k≤r} p_k + Σ_{k,l≤r} P_kl`` for every rank r, in the metric of the arguments.
@@ -48,10 +50,9 @@ def damped(matrix: Tensor, share: float) -> Tensor:
     """``M + share · tr(M)/n · I``, which has a Cholesky factor; ``M + I`` if M is zero.
 
     Args:
-        matrix: M, ``(n, n)`` float64, positive semi-definite.
+        matrix: M, ``(n, n)`` float64, positive semi-definite; or its blocks (``mlorq.calibration.blocks``).
         share: of the mean diagonal.
     """
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    amount = share * matrix.diagonal().mean()
+    unit, amount = identity(matrix), share * diagonal(matrix).mean()
     # Below the smallest normal number, factors lose all digits.
-    return matrix + torch.where(amount > torch.finfo(matrix.dtype).tiny, amount, torch.ones_like(amount)) * identity
+    return matrix + torch.where(amount > torch.finfo(matrix.dtype).tiny, amount, torch.ones_like(amount)) * unit

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import of_diagonal
 from mlorq.codecs.affine import Rounded, RowQuantizer, storage_for
 from mlorq.codecs.base import ZeroPoint
 from mlorq.codecs.trellis import TrellisMatrix
@@ -29,7 +30,7 @@ from mlorq.fitting.scale_search import CHUNK_ELEMENTS, row_ranges, search_left_f
 from mlorq.fitting.settings import FitSettings
 from mlorq.fitting.trellis import TrellisFit
 from mlorq.fitting.weighted_svd import Factors, weighted_svd
-from mlorq.memory import WIDEST
+from mlorq.memory import WIDEST, block_width
 
 
 class HessianFit:
@@ -143,7 +144,7 @@ class HessianFit:
         columns = columns + max(1e-3 * float(columns.mean()), torch.finfo(torch.float64).tiny)
         rows = self.output_metric()
         assert rows is not None  # the form does not serve wider layers
-        return TrellisFit(torch.diag(columns), rows, self.settings.rotation)
+        return TrellisFit(of_diagonal(columns, block_width(len(columns))), rows, self.settings.rotation)
 
     def trellis(self, widths: Sequence[int], sweeps: int = 1) -> list[TrellisMatrix]:
         """Trellis codes, errors weighted by H's mean over rows and its mean over columns."""

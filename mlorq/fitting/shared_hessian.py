@@ -17,7 +17,7 @@ from mlorq.codecs.rotation import rotate_both
 from mlorq.fitting.gptq import RowHessian
 
 KEPT = 3  # of one layer: as it is, and rotated, for two widths of inputs
-MOST_COLUMNS = 4096  # of a kept one, with its factors some 16 bytes per entry
+MOST_ENTRIES = 4096**2  # of a kept one, with its factors some 16 bytes each
 
 
 class _Kept(NamedTuple):
@@ -34,7 +34,7 @@ def shared_hessian(inputs: Tensor, seed: int | None = None) -> RowHessian:
     """Σ, or Σ of rotated inputs, as the Hessian of rows; one object for equal Σ, as long as it is among the last few.
 
     Args:
-        inputs: Σ, ``(columns, columns)``.
+        inputs: Σ, ``(columns, columns)``, or its blocks.
         seed: of the rotation (``mlorq.codecs.rotation``); None: no rotation.
     """
     with _lock:
@@ -42,7 +42,7 @@ def shared_hessian(inputs: Tensor, seed: int | None = None) -> RowHessian:
     if found is not None:
         return found.hessian
     hessian = RowHessian(inputs if seed is None else rotate_both(inputs.double(), seed))
-    if len(inputs) <= MOST_COLUMNS:
+    if inputs.numel() <= MOST_ENTRIES:
         with _lock:
             _kept.append(_Kept(inputs, seed, hessian))
     return hessian

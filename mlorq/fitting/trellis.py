@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlorq.codecs.rotation import rotate
+from mlorq.calibration.blocks import multiply, parts
+from mlorq.codecs.rotation import rotate, stored_seed
 from mlorq.codecs.trellis import ZERO_SCALE, TrellisMatrix, nearest_scale_codes, scale_values, stream, tables
 from mlorq.fitting.gptq import BLOCK, RowHessian
 from mlorq.fitting.shared_hessian import shared_hessian
@@ -45,13 +46,15 @@ class TrellisFit:
     """What all trellis codes of one layer share.
 
     Args:
-        inputs: Σ, ``(in_features, in_features)``, positive semi-definite.
+        inputs: Σ, ``(in_features, in_features)``, or its blocks (``mlorq.calibration.blocks``); positive semi-definite.
+            The rotation stays within a block.
         gradients: G, ``(out_features, out_features)``, positive semi-definite.
         seed: of the rotation of the columns; None: no rotation.
     """
 
     def __init__(self, inputs: Tensor, gradients: Tensor, seed: int | None) -> None:
         self.seed = seed
+        self.width = inputs.shape[-1]
         self._inputs = inputs.double()
         self._gradients = gradients.double()
 
@@ -101,7 +104,7 @@ class TrellisFit:
             torch.cat([block.codes() for block in parts], dim=1).cpu(),
             torch.from_numpy(scale),
             torch.tensor([base], dtype=torch.float32),
-            torch.tensor([-1 if self.seed is None else self.seed], dtype=torch.int32),
+            torch.tensor([stored_seed(self.seed, weight.shape[1], self.width)], dtype=torch.int32),
             bits,
         )
         return found.to(weight.device)
@@ -121,7 +124,7 @@ class TrellisFit:
     def target(self, weight: Tensor) -> Tensor:
         """The rotated weight, its rows in the order of the stream, ``(out_features, in_features)`` float64."""
         wide = weight.double()
-        wide = wide if self.seed is None else rotate(wide, self.seed)
+        wide = wide if self.seed is None else rotate(wide, self.seed, self.width)
         return wide[torch.from_numpy(stream(len(wide)).order).to(wide.device)]
 
     def feedback(self, start: int, stop: int) -> Tensor:
@@ -188,24 +191,30 @@ class _Block:
 
     def round(self) -> None:
         """Code all columns, with feedback."""
-        left, shares = self._scaled_target(), self.hessian.shares.to(self.functions.device)
-        columns, errors = len(left), torch.empty_like(left[:BLOCK])
-        for start in range(0, columns, BLOCK):
-            stop = min(start + BLOCK, columns)
-            own, lost = shares[start:stop, start:stop].contiguous(), errors[: stop - start]
-            self._code(self.functions.round_block, left[start:stop], own, slice(start, stop), lost)
-            left[stop:].addmm_(shares[start:stop, stop:].T, lost, alpha=-1)
+        target = self._scaled_target()
+        errors = torch.empty_like(target[:BLOCK])
+        for part, shares in parts(self.hessian.shares.to(self.functions.device)):
+            left, columns = target[part], len(shares)
+            for start in range(0, columns, BLOCK):
+                stop = min(start + BLOCK, columns)
+                own, lost = shares[start:stop, start:stop].contiguous(), errors[: stop - start]
+                place = slice(part.start + start, part.start + stop)
+                self._code(self.functions.round_block, left[start:stop], own, place, lost)
+                left[stop:].addmm_(shares[start:stop, stop:].T, lost, alpha=-1)
 
     def descend(self) -> None:
         """Code all columns again, each given all others."""
-        h = self.hessian.single.to(self.functions.device)[self.order][:, self.order].contiguous()
-        slope = h @ (self._coded - self._scaled_target())
-        columns, moves = len(slope), torch.empty_like(slope[:BLOCK])
-        for start in range(0, columns, BLOCK):
-            stop = min(start + BLOCK, columns)
-            own, moved = h[start:stop, start:stop].contiguous(), moves[: stop - start]
-            self._code(self.functions.descend_block, slope[start:stop], own, slice(start, stop), moved)
-            slope[stop:].addmm_(h[stop:, start:stop], moved)
+        ordered = self.hessian.in_order(self.hessian.single.to(self.functions.device)).contiguous()
+        errors = self._coded - self._scaled_target()
+        moves = torch.empty_like(errors[:BLOCK])
+        for part, h in parts(ordered):
+            slope, columns = h @ errors[part], len(h)
+            for start in range(0, columns, BLOCK):
+                stop = min(start + BLOCK, columns)
+                own, moved = h[start:stop, start:stop].contiguous(), moves[: stop - start]
+                place = slice(part.start + start, part.start + stop)
+                self._code(self.functions.descend_block, slope[start:stop], own, place, moved)
+                slope[stop:].addmm_(h[stop:, start:stop], moved)
 
     def _code(self, block: TensorBlock, values: Tensor, matrix: Tensor, part: slice, results: Tensor) -> None:
         weights, states, coded = self._error_weights(), self._states[part], self._coded[part]
@@ -214,7 +223,7 @@ class _Block:
     def refit(self) -> None:
         """Least-squares scales, ``(v H wᵀ) / (v H vᵀ)`` per row; rows without a positive one keep theirs."""
         unit = self._unit()
-        weighted = unit @ self.hessian.matrix
+        weighted = multiply(unit, self.hessian.matrix)
         power = (weighted * unit).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         fitted = ((weighted * self.target).sum(1) / power).cpu().numpy()
         usable = np.isfinite(fitted) & (fitted > 0) & (self.scale_codes != ZERO_SCALE)

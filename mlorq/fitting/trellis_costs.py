@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import multiply
 from mlorq.codecs.rotation import rotate_both
 from mlorq.codecs.trellis import stream
 from mlorq.fitting.trellis import TrellisFit
@@ -36,7 +37,7 @@ def trellis_costs(
         fit: of the codes, which has a metric of its own.
         weight: W, ``(out_features, in_features)``.
         widths: values of k.
-        inputs: Σ of the costs, ``(in_features, in_features)``.
+        inputs: Σ of the costs, ``(in_features, in_features)`` or blocks like those of the fit.
         gradients: G of the costs, ``(out_features, out_features)``.
     """
     order, _, _, bounds = stream(len(weight))
@@ -49,7 +50,7 @@ def trellis_costs(
         return None
     metric = _cycle_metric(fit, 0, bounds[1], g)
     errors = fit.first_cycle_errors(weight, widths)
-    costs = [float(((metric @ error) * (error @ sigma)).sum()) for error in errors]
+    costs = [float(((metric @ error) * multiply(error, sigma)).sum()) for error in errors]
     return [cost * whole / part if part > 0 else 0.0 for cost in costs]
 
 

@@ -43,8 +43,8 @@ class TCQ(Form[TCQSettings]):
     by_default = False
 
     def serves(self, shape: Shape) -> bool:
-        """Whether a column has enough rows to fill a state, and the layer is not too wide for its metric (METHOD 7)."""
-        return shape.out_features >= FEWEST_ROWS and max(shape.out_features, shape.in_features) <= WIDEST
+        """Whether a column has enough rows to fill a state, and not too many for the metric of outputs (METHOD 7)."""
+        return FEWEST_ROWS <= shape.out_features <= WIDEST
 
     def supersedes(self, settings: TCQSettings) -> int:
         return max(settings.trellis_bits, default=0)

@@ -8,6 +8,7 @@ them again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,14 @@ from mlorq.models.transposed import transpose_conv1d
 
 METHOD = "mlorq"
 FORMAT_VERSION = 1
+BLOCKS_VERSION = 2  # of layers in blocks of columns, which readers of version 1 would decode wrongly
+
+
+def _version_of(layers: Sequence[Mapping[str, Any]]) -> int:
+    """The version that says what these layers need; malformed ones are refused later (``MlorqConfig.entries``)."""
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
+        return BLOCKS_VERSION if any(LayerEntry.from_json(row).in_blocks for row in layers) else FORMAT_VERSION
+    return FORMAT_VERSION
 
 
 class MlorqConfig(QuantizationConfigMixin):
@@ -48,7 +57,7 @@ class MlorqConfig(QuantizationConfigMixin):
         activations: quantized activations (``ActivationPlan.to_json``), or None.
         arranged: weights that the model's classes read directly (``Arrangement.to_json``), or None.
         merged: tensors that the model's classes compute (``weight_norm``), and that are stored by their values.
-        format_version: version of this object.
+        format_version: version of this object; default: the one that the layers need.
     """
 
     def __init__(
@@ -61,16 +70,17 @@ class MlorqConfig(QuantizationConfigMixin):
         activations: Mapping[str, Any] | None = None,
         arranged: Mapping[str, Any] | None = None,
         merged: Sequence[str] = (),
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         quant_method: str = METHOD,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        needed = _version_of(layers)
+        if format_version not in (None, FORMAT_VERSION, needed):
             raise ValueError(
                 f"quantization_config has format version {format_version!r}; "
                 f"this version of mlorq reads {FORMAT_VERSION}"
             )
         self.quant_method = quant_method  # type: ignore[assignment] # registered methods are strings
-        self.format_version = format_version
+        self.format_version = needed if format_version is None else format_version
         self.layers = [dict(layer) for layer in layers]
         self.dtype = dtype
         self.dtypes = dict(dtypes or {})

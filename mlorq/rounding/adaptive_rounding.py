@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import multiply
 from mlorq.codecs.affine import RowQuantizer
 from mlorq.codecs.base import StoredMatrix
 from mlorq.fitting.cuda import has_kernels, recorded
@@ -87,8 +88,8 @@ class _Objective:
         self.moments = moments
         self.compressed = moments.compressed.float()
         # E[W x x̃ᵀ] = W (Σ̃ + C), the value of Ŵ Σ̃ at which the gradient is 0.
-        self.target = (w @ (moments.compressed + moments.drift_cross)).float()
-        self.offset = (w @ moments.drift_cross).float()
+        self.target = multiply(w, moments.compressed + moments.drift_cross).float()
+        self.offset = multiply(w, moments.drift_cross).float()
         self.factor = 2.0 / weight.shape[0]
 
     def gradients(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,12 +97,12 @@ class _Objective:
         if [len(term) for term in self.form.terms] == [2]:  # one product alone: Ŵ Σ̃ is not formed
             left, right = self.form.terms[0]
             a, b = values[left], values[right]
-            projected = b @ self.compressed  # (rank, in_features)
+            projected = multiply(b, self.compressed)  # (rank, in_features)
             return {
                 left: self.factor * (a @ (projected @ b.T) - self.target @ b.T),
                 right: self.factor * ((a.T @ a) @ projected - a.T @ self.target),
             }
-        by_dense = (self.form.combine(values) - self.weight) @ self.compressed - self.offset
+        by_dense = multiply(self.form.combine(values) - self.weight, self.compressed) - self.offset
         found: dict[str, Tensor] = {}
         for term in self.form.terms:
             for index, name in enumerate(term):

@@ -164,12 +164,12 @@ class RoundingMethod(ABC, Generic[Config]):
         """Float matrices and quantizers from which another method can start; None if there are none."""
         return None
 
-    def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
+    def layer_work(self, params: int, width: int, settings: Settings) -> float:
         """Multiply-adds of rounding one layer, without those of its fit, for estimates.
 
         Args:
             params: number of entries of W.
-            in_features: number of columns of W.
+            width: number of columns of W, or of a block of them (``mlorq.memory.block_width``).
             settings: the whole ``rounding`` section.
         """
         return 0.0

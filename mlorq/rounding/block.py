@@ -129,8 +129,8 @@ class Block(RoundingMethod[LayerSettings]):
     def round(self, task: RoundingTask, settings: LayerSettings, progress: Progress | None = None) -> RoundingResult:
         return round_closed_form(task, settings)
 
-    def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
-        return WORK * params * in_features
+    def layer_work(self, params: int, width: int, settings: Settings) -> float:
+        return WORK * params * width
 
 
 METHODS.register(Block())

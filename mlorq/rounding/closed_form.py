@@ -49,8 +49,8 @@ class ClosedForm(RoundingMethod[ClosedFormSettings]):
         parts = best_parts(task, task.fit.weight, task.moments).parts if task.form.separate else {}
         return {name: (part.latent(), part.quantizer) for name, part in parts.items() if isinstance(part, Rounded)}
 
-    def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
-        return WORK * params * in_features
+    def layer_work(self, params: int, width: int, settings: Settings) -> float:
+        return WORK * params * width
 
 
 METHODS.register(ClosedForm())

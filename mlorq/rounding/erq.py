@@ -31,8 +31,8 @@ class Erq(RoundingMethod[InputSettings]):
 
         return task.parts(corrected_fit(task.fit, task.moments))
 
-    def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
-        return WORK * params * in_features
+    def layer_work(self, params: int, width: int, settings: Settings) -> float:
+        return WORK * params * width
 
 
 METHODS.register(Erq())

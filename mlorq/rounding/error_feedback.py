@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import diagonal, identity, multiply, of_diagonal, solve
 from mlorq.calibration.covariance import LEAST_SQUARE, shrink
 from mlorq.codecs.base import FittedMatrix
 from mlorq.fitting.covariance_fit import CovarianceFit, Metric
@@ -78,7 +79,7 @@ def _with_centred_feedback(task: RoundingTask, moments: InputMoments) -> Roundin
     If inputs hardly vary, the float32 errors of the raw moments exceed the centred moments.
     """
     centred = moments.centred()
-    level = float(moments.compressed.diagonal().mean())
+    level = float(diagonal(moments.compressed).mean())
     for damping in DAMPINGS:
         used = centred if damping == 0 else _damped(centred, damping * level)
         try:
@@ -89,9 +90,8 @@ def _with_centred_feedback(task: RoundingTask, moments: InputMoments) -> Roundin
 
 
 def _damped(moments: InputMoments, amount: float) -> InputMoments:
-    identity = torch.eye(len(moments.compressed), dtype=torch.float64, device=moments.compressed.device)
     folds = tuple(_damped(fold, amount) for fold in moments.folds)
-    return replace(moments, compressed=moments.compressed + amount * identity, folds=folds)
+    return replace(moments, compressed=moments.compressed + amount * identity(moments.compressed), folds=folds)
 
 
 def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
@@ -106,11 +106,11 @@ def corrected_weight(weight: Tensor, moments: InputMoments) -> Tensor:
         moments: second moments of the layer's inputs, with their folds.
     """
     w = weight.double()
-    level = float(moments.compressed.diagonal().mean())
+    level = float(diagonal(moments.compressed).mean())
     if len(moments.folds) < 2 or level <= LEAST_SQUARE:
         return w
     judging = w[:: -(-len(w) // JUDGING_ROWS)]
-    crosses = [judging @ fold.drift_cross for fold in moments.folds]  # W C
+    crosses = [multiply(judging, fold.drift_cross) for fold in moments.folds]  # W C
     (first, second), (own, other) = moments.folds, crosses
     best, least = 0.0, 0.0
     for ridge in RIDGES:
@@ -132,19 +132,18 @@ def ridge_correction(weight: Tensor, moments: InputMoments, ridge: float) -> Ten
     Raises:
         torch.linalg.LinAlgError: ``Σ̃ + λI`` is not positive definite.
     """
-    return weight + _ridge_change(weight @ moments.drift_cross, moments, ridge)
+    return weight + _ridge_change(multiply(weight, moments.drift_cross), moments, ridge)
 
 
 def _ridge_change(cross: Tensor, moments: InputMoments, ridge: float) -> Tensor:
     """``W C (Σ̃ + λI)⁻¹`` from W C, ``(out_features, in_features)``."""
-    identity = torch.eye(cross.shape[1], dtype=torch.float64, device=cross.device)
-    factor = torch.linalg.cholesky(moments.compressed + ridge * identity)
-    return torch.cholesky_solve(cross.T, factor).T
+    factor = torch.linalg.cholesky(moments.compressed + ridge * identity(moments.compressed))
+    return solve(cross, factor)
 
 
 def _error_change(change: Tensor, moments: InputMoments, cross: Tensor) -> float:
     """By how much a change Δ of W raises the output error (``output_error``): ``tr(Δ Σ̃ Δᵀ) - 2 tr(Δ (W C)ᵀ)``."""
-    return float((change @ moments.compressed * change).sum() - 2 * (change * cross).sum())
+    return float((multiply(change, moments.compressed) * change).sum() - 2 * (change * cross).sum())
 
 
 def fit_under(task: RoundingTask, target: Tensor, moments: InputMoments) -> CovarianceFit:
@@ -164,14 +163,14 @@ def balanced(moments: InputMoments, target: Tensor) -> Tensor:
     input alone would then decide scales and codes.
 
     Args:
-        moments: with Σ̃, ``(in_features, in_features)``.
+        moments: with Σ̃.
         target: the weight, ``(out_features, in_features)``.
     """
-    plain, own = shrink(moments.compressed, moments.tokens), moments.compressed.diagonal()
-    gained = (plain.diagonal() - own).clamp(min=0)
+    plain, own = shrink(moments.compressed, moments.tokens), diagonal(moments.compressed)
+    gained = (diagonal(plain) - own).clamp(min=0)
     power = target.double().square().sum(0)
     most = (power * own).mean() / power.clamp(min=torch.finfo(power.dtype).tiny)
-    return plain - torch.diag((gained - most).clamp(min=0))
+    return plain - of_diagonal((gained - most).clamp(min=0), plain.shape[-1])
 
 
 def best_parts(task: RoundingTask, target: Tensor, moments: InputMoments) -> Tried:

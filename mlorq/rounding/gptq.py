@@ -24,8 +24,8 @@ class Gptq(RoundingMethod[InputSettings]):
 
         return round_without_feedback(task)
 
-    def layer_work(self, params: int, in_features: int, settings: Settings) -> float:
-        return WORK * params * in_features
+    def layer_work(self, params: int, width: int, settings: Settings) -> float:
+        return WORK * params * width
 
 
 METHODS.register(Gptq())

@@ -56,8 +56,8 @@ class Lra(RoundingMethod[LraSettings]):
         assert parts is not None, settings.start
         return round_adaptively(task, parts, settings, progress)
 
-    def layer_work(self, params: int, in_features: int, settings: Any) -> float:
-        return float(settings.iterations * (params * in_features + ELEMENTS * params))
+    def layer_work(self, params: int, width: int, settings: Any) -> float:
+        return float(settings.iterations * (params * width + ELEMENTS * params))
 
 
 METHODS.register(Lra())

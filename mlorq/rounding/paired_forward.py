@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mlorq.activations.plan import ActivationPlan
+from mlorq.calibration.blocks import products
 from mlorq.calibration.covariance import FOLDS
 from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.forms.stored_layer import CompressedLayer
+from mlorq.memory import block_width
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import Shared, batch_samples, fresh, map_items, move_batch
 from mlorq.models.copying import copy_module
@@ -38,7 +40,7 @@ class InputMoments:
     """Second moments of a layer's inputs x in the float model and x̃ in the compressed one, means over tokens, float64.
 
     Attributes:
-        compressed: ``Σ̃ = E[x̃ x̃ᵀ]``, ``(in_features, in_features)``.
+        compressed: ``Σ̃ = E[x̃ x̃ᵀ]``, ``(in_features, in_features)``, or its blocks (``mlorq.calibration.blocks``).
         drift_cross: ``C = E[(x - x̃) x̃ᵀ]``, same shape.
         drift: ``E[(x - x̃)(x - x̃)ᵀ]``, same shape.
         tokens: number of tokens, or the sum of their weights.
@@ -60,11 +62,11 @@ class InputMoments:
     def centred(self) -> InputMoments:
         """Moments about the means, for a layer whose bias compensates for the mean error."""
         assert self.mean is not None and self.drift_mean is not None  # noqa: PT018
-        mean, drift = self.mean, self.drift_mean
+        mean, drift, width = self.mean.unsqueeze(0), self.drift_mean.unsqueeze(0), self.compressed.shape[-1]
         return InputMoments(
-            self.compressed - torch.outer(mean, mean),
-            self.drift_cross - torch.outer(drift, mean),
-            self.drift - torch.outer(drift, drift),
+            self.compressed - products(mean, mean, width),
+            self.drift_cross - products(drift, mean, width),
+            self.drift - products(drift, drift, width),
             self.tokens,
             folds=tuple(fold.centred() for fold in self.folds),
             has_tokens=self.has_tokens,
@@ -92,7 +94,9 @@ class _FoldSums:
     """Sums of the products of one fold's tokens, float64."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        shapes = ((size, size),) * 3 + ((size,),) * 2
+        self.width = block_width(size)
+        blocks = () if self.width == size else (size // self.width,)
+        shapes = ((*blocks, self.width, self.width),) * 3 + ((size,),) * 2
         self.sums = {
             name: torch.zeros(shape, dtype=torch.float64, device=device)
             for name, shape in zip(FIELDS, shapes, strict=True)
@@ -103,8 +107,9 @@ class _FoldSums:
         """Add tokens of x and x̃, ``(tokens, size)`` each, with weights ``(tokens, 1)`` or None."""
         y, drift = own_inputs, float_inputs - own_inputs
         own, lost = (y, drift) if weights is None else (weights * y, weights * drift)
-        products = (y.T @ own, drift.T @ own, drift.T @ lost, own.sum(0), lost.sum(0))
-        for field, product in zip(FIELDS, products, strict=True):
+        pairs = ((y, own), (drift, own), (drift, lost))
+        found = (*(products(left, right, self.width) for left, right in pairs), own.sum(0), lost.sum(0))
+        for field, product in zip(FIELDS, found, strict=True):
             self.sums[field] += product  # float32 to float64
         self.tokens += len(y) if weights is None else float(weights.double().sum())
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mlorq.calibration.blocks import diagonal, parts
 from mlorq.codecs.affine import Rounded, RowQuantizer
 from mlorq.codecs.base import FittedMatrix
 from mlorq.fitting.gram import damped
@@ -71,7 +72,7 @@ def corrected_fit(fit: HessianFit, moments: InputMoments) -> HessianFit:
     count, inputs = max(1, moments.tokens), fit.weight.shape[1]
     ridge = TOKEN_RIDGE / count
     if not moments.has_tokens:
-        ridge = max(VECTOR_RIDGE / count, float(moments.compressed.diagonal().mean()) * inputs / count)
+        ridge = max(VECTOR_RIDGE / count, float(diagonal(moments.compressed).mean()) * inputs / count)
     return fit.of(ridge_correction(fit.weight.double(), moments, ridge).float())
 
 
@@ -80,9 +81,12 @@ def round_in_halves(weight: Tensor, covariance: Tensor, quantizer: RowQuantizer)
 
     Args:
         weight: ``(rows, columns)``.
-        covariance: Σ̃, ``(columns, columns)``.
+        covariance: Σ̃, ``(columns, columns)``, or its blocks, each of which is halved by itself.
         quantizer: scales and zero-points of the rows.
     """
+    if covariance.dim() == 3:
+        blocks = [round_in_halves(weight[:, own], block, quantizer) for own, block in parts(covariance)]
+        return torch.cat(blocks, dim=1)
     sigma = covariance.double()
     left = weight.double().clone()
     codes = torch.empty_like(weight, dtype=torch.float32)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlorq.checkpoint.description import version_of
 from mlorq.checkpoint.entry import LayerEntry
 from mlorq.forms.base import FORMS, Candidate, Shape
 from mlorq.models.kinds import BY_NAME
@@ -49,3 +50,12 @@ def test_a_dense_weight_has_the_layout_of_its_kind(kind: str, shape: list[int], 
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(ValueError, match="layer 'layer' has the unknown kind 'conv7d'"):
         LayerEntry.from_json(row("linear", [5, 7]) | {"kind": "conv7d"})
+
+
+def test_only_wide_layers_in_blocks_need_the_later_version() -> None:
+    def entry(form: str, columns: int) -> LayerEntry:
+        return LayerEntry("layer", "linear", (16, columns), Candidate(form, bits=4), "codes", "float32", 1, ())
+
+    assert version_of([]) == 2
+    assert version_of([entry("TCQ", 8192), entry("Q", 12544)]) == 2
+    assert version_of([entry("Q", 8), entry("TCQ", 12544)]) == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlorq import memory
 from mlorq.codecs.base import Codec
 from mlorq.codecs.graph import packed_codes, product
 from tests.compressed import affine, trellis
@@ -97,6 +98,18 @@ def test_trellis_values(bits: int, rows: int, columns: int, rotation: int) -> No
     assert relative(found, expected) < 1e-6
     assert np.array_equal(found, expected.numpy()) or rotation >= 0
     assert not left, "onnxruntime folds the decoding at load"
+
+
+@pytest.mark.parametrize(("columns", "width"), [(48, 12), (40, 8), (21, 7)])
+def test_trellis_values_rotated_in_blocks(columns: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "ONE_BLOCK", columns - 1)
+    monkeypatch.setattr(memory, "LARGEST_BLOCK", width)
+    matrix = trellis(30, columns, 3, 1, rotation=-2 - 9)
+    graph = builder()
+    found, left = run(graph, matrix.codec.graph_values(graph, matrix.codec.pack(matrix), columns))
+    assert relative(found, matrix.dequantize().T) < 1e-6
+    assert relative(found, trellis(30, columns, 3, 1, rotation=9).dequantize().T) > 0.1
+    assert not left
 
 
 def test_a_codec_without_operators_stores_its_values() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlorq.codecs.rotation import mixed_bits, rotate, rotate_back, rotate_both, signs
+from mlorq import memory
+from mlorq.codecs.rotation import mixed_bits, rotate, rotate_back, rotate_both, rotated_back, signs, stored_seed
 from mlorq.codecs.trellis import (
     STATE_BITS,
     ZERO_SCALE,
@@ -143,6 +144,32 @@ def test_rotation_is_orthogonal_and_undone(size: int) -> None:
     assert torch.allclose(rotate_both(symmetric, 5), q.T @ symmetric @ q, atol=1e-10)
     if size > 1:
         assert not torch.equal(q, rotate(identity, seed=6))
+
+
+@pytest.mark.parametrize(("size", "width"), [(60, 20), (48, 16), (35, 7), (9, 1)])
+def test_rotation_of_blocks(size: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block has the transform of its width; the stored number says so."""
+    monkeypatch.setattr(memory, "ONE_BLOCK", size - 1)
+    monkeypatch.setattr(memory, "LARGEST_BLOCK", width)
+    values = torch.randn(7, size, dtype=torch.float64)
+    found, sign = rotate(values, 5, width), signs(size, 5)
+    for start in range(0, size, width):
+        part = slice(start, start + width)
+        plain = rotate(values[:, part] * sign[part] * signs(width, 5), 5)  # without the signs of the first block
+        torch.testing.assert_close(found[:, part], plain)
+    torch.testing.assert_close(rotate_back(found, 5, width), values)
+    q = rotate(torch.eye(size, dtype=torch.float64), 5, width)
+    stacked = torch.stack([one.T @ one for one in values.split(width, dim=1)])
+    torch.testing.assert_close(torch.block_diag(*rotate_both(stacked, 5)), q.T @ torch.block_diag(*stacked) @ q)
+    for seed, own in ((None, size), (5, size), (5, width), (0, width)):
+        stored = torch.tensor([stored_seed(seed, size, own)], dtype=torch.int32)
+        rotated = values if seed is None else rotate(values, seed, own)
+        torch.testing.assert_close(rotated_back(rotated, stored), values)
+
+
+def test_blocks_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="12544 columns are rotated in blocks of 3136, not 6272"):
+        stored_seed(0, 12544, 6272)
 
 
 def test_rotation_spreads_single_columns() -> None:

@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import mlorq
+from mlorq.checkpoint.entry import LayerEntry
 from mlorq.checkpoint.format import checkpoint_files
 from mlorq.checkpoint.io import save
 from mlorq.config.sections import model_section
@@ -231,6 +232,18 @@ def test_configurations_of_later_versions_and_malformed_ones_are_refused():
         MlorqConfig(format_version=2)
     with pytest.raises(ValueError, match="a layer is malformed"):
         MlorqConfig(layers=[{"layer": "a"}]).entries()
+
+
+def test_layers_in_blocks_have_a_version_of_their_own():
+    def row(columns: int) -> dict[str, Any]:
+        return LayerEntry(
+            "a", "linear", (16, columns), Candidate("TCQ", bits=4), "codes", "float32", 1, ()
+        ).to_json() | {"shape": [16, columns]}
+
+    assert [MlorqConfig(layers=[row(columns)]).format_version for columns in (8192, 12544)] == [1, 2]
+    assert MlorqConfig(layers=[row(12544)], format_version=2).entries()[0].in_blocks
+    with pytest.raises(ValueError, match="format version 2"):
+        MlorqConfig(layers=[row(8192)], format_version=2)
 
 
 def test_a_model_without_any_of_the_layers_is_refused(bert, tmp_path):

@@ -43,7 +43,7 @@ def test_only_the_last_ones_and_no_large_ones_are_kept(seed: int, monkeypatch) -
     for index in range(KEPT):
         shared_hessian(covariance(seed + 1 + index))
     assert shared_hessian(sigma) is not first
-    monkeypatch.setattr(module, "MOST_COLUMNS", 8)
+    monkeypatch.setattr(module, "MOST_ENTRIES", 64)
     assert shared_hessian(covariance(seed + 9)) is not shared_hessian(covariance(seed + 9))
 
 

@@ -17,6 +17,7 @@ from flows.cli import main
 from flows.dry_run import smallest_layer
 from flows.run import known_layers, open_session
 from flows.template import template
+from mlorq import memory
 from mlorq.config.run import ActivationsConfig, EmbeddingsConfig, RunConfig
 from mlorq.config.sections import rounding_section, search_section
 from mlorq.models import FAMILIES
@@ -240,6 +241,22 @@ def test_dry_run_for_people(project: Path, capsys: pytest.CaptureFixture[str]) -
     assert "smallest possible" in out
     assert "estimate" in out
     assert "a library that prints" not in out
+
+
+def test_a_dry_run_names_the_layers_in_blocks(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = ("--dry-run", "--set", "search.metric=moments")
+    whole = prints_json(capsys, "compress", project, *moments)
+    assert whole["blocks"] == []
+    monkeypatch.setattr(memory, "ONE_BLOCK", 16)
+    monkeypatch.setattr(memory, "LARGEST_BLOCK", 16)
+    plan = prints_json(capsys, "compress", project, *moments)
+    down = [f"blocks.{index}.down" for index in range(2)]
+    assert plan["blocks"] == [{"layer": layer, "in_features": 32, "width": 16} for layer in down]
+    assert prints_json(capsys, "compress", project, "--dry-run")["blocks"] == []
+    assert main(["compress", str(project), *moments]) == 0
+    assert f"in blocks: {down[0]} (correlations between 2 blocks of 16 inputs are left out)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def first_steps(config: RunConfig) -> tuple[StepSpec, StepSpec]:
     """The ``layers`` and ``capture`` steps of a run."""
     session = open_session(config)
     layers = pipeline.layers.spec(session)
-    return layers, pipeline.capture.spec(session, session.model_ref, layers.ref)
+    return layers, pipeline.capture.spec(session, session.model_ref, layers.ref, [])
 
 
 def files(store: Path) -> dict[str, bytes]:

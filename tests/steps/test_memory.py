@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import secrets
 import stat
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +79,7 @@ def captured(folder: Path, bound: str | None, **search: Any) -> tuple[Session, A
     none = Dataset([], 0, digest_json("none"))
     session = Session(config, Store(config.store), model=model, calibration=from_batches(batches), evaluation=none)
     listed = execute(layers.spec(session), session.worker).ref
-    spec = capture.spec(session, session.model_ref, listed)
+    spec = capture.spec(session, session.model_ref, listed, session.artifacts.layers(listed).layers)
     return session, execute(spec, session.worker).ref
 
 
@@ -134,9 +137,9 @@ def test_sums_keep_within_the_bound(tmp_path, monkeypatch, bound):
     most = 0
     real = OuterProducts.__init__
 
-    def made(self, size, device):
+    def made(self, *arguments):
         nonlocal most
-        real(self, size, device)
+        real(self, *arguments)
         alive[id(self)] = self.sums.nbytes
         most = max(most, sum(alive.values()))
 
@@ -242,12 +245,14 @@ def test_the_bytes_of_the_sums_are_said(moments):
     assert capture.Sums.within(1, found, moments).bytes == max(*sizes, sum(inputs_bytes(found[0])) if moments else 0)
 
 
-def test_very_wide_layers_have_no_moments():
-    wide = [Layer("head", "linear", WIDEST + 1, 8, 1, 1, 0, 0, 0), Layer("in", "linear", 8, WIDEST + 1, 1, 1, 1, 0, 1)]
+def test_layers_with_very_many_outputs_have_no_moments_and_those_with_many_inputs_have_blocks():
+    head, wide = Layer("head", "linear", WIDEST + 1, 8, 1, 1, 0, 0, 0), Layer("in", "linear", 8, 40960, 1, 1, 1, 0, 1)
     narrow = Layer("fine", "linear", WIDEST, 8, 1, 1, 2, 0, 0)  # which reads the same tensor as the head
-    sums = capture.Sums.within(2**50, [*wide, narrow], True)
-    assert sums.leader == {"fine": "fine"}
-    assert hessian_bytes(wide[0], False)[0] == 8 * wide[0].params
+    sums = capture.Sums.within(2**50, [head, wide, narrow], True)
+    assert sums.leader == {"in": "in", "fine": "fine"}
+    assert hessian_bytes(head, False)[0] == 8 * head.params
+    doubled = replace(wide, in_features=81920)
+    assert [inputs_bytes(each)[0] for each in (wide, doubled)] == [8 * 2 * 40960 * 4096, 8 * 2 * 81920 * 4096]
 
 
 @pytest.mark.parametrize("rounding", ["closed_form", "block"])
@@ -265,6 +270,56 @@ def test_a_layer_too_wide_for_moments_is_compressed(monkeypatch, rounding):
     assert forms["0"] == "TCQ"
     assert forms["2"] in ("Q", "LR")
     assert found.metrics["nmse"] < 0.1
+
+
+@pytest.mark.parametrize("rounding", ["closed_form", "gptq", "erq", "lra", "block"])
+def test_a_layer_in_blocks_is_compressed(monkeypatch, tmp_path, rounding):
+    """Of a layer with many inputs no single matrix is made, in no step; its checkpoint decodes to the same weights."""
+    monkeypatch.setattr(memory, "ONE_BLOCK", 64)
+    monkeypatch.setattr(memory, "LARGEST_BLOCK", 32)
+    torch.manual_seed(secrets.randbelow(2**31))
+    net = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(96, 24))
+    made = []
+    zeros = torch.zeros
+
+    def noted(*shape, **options):
+        made.append(shape)
+        return zeros(*shape, **options)
+
+    x = torch.randn(128, 4, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", noted)
+        found = mlorq.compress(
+            net, list(x.split(16)), budget="3bit", preset="fast", rounding=rounding, rounding_iterations=3
+        )
+    assert (2, 3, 32, 32) in made
+    assert not [shape for shape in made if shape[-2:] == (96, 96)]
+    assert found.metrics["nmse"] < 0.3
+    forms = dict(zip(*(found.allocation[name].to_pylist() for name in ("layer", "form")), strict=True))
+    assert forms["3"] == "TCQ"
+    rows = {one["layer"]: one for one in found.metrics["calibration"]["layers"]}
+    assert rows["3"]["width"] == 96
+    assert rows["3"]["ratio"] > 0
+    found.save(tmp_path / "out")
+    description = json.loads((tmp_path / "out" / "mlorq.json").read_text())
+    assert description["format_version"] == 3  # version 2 would decode its rotation wrongly, and is refused there
+    assert torch.equal(mlorq.load(tmp_path / "out", model=net)(x), found.model(x))
+
+
+def test_blocks_have_a_key_of_their_own_and_other_layers_keep_theirs(monkeypatch, tmp_path):
+    """What an artifact holds follows from its key."""
+    found = [Layer("a", "linear", 8, 96, 1, 1, 0, 0, 0)]
+    session, _ = captured(tmp_path, None)
+    ref = session.model_ref, layers.spec(session).ref
+
+    def key(listed):
+        return capture.spec(session, *ref, listed).key
+
+    assert key(found) == key([])
+    monkeypatch.setattr(memory, "ONE_BLOCK", 64)
+    monkeypatch.setattr(memory, "LARGEST_BLOCK", 32)
+    assert key(found) != key([])
+    assert key([replace(found[0], in_features=64)]) == key([])
 
 
 def test_packing_shares_the_weights_that_it_replaces_and_leaves_the_model_alone():
