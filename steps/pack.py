@@ -185,11 +185,11 @@ def run(params: Params, inputs: Inputs, context: Context, progress: Progress) ->
         progress(len(read), len(layers.layers))
     compressed = {layer.name: read[layer.name] for layer in layers.layers}
     module = _without_weights(model.module, layers.layers).to("cpu")
-    set_parameters(module, rest)
     replace_layers(module, compressed, {layer.name: list(layer.aliases) for layer in layers.layers})
     replace_tables(module, artifacts.tables(inputs.embeddings))
     if plan is not None:
         plan.install(module)
+    set_parameters(module, rest)
     allocation = artifacts.json(inputs.allocation, "allocation.json")
     description = {
         **describe(model, plan),

@@ -82,10 +82,12 @@ def _unit(norm: nn.Module) -> float:
 
 @torch.no_grad()
 def set_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set parameters of a model by name, in place; modules that share a parameter see the new value.
+    """Set parameters or buffers of a model by name, in place; modules that share one see the new value.
 
     Raises:
-        AttributeError: the model lacks a parameter.
+        AttributeError: the model lacks one.
     """
     for name, value in values.items():
-        module.get_parameter(name).copy_(value)
+        owner, _, key = name.rpartition(".")
+        child = module.get_submodule(owner)
+        (module.get_buffer if key in child._buffers else module.get_parameter)(name).copy_(value)

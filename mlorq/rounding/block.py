@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class RateSettings(Settings):
-    """Step sizes of scales, biases and norms."""
+    """Step sizes of scales, biases, norms and ranges of activations."""
 
     scale_rate: float = Field(1e-3, ge=0, description="step size of scales, relative to their size")
     bias_rate: float = Field(1e-4, ge=0, description="step size of biases")
@@ -41,6 +41,9 @@ class RateSettings(Settings):
         ge=0,
         description="step size of the scales and shifts of normalisation layers, relative to the layer's scales; "
         "0: fixed",
+    )
+    range_rate: float = Field(
+        1e-3, ge=0, description="step size of the ranges of quantized activations, relative to their size; 0: fixed"
     )
 
 

@@ -32,6 +32,7 @@ from mlorq.rounding.block import TuningSettings
 from mlorq.rounding.paired_forward import token_weights
 from mlorq.rounding.reconstruction import first_tensor, weighted_square
 from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, train
+from mlorq.rounding.trainable_range import trainable_ranges
 
 KEPT_BYTES = 2**30  # of the float model's outputs that tuning keeps
 
@@ -86,9 +87,12 @@ def tune(
     weights: Sequence[Importance] = importance or [{}] * len(batches)
     moved = [(move_batch(batch, device, model.dtype), own) for batch, own in zip(batches, weights, strict=True)]
     objective = _Objective(model, module, blocks)
-    rates = Rates(settings.tuning_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate)
+    rates = Rates(
+        settings.tuning_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate, settings.range_rate
+    )
     norms = [TrainableNorm(parameter) for parameter in norm_parameters(module)] if settings.norm_rate else []
-    result = train(trainable, moved, objective, objective.of_all, rates, settings.tuning, seed, progress, norms)
+    ranges = trainable_ranges(module) if settings.range_rate else []
+    result = train(trainable, moved, objective, objective.of_all, rates, settings.tuning, seed, progress, norms, ranges)
     return replace(result, rest={**given, **result.rest})
 
 

@@ -32,6 +32,7 @@ from mlorq.rounding.brecq import SoftSettings
 from mlorq.rounding.paired_forward import BlockCall, PairedForward
 from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, set_hard
 from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, refresh_all, train
+from mlorq.rounding.trainable_range import trainable_ranges
 
 
 def reconstruct(
@@ -63,12 +64,13 @@ def reconstruct(
     calls = paired.block_calls(block, outputs=settings.loss == "output", float_inputs=settings.drop > 0, seed=seed)
     objective = _Objective(paired, block)
     trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
-    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate)
+    rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate, settings.range_rate)
     inside = norm_parameters(paired.compressed, paired.block_name(block)) if settings.norm_rate else []
     norms = [TrainableNorm(parameter) for parameter in inside]
+    ranges = trainable_ranges(paired.compressed, paired.block_name(block)) if settings.range_rate else []
     step = _dropping(paired, block, objective, settings.drop, seed)
     held_out = _held_out(trainable, objective)
-    return train(trainable, calls, step, held_out, rates, settings.iterations, seed, progress, norms)
+    return train(trainable, calls, step, held_out, rates, settings.iterations, seed, progress, norms, ranges)
 
 
 def reconstruct_softly(

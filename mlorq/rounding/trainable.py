@@ -1,4 +1,4 @@
-"""Training of the codes, scales, factors and biases of quantized layers, and of normalisation layers (METHOD 7).
+"""Training of the codes, scales, factors and biases of quantized layers, of norms and ranges (METHOD 7, 8).
 
 Codes are latent real numbers in units of codes, rounded in every forward pass and trained with the straight-through
 estimator; scales are trained as logarithms of their growth (``StoredMatrix.trainable``). Parameters of normalisation
@@ -21,6 +21,7 @@ from mlorq.forms.stored_layer import CompressedLayer
 from mlorq.models.kinds import known_kind
 from mlorq.models.layer_list import Layer
 from mlorq.models.norms import NormParameter
+from mlorq.rounding.trainable_range import TrainableRange
 
 HELD_OUT = 5  # every fifth batch is held out
 CHECKS = 4  # number of evaluations of the held-out loss during training
@@ -144,7 +145,10 @@ class TrainableNorm:
         return self.value().detach().cpu()
 
 
-def refresh_all(parts: Sequence[TrainableLayer | TrainableNorm]) -> None:
+Part = TrainableLayer | TrainableNorm | TrainableRange
+
+
+def refresh_all(parts: Sequence[Part]) -> None:
     """Recompute all weights and parameters, with gradients enabled."""
     with torch.enable_grad():
         for part in parts:
@@ -160,14 +164,21 @@ class Rates:
         scales: of scales, relative to their size.
         biases: of biases.
         norms: of parameters of normalisation layers, relative to the size of the layer's scales.
+        ranges: of the ranges of activations, relative to their size.
     """
 
     codes: float
     scales: float
     biases: float
     norms: float = 0.0
+    ranges: float = 0.0
 
-    def groups(self, layers: Sequence[TrainableLayer], norms: Sequence[TrainableNorm] = ()) -> list[dict[str, Any]]:
+    def groups(
+        self,
+        layers: Sequence[TrainableLayer],
+        norms: Sequence[TrainableNorm] = (),
+        ranges: Sequence[TrainableRange] = (),
+    ) -> list[dict[str, Any]]:
         """Parameter groups of an optimiser, one per kind that has parameters, with its step size."""
         matrices = [matrix for layer in layers for matrix in layer.matrices.values()]
         kinds: list[tuple[list[nn.Parameter | None], float]] = [
@@ -175,6 +186,7 @@ class Rates:
             ([matrix.growth for matrix in matrices], self.scales),
             ([layer.bias for layer in layers], self.biases),
             ([norm.change for norm in norms], self.norms),
+            ([one.growth for one in ranges], self.ranges),
         ]
         found = [([one for one in parameters if one is not None], rate) for parameters, rate in kinds]
         return [{"params": parameters, "lr": rate} for parameters, rate in found if parameters]
@@ -213,8 +225,9 @@ def train(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     norms: Sequence[TrainableNorm] = (),
+    ranges: Sequence[TrainableRange] = (),
 ) -> Trained:
-    """Train layers and norms with Adam and cosine-annealed step sizes, one batch per step.
+    """Train layers, norms and ranges with Adam and cosine-annealed step sizes, one batch per step.
 
     Args:
         layers: layers to train.
@@ -226,16 +239,17 @@ def train(
         seed: of the order of batches.
         progress: called with (steps done, steps).
         norms: parameters of normalisation layers to train with the layers.
+        ranges: ranges of activations to train with the layers.
 
     Returns:
-        The layers and norms with the smallest held-out loss among the given ones and those at ``CHECKS`` evaluations.
-        Without any trainable parameter no step is made. A batch whose loss depends on none of them (a block that skips
-        itself at random, an expert without tokens) changes nothing.
+        The layers, norms and ranges with the smallest held-out loss among the given ones and those at ``CHECKS``
+        evaluations. Without any trainable parameter no step is made. A batch whose loss depends on none of them (a
+        block that skips itself at random, an expert without tokens) changes nothing.
     """
     held, trained = batches[::HELD_OUT], [batch for index, batch in enumerate(batches) if index % HELD_OUT]
     trained = trained or list(batches)
-    parts: list[TrainableLayer | TrainableNorm] = [*layers, *norms]
-    groups = rates.groups(layers, norms)
+    parts: list[Part] = [*layers, *norms, *ranges]
+    groups = rates.groups(layers, norms, ranges)
 
     @torch.no_grad()
     def loss_held_out() -> float:
@@ -243,13 +257,14 @@ def train(
         return held_out_loss(held)
 
     best = [layer.layer for layer in layers]
-    best_norms = {norm.name: norm.given.cpu() for norm in norms}
+    rest: list[TrainableNorm | TrainableRange] = [*norms, *ranges]
+    best_rest = {one.name: one.given.cpu() for one in rest}
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(part.attached())
         before = least = loss_held_out()
         if not groups:
-            return Trained(best, before, before, 0, best_norms)
+            return Trained(best, before, before, 0, best_rest)
         optimiser = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
         for step, index in enumerate(_batch_order(len(trained), iterations, seed)):
@@ -268,8 +283,8 @@ def train(
                 now = loss_held_out()
                 if now < least:
                     best, least = [layer.result() for layer in layers], now
-                    best_norms = {norm.name: norm.result() for norm in norms}
-    return Trained(best, before, least, iterations, best_norms)
+                    best_rest = {one.name: one.result() for one in rest}
+    return Trained(best, before, least, iterations, best_rest)
 
 
 def _batch_order(count: int, steps: int, seed: int) -> list[int]:

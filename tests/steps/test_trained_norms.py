@@ -18,6 +18,7 @@ from mlorq.config.run import RunConfig
 from mlorq.forms.modules import replace_layers
 from mlorq.models.norms import norm_parameters, set_parameters
 from mlorq.rounding.trainable import Trained
+from mlorq.rounding.trainable_range import trainable_ranges
 from steps.artifacts import ArtifactReader
 from steps.handles import ModelRef
 from steps.inprocess import InProcess
@@ -114,10 +115,10 @@ def in_memory(session: Session, result: dict[str, Any], last: ArtifactRef, plan:
     model = session.worker.context.model(ModelRef(session.model_ref.key, refs.get("plan")))
     module = deepcopy(model.module)
     found = session.artifacts.all_rounded(last)
-    set_parameters(module, found.rest)
     replace_layers(module, found.layers)
     if plan is not None:
         plan.install(module)
+    set_parameters(module, found.rest)
     return module
 
 
@@ -177,9 +178,16 @@ def test_folded_norms_are_trained_in_the_folded_model(folder: Path) -> None:
         # Near the folded norm: 120 steps of 0.001, of falling size.
         start = folded.get_parameter(name)
         assert (trained[name] - start).norm() < 0.2 * start.norm()
+    # Ranges of activations are trained with them.
+    plan.install(installed := deepcopy(folded))
+    learned = {one.name: one.given for one in trainable_ranges(installed)}
+    assert learned
+    assert learned.keys() <= trained.keys()
+    assert any(not torch.equal(trained[name], value) for name, value in learned.items())
     loaded = mlorq.load(result["checkpoint"], model=session.model.module)
+    state = loaded.state_dict()
     for name, value in trained.items():
-        assert torch.equal(loaded.get_parameter(name), value), name
+        assert torch.equal(state[name], value), name
     batch = zoo.pixels(8, 77)
     assert torch.equal(session.model.outputs(loaded, batch), session.model.outputs(module, batch))
     fixed, _, _ = run(folder, "vit", rounding={"tuning": 60, "norm_rate": 0.0}, activations=settings["activations"])

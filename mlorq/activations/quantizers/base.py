@@ -12,6 +12,24 @@ from torch import Tensor, nn
 from mlorq.registry import Registry, Settings
 
 
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def round_through(x: Tensor) -> Tensor:
+    """x rounded, with the gradient of x (straight-through estimator)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.round()
+    found: Tensor = _RoundThrough.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
 class ActivationQuantizer(nn.Module, ABC):
     """A quantizer in a forward pass, with straight-through gradients for values in range.
 
@@ -24,9 +42,12 @@ class ActivationQuantizer(nn.Module, ABC):
         drop: share of entries that stay float, chosen at random in every call (QDrop, arXiv 2203.05740); only for
             training, otherwise 0.
         generator: source of the randomness of ``drop``; None: torch's default.
+        learned: names of the buffers that training may scale: positive numbers such as scales.
+        learning: whether they are being trained; only then do results depend on them differentiably.
     """
 
     name: ClassVar[str]
+    learned: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[type[Settings]] = Settings  # none: methods choose kinds, configurations do not
 
     def __init__(self, bits: int) -> None:
@@ -35,6 +56,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.enabled = True
         self.drop = 0.0
         self.generator: torch.Generator | None = None
+        self.learning = False
 
     @property
     def levels(self) -> int:
@@ -46,9 +68,12 @@ class ActivationQuantizer(nn.Module, ABC):
         if not self.enabled:
             return x
         wide = x.float()
-        inside, found = self.rounded(wide)
-        if torch.is_grad_enabled() and x.requires_grad:
-            found = inside + (found - inside).detach()
+        if self.learning and torch.is_grad_enabled():
+            found = self.differentiable(wide)
+        else:
+            inside, found = self.rounded(wide)
+            if torch.is_grad_enabled() and x.requires_grad:
+                found = inside + (found - inside).detach()
         if self.drop:
             chance = torch.rand(wide.shape, generator=self.generator).to(wide.device)
             found = torch.where(chance < self.drop, wide, found)
@@ -57,6 +82,11 @@ class ActivationQuantizer(nn.Module, ABC):
     @abstractmethod
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x clamped to the range, and x quantized; both float32 of the shape of x."""
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """x quantized, float32, differentiable by x and the buffers in ``learned`` (LSQ, arXiv 1902.08153)."""
+        inside, found = self.rounded(x)
+        return inside + (found - inside).detach()
 
     def squared_error(self, x: Tensor) -> float:
         """``Σ (x̄ - x)²`` over all entries of x."""
