@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--samples", type=int, default=64, help="of the evaluation data")
+    parser.add_argument("--methods", nargs="*", default=ACTIVATION_METHODS.names())
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the methods")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     config = RunConfig.from_yaml(arguments.config, dict(item.split("=", 1) for item in arguments.set))
@@ -42,21 +44,21 @@ def main() -> None:
         return output_nmse(model_outputs(model, module, batches), reference)  # type: ignore[arg-type]
 
     def quantized(method: str) -> tuple[ActivationPlan, object, dict[str, ActivationQuantizer]]:
-        settings = ACTIVATION_METHODS[method].settings(bits=arguments.bits, method=method)
+        options = dict(item.split("=", 1) for item in arguments.option)
+        settings = ACTIVATION_METHODS[method].settings(bits=arguments.bits, method=method, **options)
         plan = calibrate(model, layers, spread_batches(session.calibration.batches, 32), settings)
         module = deepcopy(model.module)
         plan.fold(module)
         return plan, module, plan.install(module)
 
     print("| method | output NMSE |\n|---|---|", flush=True)
-    methods = ACTIVATION_METHODS.names()
-    for method in methods:
+    for method in arguments.methods:
         plan, module, installed = quantized(method)
         print(f"| {method} | {cost(module):.4f} |", flush=True)
     kinds: dict[str, list[ActivationQuantizer]] = {}
     for site in plan.sites:
         kinds.setdefault(re.sub(r"\d+", "*", site.name, count=1), []).append(installed[site.name])
-    print(f"\n| {methods[-1]}, these alone | output NMSE |\n|---|---|", flush=True)
+    print(f"\n| {arguments.methods[-1]}, these alone | output NMSE |\n|---|---|", flush=True)
     for kind, own in kinds.items():
         for quantizer in installed.values():
             quantizer.enabled = quantizer in own

@@ -54,7 +54,9 @@ def uniform_methods() -> dict[str, Method]:
     }
 
 
-ADALOG: Mapping[str, Any] = {"method": "adalog"}
+OWN: Mapping[str, Any] = {"method": "normalized"}
+FAST_BY_TOKEN, BEST_BY_TOKEN = (f"preset {name}, ranges by token" for name in ("fast", "best"))
+BY_TOKEN: Mapping[str, Any] = {**OWN, "ranges": "token"}
 
 # Methods other than a rounding method at a uniform bit-width.
 COMBINATIONS = {
@@ -65,9 +67,21 @@ COMBINATIONS = {
         Method("mlorq+erq", "MLoRQ + ERQ", False, "quick", {"method": "erq"}, shown=False),
         Method("mlorq+lra", "MLoRQ + RepQ + LRA", False, "quick", {"method": "lra"}, shown=False),
         Method("mlorq+erq+lra", "MLoRQ + ERQ + LRA", False, "quick", {"method": "lra", "start": "erq"}, shown=False),
-        Method("integer", "preset integer", False, "integer", {"method": "block"}, activations=ADALOG, shown=False),
-        Method("fast", "preset fast", False, "fast", {"method": "closed_form"}, activations=ADALOG),
-        Method("best", "preset best", False, "best", {"method": "block"}, activations=ADALOG),
+        Method("integer", "preset integer", False, "integer", {"method": "block"}, activations=OWN, shown=False),
+        Method("fast", "preset fast", False, "fast", {"method": "closed_form"}, activations=OWN),
+        Method("best", "preset best", False, "best", {"method": "block"}, activations=OWN),
+        *(
+            Method(
+                f"{name}+token",
+                f"preset {name}, ranges by token",
+                False,
+                name,
+                method,
+                activations=BY_TOKEN,
+                shown=False,
+            )
+            for name, method in (("fast", {"method": "closed_form"}), ("best", {"method": "block"}))
+        ),
     )
 }
 

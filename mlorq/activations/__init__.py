@@ -10,8 +10,9 @@ This module registers the methods and must stay light, since the configuration i
 
 from mlorq.activations.adalog import AdaLog
 from mlorq.activations.method import ACTIVATION_METHODS
+from mlorq.activations.normalized import Normalized
 from mlorq.activations.repq import RepQ
 from mlorq.activations.uniform import Uniform
 
-for _method in (Uniform(), RepQ(), AdaLog()):
+for _method in (Uniform(), RepQ(), AdaLog(), Normalized()):
     ACTIVATION_METHODS.register(_method)

@@ -55,7 +55,7 @@ def calibrate(
     pixels = {layer.name for layer in layers if layer.kind != LINEAR and layer.order == 0}
     bits = _bit_widths(observed, pixels, settings)
     folds: dict[str, Fold] = {}
-    if method.folds_norms:
+    if method.folds(settings):
         moved = [move_batch(batch, device, model.dtype) for batch in batches]
         folds = {layer: fold for fold in find_folds(model, layers, moved, seed) for layer in fold.layers}
     by_channel = set(folds) | _uneven(observed, folds) if method.per_channel else set()
@@ -68,9 +68,9 @@ def calibrate(
         quantizer: ActivationQuantizer
         if fold is not None and set(one.layers) == set(fold.layers):
             fitted = fit_fold(model.module, fold, one.values, at_width, settings.percentiles)
-            quantizer = fitted.quantizer
             used.append(fold)
             tensors |= {f"fold.{fold.norm}.scale": fitted.scale, f"fold.{fold.norm}.shift": fitted.shift}
+            quantizer = fitted.quantizer
             fit = partial(fit_uniform, fitted.folded(one.values), percentiles=settings.percentiles)
         else:
             fit = partial(method.quantizer_for, one, settings=settings, by_channel=one.name in by_channel)

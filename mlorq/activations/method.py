@@ -61,5 +61,9 @@ class ActivationMethod(ABC, Generic[Own]):
             by_channel: whether the tensor's channels differ widely; always False unless ``per_channel``.
         """
 
+    def folds(self, settings: Own) -> bool:
+        """Whether LayerNorms are folded under these settings."""
+        return self.folds_norms
+
 
 ACTIVATION_METHODS: Registry[ActivationMethod[Any]] = Registry("activation quantization method")

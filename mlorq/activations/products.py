@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from mlorq.activations.quantizers import ActivationQuantizer
 
 PRODUCTS = {"matmul", "__matmul__", "bmm"}
-Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Operands = Callable[[Tensor, Tensor, str | None], tuple[Tensor, Tensor]]  # the last one: of einsum
 
 
 class ProductMode(TorchFunctionMode):
@@ -36,9 +36,9 @@ class ProductMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if name in PRODUCTS and not kwargs and len(args) == 2 and _are_activations(*args):
-            return func(*self._operands(*args))
+            return func(*self._operands(*args, None))
         if name == "einsum" and len(args) == 3 and _are_activations(*args[1:]):
-            return func(args[0], *self._operands(*args[1:]))
+            return func(args[0], *self._operands(*args[1:], args[0]))
         return func(*args, **kwargs)
 
     def _attention(
@@ -56,7 +56,7 @@ class ProductMode(TorchFunctionMode):
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        query, keys = self._operands(query, key.transpose(-2, -1))
+        query, keys = self._operands(query, key.transpose(-2, -1), None)
         scores = (query @ keys) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
         if is_causal:
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -64,7 +64,7 @@ class ProductMode(TorchFunctionMode):
         if attn_mask is not None:
             mask = attn_mask
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        probabilities, value = self._operands(scores.softmax(-1), value)
+        probabilities, value = self._operands(scores.softmax(-1), value, None)
         return probabilities @ value
 
 
@@ -91,7 +91,7 @@ class ProductQuantizers(nn.Module):
         """Forward pre-hook: start to intercept products."""
         count = 0
 
-        def quantized(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        def quantized(left: Tensor, right: Tensor, _: str | None) -> tuple[Tensor, Tensor]:
             nonlocal count
             names = (f"{count}_left", f"{count}_right")
             count += 1

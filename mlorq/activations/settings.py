@@ -15,7 +15,7 @@ class ActivationSettings(Settings):
     """Quantized activations (docs/METHOD.md, 8)."""
 
     bits: int = Field(4, ge=2, le=8, description="bit-width of layers' inputs and of the operands of products")
-    method: str = Field("adalog")  # its choices and their descriptions come from the registry
+    method: str = Field("normalized")  # its choices and their descriptions come from the registry
     products: bool = Field(True, description="quantize the operands of attention's two matrix products too")
     first_bits: int = Field(8, ge=2, le=8, description="bit-width of pixels or amplitudes before a first convolution")
     mixed: bool = Field(

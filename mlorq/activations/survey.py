@@ -41,6 +41,10 @@ class Observed:
         size: entries per sample.
         parts: the sample, one tensor per call.
         low, high: least and largest of all values.
+        rows: a sample of an operand's vectors, ``(vectors, length)`` per call: along ``across``, or of all heads.
+        across: of an operand, the axis that the product sums over, -1 or -2; None if it is not known, or if it is that
+            of tokens (the values of attention), whose padding a range along it would include.
+        heads: of the values of attention, ``(samples, heads, tokens, channels)``: ``(heads, channels)``; else None.
         sums_to_one: whether the values are probabilities: non-negative, with sum 1 along the last axis.
         macs: multiply-accumulates of the product per sample, for its left operand; 0 for other tensors.
     """
@@ -49,6 +53,9 @@ class Observed:
     layers: tuple[str, ...]
     size: int
     parts: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    across: int | None = None
+    heads: tuple[int, int] | None = None
     low: float = float("inf")
     high: float = -float("inf")
     sums_to_one: bool = False
@@ -58,6 +65,12 @@ class Observed:
     def values(self) -> Tensor:
         """The sample, float32: ``(tokens, channels)`` of a linear layer's input, else ``(numbers,)``."""
         return torch.cat(self.parts)
+
+    @property
+    def vectors(self) -> Tensor:
+        """``rows`` of all calls, ``(vectors, length)`` float32; shorter ones end in zeros."""
+        length = max(rows.shape[1] for rows in self.rows)
+        return torch.cat([nn.functional.pad(rows, (0, length - rows.shape[1])) for rows in self.rows])
 
     @property
     def is_gelu_output(self) -> bool:
@@ -75,6 +88,13 @@ class Observed:
         elif len(values) > wanted:
             values = values[torch.randint(len(values), (wanted,), generator=generator).to(values.device)]
         self.parts.append(values.float())
+
+    def add_rows(self, values: Tensor, share: int, generator: torch.Generator) -> None:
+        """Keep rows of ``(rows, length)`` with about ``share`` numbers."""
+        wanted = max(1, share // max(1, values.shape[1]))
+        if len(values) > wanted:
+            values = values[torch.randint(len(values), (wanted,), generator=generator).to(values.device)]
+        self.rows.append(values.float())
 
 
 def survey(
@@ -103,7 +123,7 @@ def survey(
     Raises:
         ModelError: an activation is not finite; the message names the layer or product.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, of_rows = (torch.Generator().manual_seed(seed) for _ in range(2))
     leaders: dict[int, Layer] = {}
     for layer in layers:
         leaders.setdefault(layer.input_group, layer)
@@ -146,13 +166,28 @@ def survey(
                 observed.add(_counted(values, mask, kind), share, generator)
 
         def on_product(
-            name: str, left: Tensor, right: Tensor, observe: Callable[..., None] = observe, count: int = count
+            name: str,
+            left: Tensor,
+            right: Tensor,
+            equation: str | None,
+            observe: Callable[..., None] = observe,
+            count: int = count,
+            mask: TokenMask = mask,
         ) -> None:
+            if f"{name}_left" not in found:
+                weights = _are_probabilities(left)
+                known = equation is None
+                across = -1 if known else None
+                found[f"{name}_left"] = Observed(f"{name}_left", (), 0, sums_to_one=weights, across=across)
+                across = -2 if known and not weights else None
+                heads = (right.shape[1], right.shape[3]) if known and weights and right.dim() == 4 else None
+                found[f"{name}_right"] = Observed(f"{name}_right", (), 0, across=across, heads=heads)
             for side, values in (("left", left), ("right", right)):
                 key = f"{name}_{side}"
-                if key not in found:
-                    found[key] = Observed(key, (), 0, sums_to_one=side == "left" and _are_probabilities(values))
                 observe(key, values)
+                vectors = _vectors(found[key], values)
+                if vectors is not None and values.numel():
+                    found[key].add_rows(_counted(vectors, mask, None, rows=True), share, of_rows)
             one = found[f"{name}_left"]
             one.macs = max(one.macs, left.numel() // count * right.shape[-1])
 
@@ -167,24 +202,35 @@ def survey(
     return list(found.values())
 
 
-def _counted(values: Tensor, mask: TokenMask, kind: str | None) -> Tensor:
+def _counted(values: Tensor, mask: TokenMask, kind: str | None, *, rows: bool = False) -> Tensor:
     """The unmasked part of a tensor: ``(tokens, channels)`` of a linear layer's input, else ``(numbers,)``.
 
     Args:
         values: the tensor that the layer or product reads.
         mask: masks of the batch's tokens.
         kind: kind of the layer; None for an operand of a product.
+        rows: whether to keep the last axis of an operand: ``(rows, length)``.
     """
     if kind == LINEAR:
         chosen = counting(mask, values) if values.dim() == 3 else None
         return values.reshape(-1, values.shape[-1]) if chosen is None else values[chosen]
+    flat = (-1, values.shape[-1]) if rows else (-1,)
     if kind is None and values.dim() == 4:
         # (samples, heads, tokens, ·), or with the tokens last if keys are already transposed.
-        for axis in (-2, -1):
+        for axis in (-2,) if rows else (-2, -1):
             chosen = counting(mask, values, axis)
             if chosen is not None:
-                return values.movedim(axis, 1)[chosen].reshape(-1)
-    return values.reshape(-1)
+                return values.movedim(axis, 1)[chosen].reshape(flat)
+    return values.reshape(flat)
+
+
+def _vectors(observed: Observed, values: Tensor) -> Tensor | None:
+    """An operand with its vectors, or those of all heads together, along the last axis of four."""
+    if observed.across is not None:
+        return values.movedim(observed.across, -1)
+    if observed.heads is not None and (values.shape[1], values.shape[-1]) == observed.heads:
+        return values.movedim(1, 2).flatten(2).unsqueeze(1)
+    return None
 
 
 def _are_probabilities(values: Tensor) -> bool:
@@ -209,8 +255,8 @@ def _layers_seen(module: nn.Module, layers: Sequence[Layer], seen: Callable[[str
 
 
 @contextmanager
-def _products_seen(module: nn.Module, owners: set[str], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call ``seen("owner#number", left, right)`` for every product in calls of the owners."""
+def _products_seen(module: nn.Module, owners: set[str], seen: Callable[..., None]) -> Iterator[None]:
+    """Call ``seen("owner#number", left, right, equation)`` for every product in calls of the owners."""
     if not owners:
         yield
         return
@@ -219,11 +265,11 @@ def _products_seen(module: nn.Module, owners: set[str], seen: Callable[[str, Ten
     def enter(name: str) -> Callable[..., None]:
         return lambda *_: running.append((name, 0))
 
-    def operands(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def operands(left: Tensor, right: Tensor, equation: str | None) -> tuple[Tensor, Tensor]:
         if running:
             name, count = running[-1]
             running[-1] = (name, count + 1)
-            seen(f"{name}#{count}", left, right)
+            seen(f"{name}#{count}", left, right, equation)
         return left, right
 
     handles = []
@@ -246,7 +292,7 @@ def _owners(model: FloatModel, batch: Any) -> set[str]:
     found: set[str] = set()
     names = {name for name, _ in model.module.named_modules()}
 
-    def seen(name: str, _: Tensor, __: Tensor) -> None:
+    def seen(name: str, *_: Any) -> None:
         found.add(name.rpartition("#")[0])
 
     with torch.no_grad(), _products_seen(model.module, names - {""}, seen):

@@ -148,7 +148,7 @@ def test_attention_taken_apart_is_attention(case, seed):
     if case == "grouped":
         k, v, options = k[:, :2], v[:, :2], {"enable_gqa": True}
     seen = []
-    with ProductMode(lambda left, right: (seen.append((left, right)), (left, right))[1]):
+    with ProductMode(lambda left, right, _: (seen.append((left, right)), (left, right))[1]):
         found = F.scaled_dot_product_attention(q, k, v, **options)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **options), atol=1e-5, rtol=1e-4)
     assert len(seen) == 2

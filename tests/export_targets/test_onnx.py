@@ -136,20 +136,35 @@ def test_tokenizer_files_are_written_beside_the_file(tmp_path: Path) -> None:
         mlorq.export(folder, tmp_path / "model.onnx", tokenizer=str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("quantizer", few([(8, "uniform"), (4, "uniform"), (6, "repq"), (4, "adalog")], (8, "uniform")))
-def test_quantizers_of_activations(quantizer: tuple[int, str], tmp_path: Path) -> None:
-    """Ranges per tensor and per channel, of inputs and of products, are Q/DQ pairs; logarithms stay arithmetic."""
-    bits, method = quantizer
+QUANTIZERS = [
+    (8, "uniform", "static"),
+    (4, "uniform", "static"),
+    (6, "repq", "static"),
+    (4, "adalog", "static"),
+    (4, "normalized", "static"),
+    (4, "normalized", "token"),
+]
+
+
+@pytest.mark.parametrize("quantizer", few(QUANTIZERS, QUANTIZERS[0], QUANTIZERS[-1]))
+def test_quantizers_of_activations(quantizer: tuple[int, str, str], tmp_path: Path) -> None:
+    """Static ranges of inputs and of products are Q/DQ pairs; logarithms and ranges of tokens stay arithmetic."""
+    bits, method, ranges = quantizer
     module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS)
     batches = [zoo.pixels(4, seed) for seed in range(2)]
     result = mlorq.compress(
-        module, batches, budget="6bit", preset="quick", activations={"bits": bits, "method": method}, search=zoo.QUICK
+        module,
+        batches,
+        budget="6bit",
+        preset="quick",
+        activations={"bits": bits, "method": method, "ranges": ranges},
+        search=zoo.QUICK,
     )
     result.save(tmp_path / "out")
     expected = call(result.model, zoo.pixels(6, 9))
     (file,) = mlorq.export(tmp_path / "out", tmp_path / "model.onnx")
     count = operators(file)
-    assert count["QuantizeLinear"] >= 8
+    assert count["QuantizeLinear"] >= (8 if ranges == "static" else 2)
     assert count["QuantizeLinear"] <= count["DequantizeLinear"]
     found = call(mlorq.load(file, runtime="onnxruntime"), zoo.pixels(6, 9))
     # A value between two codes may fall on either side.

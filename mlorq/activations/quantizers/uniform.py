@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer
+from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer, round_through
 from mlorq.fitting.scale_search import search_quantizer
 
 LEAST_SPREAD = 1e-2  # least scale of a channel, relative to the mean: keeps dead channels in the range of float32
@@ -22,11 +22,12 @@ class UniformQuantizer(ActivationQuantizer):
 
     Args:
         bits: bit-width of the codes.
-        scale: s, a scalar or ``(channels,)`` of the last axis; positive.
+        scale: s, a scalar, ``(channels,)`` of the last axis, or ``(heads, 1, channels)``; positive.
         zero: z, same shape; need not be an integer.
     """
 
     name = "uniform"
+    learned = ("scale",)
 
     scale: Tensor
     zero: Tensor
@@ -40,13 +41,19 @@ class UniformQuantizer(ActivationQuantizer):
         position = (x / self.scale + self.zero).clamp(0, self.levels)
         return (position - self.zero) * self.scale, (position.round() - self.zero) * self.scale
 
+    def differentiable(self, x: Tensor) -> Tensor:
+        position = (x / self.scale + self.zero).clamp(0, self.levels)
+        return (round_through(position) - self.zero) * self.scale
+
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "channels": self.scale.numel() if self.scale.dim() else None}
+        shape = list(self.scale.shape)
+        return {**super().describe(), "channels": shape if len(shape) > 1 else shape[0] if shape else None}
 
     @classmethod
     def built(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> UniformQuantizer:
         channels = description.get("channels")
-        blank = torch.ones(()) if channels is None else torch.ones(int(channels))
+        shape = [] if channels is None else channels if isinstance(channels, list) else [int(channels)]
+        blank = torch.ones([int(size) for size in shape])
         found = tensors or {"scale": blank, "zero": blank.clone()}
         return cls(int(description["bits"]), found["scale"], found["zero"])
 
@@ -68,6 +75,20 @@ def fit_channels(tokens: Tensor, bits: int, percentiles: Sequence[float]) -> Uni
     found = search_quantizer(tokens.T.contiguous(), bits, percentiles)
     least = LEAST_SPREAD * found.scale.mean()
     return UniformQuantizer(bits, found.scale.clamp(min=float(least)), found.zero_point)
+
+
+def fit_heads(vectors: Tensor, bits: int, percentiles: Sequence[float], heads: tuple[int, int]) -> UniformQuantizer:
+    """One range per head and channel of ``(…, heads, tokens, channels)``.
+
+    Args:
+        vectors: ``(tokens, heads · channels)``.
+        bits: bit-width of the codes.
+        percentiles: upper percentiles p of the ranges (1-p, p) tried.
+        heads: numbers of heads and of channels of a head.
+    """
+    found = fit_channels(vectors, bits, percentiles)
+    shape = (heads[0], 1, heads[1])
+    return UniformQuantizer(bits, found.scale.reshape(shape), found.zero.reshape(shape))
 
 
 def fit_ranges(values: Tensor, bits: int, percentiles: Sequence[float], *, by_channel: bool) -> UniformQuantizer:

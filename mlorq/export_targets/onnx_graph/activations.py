@@ -34,7 +34,10 @@ class QuantizeDequantize(nn.Module):
 
     def __init__(self, quantizer: UniformQuantizer) -> None:
         super().__init__()
-        scale, zero, levels = quantizer.scale, quantizer.zero, quantizer.levels
+        scale, zero, levels = quantizer.scale.flatten(), quantizer.zero.flatten(), quantizer.levels
+        if not quantizer.scale.dim():
+            scale, zero = scale[0], zero[0]
+        self.heads = tuple(quantizer.scale.shape) if quantizer.scale.dim() > 1 else None  # (heads, 1, channels)
         integers = torch.uint8 if quantizer.bits <= BYTE else torch.uint16
         fits = bool((zero == zero.round()).all() and (zero >= 0).all() and (zero <= levels).all())
         point = zero if fits else torch.zeros_like(zero)
@@ -48,6 +51,14 @@ class QuantizeDequantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x quantized, float32."""
+        if self.heads is None:
+            return self._pair(x)
+        # The operators know scales along one axis.
+        joined = x.transpose(-3, -2).flatten(-2)
+        found: Tensor = self._pair(joined).unflatten(-1, (self.heads[0], self.heads[2])).transpose(-3, -2)
+        return found
+
+    def _pair(self, x: Tensor) -> Tensor:
         if self.shifts:
             x = x + self.shift
         if self.clamps:
