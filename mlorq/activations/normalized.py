@@ -3,9 +3,10 @@
 - Attention's probabilities: codes of each row relative to its largest one, whose values sum to one.
 - Attention's values: one range per head and channel, which scales a column of the product.
 - With ``ranges: token``: every token of a layer's input, of the queries and of the keys has its own range, found while
-  the model runs. Inputs of linear layers are rotated first, by the transform that trellis codes apply to a weight's
-  columns (``codecs.rotation``): a layer of such codes multiplies the rotated input as it is, any other one pays for the
-  transform. Without outlier channels the range of a token is narrow (QuaRot, arXiv 2404.00456).
+  the model runs. All of them are rotated first, by the transform that trellis codes apply to a weight's columns
+  (``codecs.rotation``): without outlier channels the range of a token is narrow (QuaRot, arXiv 2404.00456). A layer of
+  such codes multiplies the rotated input as it is; the rotation of queries and keys can be folded into the layers that
+  compute them, unless the model turns these by position; elsewhere the transform has to be paid for.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class NormalizedSettings(ActivationSettings):
     ranges: Literal["static", "token"] = Field(
         "static",
         description="static: ranges of the calibration data; token: of layers' inputs, queries and keys the range of "
-        "each token, found while the model runs, after a rotation of layers' inputs",
+        "each token, found while the model runs, after a rotation",
     )
 
 
@@ -57,7 +58,7 @@ class Normalized(AdaLog):
         if _by_token(settings) and observed.layers and observed.values.dim() == 2:
             return fit_tokens(observed.values, bits, rotation=ROTATION)
         if _by_token(settings) and observed.across is not None:
-            return fit_tokens(observed.vectors, bits, observed.across)
+            return fit_tokens(observed.vectors, bits, observed.across, ROTATION)
         return super().quantizer_for(observed, bits, settings, by_channel=by_channel)
 
 

@@ -98,6 +98,8 @@ def test_a_rotated_token_is_quantized_in_the_basis_of_trellis_codes(seed: int) -
     rotated, plain = fit_tokens(x, 4, rotation=5), fit_tokens(x, 4)
     naive = rotate_back(TokenQuantizer(4, rotated.share)(rotate(x.double(), 5).float()).double(), 5)
     assert torch.allclose(rotated(x).double(), naive, atol=1e-4 * float(x.abs().max()))
+    keys = TokenQuantizer(4, rotated.share, -2, 5)
+    assert torch.allclose(keys(x.reshape(5, 10, 24).mT), rotated(x).reshape(5, 10, 24).mT, atol=1e-5)
     rest = [index for index in range(24) if index != 3]
     assert relative(rotated(x)[:, rest], x[:, rest]) < 0.5 * relative(plain(x)[:, rest], x[:, rest])
 

@@ -3,8 +3,8 @@
 ``s = c (max x - min x) / (2^b - 1)``, and the levels span ``[c min x, c max x]`` along the axis that the product sums
 over, with one share ``c ≤ 1`` for all tokens. At run time this costs the least and the largest value of every token
 before its codes can be written; static ranges cost nothing. The integer product is multiplied by the token's scale
-afterwards, as by a static one. A layer's input may be rotated first and the result turned back: the columns of trellis
-codes are stored in that basis, and other weights can be.
+afterwards, as by a static one. A token may be rotated first and the result turned back: the columns of trellis codes
+are stored in that basis, and other weights can be; to rotate queries and keys alike does not change their product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TokenQuantizer(ActivationQuantizer):
         bits: bit-width of the codes.
         share: c, a scalar: the part of a token's range that its levels span.
         axis: of a token's numbers, -1 or -2.
-        rotation: seed of the transform of the last axis before it is quantized (``codecs.rotation``); None: none.
+        rotation: seed of the transform of a token before it is quantized (``codecs.rotation``); None: none.
     """
 
     name = "token"
@@ -57,10 +57,15 @@ class TokenQuantizer(ActivationQuantizer):
         return self._turned_back(round_through(((turned - low) / step).clamp(0, self.levels)) * step + low)
 
     def _turned(self, x: Tensor) -> Tensor:
-        return x if self.rotation is None else _rotated(x, self.rotation, back=False)
+        return self._along(x, back=False)
 
     def _turned_back(self, x: Tensor) -> Tensor:
-        return x if self.rotation is None else _rotated(x, self.rotation, back=True)
+        return self._along(x, back=True)
+
+    def _along(self, x: Tensor, *, back: bool) -> Tensor:
+        if self.rotation is None:
+            return x
+        return _rotated(x.movedim(self.axis, -1), self.rotation, back=back).movedim(-1, self.axis)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Least level and distance of levels, with one entry along ``axis``."""
