@@ -118,7 +118,7 @@ def go(stack: Stack, folder: Path, image: str) -> None:
     states = stack.task_states(run, STEPS)
     check(states == {"Completed": STEPS}, f"{STEPS} steps computed", states)
     artifacts = stack.artifacts(run)
-    for key in ("candidates", "sensitivity", "round"):
+    for key in ("candidates", "sensitivity", f"round-{config['budget']}"):
         item = artifacts.get(key, {})
         check(item.get("type") == "progress" and float(item["data"]) == 100.0, f"progress artifact {key} at 100 %")
     for key, kind in {"allocation": "table", "budgets": "table", "result": "markdown", "pareto": "markdown"}.items():
