@@ -120,7 +120,8 @@ def go(stack: Stack, folder: Path, image: str) -> None:
     artifacts = stack.artifacts(run)
     for key in ("candidates", "sensitivity", f"round-{config['budget']}"):
         item = artifacts.get(key, {})
-        check(item.get("type") == "progress" and float(item["data"]) == 100.0, f"progress artifact {key} at 100 %")
+        done = item.get("type") == "progress" and float(item["data"]) == 100.0
+        check(done, f"progress artifact {key} at 100 %", artifacts)
     for key, kind in {"allocation": "table", "budgets": "table", "result": "markdown", "pareto": "markdown"}.items():
         check(artifacts.get(key, {}).get("type") == kind, f"artifact {key}, a {kind}", sorted(artifacts))
 

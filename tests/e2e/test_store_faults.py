@@ -282,6 +282,7 @@ def test_every_request_fails_at_first(flaky: type[Flaky], runs: Runs) -> None:
     runs.check(url)
 
 
+@pytest.mark.timeout(3600)  # a run for every request of a run
 @pytest.mark.parametrize("step", few([1, 23], 23))
 def test_the_store_is_gone_from_a_request_on(step: int, flaky: type[Flaky], runs: Runs) -> None:
     """One run after another in one store; each gets ``step`` requests further."""
