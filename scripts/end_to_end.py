@@ -73,9 +73,13 @@ def make_project(folder: Path) -> dict[str, Any]:
 
 
 def contents(store: Path) -> dict[str, int]:
-    """Modification time of every file of a store, by path; without the marks of runs that use it."""
-    files = (path for path in store.rglob("*") if path.is_file() and path.relative_to(store).parts[0] != "leases")
-    return {str(path): path.stat().st_mtime_ns for path in files}
+    """Modification time of every file of a store, by path.
+
+    Without the marks of runs that use it, and without the index of a search, which another software writes again.
+    """
+    files = (path for path in store.rglob("*") if path.is_file())
+    kept = (path for path in files if path.relative_to(store).parts[0] not in ("leases", "search"))
+    return {str(path): path.stat().st_mtime_ns for path in kept}
 
 
 def wait_for_runs(stack: Stack, flow: str, count: int, seconds: float = 300) -> list[dict[str, Any]]:
