@@ -17,4 +17,4 @@ def test_the_whole_product(mlorq_image: str) -> None:  # noqa: F811
     command = [sys.executable, "scripts/end_to_end.py", "--image", mlorq_image]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "ok: the store is untouched" in done.stdout
+    assert "ok: the store is unchanged" in done.stdout
