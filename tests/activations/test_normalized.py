@@ -115,6 +115,7 @@ LEARNED = [
 @pytest.mark.parametrize("quantizer", LEARNED, ids=lambda quantizer: quantizer.name)
 def test_learning_changes_no_value_and_lowers_the_error(quantizer: ActivationQuantizer, seed: int) -> None:
     x = drawn(400, 6, seed=seed)
+    assert torch.equal(quantizer.quantized(x), quantizer.rounded(x)[1])
     root = nn.ModuleDict({"inner": nn.ModuleDict({"own": quantizer})})
     plain = quantizer(x)
     before = {name: value.clone() for name, value in root.state_dict().items()}

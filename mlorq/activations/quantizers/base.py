@@ -70,10 +70,11 @@ class ActivationQuantizer(nn.Module, ABC):
         wide = x.float()
         if self.learning and torch.is_grad_enabled():
             found = self.differentiable(wide)
-        else:
+        elif torch.is_grad_enabled() and x.requires_grad:
             inside, found = self.rounded(wide)
-            if torch.is_grad_enabled() and x.requires_grad:
-                found = inside + (found - inside).detach()
+            found = inside + (found - inside).detach()
+        else:
+            found = self.quantized(wide)
         if self.drop:
             chance = torch.rand(wide.shape, generator=self.generator).to(wide.device)
             found = torch.where(chance < self.drop, wide, found)
@@ -83,6 +84,10 @@ class ActivationQuantizer(nn.Module, ABC):
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x clamped to the range, and x quantized; both float32 of the shape of x."""
 
+    def quantized(self, x: Tensor) -> Tensor:
+        """x quantized, float32: the second result of ``rounded``, which some kinds have for less work."""
+        return self.rounded(x)[1]
+
     def differentiable(self, x: Tensor) -> Tensor:
         """x quantized, float32, differentiable by x and the buffers in ``learned`` (LSQ, arXiv 1902.08153)."""
         inside, found = self.rounded(x)
@@ -90,7 +95,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     def squared_error(self, x: Tensor) -> float:
         """``Σ (x̄ - x)²`` over all entries of x."""
-        return float((self.rounded(x)[1] - x).double().square().sum())
+        return float((self.quantized(x) - x).double().square().sum())
 
     def hook(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -51,6 +51,11 @@ class TokenQuantizer(ActivationQuantizer):
         position = ((turned - low) / step).clamp(0, self.levels)
         return self._turned_back(position * step + low), self._turned_back(position.round() * step + low)
 
+    def quantized(self, x: Tensor) -> Tensor:
+        turned = self._turned(x)
+        low, step = self._range(turned)
+        return self._turned_back(((turned - low) / step).clamp(0, self.levels).round() * step + low)
+
     def differentiable(self, x: Tensor) -> Tensor:
         turned = self._turned(x)
         low, step = self._range(turned.detach())
