@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 LEASE_SECONDS = 120.0
 LOOK_SECONDS = 5.0  # between two looks at whether the waiting run has been interrupted
+ANSWER_SECONDS = 30.0  # beyond LOOK_SECONDS: Prefect's queue of requests can lose one that ends as its time is up
 # A slot is kept from step to step for so long: taking one costs 2 s on a server with SQLite that records a run.
 KEEP_SECONDS = 20.0
 
@@ -96,7 +97,7 @@ class _Held:
     """A slot in a thread of its own: Prefect wants it back from the thread that took it, and steps run in several.
 
     Attributes:
-        error: why there is none; a ``TimeoutError`` if others hold all.
+        error: why there is none; a ``TimeoutError`` if others hold all, or if there was no answer.
     """
 
     def __init__(self, name: str) -> None:
@@ -105,7 +106,9 @@ class _Held:
         run: Any = contextvars.copy_context().run  # Prefect's events name the run
         self._thread = threading.Thread(target=run, args=(self._hold, name), name=f"mlorq-slot {name}", daemon=True)
         self._thread.start()
-        self._tried.wait()
+        if not self._tried.wait(LOOK_SECONDS + ANSWER_SECONDS):
+            self._end.set()  # a slot that it gets all the same goes back at once
+            self.error = TimeoutError("no answer")
 
     def _hold(self, name: str) -> None:
         from prefect.concurrency.sync import concurrency

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -87,6 +88,31 @@ def test_a_waiting_run_says_so(device: str, monkeypatch: pytest.MonkeyPatch, cap
     with device_slot(device):
         pass
     assert caplog.text.count(f"waiting for {device}, which other runs use") == 1
+
+
+def test_a_request_without_an_answer_is_repeated(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.concurrency import sync
+
+    real, lost = sync.concurrency, threading.Event()
+    monkeypatch.setattr(device_limits, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(device_limits, "ANSWER_SECONDS", 0.1)
+
+    @contextmanager
+    def late(*arguments: Any, **named: Any) -> Iterator[None]:
+        monkeypatch.setattr(device_limits, "ANSWER_SECONDS", 60.0)
+        monkeypatch.setattr(sync, "concurrency", real)
+        lost.wait(60)
+        with real(*arguments, **named):
+            yield
+
+    monkeypatch.setattr(sync, "concurrency", late)
+    with device_slot(device):
+        assert active_slots(device) == 1
+    lost.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("mlorq-slot"):
+            thread.join(60)
+    assert active_slots(device) == 0
 
 
 def test_an_error_of_the_step_gives_the_slot_back(device: str) -> None:
