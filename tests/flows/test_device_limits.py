@@ -99,14 +99,16 @@ def test_a_request_without_an_answer_is_repeated(device: str, monkeypatch: pytes
 
     @contextmanager
     def late(*arguments: Any, **named: Any) -> Iterator[None]:
-        monkeypatch.setattr(device_limits, "ANSWER_SECONDS", 60.0)
-        monkeypatch.setattr(sync, "concurrency", real)
         lost.wait(60)
         with real(*arguments, **named):
             yield
 
+    def repeats() -> None:
+        monkeypatch.setattr(device_limits, "ANSWER_SECONDS", 60.0)
+        monkeypatch.setattr(sync, "concurrency", real)
+
     monkeypatch.setattr(sync, "concurrency", late)
-    with device_slot(device):
+    with device_slot(device, repeats):
         assert active_slots(device) == 1
     lost.set()
     for thread in threading.enumerate():
