@@ -2,11 +2,12 @@
 
 - Attention's probabilities: codes of each row relative to its largest one, whose values sum to one.
 - Attention's values: one range per head and channel, which scales a column of the product.
-- With ``ranges: token``: every token of a layer's input, of the queries and of the keys has its own range, found while
-  the model runs. All of them are rotated first, by the transform that trellis codes apply to a weight's columns
-  (``codecs.rotation``): without outlier channels the range of a token is narrow (QuaRot, arXiv 2404.00456). A layer of
-  such codes multiplies the rotated input as it is; the rotation of queries and keys can be folded into the layers that
-  compute them, unless the model turns these by position; elsewhere the transform has to be paid for.
+- With ``ranges: token``: every token of a layer's input, of the queries, the keys and the values has its own range, found
+  while the model runs. All of them are rotated first, by the transform that trellis codes apply to a weight's columns
+  (``codecs.rotation``): without outlier channels the range of a token is narrow (QuaRot, arXiv 2404.00456). Inputs of
+  layers are centred and their channels scaled before (``quantizers.token``), and turned back afterwards. The rotation of
+  queries and keys can be folded into the layers that compute them, unless the model turns these by position, that of
+  values into the layers before and after them; elsewhere the transform has to be paid for.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class NormalizedSettings(ActivationSettings):
 
     ranges: Literal["static", "token"] = Field(
         "static",
-        description="static: ranges of the calibration data; token: of layers' inputs, queries and keys the range of "
-        "each token, found while the model runs, after a rotation",
+        description="static: ranges of the calibration data; token: of layers' inputs, queries, keys and values the "
+        "range of each token, found while the model runs, after a rotation",
     )
 
 
@@ -53,10 +54,12 @@ class Normalized(AdaLog):
 
         if observed.sums_to_one and observed.across is not None:
             return fit_probabilities(observed.vectors, bits, STEPS)
+        if _by_token(settings) and observed.heads is not None:
+            return fit_tokens(observed.vectors.unflatten(1, observed.heads).flatten(0, 1), bits, rotation=ROTATION)
         if observed.heads is not None:
             return fit_heads(observed.vectors, bits, settings.percentiles, observed.heads)
         if _by_token(settings) and observed.layers and observed.values.dim() == 2:
-            return fit_tokens(observed.values, bits, rotation=ROTATION)
+            return fit_tokens(observed.values, bits, rotation=ROTATION, columns=observed.columns)
         if _by_token(settings) and observed.across is not None:
             return fit_tokens(observed.vectors, bits, observed.across, ROTATION)
         return super().quantizer_for(observed, bits, settings, by_channel=by_channel)

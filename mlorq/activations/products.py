@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mlorq.activations.quantizers import ActivationQuantizer
+from mlorq.activations.quantizers import ActivationQuantizer, ProbabilityQuantizer, TokenQuantizer
 
 PRODUCTS = {"matmul", "__matmul__", "bmm"}
 Operands = Callable[[Tensor, Tensor, str | None], tuple[Tensor, Tensor]]  # the last one: of einsum
@@ -75,6 +75,13 @@ def _are_activations(left: Any, right: Any) -> bool:
     )
 
 
+def _steps_along_the_sum(quantizer: nn.Module | None, x: Tensor) -> Tensor | None:
+    """The steps of a right operand whose tokens, over which the product sums, have their own; None if they have not."""
+    if isinstance(quantizer, TokenQuantizer) and quantizer.enabled and quantizer.axis == -1:
+        return quantizer.steps(x.detach().float())
+    return None
+
+
 class ProductQuantizers(nn.Module):
     """Quantizes the operands of products while a module runs.
 
@@ -89,15 +96,19 @@ class ProductQuantizers(nn.Module):
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook: start to intercept products."""
-        count = 0
+        count, known = 0, dict(self.operands.items())
 
         def quantized(left: Tensor, right: Tensor, _: str | None) -> tuple[Tensor, Tensor]:
             nonlocal count
             names = (f"{count}_left", f"{count}_right")
             count += 1
-            pairs = zip(names, (left, right), strict=True)
-            first, second = (self.operands[name](x) if name in self.operands else x for name, x in pairs)
-            return first, second
+            first, second = (known.get(name) for name in names)
+            steps = _steps_along_the_sum(second, right)
+            if steps is not None and isinstance(first, ProbabilityQuantizer):
+                left = first.carrying(left, steps)
+            elif first is not None:
+                left = first(left)
+            return left, right if second is None else second(right)
 
         mode = ProductMode(quantized)
         mode.__enter__()  # type: ignore[no-untyped-call]

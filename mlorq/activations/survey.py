@@ -22,6 +22,7 @@ from mlorq.calibration.token_importance import Importance
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import batch_samples, move_batch
+from mlorq.models.direct import weight_of
 from mlorq.models.layer_list import LINEAR, Layer
 from mlorq.models.observe import first_argument
 from mlorq.models.token_masks import TokenMask, counting
@@ -47,6 +48,7 @@ class Observed:
         heads: of the values of attention, ``(samples, heads, tokens, channels)``: ``(heads, channels)``; else None.
         sums_to_one: whether the values are probabilities: non-negative, with sum 1 along the last axis.
         macs: multiply-accumulates of the product per sample, for its left operand; 0 for other tensors.
+        columns: ``(channels,)``, squared norms of the columns of all weights that read the input of linear layers.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Observed:
     high: float = -float("inf")
     sums_to_one: bool = False
     macs: int = 0
+    columns: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
@@ -131,7 +134,8 @@ def survey(
     found: dict[str, Observed] = {}
     for group, leader in leaders.items():
         names = tuple(layer.name for layer in layers if layer.input_group == group)
-        found[leader.name] = Observed(leader.name, names, 0)
+        columns = _columns(model.module, names) if leader.kind == LINEAR else None
+        found[leader.name] = Observed(leader.name, names, 0, columns=columns)
     owners = _owners(model, move_batch(batches[0], device, model.dtype)) if products else set()
     share = max(1, KEPT // len(batches))
     for index, batch in enumerate(batches):
@@ -222,6 +226,12 @@ def _counted(values: Tensor, mask: TokenMask, kind: str | None, *, rows: bool = 
             if chosen is not None:
                 return values.movedim(axis, 1)[chosen].reshape(flat)
     return values.reshape(flat)
+
+
+def _columns(module: nn.Module, names: Sequence[str]) -> Tensor:
+    """``Σ ‖W_i‖²`` over layers, ``(channels,)`` float32."""
+    weights = [weight_of(module.get_submodule(name)).detach() for name in names]
+    return sum((weight.float().square().sum(0) for weight in weights), start=weights[0].new_zeros(1).float())
 
 
 def _vectors(observed: Observed, values: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mlorq
 from mlorq.activations.plan import quantizers_of
+from mlorq.activations.products import ProductQuantizers
 from mlorq.activations.quantizers import (
     ActivationQuantizer,
     ProbabilityQuantizer,
@@ -21,6 +22,7 @@ from mlorq.activations.quantizers import (
     fit_tokens,
     fit_uniform,
 )
+from mlorq.activations.quantizers.token import best_gain
 from mlorq.activations.survey import survey
 from mlorq.codecs.rotation import rotate, rotate_back
 from mlorq.rounding.trainable_range import trainable_ranges
@@ -104,11 +106,74 @@ def test_a_rotated_token_is_quantized_in_the_basis_of_trellis_codes(seed: int) -
     assert relative(rotated(x)[:, rest], x[:, rest]) < 0.5 * relative(plain(x)[:, rest], x[:, rest])
 
 
+def test_gains_make_the_error_least(seed: int) -> None:
+    columns, variances = drawn(9, seed=seed).exp(), (2 * drawn(9, seed=seed + 1)).exp()
+
+    def error(gain: Tensor) -> float:
+        return float((variances * gain.square()).sum() * (columns / gain.square()).sum())
+
+    least = error(best_gain(columns, variances))
+    assert least == pytest.approx(float((columns * variances).sqrt().sum().square()), rel=1e-4)
+    for number in range(50):
+        other = best_gain(columns, variances) * (0.3 * drawn(9, seed=seed + 2 + number)).exp()
+        assert error(other) >= least * (1 - 1e-5)
+    assert best_gain(torch.zeros(3), torch.ones(3)).isfinite().all()
+    assert best_gain(torch.ones(3), torch.tensor([0.0, 1.0, 1e30])).isfinite().all()
+
+
+def test_gains_lower_the_error_of_the_reader(seed: int) -> None:
+    # Channels of all sizes with a mean, as outputs of GELU have them, read by small and by large columns.
+    x = (drawn(400, 32, seed=seed) + 2) * drawn(32, seed=seed + 1).exp()
+    weight = drawn(12, 32, seed=seed + 2) * drawn(32, seed=seed + 3).exp()
+    with_gain, without = fit_tokens(x, 3, rotation=0, columns=weight.square().sum(0)), fit_tokens(x, 3, rotation=0)
+    wanted = x @ weight.T
+    assert relative(with_gain(x) @ weight.T, wanted) < 0.6 * relative(without(x) @ weight.T, wanted)
+    gain, shift = with_gain.gain.double(), with_gain.shift.double()
+    y = rotate((x.double() - shift) * gain, 0).float()
+    naive = rotate_back(TokenQuantizer(3, with_gain.share)(y).double(), 0) / gain + shift
+    assert torch.allclose(with_gain(x).double(), naive, atol=1e-4 * float(x.abs().max()))
+
+
+def test_a_product_sums_over_tokens_with_their_own_steps(seed: int) -> None:
+    """Codes of probabilities that include the steps of the values, against the product of both codes."""
+    probabilities = (3 * drawn(2, 3, 5, 7, seed=seed)).softmax(-1)
+    values = drawn(2, 3, 7, 4, seed=seed + 1) * torch.logspace(-2, 2, 7).reshape(7, 1)
+    left, right = ProbabilityQuantizer(3, torch.tensor(0.75)), TokenQuantizer(3, torch.tensor(0.9))
+    module = ProductQuantizers({"0_left": left, "0_right": right})
+    module.enter(module, None)
+    found = probabilities @ values
+    module.leave()
+    levels = 2**3 - 1
+    for place in [(0, 0), (1, 2)]:
+        p, v = probabilities[place].double(), values[place].double()
+        low = 0.9 * v.amin(-1, keepdim=True)
+        step = 0.9 * (v.amax(-1, keepdim=True) - v.amin(-1, keepdim=True)) / levels
+        codes = ((v - low) / step).round().clamp(0, levels)
+        carried = p * step.T
+        exponents = (-(carried / carried.amax(-1, keepdim=True)).log2() / 0.75).round()
+        powers = torch.where(exponents < levels, 2 ** (-0.75 * exponents), 0.0)
+        product = powers @ (codes + low / step)
+        naive = product * carried.sum(-1, keepdim=True) / powers.sum(-1, keepdim=True)
+        assert torch.allclose(found[place].double(), naive, rtol=1e-3, atol=1e-5)
+
+
+def test_a_token_whose_values_are_all_the_same_keeps_its_share(seed: int) -> None:
+    steps = torch.tensor([0.0, 1.0, 0.0, 1.0]).reshape(4, 1)
+    quantizer = ProbabilityQuantizer(4, torch.tensor(0.5))
+    found = quantizer.carrying(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.5, 0.0]]), steps)
+    assert found.isfinite().all()
+    assert torch.allclose(found[0, [1, 3]], torch.tensor([0.25, 0.25]))
+    quantizer.enabled = False
+    rows = drawn(3, 4, seed=seed).softmax(-1)
+    assert torch.equal(quantizer.carrying(rows, steps), rows)
+
+
 LEARNED = [
     UniformQuantizer(3, torch.tensor(0.31), torch.tensor(3.4)),
     UniformQuantizer(3, torch.rand(6) + 0.1, torch.arange(6.0)),
     TokenQuantizer(3, torch.tensor(0.9)),
     TokenQuantizer(3, torch.tensor(0.9), rotation=1),
+    TokenQuantizer(3, torch.tensor(0.9), rotation=1, gain=torch.arange(1.0, 7.0), shift=torch.linspace(-1, 1, 6)),
 ]
 
 
@@ -174,7 +239,8 @@ def test_kinds_of_a_models_tensors() -> None:
     by_name = {site.name: site.quantizer for site in tokens.sites}
     assert {by_name[name]["kind"] for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc2", "head")} == {"token"}
     assert (by_name["blocks.0.attn#0_left"]["axis"], by_name["blocks.0.attn#0_right"]["axis"]) == (-1, -2)
-    assert by_name["blocks.0.attn#1_right"]["kind"] == "uniform", "a token's range does not scale a product's entry"
+    assert (by_name["blocks.0.attn#1_right"]["kind"], by_name["blocks.0.attn#1_right"]["axis"]) == ("token", -1)
+    assert by_name["blocks.0.mlp.fc2"]["channels"] == module.blocks[0].mlp.fc2.in_features
     quantized = tiny_vit(0)
     tokens.install(quantized)
     assert len(quantizers_of(quantized)) == len(tokens.sites)

@@ -47,7 +47,7 @@ class ActivationQuantizer(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    learned: ClassVar[tuple[str, ...]] = ()
+    learned: tuple[str, ...] = ()
     settings: ClassVar[type[Settings]] = Settings  # none: methods choose kinds, configurations do not
 
     def __init__(self, bits: int) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mlorq.activations.quantizers.base import QUANTIZER_KINDS, ActivationQuantizer
 
+LEAST_STEP = 1e-20  # of a token whose values are all the same
+
 
 class ProbabilityQuantizer(ActivationQuantizer):
     """Probabilities along the last axis, as codes whose values sum to one.
@@ -40,6 +42,24 @@ class ProbabilityQuantizer(ActivationQuantizer):
         code = (-(x / largest).clamp(min=tiny).log2() / self.step).round()
         values = torch.where(code < self.levels, torch.exp2(-self.step * code), torch.zeros_like(x))
         return x, values / values.sum(-1, keepdim=True)
+
+    def carrying(self, x: Tensor, steps: Tensor) -> Tensor:
+        """x quantized if the product's right operand has codes with a step for each of its tokens.
+
+        That step varies along the axis of the sum, so that the codes of x include it: they are those of ``x_j s_j``,
+        whose sum over a row, a by-product of softmax, takes the place of one.
+
+        Args:
+            x: probabilities, ``(…, rows, tokens)``.
+            steps: s, ``(…, tokens, 1)``.
+        """
+        if not self.enabled:
+            return x
+        steps = steps.mT.clamp(min=LEAST_STEP).to(x.dtype)
+        carried = x * steps
+        total = carried.sum(-1, keepdim=True)
+        found: Tensor = self(carried / total) * total / steps
+        return found
 
     @classmethod
     def built(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> ProbabilityQuantizer:
