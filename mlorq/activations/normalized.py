@@ -2,12 +2,12 @@
 
 - Attention's probabilities: codes of each row relative to its largest one, whose values sum to one.
 - Attention's values: one range per head and channel, which scales a column of the product.
-- With ``ranges: token``: every token of a layer's input, of the queries, the keys and the values has its own range, found
-  while the model runs. All of them are rotated first, by the transform that trellis codes apply to a weight's columns
-  (``codecs.rotation``): without outlier channels the range of a token is narrow (QuaRot, arXiv 2404.00456). Inputs of
-  layers are centred and their channels scaled before (``quantizers.token``), and turned back afterwards. The rotation of
-  queries and keys can be folded into the layers that compute them, unless the model turns these by position, that of
-  values into the layers before and after them; elsewhere the transform has to be paid for.
+- With ``ranges: token``: every token of a layer's input, of the queries, the keys and the values has its own range,
+  found while the model runs. All of them are rotated first, by the transform that trellis codes apply to a weight's
+  columns (``codecs.rotation``): without outlier channels the range of a token is narrow (QuaRot, arXiv 2404.00456).
+  Inputs of layers are centred and their channels scaled before (``quantizers.token``), and turned back afterwards. The
+  rotation of queries and keys can be folded into the layers that compute them, unless the model turns these by
+  position, that of values into the layers before and after them; elsewhere the transform has to be paid for.
 """
 
 from __future__ import annotations
