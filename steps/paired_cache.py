@@ -114,6 +114,7 @@ class PairedCache:
         context = self._context
         layers = context.artifacts.layers(state.layers)
         batches, importance = rounding_batches(context, state)
+        plan = context.plan(state.model)
         paired = PairedForward(
             context.model(state.model),
             layers.blocks,
@@ -122,7 +123,8 @@ class PairedCache:
             importance=importance,
             leaders=leaders(layers.layers),
             alone=layers.alone,
-            activations=context.plan(state.model),
+            activations=plan,
+            teacher=context.model(ModelRef(state.model.key)) if plan is not None and plan.mlps else None,
         )
         set_tables(paired.compressed, context.artifacts.tables(state.embeddings))
         return paired

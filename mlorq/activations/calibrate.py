@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from mlorq.activations.folding import find_folds, fit_fold
 from mlorq.activations.method import ACTIVATION_METHODS, ActivationMethod
-from mlorq.activations.plan import ActivationPlan, Fold, Site
+from mlorq.activations.plan import ActivationPlan, Fold, RectifiedMlp, Site
 from mlorq.activations.quantizers import ActivationQuantizer, fit_uniform
-from mlorq.activations.settings import ActivationSettings
+from mlorq.activations.rectify import rectify
+from mlorq.activations.settings import ActivationSettings, RectifyingSettings
 from mlorq.activations.survey import Observed, survey
 from mlorq.calibration.token_importance import PASSES, token_importance
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import move_batch
+from mlorq.models.copying import copy_module
 from mlorq.models.layer_list import LINEAR, Layer
 
 WIDEST = 8  # largest bit-width under ``mixed``
@@ -51,6 +54,14 @@ def calibrate(
         ModelError: an activation is not finite.
     """
     method = ACTIVATION_METHODS[settings.method]
+    mlps: Sequence[RectifiedMlp] = ()
+    tensors: dict[str, Tensor] = {}
+    if method.rectifies:
+        assert isinstance(settings, RectifyingSettings)
+        mlps, tensors = rectify(model, layers, batches, settings, seed=seed, device=device, progress=progress)
+        module = copy_module(model.module)
+        ActivationPlan([], [], tensors, mlps).fold(module)
+        model = replace(model, module=module)
     observed = _observed(model, layers, batches, method, settings, seed, device, progress)
     pixels = {layer.name for layer in layers if layer.kind != LINEAR and layer.order == 0}
     bits = _bit_widths(observed, pixels, settings)
@@ -61,7 +72,6 @@ def calibrate(
     by_channel = set(folds) | _uneven(observed, folds) if method.per_channel else set()
     sites: list[Site] = []
     used: list[Fold] = []
-    tensors: dict[str, Tensor] = {}
     for one in observed:
         fold, at_width = folds.get(one.name), bits[one.name]
         fit: Callable[[int], ActivationQuantizer]
@@ -83,7 +93,7 @@ def calibrate(
                 variants[str(width)] = other.describe()
                 tensors |= {f"site.{one.name}@{width}.{name}": value.cpu() for name, value in other.named_buffers()}
         sites.append(Site(one.name, one.layers, one.size, quantizer.describe(), variants, one.macs))
-    return ActivationPlan(sites, used, tensors)
+    return ActivationPlan(sites, used, tensors, mlps)
 
 
 def _observed(

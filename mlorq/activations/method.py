@@ -41,6 +41,8 @@ class ActivationMethod(ABC, Generic[Own]):
         weighs_tokens: values are observed on tokens drawn in proportion to their importance.
         folds_norms: LayerNorms are folded into the layers that read them, if only layers do.
         per_channel: inputs of linear layers whose channels differ widely may keep one range per channel.
+        rectifies: GELU is replaced by ReLU before, and the layers around it are trained (``rectify``); its settings
+            are then a subclass of ``RectifyingSettings``.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ActivationMethod(ABC, Generic[Own]):
     weighs_tokens: bool = False
     folds_norms: bool = False
     per_channel: bool = False
+    rectifies: bool = False
 
     @abstractmethod
     def quantizer_for(self, observed: Observed, bits: int, settings: Own, *, by_channel: bool) -> ActivationQuantizer:

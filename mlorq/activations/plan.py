@@ -26,6 +26,14 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class RectifiedMlp:
+    """A GELU that becomes ReLU, and the linear layers before and after it, which get other weights."""
+
+    activation: str
+    layers: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Site:
     """One quantized tensor.
 
@@ -65,16 +73,20 @@ class ActivationPlan:
     Attributes:
         sites: the quantized tensors.
         folds: LayerNorms to fold into their readers.
-        tensors: ``fold.<norm>.scale``, ``fold.<norm>.shift`` and ``site.<name>.<buffer>``.
+        tensors: ``fold.<norm>.scale``, ``fold.<norm>.shift``, ``site.<name>.<buffer>``, ``mlp.<layer>.weight`` and
+            ``mlp.<layer>.bias``.
+        mlps: MLPs whose GELU becomes ReLU, before LayerNorms are folded.
     """
 
     sites: Sequence[Site]
     folds: Sequence[Fold] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    mlps: Sequence[RectifiedMlp] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan without its tensors, for ``from_json``."""
-        return {"sites": [asdict(site) for site in self.sites], "folds": [asdict(fold) for fold in self.folds]}
+        found = {"sites": [asdict(site) for site in self.sites], "folds": [asdict(fold) for fold in self.folds]}
+        return found | ({"mlps": [asdict(mlp) for mlp in self.mlps]} if self.mlps else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> ActivationPlan:
@@ -85,7 +97,8 @@ class ActivationPlan:
         """
         sites = [Site(**{**site, "layers": tuple(site["layers"])}) for site in value["sites"]]
         folds = [Fold(**{**fold, "layers": tuple(fold["layers"])}) for fold in value["folds"]]
-        return cls(sites, folds, dict(tensors or {}))
+        mlps = [RectifiedMlp(mlp["activation"], tuple(mlp["layers"])) for mlp in value.get("mlps", [])]
+        return cls(sites, folds, dict(tensors or {}), mlps)
 
     def check(self) -> None:
         """Check that all quantizers can be built, before a module is changed; takes no memory for their tensors.
@@ -105,6 +118,9 @@ class ActivationPlan:
                 raise ValueError(f"site {site.name!r} has {bits!r:.60} bits instead of 1 to {MOST_BITS}")
             with torch.device("meta"):
                 build(site.quantizer)
+        for mlp in self.mlps:
+            if not isinstance(mlp.activation, str):
+                raise ValueError(f"mlps: {mlp.activation!r:.60} is a name that is not a text")
 
     def groups(self) -> dict[str, list[Site]]:
         """Sites by group."""
@@ -122,7 +138,7 @@ class ActivationPlan:
         Raises:
             KeyError: a group has no quantizer of that width.
         """
-        sites, tensors = [], {key: value for key, value in self.tensors.items() if key.startswith("fold.")}
+        sites, tensors = [], {key: value for key, value in self.tensors.items() if not key.startswith("site.")}
         for site in self.sites:
             width = widths.get(site.group, site.quantizer["bits"])
             prefix, chosen = f"site.{site.name}.", site.quantizer
@@ -131,21 +147,26 @@ class ActivationPlan:
             own = {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
             tensors |= {f"site.{site.name}.{part}": value for part, value in own.items()}
             sites.append(replace(site, quantizer=chosen, variants={}))
-        return ActivationPlan(sites, self.folds, tensors)
+        return ActivationPlan(sites, self.folds, tensors, self.mlps)
 
     def without_folds(self) -> ActivationPlan:
         """The plan for a checkpoint, whose weights are folded already."""
         return replace(self, folds=())
 
     def fold(self, module: nn.Module) -> None:
-        """Fold the LayerNorms of a float model, in place; its function is unchanged."""
+        """Fold the LayerNorms of a float model, in place; its function is unchanged, unless MLPs are rectified."""
         from mlorq.activations.folding import fold_norm
+        from mlorq.activations.rectify import replace_activation, set_layer
 
+        for mlp in self.mlps:
+            replace_activation(module, mlp.activation)
+            for name in mlp.layers:
+                set_layer(module, name, self.tensors[f"mlp.{name}.weight"], self.tensors.get(f"mlp.{name}.bias"))
         for fold in self.folds:
             fold_norm(module, fold, self.tensors[f"fold.{fold.norm}.scale"], self.tensors[f"fold.{fold.norm}.shift"])
 
     def install(self, module: nn.Module) -> dict[str, ActivationQuantizer]:
-        """Install the quantizers in a folded model, float or compressed, in place.
+        """Install the quantizers, and ReLU in place of GELU, in a folded model, float or compressed, in place.
 
         Quantizers whose tensors the plan lacks get blank buffers, to be filled by the module's state dict.
 
@@ -159,11 +180,14 @@ class ActivationPlan:
 
         from mlorq.activations.products import ProductQuantizers, attach_input, attach_products
         from mlorq.activations.quantizers import build
+        from mlorq.activations.rectify import replace_activation
 
         device = next((value.device for value in module.parameters()), torch.device("cpu"))
         operands: dict[str, dict[str, ActivationQuantizer]] = {}
         installed: dict[str, ActivationQuantizer] = {}
         try:
+            for mlp in self.mlps:
+                replace_activation(module, mlp.activation)
             for site in self.sites:
                 tensors = self._of(site.name)
                 quantizer = installed[site.name] = build(site.quantizer, tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -47,3 +47,14 @@ class ActivationSettings(Settings):
             raise ValueError(f"bits, at which LayerNorms are folded, must be one of choices {self.choices}")
         if self.choices and self.mixed:
             raise ValueError("mixed and choices both decide bit-widths: set only one of them")
+
+
+class RectifyingSettings(ActivationSettings):
+    """Keys of methods that replace GELU by ReLU (``rectify``)."""
+
+    mlp_iterations: int = Field(500, ge=1, description="steps per MLP (paper: 20000)")
+    mlp_rate: float = Field(1e-3, gt=0, description="step size of the weights of an MLP (paper: 4e-5)")
+    mlp_weights: Literal["perturbation", "equal"] = Field(
+        "perturbation",
+        description="entries of an MLP's output are weighted by a perturbation Hessian (arXiv 2504.02508), or equally",
+    )

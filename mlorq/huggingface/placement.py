@@ -54,7 +54,9 @@ def renamed_plan(plan: ActivationPlan, rename: Rename) -> ActivationPlan:
             sites += [replace(site, layers=layers)] if layers else []
         elif (owner := rename(name)) is not None:
             sites.append(replace(site, name=f"{owner}{mark}{operand}"))
-    return replace(plan, sites=sites)
+    found = ((rename(mlp.activation), mlp) for mlp in plan.mlps)
+    mlps = [replace(mlp, activation=name) for name, mlp in found if name is not None]
+    return replace(plan, sites=sites, mlps=mlps)
 
 
 def install_entry(model: nn.Module, entry: LayerEntry, *, own_dtype: bool) -> None:

@@ -50,6 +50,7 @@ class Segments:
         self.model = model
         self.module = module
         self.blocks = [module.get_submodule(name) for name in blocks]
+        self._head: tuple[nn.Module | None] | None = None  # found when it is first asked for
 
     @torch.no_grad()
     def outputs(self, batch: Any, start: int = 0, carry: Any = None) -> Tensor:
@@ -60,6 +61,38 @@ class Segments:
         """f(x), ``(samples, outputs)``, entered at block ``start``, with gradients down to ``carry``."""
         with self._entered_at(start, carry):
             return self.model.outputs(self.module, batch)
+
+    def penultimate(self, batch: Any, start: int, carry: Any) -> Tensor:
+        """The input of the model's head, ``(samples, …)`` float32, with gradients down to ``carry``.
+
+        The head is the last linear layer, if it is called after all blocks; without one, f(x) takes the place of its
+        input.
+        """
+        head = self._find_head(batch, start, carry)
+        if head is None:
+            return self.differentiable_outputs(batch, start, carry)
+
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(first_argument(args, kwargs).float())
+
+        found: Tensor = self._until(batch, start, carry, head.register_forward_pre_hook(leave, with_kwargs=True))
+        return found
+
+    @torch.no_grad()
+    def _find_head(self, batch: Any, start: int, carry: Any) -> nn.Module | None:
+        if self._head is None:
+            calls: list[nn.Module] = []
+            watched = [child for child in self.module.modules() if isinstance(child, nn.Linear)] + self.blocks
+            handles = [child.register_forward_hook(lambda child, *_: calls.append(child)) for child in watched]
+            try:
+                self.outputs(batch, start, carry)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            last = calls[-1] if calls else None
+            outside = isinstance(last, nn.Linear) and calls.count(last) == 1 and last not in self.blocks
+            self._head = (last if outside else None,)
+        return self._head[0]
 
     @torch.no_grad()
     def block_arguments(self, batch: Any, start: int, carry: Any, block: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     from mlorq.rounding.trainable import Trained
 
 
-class RateSettings(Settings):
+class RangeSettings(Settings):
+    """Step size of the ranges of activations."""
+
+    range_rate: float = Field(
+        1e-3, ge=0, description="step size of the ranges of quantized activations, relative to their size; 0: fixed"
+    )
+
+
+class RateSettings(RangeSettings):
     """Step sizes of scales, biases, norms and ranges of activations."""
 
     scale_rate: float = Field(1e-3, ge=0, description="step size of scales, relative to their size")
@@ -42,15 +50,17 @@ class RateSettings(Settings):
         description="step size of the scales and shifts of normalisation layers, relative to the layer's scales; "
         "0: fixed",
     )
-    range_rate: float = Field(
-        1e-3, ge=0, description="step size of the ranges of quantized activations, relative to their size; 0: fixed"
-    )
 
 
-class ReconstructionSettings(IterationSettings, RateSettings):
-    """Keys of block reconstruction."""
+class StepSettings(IterationSettings, RateSettings):
+    """Number of steps, and all step sizes."""
 
     code_rate: float = Field(0.01, gt=0, description="step size of the codes, in units of codes")
+
+
+class ReconstructionSettings(StepSettings):
+    """Keys of block reconstruction."""
+
     loss: Literal["block", "output"] = Field(
         "block", description="error of the block's output, or of the model's output with float blocks after it"
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlorq.forms.stored_layer import CompressedLayer
     from mlorq.models.layer_list import Layer
     from mlorq.rounding.paired_forward import PairedForward
+    from mlorq.rounding.reconstruction import LossOf
     from mlorq.rounding.trainable import Trained
 
 
@@ -45,6 +46,7 @@ class SoftReconstruction(BlockReconstruction[SoftSettings]):
 
     Attributes:
         fisher: whether entries of the block's output are weighted by squared gradients of the model's output.
+            Derived classes with a loss of their own (``loss``) ignore it.
         drop: fraction of activations that stay float in each step.
     """
 
@@ -67,9 +69,28 @@ class SoftReconstruction(BlockReconstruction[SoftSettings]):
         from mlorq.rounding.reconstruction import reconstruct_softly
 
         assert parts is not None
+        loss = self.loss(settings)
         return reconstruct_softly(
-            paired, block, layers, settings, parts, seed=seed, fisher=self.fisher, drop=self.drop, progress=progress
+            paired,
+            block,
+            layers,
+            settings,
+            parts,
+            seed=seed,
+            fisher=self.fisher and loss is None,
+            drop=self.drop,
+            progress=progress,
+            loss=loss,
+            range_rate=self.range_rate(settings),
         )
+
+    def loss(self, settings: Any) -> LossOf | None:
+        """Makes the loss of a block; None: its squared error, as ``fisher`` says."""
+        return None
+
+    def range_rate(self, settings: Any) -> float:
+        """Step size of the ranges of activations, relative to their size; 0: fixed."""
+        return 0.0
 
     def passes(self, settings: Any, blocks: int) -> float:
         return float(settings.iterations / max(1, blocks))
@@ -80,10 +101,10 @@ class Brecq(RoundingMethod[Settings]):
 
     name = "brecq"
     title = "BRECQ (2102.05426)"
-    settings = SoftBlockSettings
+    settings: type[Settings] = SoftBlockSettings
     layer_settings = Settings
     needs_inputs = False
-    blocks = SoftReconstruction()
+    blocks: ClassVar[BlockReconstruction[Any] | None] = SoftReconstruction()
     compared = True
 
     def round(self, task: RoundingTask, settings: Settings, progress: Progress | None = None) -> RoundingResult:

@@ -29,8 +29,9 @@ from mlorq.models.passes import leaving_no_trace
 from mlorq.models.token_masks import counting
 from mlorq.rounding.base import Progress
 from mlorq.rounding.block import TuningSettings
+from mlorq.rounding.block_losses import first_tensor
 from mlorq.rounding.paired_forward import token_weights
-from mlorq.rounding.reconstruction import first_tensor, weighted_square
+from mlorq.rounding.reconstruction import weighted_square
 from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, train
 from mlorq.rounding.trainable_range import trainable_ranges
 

@@ -8,7 +8,7 @@ all layers does not take a forward pass of the whole model per layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,6 +188,8 @@ class PairedForward:
         leaders: maps the name of a layer to its name in ``importance``; default: the same.
         alone: names of layers whose inputs are some of a sample's tokens, or none of them (``LayerList.alone``).
         activations: activation quantizers of the compressed copy; None: float activations.
+        teacher: the float model whose blocks' outputs are the targets of reconstruction, if it is another: that before
+            GELU was replaced (``activations.rectify``); default: ``model``.
     """
 
     def __init__(
@@ -201,6 +203,7 @@ class PairedForward:
         leaders: Mapping[str, str] | None = None,
         alone: Collection[str] = (),
         activations: ActivationPlan | None = None,
+        teacher: FloatModel | None = None,
     ) -> None:
         self.model = model
         self.batches = [move_batch(batch, device, model.dtype) for batch in batches]
@@ -213,8 +216,10 @@ class PairedForward:
             activations.install(self.compressed)
         self._float = Segments(model, model.module, blocks)
         self._changed = Segments(model, self.compressed, blocks)
+        self._teacher = self._float if teacher is None else Segments(teacher, teacher.module, blocks)
         self._at = 0
         self._carries: list[tuple[Any, Any]] = [(None, None)] * len(self.batches)
+        self._taught: list[Any] = [None] * len(self.batches)  # carries of the teacher
         self._chain_checked = False
         self._last: tuple[int, InputMoments] | None = None
 
@@ -276,7 +281,14 @@ class PairedForward:
     # -- whole blocks -----------------------------------------------------------------------------------------
 
     def block_calls(
-        self, block: int, *, outputs: bool = False, fisher: bool = False, float_inputs: bool = False, seed: int = 0
+        self,
+        block: int,
+        *,
+        outputs: bool = False,
+        fisher: bool = False,
+        even: bool = False,
+        float_inputs: bool = False,
+        seed: int = 0,
     ) -> list[BlockCall]:
         """All batches at the input of a block whose earlier layers are rounded.
 
@@ -286,6 +298,7 @@ class PairedForward:
             fisher: whether to weight entries of the block's output by the squared gradient of ``v · f``, v Gaussian,
                 instead of tokens by their importance (BRECQ, arXiv 2102.05426, with the labelled loss instead of
                 ``v · f``; METHOD 9).
+            even: whether all tokens that count have equal weights.
             float_inputs: whether to include the block's input in the float model.
             seed: of v.
 
@@ -295,26 +308,29 @@ class PairedForward:
         """
         if (outputs or fisher) and not self._is_chain():
             asked, instead = (
-                ("rounding.loss: output", "loss: block") if outputs else ("rounding.method: brecq", "method: block")
+                ("rounding.loss: output", "loss: block")
+                if not (fisher or even)
+                else ("a loss with gradients of the model's output", "rounding.method: block")
             )
             raise ModelError(f"{asked} needs a model whose blocks are a chain; use {instead}")
         generator = torch.Generator().manual_seed(seed)
         self._advance(block)
         calls = []
-        for batch, (carry, changed), importance in zip(self.batches, self._carries, self._importance, strict=True):
+        carried = zip(self.batches, self._carries, self._taught, self._importance, strict=True)
+        for batch, (_, changed), carry, importance in carried:
             args, kwargs = self._changed.block_arguments(batch, self._at, changed, block)
-            after = self._float.advance(batch, self._at, carry, block + 1)
+            after = self._teacher.advance(batch, self._at, carry, block + 1)
             target = (after if isinstance(after, Tensor) else after[0]).float()
-            whole = self._float.outputs(batch, self._at, carry) if outputs else None
+            whole = self._teacher.outputs(batch, self._at, carry) if outputs else None
             weights = importance.get(self._block_names[block])
             mask = counting(self.model.token_mask(batch), target)
-            weights = token_weights(target, mask, None if fisher else weights)
+            weights = token_weights(target, mask, None if fisher or even else weights)
             if fisher:
                 squared = self._squared_gradients(batch, block + 1, after, generator)
                 weights = squared if weights is None else squared * weights.unsqueeze(-1)
             own = None
             if float_inputs:
-                positional, named = self._float.block_arguments(batch, self._at, carry, block)
+                positional, named = self._teacher.block_arguments(batch, self._at, carry, block)
                 own = positional[0] if positional else next(iter(named.values()))
             calls.append(BlockCall(batch, args, kwargs, target, whole, weights, own))
         return calls
@@ -325,11 +341,20 @@ class PairedForward:
         with torch.enable_grad():
             entry = first.detach().clone().requires_grad_(True)
             carry = entry if isinstance(after, Tensor) else (entry, *after[1:])
-            output = self._float.differentiable_outputs(batch, start, carry)
+            output = self._teacher.differentiable_outputs(batch, start, carry)
             vector = torch.randn(output.shape, generator=generator).to(output.device)
             (gradient,) = torch.autograd.grad((output * vector).sum(), entry, allow_unused=True)
         squared = torch.ones_like(first) if gradient is None else gradient.square()
         return (squared / squared.mean().clamp(min=torch.finfo(squared.dtype).tiny)).float()
+
+    def float_outputs(self, block: int) -> Iterator[Any]:
+        """What a block of the float model returns for each batch, in the order of ``block_calls``."""
+        for batch, carry in zip(self.batches, self._taught, strict=True):
+            yield self._teacher.advance(batch, self._at, carry, block + 1)
+
+    def penultimate(self, call: BlockCall, start: int, carry: Any) -> Tensor:
+        """The input of the float model's head (``Segments.head``), continued as by ``finish``; f(x) without a head."""
+        return self._teacher.penultimate(call.batch, start, carry)
 
     def run_block(self, block: int, call: BlockCall) -> Any:
         """Output of a block of the compressed copy, differentiable; neither the block nor its arguments are changed."""
@@ -348,7 +373,7 @@ class PairedForward:
 
     def finish(self, call: BlockCall, start: int, carry: Any) -> Tensor:
         """f(x) of the float model continued from block ``start`` with input ``carry``, differentiable."""
-        return self._float.differentiable_outputs(call.batch, start, carry)
+        return self._teacher.differentiable_outputs(call.batch, start, carry)
 
     def _tokens(self, module: torch.nn.Module, half: Segments, batch: Any, carry: Any, layer: str) -> Tensor:
         """Inputs of a layer in one of the models, ``(samples, tokens, in_features)``."""
@@ -357,6 +382,7 @@ class PairedForward:
     def _advance(self, block: int) -> None:
         if block <= self._at or not self._is_chain():
             return
+        before = self._at
         self._carries = [
             (
                 self._float.advance(batch, self._at, carry, block),
@@ -364,6 +390,11 @@ class PairedForward:
             )
             for batch, (carry, changed) in zip(self.batches, self._carries, strict=True)
         ]
+        if self._teacher is self._float:
+            self._taught = [carry for carry, _ in self._carries]
+        else:
+            pairs = zip(self.batches, self._taught, strict=True)
+            self._taught = [self._teacher.advance(batch, before, carry, block) for batch, carry in pairs]
         self._at = block
 
     def _is_chain(self) -> bool:

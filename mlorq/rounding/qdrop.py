@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mlorq.rounding.base import METHODS
+from typing import Any, ClassVar
+
+from mlorq.rounding.base import METHODS, BlockReconstruction
 from mlorq.rounding.brecq import Brecq, SoftReconstruction
 
 
@@ -18,7 +20,7 @@ class QDrop(Brecq):
 
     name = "qdrop"
     title = "QDrop (2203.05740)"
-    blocks = _Dropping()
+    blocks: ClassVar[BlockReconstruction[Any] | None] = _Dropping()
     compared = False
 
 

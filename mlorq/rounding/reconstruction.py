@@ -8,7 +8,8 @@ error of the model's output when the float blocks follow.
 
 ``reconstruct_softly`` implements the published methods (METHOD 9): soft rounding that starts from nearest rounding
 (``soft_rounding``), with fixed scales, biases and norms. BRECQ weights the entries of the block's output by squared
-gradients; QDrop keeps activations float at random.
+gradients; QDrop keeps activations float at random; later methods have losses of their own (``block_losses``) and train
+the ranges of activations as well.
 
 Both keep the trained layers and norms only if they reduce the loss on held-out samples.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ from mlorq.models.layer_list import Layer
 from mlorq.models.norms import norm_parameters
 from mlorq.rounding.base import Parts, Progress
 from mlorq.rounding.block import ReconstructionSettings
+from mlorq.rounding.block_losses import BlockLoss, first_tensor
 from mlorq.rounding.brecq import SoftSettings
 from mlorq.rounding.paired_forward import BlockCall, PairedForward
 from mlorq.rounding.soft_rounding import Regulariser, SoftLayer, set_hard
 from mlorq.rounding.trainable import Rates, TrainableLayer, TrainableNorm, Trained, refresh_all, train
 from mlorq.rounding.trainable_range import trainable_ranges
+
+LossOf = Callable[[PairedForward, int, Sequence[BlockCall]], BlockLoss]
 
 
 def reconstruct(
@@ -43,6 +46,7 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    loss: LossOf | None = None,
 ) -> Trained:
     """Optimise codes, scales, factors, biases and norms of one block with the straight-through estimator.
 
@@ -53,6 +57,7 @@ def reconstruct(
         settings: number of steps, step sizes, loss and drop rate.
         seed: of the order of batches and all random numbers.
         progress: called with (steps done, steps).
+        loss: makes a loss of the block; default: that of ``settings``.
 
     Returns:
         The optimised layers and norms; the copy in ``paired`` is unchanged: call ``paired.set`` for each layer and
@@ -61,8 +66,9 @@ def reconstruct(
     Raises:
         ModelError: the loss is that of the model's output, and the model's blocks are not a chain.
     """
-    calls = paired.block_calls(block, outputs=settings.loss == "output", float_inputs=settings.drop > 0, seed=seed)
-    objective = _Objective(paired, block)
+    whole = loss is not None or settings.loss == "output"
+    calls = paired.block_calls(block, outputs=whole, even=loss is not None, float_inputs=settings.drop > 0, seed=seed)
+    objective = _Objective(paired, block) if loss is None else loss(paired, block, calls)
     trainable = [TrainableLayer(paired.compressed, layer, compressed) for layer, compressed in layers]
     rates = Rates(settings.code_rate, settings.scale_rate, settings.bias_rate, settings.norm_rate, settings.range_rate)
     inside = norm_parameters(paired.compressed, paired.block_name(block)) if settings.norm_rate else []
@@ -84,6 +90,8 @@ def reconstruct_softly(
     fisher: bool = False,
     drop: float = 0.0,
     progress: Progress | None = None,
+    loss: LossOf | None = None,
+    range_rate: float = 0.0,
 ) -> Trained:
     """Learn the rounding of a block's codes with rectified sigmoids; scales and biases are fixed (METHOD 9).
 
@@ -92,15 +100,18 @@ def reconstruct_softly(
         parts: by layer name: float matrices and quantizers of the matrices that it stores.
         fisher: whether to weight entries of the block's output by squared gradients of the model's output (BRECQ).
         drop: fraction of activations that stay float in each step (QDrop).
+        loss: makes a loss of the block, instead of its squared error.
+        range_rate: step size of the ranges of activations, relative to their size; 0: fixed.
 
     Returns:
         As for ``reconstruct``.
 
     Raises:
-        ModelError: ``fisher``, and the model's blocks are not a chain.
+        ModelError: ``fisher`` or ``loss``, and the model's blocks are not a chain.
     """
-    calls = paired.block_calls(block, fisher=fisher, float_inputs=drop > 0, seed=seed)
-    objective = _Objective(paired, block)
+    own = loss is not None
+    calls = paired.block_calls(block, outputs=own, fisher=fisher, even=own, float_inputs=drop > 0, seed=seed)
+    objective = _Objective(paired, block) if loss is None else loss(paired, block, calls)
     soft = [SoftLayer(paired.compressed, layer, compressed, parts[layer.name]) for layer, compressed in layers]
     regulariser = Regulariser(soft, settings.iterations, settings.soft_weight)
 
@@ -108,11 +119,13 @@ def reconstruct_softly(
         return objective(call) + regulariser()
 
     step = _dropping(paired, block, regularised, drop, seed)
-    rates = Rates(settings.soft_rate, 0.0, 0.0)
-    return train(soft, calls, step, _held_out(soft, objective), rates, settings.iterations, seed, progress)
+    rates = Rates(settings.soft_rate, 0.0, 0.0, ranges=range_rate)
+    ranges = trainable_ranges(paired.compressed, paired.block_name(block)) if range_rate else []
+    held_out = _held_out(soft, objective)
+    return train(soft, calls, step, held_out, rates, settings.iterations, seed, progress, ranges=ranges)
 
 
-def _held_out(trainable: Sequence[TrainableLayer], objective: _Objective) -> Callable[[Sequence[BlockCall]], float]:
+def _held_out(trainable: Sequence[TrainableLayer], objective: Loss) -> Callable[[Sequence[BlockCall]], float]:
     """The loss of held-out batches with the final codes of soft layers."""
 
     def loss(batches: Sequence[BlockCall]) -> float:
@@ -199,6 +212,9 @@ class _Objective:
         return max(float(aim.double().sum()), torch.finfo(torch.float32).tiny)
 
 
+Loss = _Objective | BlockLoss
+
+
 def weighted_square(values: Tensor, weights: Tensor | None) -> Tensor:
     """Squares of ``values``, weighted by token or by entry.
 
@@ -209,9 +225,3 @@ def weighted_square(values: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return values.square()
     return values.square() * (weights if weights.dim() == values.dim() else weights.unsqueeze(-1))
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A block's output, or its first one if there are several."""
-    result: Tensor = output if isinstance(output, Tensor) else output[0]
-    return result
