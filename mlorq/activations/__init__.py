@@ -9,12 +9,11 @@ This module registers the methods and must stay light, since the configuration i
 """
 
 from mlorq.activations.adalog import AdaLog
-from mlorq.activations.folded import Folded
 from mlorq.activations.method import ACTIVATION_METHODS
 from mlorq.activations.normalized import Normalized
 from mlorq.activations.rectified import Rectified
 from mlorq.activations.repq import RepQ
 from mlorq.activations.uniform import Uniform
 
-for _method in (Uniform(), RepQ(), AdaLog(), Normalized(), Folded(), Rectified()):
+for _method in (Uniform(), RepQ(), AdaLog(), Normalized(), Rectified()):
     ACTIVATION_METHODS.register(_method)

@@ -24,7 +24,7 @@ class RepQ(ActivationMethod[ActivationSettings]):
 
     name = "repq"
     about = "ranges per channel folded into LayerNorms, log-sqrt2 after softmax"
-    settings = ActivationSettings
+    settings: type[ActivationSettings] = ActivationSettings
     folds_norms = True
     per_channel = True
 

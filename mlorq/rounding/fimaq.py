@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -50,7 +49,6 @@ class FimaQ(QDrop):
     title = "FIMA-Q (2506.11543)"
     settings = LowRankBlockSettings
     blocks = _LowRank()
-    compared_activations: ClassVar[Mapping[str, Any]] = {"method": "folded"}
 
 
 METHODS.register(FimaQ())

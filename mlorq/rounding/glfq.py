@@ -78,7 +78,7 @@ class GlfQ(RoundingMethod[Settings]):
     layer_settings = Settings
     needs_inputs = False
     blocks = _Features()
-    compared_activations: ClassVar[Mapping[str, Any]] = {"method": "rectified"}
+    compared_activations: ClassVar[Mapping[str, Any]] = {"method": "rectified", "mlp_weights": "equal"}
 
     def round(self, task: RoundingTask, settings: Settings, progress: Progress | None = None) -> RoundingResult:
         return round_to_nearest(task)

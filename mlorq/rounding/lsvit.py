@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mlorq.rounding.aphq import DroppingReconstruction, SoftRangeBlockSettings
 from mlorq.rounding.base import METHODS
@@ -29,7 +28,6 @@ class LsVit(QDrop):
     title = "LS-ViT (CVPR 2026)"
     settings = SoftRangeBlockSettings
     blocks = _LeastSquares()
-    compared_activations: ClassVar[Mapping[str, Any]] = {"method": "folded"}
 
 
 METHODS.register(LsVit())
