@@ -93,7 +93,7 @@ def calibrate(
                 variants[str(width)] = other.describe()
                 tensors |= {f"site.{one.name}@{width}.{name}": value.cpu() for name, value in other.named_buffers()}
         sites.append(Site(one.name, one.layers, one.size, quantizer.describe(), variants, one.macs))
-    return ActivationPlan(sites, used, tensors, mlps)
+    return ActivationPlan(sites, used, tensors, tuple(mlps))
 
 
 def _observed(

@@ -97,7 +97,7 @@ class ActivationPlan:
         """
         sites = [Site(**{**site, "layers": tuple(site["layers"])}) for site in value["sites"]]
         folds = [Fold(**{**fold, "layers": tuple(fold["layers"])}) for fold in value["folds"]]
-        mlps = [RectifiedMlp(mlp["activation"], tuple(mlp["layers"])) for mlp in value.get("mlps", [])]
+        mlps = tuple(RectifiedMlp(mlp["activation"], tuple(mlp["layers"])) for mlp in value.get("mlps", []))
         return cls(sites, folds, dict(tensors or {}), mlps)
 
     def check(self) -> None:
