@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mlorq.activations.plan import RectifiedMlp
 from mlorq.activations.settings import RectifyingSettings
 from mlorq.calibration.output_divergence import perturbation_hessian
+from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
 from mlorq.models.batches import move_batch, take_samples
 from mlorq.models.layer_list import LINEAR, Layer
@@ -45,8 +46,11 @@ def replace_activation(module: nn.Module, name: str) -> None:
 
     Raises:
         AttributeError: there is none of this name.
+        ModelError: it is more than a function: it has tensors or submodules.
     """
-    module.get_submodule(name)
+    given = module.get_submodule(name)
+    if list(given.children()) or given.state_dict():  # of a checkpoint that names it, too
+        raise ModelError(f"mlps: {name!r:.60} is no activation function")
     parent, _, leaf = name.rpartition(".")
     module.get_submodule(parent)._modules[leaf] = nn.ReLU()
 

@@ -19,7 +19,8 @@ from mlorq.errors import CheckpointError, ConfigError, one_line
 from mlorq.models.arrangement import Arrangement
 
 VERSION_KEY = "format_version"
-BLOCKS_VERSION = 3  # of descriptions with layers in blocks of columns, which readers of version 2 would decode wrongly
+# Of descriptions with layers in blocks of columns, or with ReLU in the place of GELU, which readers of version 2 miss.
+LATER_VERSION = 3
 TRANSPOSED = "transposed"  # key in ``extra``: layers whose weight the original class stores transposed
 COMPUTED = "computed_by_class"  # key in ``extra``: layers whose class computes their weight; the file has its value
 ARRANGED = "arranged"  # key in ``extra``: weights that the original classes read directly
@@ -108,10 +109,10 @@ def read_description(location: Location) -> Description:
             raise CheckpointError(f"the folder has no {DESCRIPTION}, and its {file} is of other software")
         version = config[VERSION_KEY]
         known = FORMAT_VERSION if file == DESCRIPTION else 1
-        if type(version) is int and version in (known, BLOCKS_VERSION):
+        if type(version) is int and version in (known, LATER_VERSION):
             found = _checked(config, file, text)
             # Version 2 may have wide layers of earlier versions, which are not in blocks.
-            if version in (known, version_of(found.entries)):
+            if version in (known, version_of(found.entries, config.get("activations"))):
                 return found
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ConfigError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
@@ -119,9 +120,10 @@ def read_description(location: Location) -> Description:
     raise CheckpointError(f"{file} has format version {version!r:.60}; this version of mlorq reads {known} there")
 
 
-def version_of(entries: Sequence[LayerEntry]) -> int:
-    """The format version that a description of these layers says."""
-    return BLOCKS_VERSION if any(entry.in_blocks for entry in entries) else FORMAT_VERSION
+def version_of(entries: Sequence[LayerEntry], activations: Mapping[str, Any] | None) -> int:
+    """The format version that a description of these layers and activations (``ActivationPlan.to_json``) says."""
+    later = any(entry.in_blocks for entry in entries) or bool((activations or {}).get("mlps"))
+    return LATER_VERSION if later else FORMAT_VERSION
 
 
 def is_old_description(text: bytes) -> bool:

@@ -104,7 +104,7 @@ def description_bytes(
     extra |= {ARRANGED: arranged} if arranged else {}
     return json_lines(
         {
-            VERSION_KEY: version_of(entries),
+            VERSION_KEY: version_of(entries, given.get("activations")),
             "mlorq_version": _mlorq_version(),
             "architecture": given["architecture"],
             "dtype": given.get("dtype") or _module_dtype(module),

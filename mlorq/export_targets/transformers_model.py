@@ -74,7 +74,14 @@ def _prefixed_plan(plan: Mapping[str, Any] | None, prefix: str) -> dict[str, Any
         {**site, "name": prefix + site["name"], "layers": [prefix + name for name in site["layers"]]}
         for site in plan["sites"]
     ]
-    return {**plan, "sites": sites}
+    found = {**plan, "sites": sites}
+    if mlps := plan.get("mlps"):
+        names = [(mlp["activation"], mlp["layers"]) for mlp in mlps]
+        found["mlps"] = [
+            {"activation": f"{prefix}{activation}", "layers": [f"{prefix}{layer}" for layer in layers]}
+            for activation, layers in names
+        ]
+    return found
 
 
 def _complete(module: Any, config: MlorqConfig, checkpoint: str) -> None:

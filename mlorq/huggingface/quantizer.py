@@ -34,13 +34,15 @@ from mlorq.models.transposed import transpose_conv1d
 
 METHOD = "mlorq"
 FORMAT_VERSION = 1
-BLOCKS_VERSION = 2  # of layers in blocks of columns, which readers of version 1 would decode wrongly
+# Of layers in blocks of columns, or with ReLU in the place of GELU, which readers of version 1 miss.
+LATER_VERSION = 2
 
 
-def _version_of(layers: Sequence[Mapping[str, Any]]) -> int:
-    """The version that says what these layers need; malformed ones are refused later (``MlorqConfig.entries``)."""
+def _version_of(layers: Sequence[Mapping[str, Any]], activations: Mapping[str, Any] | None) -> int:
+    """The version that says what a model needs; malformed ones are refused later (``MlorqConfig.entries``)."""
     with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
-        return BLOCKS_VERSION if any(LayerEntry.from_json(row).in_blocks for row in layers) else FORMAT_VERSION
+        later = (activations or {}).get("mlps") or any(LayerEntry.from_json(row).in_blocks for row in layers)
+        return LATER_VERSION if later else FORMAT_VERSION
     return FORMAT_VERSION
 
 
@@ -73,7 +75,7 @@ class MlorqConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         quant_method: str = METHOD,
     ) -> None:
-        needed = _version_of(layers)
+        needed = _version_of(layers, activations)
         if format_version not in (None, FORMAT_VERSION, needed):
             raise ValueError(
                 f"quantization_config has format version {format_version!r}; "

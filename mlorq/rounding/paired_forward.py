@@ -353,7 +353,7 @@ class PairedForward:
             yield self._teacher.advance(batch, self._at, carry, block + 1)
 
     def penultimate(self, call: BlockCall, start: int, carry: Any) -> Tensor:
-        """The input of the float model's head (``Segments.head``), continued as by ``finish``; f(x) without a head."""
+        """The input of the float model's head (``Segments.penultimate``), from block ``start`` on; f(x) without one."""
         return self._teacher.penultimate(call.batch, start, carry)
 
     def run_block(self, block: int, call: BlockCall) -> Any:

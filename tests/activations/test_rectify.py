@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlorq.activations.plan import ActivationPlan, RectifiedMlp
 from mlorq.activations.rectify import CLIPPED, PERCENTILE, find_mlps, linear, observe, rectify, relative_error, train
 from mlorq.activations.settings import RectifyingSettings
 from mlorq.calibration.output_divergence import TEMPERATURE
+from mlorq.checkpoint.io import inspect
 from mlorq.errors import ModelError
 from mlorq.models.base import FloatModel
 from mlorq.models.layers import find_layers
@@ -165,6 +167,9 @@ def test_a_plan_keeps_its_mlps(seed: int) -> None:
     assert "mlps" not in replace(plan, mlps=()).to_json(), "checkpoints without them stay as they were"
     with pytest.raises(ModelError, match="does not fit the model"):
         replace(plan, mlps=[RectifiedMlp("5.act", ("0.up", "0.down"))]).install(model.module)
+    for name in ("", "0", "0.up"):
+        with pytest.raises(ModelError, match="is no activation function"):
+            replace(plan, mlps=[RectifiedMlp(name, ("0.up", "0.down"))]).install(deepcopy(model.module))
     with pytest.raises(ValueError, match="not a text"):
         replace(plan, mlps=[RectifiedMlp(3, ("0.up", "0.down"))]).check()  # type: ignore[arg-type]
 
@@ -202,6 +207,7 @@ def test_a_checkpoint_has_relu(rounding: str, seed: int, tmp_path: Path) -> None
         activations={"bits": 6, "method": "rectified", "mlp_iterations": 5},
     )
     result.save(tmp_path / "out")
+    assert inspect(tmp_path / "out")["format_version"] == 3, "earlier versions would compute GELU"
     loaded = mlorq.load(tmp_path / "out")
     assert all(isinstance(block.mlp.act, nn.ReLU) for block in loaded.blocks)
     assert all(isinstance(block.mlp.act, nn.GELU) for block in module.blocks), "the given model is not changed"

@@ -56,6 +56,7 @@ def test_only_wide_layers_in_blocks_need_the_later_version() -> None:
     def entry(form: str, columns: int) -> LayerEntry:
         return LayerEntry("layer", "linear", (16, columns), Candidate(form, bits=4), "codes", "float32", 1, ())
 
-    assert version_of([]) == 2
-    assert version_of([entry("TCQ", 8192), entry("Q", 12544)]) == 2
-    assert version_of([entry("Q", 8), entry("TCQ", 12544)]) == 3
+    assert version_of([], None) == 2
+    assert version_of([entry("TCQ", 8192), entry("Q", 12544)], {"sites": []}) == 2
+    assert version_of([entry("Q", 8), entry("TCQ", 12544)], None) == 3
+    assert version_of([], {"mlps": [{}]}) == 3

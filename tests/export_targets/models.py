@@ -104,6 +104,11 @@ CASES = {
         lambda: zoo.pixels(4, 1),
         {"activations": {"bits": 6, "method": "adalog"}},
     ),
+    "quantized activations, rectified, timm": Case(
+        lambda: zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS),
+        lambda: zoo.pixels(4, 1),
+        {"activations": {"bits": 6, "method": "rectified", "mlp_iterations": 5}},
+    ),
 }
 
 

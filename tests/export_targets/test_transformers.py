@@ -33,7 +33,13 @@ from tests.export_targets.models import CASES, arguments_of, outputs
 from tests.long import few
 
 FILES = ("config.json", "model.safetensors")
-DEFAULT = ("bert", "timm vit", "tied language model", "quantized activations, repq")
+DEFAULT = (
+    "bert",
+    "timm vit",
+    "tied language model",
+    "quantized activations, repq",
+    "quantized activations, rectified, timm",
+)
 
 
 @pytest.fixture(scope="module", params=few(sorted(CASES), *DEFAULT))
@@ -244,6 +250,11 @@ def test_layers_in_blocks_have_a_version_of_their_own():
     assert MlorqConfig(layers=[row(12544)], format_version=2).entries()[0].in_blocks
     with pytest.raises(ValueError, match="format version 2"):
         MlorqConfig(layers=[row(8192)], format_version=2)
+
+
+def test_relu_in_the_place_of_gelu_has_a_version_of_its_own():
+    assert MlorqConfig(activations={"sites": [], "mlps": [{}]}).format_version == 2
+    assert MlorqConfig(activations={"sites": []}).format_version == 1
 
 
 def test_a_model_without_any_of_the_layers_is_refused(bert, tmp_path):
