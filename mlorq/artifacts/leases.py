@@ -117,7 +117,7 @@ class Leases:
             self._of_process.discard(name)
 
     def holders(self, kind: str, own: str | None = None) -> list[Holder]:
-        """The live holders of leases of a kind, oldest first.
+        """The live holders of leases of a kind, oldest first. Leases of the dead are removed.
 
         Args:
             kind: the leases' folder.
@@ -137,6 +137,10 @@ class Leases:
         now = next((holder.modified for holder in known if holder.name == own), None)
         now = now or datetime.datetime.now(datetime.UTC)
         alive = [holder for holder in known if holder.name == own or self._is_alive(holder, now)]
+        for holder in known:
+            # Everyone who comes later would read it, too. Without ``own`` ages are by this machine's clock.
+            if holder not in alive and (own is not None or holder.place == _place()):
+                self._remove(posixpath.join(folder, holder.name))
         return sorted(alive, key=lambda holder: (holder.modified or now, holder.created, holder.name))
 
     def _is_alive(self, holder: Holder, now: datetime.datetime) -> bool:

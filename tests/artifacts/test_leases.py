@@ -191,6 +191,8 @@ def test_the_dead_hold_nobody_up(store: Store) -> None:
     store.files.write(f"{store.root}/{FOLDER}/step/key/damaged.json", b"{")
     assert not store.leases.holders("step/key")
     assert once(store.leases, "step/key", "it", lambda: None, lambda: 1) == 1
+    # Who makes it has removed them, so that those who come later do not read them. The damaged one is nobody's.
+    assert [path.rpartition("/")[2] for path in store.files.listing(f"{store.root}/{FOLDER}")] == ["damaged.json"]
 
 
 def test_leases_of_other_machines_expire(tmp_path: Path) -> None:
