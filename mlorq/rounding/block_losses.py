@@ -139,9 +139,10 @@ class LowRankLoss(BlockLoss):
 
     @torch.no_grad()
     def extend(self) -> None:
-        """Add the rows of the model as it is."""
+        """Add the rows of the model as it is, if they are finite."""
         for shape, (gradient, delta) in mean_sizes(self._pairs()).items():
-            self.forms[shape] = LowRankForm.extended(self.forms.get(shape), gradient, delta)
+            if shape not in self.forms or bool(gradient.isfinite().all() & delta.isfinite().all()):
+                self.forms[shape] = LowRankForm.extended(self.forms.get(shape), gradient, delta)
         self.first = None
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -183,7 +184,10 @@ class LowRankForm:
     def __init__(self, gradients: Tensor, deltas: Tensor) -> None:
         self.gradients, self.deltas = gradients, deltas
         wide = deltas.double()
-        self.inverse = torch.linalg.pinv(wide @ wide.T, hermitian=True).float()
+        # Rows of D are alike, and the inverse is large: in float32 the form would have negative values.
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        self.root = vectors[:, kept] / values[kept].sqrt()  # (D Dᵀ)⁻¹ = R Rᵀ
 
     @classmethod
     def extended(cls, form: LowRankForm | None, gradient: Tensor, delta: Tensor) -> LowRankForm:
@@ -196,8 +200,8 @@ class LowRankForm:
     def terms(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The terms of low rank and of the diagonal, means over samples."""
         size = delta.abs().flatten(1)
-        projected = size @ self.gradients.T  # (samples, rank)
-        low = ((projected @ self.inverse) * projected).sum(1).mean()
+        projected = size.double() @ self.gradients.double().T  # (samples, rank)
+        low = (projected @ self.root).square().sum(1).mean().float()
         return low, (size.square() @ self.gradients.mean(0)).mean()
 
 

@@ -325,7 +325,7 @@ def test_runs_that_are_killed(place: str, warm: Warm, tmp_path: Path, capsys: py
 # -- several runs at a time ---------------------------------------------------------------------------------------
 
 
-def concurrent(warm: Warm, folder: Path, count: int, attempts: int = 3) -> None:
+def concurrent(warm: Warm, folder: Path, count: int, attempts: int = 10) -> None:
     """Runs of one configuration at once, with ``gc`` and ``verify`` beside them: every step is done once."""
     project = Project(folder / "project", None, {})
     process = warm.start("flows.cli:script", project.command())
@@ -342,14 +342,14 @@ def concurrent(warm: Warm, folder: Path, count: int, attempts: int = 3) -> None:
         assert gc.status == 0 or "try again when it has ended" in gc.err
         if gc.status == 0 and any(run.poll() is not None for run in runs):
             assert attempts > 1, "gc never ran while all of them worked"
-            assert [run.wait() for run in runs] == [0] * count, [run.err for run in runs]
+            assert not [run.err for run in runs if run.wait() != 0]
             (folder / "again").mkdir()
             return concurrent(warm, folder / "again", count, attempts - 1)  # it may have worked after they had ended
         collected += 1
         check = warm.start("flows.cli:script", ["store", "verify", "--store", project.url])
         assert check.wait() == 0, check.err
         verified += 1
-    assert [run.wait() for run in runs] == [0] * count, [run.err for run in runs]
+    assert not [run.err for run in runs if run.wait() != 0]
     results = [json.loads(run.out) for run in runs]
     assert all(outcome(run.out) == outcome(runs[0].out) for run in runs)
     made = project.artifacts()

@@ -19,6 +19,7 @@ from mlorq.rounding.block_losses import (
     BlockLoss,
     FeatureLoss,
     LeastSquaresLoss,
+    LowRankForm,
     LowRankLoss,
     PerturbationLoss,
     least_squares_form,
@@ -153,6 +154,21 @@ def test_the_low_rank_form_is_that_of_explicit_matrices(seed: int) -> None:
     found = torch.cat([naive_divergence(paired.compressed(batch), model.module(batch)) for batch in batches])
     # Block 2 of the compressed copy is float: the copy's outputs are those of the float model continued from block 1.
     assert loss.of_all(loss.calls) == pytest.approx(float(found.mean()), rel=0.05, abs=1e-8)
+
+
+def test_the_low_rank_form_of_rows_that_are_alike_is_positive(seed: int) -> None:
+    """Rows that a few steps of training have hardly changed: their inner products have a large inverse."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.rand(2, 400, generator=generator, dtype=torch.float64)
+    gradients, sizes = (row + 1e-5 * torch.rand(9, 400, generator=generator, dtype=torch.float64) for row in first)
+    form = LowRankForm(gradients.float(), sizes.float())
+    delta = torch.randn(3, 400, generator=generator)
+    found, _ = form.terms(delta)
+    projected = delta.abs().double() @ gradients.float().double().T
+    wide = sizes.float().double()
+    expected = (projected * torch.linalg.solve(wide @ wide.T, projected.T).T).sum(1).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-3)
+    assert float(found) > 0
 
 
 # -- LS-ViT -----------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def best_gain(columns: Tensor, variances: Tensor) -> Tensor:
         variances: v, ``(channels,)``.
     """
     tiny = torch.finfo(torch.float32).tiny
-    gain = (columns.float().clamp(min=tiny) / variances.clamp(min=tiny)).double().pow(0.25)
+    gain = (columns.double().clamp(min=tiny) / variances.double().clamp(min=tiny)).pow(0.25)
     return (gain / gain.square().mean().sqrt()).clamp(1 / LARGEST_GAIN, LARGEST_GAIN).float()
 
 
