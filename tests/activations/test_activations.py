@@ -511,6 +511,47 @@ def test_widths_are_chosen_with_the_weights_under_a_compute_budget(tmp_path, see
         assert {products[name].bits for name in ("0_left", "0_right")} == {widths["blocks.0.attn#0"]}
 
 
+@pytest.mark.parametrize("ranges", few(["static", "token"], "token"))
+def test_widths_are_chosen_with_every_form(ranges, tmp_path, seed):
+    """With trellis codes, factors and both matrices: bit operations are those of the checkpoint, within the budget."""
+    module = zoo.timm_model(zoo.VIT, zoo.VIT_ARGUMENTS, seed)
+    with torch.no_grad():  # factors pay where a weight has low rank
+        for block in module.blocks:
+            block.mlp.fc1.weight.copy_(block.mlp.fc1.weight[:, :4] @ block.mlp.fc1.weight[:4])
+    batches = [zoo.pixels(16, seed + index) for index in range(2)]
+    forms, found = set(), {}
+    for compute in ("3x3", "3x6"):
+        result = mlorq.compress(
+            module,
+            batches,
+            budget="3.2bit",
+            preset="fast",
+            activations={"bits": 4, "choices": [3, 4, 6, 8], "compute": compute, "ranges": ranges},
+            search={"samples": 8, "hessian_samples": 16, "forms": ["Q", "LR", "QLR", "TCQ"], "factor_bits": [4]},
+            device="cpu",
+            store=f"file://{tmp_path}/store",
+        )
+        found[compute] = result.metrics["nmse"]
+        result.save(str(tmp_path / compute))
+        about = inspect(tmp_path / compute)
+        forms |= {layer["form"] for layer in about["layers"]}
+        totals = about["totals"]
+        assert totals["bit_operations"] <= _operations(module, compute)
+        (summary,) = [
+            json.loads(path.read_text())
+            for path in (tmp_path / "store").glob("joint/*/allocation.json")
+            if json.loads(path.read_text())["compute"] == pytest.approx(_operations(module, compute))
+        ]
+        widths = summary["activation_bits"]
+        assert totals["bit_operations"] == pytest.approx(summary["bit_operations"], abs=len(widths))
+        assert len(set(widths.values())) > 1
+        again = mlorq.load(tmp_path / compute)
+        with torch.no_grad():
+            assert torch.equal(again(batches[0]), result.model(batches[0]))
+    assert found["3x6"] < found["3x3"]
+    assert {"LR", "TCQ"} <= forms
+
+
 def _operations(module: nn.Module, compute: str) -> float:
     """Bit operations of one width everywhere, counted by hand for a ViT of 17 tokens."""
     weights, inputs = map(int, compute.split("x"))
