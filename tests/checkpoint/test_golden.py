@@ -19,7 +19,7 @@ from steps.artifacts import ArtifactReader
 from tests.golden.make import batches, net
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDERS = {"format_1": (1, 1), "format_2_first": (2, 1), "format_2": (2, 2)}
+FOLDERS = {"format_1": (1, 1), "format_2_first": (2, 1), "format_2": (2, 2), "format_3": (3, 2)}
 
 
 def test_every_folder_is_tested() -> None:
@@ -30,7 +30,7 @@ def test_every_folder_is_tested() -> None:
 def test_checkpoints_compute_what_they_did(name: str) -> None:
     folder = GOLDEN / name
     wanted = safetensors.torch.load_file(folder / "outputs.safetensors")["outputs"]
-    loaded = mlorq.load(str(folder / "checkpoint"), model=net())
+    loaded = mlorq.load(str(folder / "checkpoint"), model=net(gelu=name == "format_3"))
     with torch.no_grad():
         found = loaded(batches(1, start=0.5)[0])
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
@@ -52,7 +52,7 @@ def test_artifacts_are_read(name: str) -> None:
     assert reader.table(allocation, "allocation.parquet").num_rows == 2
     assert {reader.rounded(ref).layers[0].layer for ref in store.refs("round")} == {"0", "2"}
     (compressed,) = store.refs("compressed")
-    assert isinstance(mlorq.load(store.uri(compressed), model=net()), torch.nn.Module)
+    assert isinstance(mlorq.load(store.uri(compressed), model=net(gelu=name == "format_3")), torch.nn.Module)
     manifest = json.loads((Path(store.path(layers)) / "manifest.json").read_text())
     assert manifest["format"] == FOLDERS[name][1]
 

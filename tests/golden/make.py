@@ -1,14 +1,15 @@
 """Write a small checkpoint and the store of its run with the version of mlorq that is on the path.
 
-    python make.py FOLDER
+    python make.py FOLDER [--gelu]
 
 The model's weights come from a formula, not from random numbers, so that every version of torch makes the same.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,9 +20,10 @@ import mlorq
 WIDTH = 8
 
 
-def net() -> nn.Module:
+def net(gelu: bool = False) -> nn.Module:
     """Two linear layers with fixed weights."""
-    model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, 3))
+    between = nn.GELU() if gelu else nn.ReLU()
+    model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), between, nn.Linear(2 * WIDTH, 3))
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             steps = torch.arange(parameter.numel(), dtype=torch.float64)
@@ -35,11 +37,19 @@ def batches(count: int = 2, start: float = 0.0) -> list[Tensor]:
     return [torch.cos(steps * 0.9 + start + number).float() for number in range(count)]
 
 
-def main(folder: Path) -> None:
-    """Write ``checkpoint/``, ``store/`` and the outputs of the compressed model."""
+def main(folder: Path, gelu: bool) -> None:
+    """Write ``checkpoint/``, ``store/`` and the outputs of the compressed model.
+
+    Args:
+        folder: to write to.
+        gelu: a model with GELU, which becomes ReLU (``activations.method: rectified``): format 3.
+    """
     torch.set_num_threads(1)
-    options = {"preset": "quick", "rounding": "nearest", "search": {"points": 2}}
-    result = mlorq.compress(net(), batches(), budget="8bit", store=f"file://{(folder / 'store').resolve()}", **options)
+    options: dict[str, Any] = {"preset": "quick", "rounding": "nearest", "search": {"points": 2}}
+    if gelu:
+        options["activations"] = {"method": "rectified", "bits": 8, "mlp_iterations": 20}
+    store = f"file://{(folder / 'store').resolve()}"
+    result = mlorq.compress(net(gelu), batches(), budget="8bit", store=store, **options)
     result.save(folder / "checkpoint")
     with torch.no_grad():
         outputs = result.model(batches(1, start=0.5)[0])
@@ -47,4 +57,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gelu", action="store_true")
+    given = parser.parse_args()
+    main(given.folder, given.gelu)
