@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted(interrupted)
     except Exception as error:
+        from flows.server import refusal
+
         # An interrupt between two states of a task makes Prefect raise an error of its own.
         if interrupted.caused(error):
             return _interrupted(interrupted)
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if isinstance(error, MlorqError):
             return _wrong_input(str(error))
+        if refused := refusal(error):
+            return _wrong_input(refused)
         raise
 
 

@@ -35,6 +35,9 @@ CLIENT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
+    # After 2, 4, … 128 s a request is given up instead of after 32 s. The servers of eight runs that start at the same
+    # time share a database, in which SQLite lets one of them write.
+    "PREFECT_CLIENT_MAX_RETRIES": "7",
 }
 # For the server, which has one client and one run: no schedules, and none of the user's automations.
 SERVER_DEFAULTS = {
@@ -59,6 +62,21 @@ _EMBEDDED = threading.Event()
 def embedded() -> bool:
     """Whether the Prefect server of this process ends with its command."""
     return _EMBEDDED.is_set()
+
+
+def refusal(error: BaseException) -> str | None:
+    """One line about a request that the Prefect server could not answer, even when repeated; None of another error."""
+    if "prefect.exceptions" not in sys.modules:
+        return None
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    if not isinstance(error, PrefectHTTPStatusError) or error.response.status_code < 500:
+        return None if error.__cause__ is None else refusal(error.__cause__)
+    status, path = error.response.status_code, error.request.url.path
+    return (
+        f"the Prefect server answered {status} to {error.request.method} {path}: it, or its database, is overloaded; "
+        "run the same command again to resume"
+    )
 
 
 class PrefectSession:

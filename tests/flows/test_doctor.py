@@ -55,6 +55,8 @@ def serving(answers: dict[str, tuple[int, Any]], token: str | None = None, *, ra
             self.end_headers()
             self.wfile.write(body)
 
+        do_POST = do_GET
+
         def log_message(self, *arguments: Any) -> None: ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
