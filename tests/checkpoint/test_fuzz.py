@@ -64,11 +64,13 @@ def check_damage(folder: Path, model: Callable[[], nn.Module], inputs: Tensor, c
     assert len(messages) > count // 2
 
 
+@pytest.mark.timeout(3600)  # for ten thousand beside other work
 @pytest.mark.parametrize("count", [20, pytest.param(10_000, marks=pytest.mark.long)])
 def test_a_damaged_checkpoint_is_refused_or_computes_the_same(saved: Path, count: int) -> None:  # noqa: F811
     check_damage(saved, Everything, images(7), count)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [20, pytest.param(2_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("options", [{"ranges": "token"}, {"method": "rectified", "mlp_iterations": 5}], ids=repr)
 def test_a_damaged_checkpoint_with_quantized_activations(options: dict[str, Any], count: int, tmp_path: Path) -> None:
