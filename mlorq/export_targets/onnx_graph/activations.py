@@ -1,13 +1,15 @@
 """Quantizers of activations as QuantizeLinear and DequantizeLinear.
 
 A uniform quantizer becomes this pair. Its range is enforced before if the codes are fewer than the integers, and its
-zero-point is moved into a shift of the values if it is not one of the codes: ``x̄ = D(Q(x + h)) - h``. Other kinds stay
-the operators of their arithmetic.
+zero-point is moved into a shift of the values if it is not one of the codes: ``x̄ = D(Q(x + h)) - h``. A linear layer
+takes the last shift into its bias, ``x̄ Wᵀ + b = D(Q(x + h)) Wᵀ + (b - W h)``, so that its product is one of integers.
+Other kinds stay the operators of their arithmetic.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,7 +43,7 @@ class QuantizeDequantize(nn.Module):
         integers = torch.uint8 if quantizer.bits <= BYTE else torch.uint16
         fits = bool((zero == zero.round()).all() and (zero >= 0).all() and (zero <= levels).all())
         point = zero if fits else torch.zeros_like(zero)
-        self.shifts = not fits
+        self.shifts = self.shifts_back = not fits
         self.clamps = quantizer.bits not in (BYTE, 2 * BYTE)
         self.register_buffer("scale", scale.clone())
         self.register_buffer("zero", point.to(integers))
@@ -64,7 +66,18 @@ class QuantizeDequantize(nn.Module):
         if self.clamps:
             x = torch.minimum(torch.maximum(x, self.low), self.high)
         found: Tensor = torch.ops.mlorq.quantize_dequantize(x, self.scale, self.zero, -1 if self.scale.dim() else 0)
-        return found - self.shift if self.shifts else found
+        return found - self.shift if self.shifts_back else found
+
+    def shifted(self, layer: nn.Linear) -> QuantizeDequantize:
+        """The pair without its last shift, for the input of a linear layer, whose bias becomes ``b - W h`` in place."""
+        if not self.shifts:
+            return self
+        moved = layer.weight.double() @ self.shift.double().expand(layer.in_features)
+        bias = -moved if layer.bias is None else layer.bias.double() - moved
+        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+        found = copy.copy(self)
+        found.shifts_back = False
+        return found
 
     def hook(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
