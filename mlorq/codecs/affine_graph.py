@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlorq.codecs.graph import Graph, integers, packed_codes, sizes
+from mlorq.codecs.graph import LARGEST, Graph, integers, packed_codes, sizes
 from mlorq.codecs.packing import packed_columns, unpack_rows
 
 if TYPE_CHECKING:
@@ -43,13 +43,11 @@ def product(
         integers: whether x is dequantized 8-bit integers, so that runtimes multiply integers.
     """
     codes, zero = _codes(tensors, columns, bits), tensors["zero_point"].numpy().astype(np.int64)
+    if integers and (weight := _signed(graph, tensors, codes, zero, bits)):
+        return graph.node("MatMul", inputs, weight)
     # Zero-points outside the codes do not fit the kernels: x (q - z) s = x q s - sum(x) z s.
     outside = bool((zero < 0).any() or (zero >= 2**bits).any())
     inside = np.zeros_like(zero) if outside else zero
-    if integers and not outside:
-        part, point = _signed(graph, codes, zero, bits)
-        weight = graph.node("DequantizeLinear", part, _scales(graph, tensors), point, axis=1)
-        return graph.node("MatMul", inputs, weight)
     scale, total = _scales(graph, tensors), ""
     for low in range(0, bits, graph.kernel_bits):
         width = min(graph.kernel_bits, bits - low)
@@ -106,12 +104,19 @@ def _codes(tensors: Mapping[str, Tensor], columns: int, bits: int) -> np.ndarray
     return np.ascontiguousarray(unpack_rows(tensors["codes"], columns, bits).numpy().T)
 
 
-def _signed(graph: Graph, codes: np.ndarray, zero: np.ndarray, bits: int) -> tuple[str, str]:
-    """Codes and zero-points as int8, which kernels take twice as fast as uint8; those of 8 bits less 128."""
-    if bits == BYTE:
-        part, point = ((one.astype(np.int16) - 128).astype(np.int8) for one in (codes, zero))
-        return graph.constant(part), graph.constant(point)
-    return graph.node("Cast", packed_codes(graph, codes, bits), to="int8"), graph.constant(zero.astype(np.int8))
+def _signed(graph: Graph, tensors: Mapping[str, Tensor], codes: np.ndarray, zero: np.ndarray, bits: int) -> str:
+    """The transposed values, dequantized from int8, which kernels take faster than uint8; "" if a zero-point is wider.
+
+    Codes of 8 bits and their zero-points are 128 less.
+    """
+    offset = 2 ** (BYTE - 1) if bits == BYTE else 0
+    limits, point = np.iinfo(np.int8), zero - offset
+    if (point < limits.min).any() or (point > limits.max).any():
+        return ""
+    signed = (codes.astype(np.int16) - offset).astype(np.int8)
+    graph.overflows |= bool((np.abs(signed.astype(np.int16)) > LARGEST).any())
+    part = graph.node("Cast", packed_codes(graph, codes, bits), to="int8") if not offset else graph.constant(signed)
+    return graph.node("DequantizeLinear", part, _scales(graph, tensors), graph.constant(point.astype(np.int8)), axis=1)
 
 
 def _scales(graph: Graph, tensors: Mapping[str, Tensor]) -> str:

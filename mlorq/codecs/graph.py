@@ -23,9 +23,11 @@ class Graph(Protocol):
 
     Attributes:
         kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
+        overflows: whether a weight of an integer product is above ``LARGEST``; set by codecs.
     """
 
     kernel_bits: int
+    overflows: bool
 
     def constant(self, values: np.ndarray) -> str:
         """A constant; equal constants are stored once."""
@@ -104,7 +106,7 @@ def product(graph: Graph, inputs: str, weight: str, *, fast: bool = False, integ
         inputs: x, ``(…, K)`` float32.
         weight: W, ``(K, N)`` float32.
         fast: whether to round to 8 bits.
-        integers: whether x is dequantized 8-bit integers already.
+        integers: whether x is dequantized 8-bit integers, which runtimes then multiply as they are.
     """
     if not fast:
         return graph.node("MatMul", inputs, weight)

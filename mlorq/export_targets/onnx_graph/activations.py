@@ -9,7 +9,6 @@ Other kinds stay the operators of their arithmetic.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,16 +67,13 @@ class QuantizeDequantize(nn.Module):
         found: Tensor = torch.ops.mlorq.quantize_dequantize(x, self.scale, self.zero, -1 if self.scale.dim() else 0)
         return found - self.shift if self.shifts_back else found
 
-    def shifted(self, layer: nn.Linear) -> QuantizeDequantize:
-        """The pair without its last shift, for the input of a linear layer, whose bias becomes ``b - W h`` in place."""
-        if not self.shifts:
-            return self
-        moved = layer.weight.double() @ self.shift.double().expand(layer.in_features)
-        bias = -moved if layer.bias is None else layer.bias.double() - moved
-        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
-        found = copy.copy(self)
-        found.shifts_back = False
-        return found
+    def move_shift(self, layer: nn.Linear) -> None:
+        """Move the last shift of a linear layer's input into its bias, which becomes ``b - W h``."""
+        if self.shifts_back:
+            moved = layer.weight.double() @ self.shift.double().expand(layer.in_features)
+            bias = -moved if layer.bias is None else layer.bias.double() - moved
+            layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+            self.shifts_back = False
 
     def hook(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

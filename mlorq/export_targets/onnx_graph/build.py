@@ -26,11 +26,9 @@ from mlorq.models.observe import outputs_changed
 METADATA = "mlorq"  # key of the metadata: one JSON object
 PREPROCESSING = "preprocessing"  # key of the preparation of inputs, JSON as well
 IR_VERSION = 10  # the first with 4-bit integers
-# What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4, keep weights that were
-# decoded at load in the memory that is reused between operators, and multiply codes of 8 bits by kernels that, on
-# processors without VNNI, add in 16 bits and overflow.
+# What onnxruntime has to be told: its defaults round x to 8 bits wherever weights have 4, and keep weights that were
+# decoded at load in the memory that is reused between operators.
 _COMMON = {
-    PRECISE: "1",
     "session.qdq_matmulnbits_block_size": "128",
     "session.use_device_allocator_for_initializers": "1",
 }
@@ -109,7 +107,7 @@ def build(
     axes = {name: _axes(name, value, samples, preprocessing or {}) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     fast = precision == "fast"
-    _, missing = replace_weights(
+    added, missing = replace_weights(
         model.graph, layers, fast=fast, kernel_bits=kernel_bits, stages=stages, integers=integers
     )
     for name in missing:
@@ -120,7 +118,7 @@ def build(
         "call": call.to_json(),
         "outputs": structure,
         "part": part,
-        "session_options": SESSION_OPTIONS[precision],
+        "session_options": SESSION_OPTIONS[precision] | ({PRECISE: "1"} if added.overflows else {}),
         "architecture": {key: value for key, value in architecture.items() if key != "config"},
     }
     others = {name: _other(value, samples) for name, value in inputs.items()}

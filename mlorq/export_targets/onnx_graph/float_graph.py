@@ -60,7 +60,7 @@ def float_twin(module: nn.Module, *, quantized: bool = True) -> tuple[nn.Module,
                 quantizer = replaced(quantizer)
                 # What has code of its own may not use the layer's bias.
                 if isinstance(quantizer, QuantizeDequantize) and type(layer) is nn.Linear:
-                    quantizer = quantizer.shifted(layer)
+                    quantizer.move_shift(layer)
                 attach_input(layer, quantizer)
         elif isinstance(child, ProductQuantizers) and not quantized:
             child.operands.clear()

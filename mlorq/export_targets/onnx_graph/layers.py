@@ -8,8 +8,9 @@ other operand is dequantized 8-bit integers becomes one that runtimes compute fr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -167,16 +168,17 @@ class _Writer:
         packed = layer.packed()
         shape = Shape(layer.weight_shape[0], int(np.prod(layer.weight_shape[1:])))
         if layer.form.multiplies_out(layer.candidate, shape):
-            integers = inputs in self._dequantized
-            return product(self.builder, inputs, self._weight(layer), fast=self._fast, integers=integers)
+            return self._multiplied(product, inputs, self._weight(layer))
 
         def multiply(name: str, value: str, _: bool) -> str:
             tensors, columns, codec = packed[name]
-            integers = value in self._dequantized
-            return codec.graph_product(self.builder, value, tensors, columns, fast=self._fast, integers=integers)
+            return self._multiplied(codec.graph_product, value, tensors, columns)
 
         output: str = layer.form.apply(multiply, inputs, lambda left, right: self.builder.node("Add", left, right))
         return output
+
+    def _multiplied(self, write: Callable[..., str], inputs: str, *matrix: Any) -> str:
+        return write(self.builder, inputs, *matrix, fast=self._fast, integers=inputs in self._dequantized)
 
     def _rows(self, indices: str, layer: CompressedModule) -> str:
         ((tensors, columns, codec),) = layer.packed().values()
