@@ -4,7 +4,7 @@ A uniform quantizer with one range becomes this pair. Values are clamped before 
 integers, and a zero-point that is not one of the codes becomes a shift of the values: ``x̄ = D(Q(x + h)) - h``. A linear
 layer takes the last shift into its bias, ``x̄ Wᵀ + b = D(Q(x + h)) Wᵀ + (b - W h)``, so that its product is one of
 integers. A quantizer with ranges by channel is ``x̄ = (D(Q(x / s + z)) - z) s`` with a pair of scale 1: onnxruntime
-takes ten times as long for a pair with a scale per entry of the last axis. Other kinds stay the operators of their
+takes thirty times as long for a pair with a scale per entry of the last axis. Other kinds stay the operators of their
 arithmetic.
 """
 
