@@ -46,6 +46,7 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
     packages: ClassVar[tuple[str, ...]] = Onnx.packages
     extra = Onnx.extra
     as_target: ClassVar[type[Settings] | None] = GraphPrecision
+    integer_bits = 8
 
     def residency(self, settings: Settings) -> Residency:
         return graph_residency(settings, CODE_BITS)
