@@ -228,6 +228,28 @@ def test_without_integers_weights_are_decoded(tmp_path: Path) -> None:
     assert nmse(found, call(module, x)) < 1e-9
 
 
+def test_loaded_graphs_are_exact_on_this_processor() -> None:
+    """The largest sums of products: they saturate on processors without VNNI unless the session has the option."""
+    from mlorq.export_targets.onnx_graph.build import build
+
+    matrix = affine(8, 64, 8, 0)
+    matrix.codes[:] = 255
+    module, x = Single(matrix, 0.0, bias=False).eval(), torch.full((2, 64), 255 * 0.02)
+    model = build(module, {"family": "custom"}, example=x).model
+    found, expected = sessions.OnnxModel(model.SerializeToString())(x), call(module, x)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_the_float_model_has_no_quantizers() -> None:
+    from mlorq.export_targets.onnx_graph.float_graph import float_twin
+
+    module, x = Single(affine(7, 13, 4, 1), 3.25, bias=True).eval(), torch.randn(4, 13)
+    weight, bias = module.layer.weight, module.layer.bias
+    found = call(float_twin(module, quantized=False)[0], x)
+    assert torch.allclose(found, nn.functional.linear(x, weight, bias), rtol=1e-6, atol=1e-6)
+    assert float((found - call(module, x)).abs().max()) > 1e-4
+
+
 def test_the_option_for_exact_products_is_left_out_where_they_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {PRECISE: "1", "other": "2"}
     monkeypatch.setattr(sessions, "overflows", lambda: True)
