@@ -275,13 +275,20 @@ class AffineCodec(Codec):
         return values(graph, tensors, columns, self.bits)
 
     def graph_product(
-        self, graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, *, fast: bool = False
+        self,
+        graph: Graph,
+        inputs: str,
+        tensors: Mapping[str, Tensor],
+        columns: int,
+        *,
+        fast: bool = False,
+        integers: bool = False,
     ) -> str:
         from mlorq.codecs.affine_graph import product
 
-        if fast and self.bits > graph.kernel_bits:
+        if fast and not integers and self.bits > graph.kernel_bits:
             return super().graph_product(graph, inputs, tensors, columns, fast=True)
-        return product(graph, inputs, tensors, columns, self.bits)
+        return product(graph, inputs, tensors, columns, self.bits, integers=integers)
 
     def graph_rows(self, graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int) -> str:
         from mlorq.codecs.affine_graph import rows

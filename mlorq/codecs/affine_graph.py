@@ -2,7 +2,8 @@
 
 onnxruntime fuses ``DequantizeLinear`` of 4-bit codes ``(K, N)`` with one scale per column and the ``MatMul`` that
 follows; the codes stay packed in memory. Codes with more bits than the kernels are two such products: ``q - z`` is
-``(q_low - z_low) + 16 (q_high - z_high)``.
+``(q_low - z_low) + 16 (q_high - z_high)``. Where x is made of integers, too, the codes are the int8 operand of one
+integer product.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlorq.codecs.graph import Graph, integers, packed_codes, sizes
+from mlorq.codecs.graph import LARGEST, Graph, integers, packed_codes, sizes
 from mlorq.codecs.packing import packed_columns, unpack_rows
 
 if TYPE_CHECKING:
@@ -28,9 +29,22 @@ def values(graph: Graph, tensors: Mapping[str, Tensor], columns: int, bits: int)
     return graph.node("Mul", graph.node("Sub", codes, _zero_points(graph, tensors)), _scales(graph, tensors))
 
 
-def product(graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, bits: int) -> str:
-    """``x Ŵᵀ`` of ``x`` ``(…, columns)``, by a product of 4-bit or 8-bit codes, or by two of 4-bit codes."""
+def product(
+    graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, bits: int, *, integers: bool = False
+) -> str:
+    """``x Ŵᵀ`` of ``x`` ``(…, columns)``: an integer product, one of 4-bit or 8-bit codes, or two of 4-bit codes.
+
+    Args:
+        graph: the graph.
+        inputs: name of x.
+        tensors: the packed tensors of W.
+        columns: its columns.
+        bits: bit-width of the codes.
+        integers: whether x is dequantized 8-bit integers, so that runtimes multiply integers.
+    """
     codes, zero = _codes(tensors, columns, bits), tensors["zero_point"].numpy().astype(np.int64)
+    if integers and (weight := _signed(graph, tensors, codes, zero, bits)):
+        return graph.node("MatMul", inputs, weight)
     # Zero-points outside the codes do not fit the kernels: x (q - z) s = x q s - sum(x) z s.
     outside = bool((zero < 0).any() or (zero >= 2**bits).any())
     inside = np.zeros_like(zero) if outside else zero
@@ -88,6 +102,21 @@ def rows(graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int
 def _codes(tensors: Mapping[str, Tensor], columns: int, bits: int) -> np.ndarray:
     """Unpacked codes, transposed: ``(columns, rows)`` uint8."""
     return np.ascontiguousarray(unpack_rows(tensors["codes"], columns, bits).numpy().T)
+
+
+def _signed(graph: Graph, tensors: Mapping[str, Tensor], codes: np.ndarray, zero: np.ndarray, bits: int) -> str:
+    """The transposed values, dequantized from int8, which kernels take faster than uint8; "" if a zero-point is wider.
+
+    Codes of 8 bits and their zero-points are 128 less.
+    """
+    offset = 2 ** (BYTE - 1) if bits == BYTE else 0
+    limits, point = np.iinfo(np.int8), zero - offset
+    if (point < limits.min).any() or (point > limits.max).any():
+        return ""
+    signed = (codes.astype(np.int16) - offset).astype(np.int8)
+    graph.overflows |= bool((np.abs(signed.astype(np.int16)) > LARGEST).any())
+    part = graph.node("Cast", packed_codes(graph, codes, bits), to="int8") if not offset else graph.constant(signed)
+    return graph.node("DequantizeLinear", part, _scales(graph, tensors), graph.constant(point.astype(np.int8)), axis=1)
 
 
 def _scales(graph: Graph, tensors: Mapping[str, Tensor]) -> str:

@@ -206,7 +206,14 @@ class Codec(ABC):
         return graph.constant(self.unpack(tensors, columns).dequantize().T.contiguous().numpy())
 
     def graph_product(
-        self, graph: Graph, inputs: str, tensors: Mapping[str, Tensor], columns: int, *, fast: bool = False
+        self,
+        graph: Graph,
+        inputs: str,
+        tensors: Mapping[str, Tensor],
+        columns: int,
+        *,
+        fast: bool = False,
+        integers: bool = False,
     ) -> str:
         """Write ``x Ŵᵀ`` for x ``(…, columns)``; by default a product with the decoded values.
 
@@ -216,10 +223,11 @@ class Codec(ABC):
             tensors: the packed tensors of the matrix.
             columns: its columns.
             fast: whether x and Ŵ may be rounded to 8 bits.
+            integers: whether x is dequantized 8-bit integers with one scale: the output of a DequantizeLinear.
         """
         from mlorq.codecs.graph import product
 
-        return product(graph, inputs, self.graph_values(graph, tensors, columns), fast=fast)
+        return product(graph, inputs, self.graph_values(graph, tensors, columns), fast=fast, integers=integers)
 
     def graph_rows(self, graph: Graph, indices: str, tensors: Mapping[str, Tensor], columns: int) -> str:
         """Write a look-up of rows: ``(…, columns)`` float32 for int64 indices ``(…)``."""

@@ -23,9 +23,11 @@ class Graph(Protocol):
 
     Attributes:
         kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
+        overflows: whether a weight of an integer product is above ``LARGEST``; set by codecs.
     """
 
     kernel_bits: int
+    overflows: bool
 
     def constant(self, values: np.ndarray) -> str:
         """A constant; equal constants are stored once."""
@@ -96,7 +98,7 @@ def _plane(codes: np.ndarray, width: int) -> np.ndarray:
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
 
 
-def product(graph: Graph, inputs: str, weight: str, *, fast: bool = False) -> str:
+def product(graph: Graph, inputs: str, weight: str, *, fast: bool = False, integers: bool = False) -> str:
     """``x W`` in float32, or by 8-bit integers with a scale per column of W, found at load, and per row of x.
 
     Args:
@@ -104,11 +106,14 @@ def product(graph: Graph, inputs: str, weight: str, *, fast: bool = False) -> st
         inputs: x, ``(…, K)`` float32.
         weight: W, ``(K, N)`` float32.
         fast: whether to round to 8 bits.
+        integers: whether x is dequantized 8-bit integers, which runtimes then multiply as they are.
     """
     if not fast:
         return graph.node("MatMul", inputs, weight)
     scale = graph.node("Mul", _largest(graph, weight, axis=0), graph.constant(np.array(1 / LARGEST, np.float32)))
     codes = graph.node("QuantizeLinear", weight, scale, axis=1, output_dtype="int8")
+    if integers:
+        return graph.node("MatMul", inputs, graph.node("DequantizeLinear", codes, scale, axis=1))
     # The operator has one range for all of x; rows divided by their largest entries share it.
     largest = _largest(graph, inputs, axis=-1)
     quantized = graph.node("DynamicQuantizeLinear", graph.node("Div", inputs, largest), outputs=3)

@@ -230,7 +230,8 @@ class RunConfig(Settings):
     @property
     def residency(self) -> Residency | None:
         """How the runtime that the model is meant for holds the weights of linear layers; None without ``target``."""
-        return None if self.target is None else self.target.residency
+        static = self.activations is not None and getattr(self.activations, "ranges", None) != "token"
+        return None if self.target is None else self.target.residency(static=static)
 
     def resolve(self, location: str) -> str:
         """The absolute path or URI of a location in the configuration."""

@@ -5,6 +5,7 @@ The search then uses the forms and widths that this runtime computes with, and a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -36,10 +37,15 @@ class TargetConfig(Choice):
         assert chosen is not None
         return part(self, chosen)
 
-    @property
-    def residency(self) -> Residency:
-        """How the runtime holds the weights of linear layers."""
-        return RUNTIMES[self.runtime].residency(self.own)
+    def residency(self, *, static: bool = False) -> Residency:
+        """How the runtime holds the weights of linear layers.
+
+        Args:
+            static: whether their inputs are quantized with static ranges.
+        """
+        runtime = RUNTIMES[self.runtime]
+        found, least = runtime.residency(self.own), runtime.integer_bits if static else 0
+        return replace(found, code_bits=tuple(bits for bits in found.code_bits if bits >= least))
 
     @property
     def text(self) -> str:

@@ -36,6 +36,7 @@ class Runtime(ABC, Generic[Config]):
         extra: the extra of mlorq that installs them; None: they have to be named.
         as_target: class of the options that determine how it holds weights, for a configuration's ``target``; None: it
             cannot be a target.
+        integer_bits: least bits in which it holds affine codes of layers whose inputs have static ranges.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Runtime(ABC, Generic[Config]):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     as_target: ClassVar[type[Settings] | None] = None
+    integer_bits: ClassVar[int] = 0
 
     @abstractmethod
     def load(self, location: str, model: nn.Module | None, device: Device, settings: Config) -> Any:

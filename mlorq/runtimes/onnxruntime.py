@@ -46,6 +46,7 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
     packages: ClassVar[tuple[str, ...]] = Onnx.packages
     extra = Onnx.extra
     as_target: ClassVar[type[Settings] | None] = GraphPrecision
+    integer_bits = 8
 
     def residency(self, settings: Settings) -> Residency:
         return graph_residency(settings, CODE_BITS)
@@ -72,12 +73,12 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
     def variants(self, checkpoint: str, folder: str) -> list[Variant]:
         from mlorq.checkpoint.io import inspect, load
         from mlorq.export_targets.onnx_graph.float_graph import float_twin
-        from mlorq.export_targets.onnx_graph.session import read_metadata
+        from mlorq.export_targets.onnx_graph.session import options_here, read_metadata
         from mlorq.runtimes.benchmark import FLOAT, Variant
 
         architecture, module = inspect(checkpoint)["architecture"], load(checkpoint)
         graphs = {
-            FLOAT: graph_bytes(float_twin(module)[0], architecture, OnnxSettings()),
+            FLOAT: graph_bytes(float_twin(module, quantized=False)[0], architecture, OnnxSettings()),
             "exact": graph_bytes(module, architecture, OnnxSettings(precision="exact")),
             "fast": graph_bytes(module, architecture, OnnxSettings(precision="fast")),
         }
@@ -85,8 +86,9 @@ class OnnxRuntime(Runtime[OnnxRuntimeSettings]):
         for name, data in graphs.items():
             path, about = os.path.join(folder, f"{name}.onnx"), read_metadata(data)
             Path(path).write_bytes(data)
+            options = options_here(about["session_options"])
             added = None if name == FLOAT else about["nmse_added"]
-            found.append(Variant(self.name, name, self.name, path, len(data), about["session_options"], added))
+            found.append(Variant(self.name, name, self.name, path, len(data), options, added))
         return found
 
 

@@ -70,7 +70,7 @@ class OpenvinoRuntime(Runtime[OpenvinoRuntimeSettings]):
         from mlorq.runtimes.benchmark import FLOAT, Variant
 
         architecture, module = inspect(checkpoint)["architecture"], load(checkpoint)
-        modules = {FLOAT: float_twin(module)[0], "compressed": module}
+        modules = {FLOAT: float_twin(module, quantized=False)[0], "compressed": module}
         paths, sizes, added = {}, {}, {}
         for name, one in modules.items():
             graph, weights = content(openvino_model(one, architecture, OpenvinoSettings()))

@@ -18,7 +18,9 @@ onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 
-def run(builder: Any, output: str, feeds: dict[str, np.ndarray] | None = None) -> tuple[np.ndarray, list[str]]:
+def run(
+    builder: Any, output: str, feeds: dict[str, np.ndarray] | None = None, **entries: str
+) -> tuple[np.ndarray, list[str]]:
     """The value of ``output``, and the operators that are left after constants are folded."""
     import onnxruntime
 
@@ -35,7 +37,7 @@ def run(builder: Any, output: str, feeds: dict[str, np.ndarray] | None = None) -
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for key, value in SESSION_OPTIONS["exact"].items():
+    for key, value in (SESSION_OPTIONS["exact"] | entries).items():
         options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = f"{folder}/optimized.onnx"
@@ -84,6 +86,27 @@ def test_affine_values_products_and_rows(bits: int, wide: bool) -> None:
     graph = builder()
     found, _ = run(graph, codec.graph_rows(graph, "x", tensors, 10), {"x": rows})
     assert np.array_equal(found, expected[torch.from_numpy(rows)].numpy())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("wide", [False, True])
+def test_affine_products_of_integers(bits: int, wide: bool) -> None:
+    """The largest codes on both sides: kernels of processors without VNNI saturate unless the options forbid it."""
+    matrix = affine(12, 64, bits, bits, wide=wide)
+    matrix.codes[:3] = 2**bits - 1
+    tensors = matrix.codec.pack(matrix)
+    graph, x = builder(), np.random.default_rng(bits).integers(0, 256, (5, 64), np.uint8)
+    x[:2] = 255
+    scale, zero = graph.constant(np.array(0.02, np.float32)), graph.constant(np.array(3, np.uint8))
+    product = matrix.codec.graph_product(
+        graph, graph.node("DequantizeLinear", "x", scale, zero), tensors, 64, integers=True
+    )
+    fits = not wide or bits < 7  # whether the weight's zero-points fit int8
+    assert graph.overflows == (fits and bits >= 7)
+    found, left = run(graph, product, {"x": x}, **({"session.x64quantprecision": "1"} if graph.overflows else {}))
+    expected = torch.from_numpy(0.02 * (x.astype(np.float64) - 3)) @ matrix.dequantize().double().T
+    assert relative(found, expected) < 1e-6
+    assert (left == ["MatMulIntegerToFloat"]) == fits
 
 
 @pytest.mark.parametrize("bits", range(1, 7))

@@ -251,6 +251,25 @@ def test_wrong_targets(target: Any, message: str, net: nn.Module) -> None:
         mlorq.compress(net, batches(), **options(target=target))
 
 
+@pytest.mark.parametrize(
+    ("runtime", "activations", "code_bits"),
+    [
+        ("onnxruntime", None, (4, 8)),
+        ("onnxruntime", {"bits": 8}, (8,)),
+        ("onnxruntime", {"bits": 8, "ranges": "token"}, (4, 8)),
+        ("openvino", {"bits": 8}, (2, 4, 8)),
+        ({"runtime": "torch", "weights": "packed"}, {"bits": 8}, ()),
+    ],
+)
+def test_codes_of_integer_products_are_held_in_8_bits(runtime: Any, activations: Any, code_bits: tuple[int]) -> None:
+    given = {"family": "custom", "factory": "x:y"}
+    data = {"calibration": {"source": "custom", "factory": "x:y"}, "evaluation": {"source": "custom", "factory": "x:y"}}
+    values = {"model": given, "data": data, "budget": "4bit", "target": runtime, "activations": activations}
+    found = RunConfig.from_mapping(values).residency
+    assert found is not None
+    assert found.code_bits == code_bits
+
+
 def test_a_configuration_keeps_its_target(tmp_path: Path) -> None:
     values = {
         "model": {"family": "custom", "factory": "x:y"},

@@ -17,6 +17,7 @@ from mlorq.export_targets.onnx_graph.builder import KERNEL_BITS
 from mlorq.export_targets.onnx_graph.calls import Call, Flat, described, flat
 from mlorq.export_targets.onnx_graph.float_graph import OPSET, float_graph, float_twin
 from mlorq.export_targets.onnx_graph.layers import replace_weights
+from mlorq.export_targets.onnx_graph.session import PRECISE
 from mlorq.export_targets.onnx_graph.stages import STAGES
 from mlorq.models import FAMILIES
 from mlorq.models.batches import batch_samples, move_batch
@@ -59,6 +60,7 @@ def build(
     part: str = "",
     kernel_bits: int = KERNEL_BITS,
     stages: int = STAGES,
+    integers: bool = True,
 ) -> Built:
     """The ONNX model of a compressed module: opset 21, operators of the default domain, dynamic batch and sequence.
 
@@ -70,6 +72,7 @@ def build(
         part: name of the submodule to export; empty: the one that the family names, or the whole module.
         kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
         stages: largest number of stages in which weights are decoded.
+        integers: whether products of quantized activations are written for kernels of 8-bit integers.
 
     Raises:
         ModelError: there is no example, or the model, its inputs or its outputs cannot be exported.
@@ -104,7 +107,9 @@ def build(
     axes = {name: _axes(name, value, samples, preprocessing or {}) for name, value in inputs.items()}
     model = float_graph(Flat(twin, call, structure, extras), inputs, [*outputs, *extras], axes)
     fast = precision == "fast"
-    _, missing = replace_weights(model.graph, layers, fast=fast, kernel_bits=kernel_bits, stages=stages)
+    added, missing = replace_weights(
+        model.graph, layers, fast=fast, kernel_bits=kernel_bits, stages=stages, integers=integers
+    )
     for name in missing:
         if name in called and _matters(twin.get_submodule(name), lambda: flat(call.run(twin, values), structure)):
             raise ModelError(f"the exporter changed the weight of layer {name!r}: it is not in the graph")
@@ -113,7 +118,7 @@ def build(
         "call": call.to_json(),
         "outputs": structure,
         "part": part,
-        "session_options": SESSION_OPTIONS[precision],
+        "session_options": SESSION_OPTIONS[precision] | ({PRECISE: "1"} if added.overflows else {}),
         "architecture": {key: value for key, value in architecture.items() if key != "config"},
     }
     others = {name: _other(value, samples) for name, value in inputs.items()}

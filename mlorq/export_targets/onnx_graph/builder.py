@@ -42,6 +42,7 @@ class GraphBuilder:
 
     Attributes:
         kernel_bits: the same.
+        overflows: whether an integer product can exceed 16 bits in a sum of two.
         initializers: the constants.
         nodes: operators in the order in which they were written.
         packed: packed codes by name, in the same order.
@@ -49,6 +50,7 @@ class GraphBuilder:
 
     def __init__(self, kernel_bits: int = KERNEL_BITS) -> None:
         self.kernel_bits = kernel_bits
+        self.overflows = False
         self.initializers: list[onnx.TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
         self.packed: dict[str, Packed] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mlorq.activations.products import ProductQuantizers, attach_input
 from mlorq.errors import ModelError, one_line
-from mlorq.export_targets.onnx_graph.activations import registered, replaced, translations
+from mlorq.export_targets.onnx_graph.activations import QuantizeDequantize, registered, replaced, translations
 from mlorq.export_targets.onnx_graph.calls import Flat
 from mlorq.export_targets.onnx_graph.norms import split_batch_norms
 from mlorq.export_targets.onnx_graph.positions import resize_in_graph
@@ -33,11 +33,15 @@ GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "
 OLD_OPSET = 18  # of the older exporter; its graph is converted
 
 
-def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule]]:
+def float_twin(module: nn.Module, *, quantized: bool = True) -> tuple[nn.Module, dict[str, CompressedModule]]:
     """A float32 copy of a model with float layers in place of compressed ones, and the compressed ones by name.
 
     Quantizers of activations are replaced by modules that exporters write as operators, batch normalisations by ones
     that exporters do not merge with layers.
+
+    Args:
+        module: the model.
+        quantized: whether its activations stay quantized.
     """
     twin = copy_module(module).float()
     for child in twin.modules():
@@ -52,9 +56,14 @@ def float_twin(module: nn.Module) -> tuple[nn.Module, dict[str, CompressedModule
             for other in [name for name, one in twin.named_modules(remove_duplicate=False) if one is child]:
                 swap_module(twin, other, child, layer)
             quantizer: Any = getattr(child, "input_quantizer", None)
-            if quantizer is not None:
+            if quantizer is not None and quantized:
                 quantizer = replaced(quantizer)
+                # What has code of its own may not use the layer's bias.
+                if isinstance(quantizer, QuantizeDequantize) and type(layer) is nn.Linear:
+                    quantizer.move_shift(layer)
                 attach_input(layer, quantizer)
+        elif isinstance(child, ProductQuantizers) and not quantized:
+            child.operands.clear()
         elif isinstance(child, ProductQuantizers):
             for name, quantizer in child.operands.items():
                 child.operands[name] = replaced(quantizer)

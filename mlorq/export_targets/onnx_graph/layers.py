@@ -1,14 +1,16 @@
 """Dense weights of a graph replaced by operators that decode the codes of compressed layers.
 
 Weights are found by value: exporters rename and transpose them. A product with a weight becomes the products of its
-form's matrices; a look-up decodes the rows that it reads; any other use reads the decoded weight.
+form's matrices; a look-up decodes the rows that it reads; any other use reads the decoded weight. A product whose
+other operand is dequantized 8-bit integers becomes one that runtimes compute from integers, if the matrix has codes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,6 +48,7 @@ def replace_weights(
     fast: bool,
     kernel_bits: int = KERNEL_BITS,
     stages: int = STAGES,
+    integers: bool = True,
 ) -> tuple[GraphBuilder, list[str]]:
     """Replace the weights of compressed layers in a graph, in place.
 
@@ -55,12 +58,13 @@ def replace_weights(
         fast: whether products may be rounded to 8 bits.
         kernel_bits: most bits of a weight in one product whose codes stay packed in memory.
         stages: largest number of stages in which weights are decoded.
+        integers: whether products of quantized activations are written for kernels of 8-bit integers.
 
     Returns:
         The constants and operators that were added, and the names of layers whose weights are not in the graph.
     """
     weights = _find(graph, layers)
-    writer = _Writer(GraphBuilder(kernel_bits), weights, fast)
+    writer = _Writer(GraphBuilder(kernel_bits), weights, fast, _dequantized(graph) if integers else frozenset())
     inside = {name for node in graph.node for name in _inner_inputs(node)}
     nodes: list[onnx.NodeProto] = []
 
@@ -86,10 +90,18 @@ def replace_weights(
 
 
 class _Writer:
-    """Rewrites the nodes of a graph that read weights."""
+    """Rewrites the nodes of a graph that read weights.
 
-    def __init__(self, builder: GraphBuilder, weights: Mapping[str, Found], fast: bool):
+    Args:
+        builder: gets the operators.
+        weights: the weights by name.
+        fast: whether products may be rounded to 8 bits.
+        dequantized: values whose products are those of integers.
+    """
+
+    def __init__(self, builder: GraphBuilder, weights: Mapping[str, Found], fast: bool, dequantized: Set[str]) -> None:
         self.builder = builder
+        self._dequantized = dequantized
         self._weights = dict(weights)
         self._fast = fast
         self._decoded: set[str] = set()
@@ -104,7 +116,8 @@ class _Writer:
         if kind == "Gemm" and found is not None and _is_linear(node, found):
             output = self._product(inputs[0], found.layer)
             if len(inputs) > 2:
-                output = self.builder.node("Add", output, inputs[2])
+                # Not as a sum, which onnxruntime makes a Gemm of floats again.
+                output = self.builder.node("Sub", output, self.builder.node("Neg", inputs[2]))
             self._name(output, node.output[0])
             return True
         data = self._weights.get(inputs[0]) if inputs else None
@@ -155,14 +168,17 @@ class _Writer:
         packed = layer.packed()
         shape = Shape(layer.weight_shape[0], int(np.prod(layer.weight_shape[1:])))
         if layer.form.multiplies_out(layer.candidate, shape):
-            return product(self.builder, inputs, self._weight(layer), fast=self._fast)
+            return self._multiplied(product, inputs, self._weight(layer))
 
         def multiply(name: str, value: str, _: bool) -> str:
             tensors, columns, codec = packed[name]
-            return codec.graph_product(self.builder, value, tensors, columns, fast=self._fast)
+            return self._multiplied(codec.graph_product, value, tensors, columns)
 
         output: str = layer.form.apply(multiply, inputs, lambda left, right: self.builder.node("Add", left, right))
         return output
+
+    def _multiplied(self, write: Callable[..., str], inputs: str, *matrix: Any) -> str:
+        return write(self.builder, inputs, *matrix, fast=self._fast, integers=inputs in self._dequantized)
 
     def _rows(self, indices: str, layer: CompressedModule) -> str:
         ((tensors, columns, codec),) = layer.packed().values()
@@ -190,6 +206,18 @@ def _find(graph: onnx.GraphProto, layers: Mapping[str, CompressedModule]) -> dic
             if match is not None and isinstance(match.layer, CompressedEmbedding) and not match.transposed:
                 found[tensor.name] = replace(match, shape=tuple(tensor.dims))
     return found
+
+
+def _dequantized(graph: onnx.GraphProto) -> frozenset[str]:
+    """The values of a graph that are dequantized uint8, with one scale for all."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def is_integer(node: onnx.NodeProto) -> bool:
+        scale, point = (constants.get(name) for name in node.input[1:])
+        return scale is not None and point is not None and not scale.dims and point.data_type == onnx.TensorProto.UINT8
+
+    pairs = [node for node in graph.node if node.op_type == "DequantizeLinear" and len(node.input) == 3]
+    return frozenset(node.output[0] for node in pairs if is_integer(node))
 
 
 def _fingerprint(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:

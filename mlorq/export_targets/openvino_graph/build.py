@@ -53,7 +53,9 @@ def build(module: nn.Module, architecture: Mapping[str, Any], *, example: Any = 
         ModelError: there is no example, or the model, its inputs or its outputs cannot be exported.
     """
     # Without stages: ``decoding`` decodes one weight after the other.
-    found = onnx_build.build(module, architecture, example=example, part=part, kernel_bits=KERNEL_BITS, stages=1)
+    found = onnx_build.build(
+        module, architecture, example=example, part=part, kernel_bits=KERNEL_BITS, stages=1, integers=False
+    )
     about = onnx_build.metadata(found.model)
     del about["session_options"], about["precision"]
     about |= {"hints": HINTS, "names": [value.name for value in found.model.graph.output]}
