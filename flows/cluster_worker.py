@@ -6,9 +6,11 @@ them for the next step of the same run.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefect.logging import get_run_logger
@@ -19,11 +21,34 @@ from flows.runners import Runner, make_runner
 from flows.runners.base import LogOnly
 from mlorq.artifacts.hashing import digest_json
 from mlorq.config.run import RunConfig
+from mlorq.memory import at_most
 from steps.base import StepSpec
+from steps.context import Worker
 from steps.devices import devices
-from steps.session import open_store, open_worker
+from steps.session import Session, open_store
 
-_idle: dict[str, deque[Runner]] = {}  # idle runners of this process, by run
+
+@dataclass
+class _Run:
+    """What this process keeps of a run: a model for each of its threads, and the data once.
+
+    Attributes:
+        session: has the data.
+        idle: runners that no thread uses.
+    """
+
+    session: Session
+    idle: deque[Runner] = field(default_factory=deque)
+    _begun: bool = False
+
+    def worker(self) -> Worker:
+        """A worker that nobody else has: the session's, or another one with a model of its own."""
+        with _lock:
+            first, self._begun = not self._begun, True
+        return self.session.worker if first else self.session.worker_on(self.session.device)
+
+
+_runs: dict[str, _Run] = {}  # the present one, by its configuration
 _lock = threading.Lock()
 
 
@@ -44,17 +69,21 @@ def run_on_worker(label: str, spec: dict[str, Any], config: dict[str, Any], fold
     """
     run = RunConfig.from_mapping(config, folder)
     log = get_run_logger()
-    idle = _idle_runners(digest_json([config, folder]))
+    kept = _kept(digest_json([config, folder]), run)
     try:
-        runner = idle.pop()
+        runner = kept.idle.pop()
     except IndexError:
-        runner = _new_runner(run)
+        runner = make_runner(run, kept.session.device, kept.worker)
     log.info("%s: on %s", label, runner.place)
     try:
-        with closing(DeviceSlot(runner.device, run.engine.device_slots, log)) as slot, slot.held(lambda: None):
+        with (
+            closing(DeviceSlot(runner.device, run.engine.device_slots, log)) as slot,
+            slot.held(lambda: None),
+            at_most(_free()),
+        ):
             outcome = runner.run(StepSpec.from_json(spec), LogOnly(log))
     finally:
-        idle.append(runner)
+        kept.idle.append(runner)
     log.info("%s: %.2f s on %s", label, outcome.seconds, runner.place)
     data = {"uri": open_store(run).uri(outcome.ref), "seconds": outcome.seconds, "reused": outcome.reused}
     if outcome.reused:
@@ -62,17 +91,26 @@ def run_on_worker(label: str, spec: dict[str, Any], config: dict[str, Any], fold
     return data
 
 
-def _idle_runners(run: str) -> deque[Runner]:
-    """The idle runners of a run; those of an earlier run are closed."""
+def _kept(run: str, config: RunConfig) -> _Run:
+    """What is kept of a run; the runners of an earlier one are closed."""
     with _lock:
-        if run not in _idle:
-            for old in [runner for runners in _idle.values() for runner in runners]:
+        if run not in _runs:
+            for old in [runner for kept in _runs.values() for runner in kept.idle]:
                 old.close()
-            _idle.clear()
-            _idle[run] = deque()
-        return _idle[run]
+            _runs.clear()
+            _runs[run] = _Run(Session(config, open_store(config), devices(config)[0]))
+        return _runs[run]
 
 
-def _new_runner(config: RunConfig) -> Runner:
-    device = devices(config)[0]
-    return make_runner(config, device, lambda: open_worker(config, device))
+def _free() -> int | None:
+    """Bytes that this process may take before Dask ends it; None if it is no worker of Dask, or has no limit."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # of another kind
+        return None
+    limit = worker.memory_manager.memory_limit
+    return None if limit is None else max(0, int(limit) - int(worker.monitor.get_process_memory()))

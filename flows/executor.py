@@ -257,11 +257,20 @@ class PrefectExecutor:
             return None
         error = self._errors.get(spec.key)
         if error is None:
-            error = future.result(raise_on_failure=False)
+            error = self._error_elsewhere(future)
             self.observer.step_failed(spec)
         if isinstance(error, BaseException):
             add_step(error, spec.label)
         return error if isinstance(error, BaseException) else RuntimeError(f"{state.name}: {state.message}")
+
+    def _error_elsewhere(self, future: PrefectFuture[Any]) -> BaseException | Any:
+        """The error of a task that ran in another process, or of that process."""
+        try:
+            return future.result(raise_on_failure=False)
+        except Exception as error:  # no task has returned
+            if self._cluster is None:
+                raise
+            return self._cluster.explained(error)
 
     def _task(self, spec: StepSpec) -> Task[..., Any]:
         """The Prefect task of a step's name; Prefect's pages group task runs by it."""

@@ -99,6 +99,10 @@ class RayPool:
             future: PrefectFuture[Any] = self._runner.submit(task, parameters)
         return future
 
+    def explained(self, error: BaseException) -> BaseException:
+        """The error of a task as users see it."""
+        return error
+
     def cancel(self, futures: list[PrefectFuture[Any]]) -> None:
         """Cancel the tasks that have not started."""
         ray: Any = import_module("ray")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 WIDEST = 16384  # outputs of a layer with a matrix of their products, 2.1 GB; a vocabulary has more
@@ -11,6 +14,23 @@ WIDEST = 16384  # outputs of a layer with a matrix of their products, 2.1 GB; a 
 # most so many (benchmarks/README.md, "Blocks").
 ONE_BLOCK, LARGEST_BLOCK = 8192, 4096
 SHARE = 0.5  # of the free memory: model, data and activations take the rest
+
+
+_FREE: ContextVar[int | None] = ContextVar("bytes that this process may still take", default=None)
+
+
+@contextmanager
+def at_most(free: int | None) -> Iterator[None]:
+    """Within it, this process can take so many bytes more, whatever the machine has.
+
+    Args:
+        free: bytes; None: what the machine has.
+    """
+    before = _FREE.set(free)
+    try:
+        yield
+    finally:
+        _FREE.reset(before)
 
 
 def block_width(inputs: int) -> int:
@@ -47,7 +67,7 @@ def return_freed() -> None:
 
 
 def usable_bytes(device: str) -> int:
-    """Bytes that sums may take on a device at present: ``SHARE`` of its free memory.
+    """Bytes that sums may take on a device at present: ``SHARE`` of what is free, or of this process's (``at_most``).
 
     Args:
         device: ``cpu``, ``cuda:0`` …
@@ -56,4 +76,5 @@ def usable_bytes(device: str) -> int:
         import torch
 
         return int(SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(SHARE * machine_memory()[1])
+    free, own = machine_memory()[1], _FREE.get()
+    return int(SHARE * (free if own is None else min(free, own)))

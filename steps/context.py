@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlorq.costs.float_passes import FloatPasses
     from mlorq.data.base import Dataset
     from mlorq.models.base import FloatModel
+    from mlorq.models.layer_list import LayerList
     from steps.paired_cache import PairedCache
 
 
@@ -133,6 +134,7 @@ class Context:
         self._threads = threads
         self._folded: tuple[ArtifactRef, FloatModel] | None = None
         self._passes: tuple[object, FloatPasses] | None = None
+        self._layers: tuple[object, LayerList] | None = None
 
     @cached_property
     def paired(self) -> PairedCache:
@@ -152,6 +154,17 @@ class Context:
             self._passes = None  # released before the next are made
             self._passes = (depends_on, made())
         return self._passes[1]
+
+    def layers(self, depends_on: object, find: Callable[[], LayerList]) -> LayerList:
+        """The model's layers: those that were found before, for a check of the run, if they are the same.
+
+        Args:
+            depends_on: all that decides them.
+            find: finds them, which takes passes through the model.
+        """
+        if self._layers is None or self._layers[0] != depends_on:
+            self._layers = (depends_on, find())
+        return self._layers[1]
 
     def use_threads(self) -> None:
         """Give the calling thread the run's fixed number of CPU threads, if one is configured.

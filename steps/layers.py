@@ -9,7 +9,7 @@ from mlorq.artifacts.store import json_bytes, table_bytes
 from mlorq.forms.trial import changed_by_replacement
 from mlorq.models.layer_list import LayerList, layers_table
 from mlorq.models.layers import check_any, find_layers
-from steps.base import Progress, Step, StepSpec
+from steps.base import Needs, Progress, Step, StepSpec
 from steps.context import Context
 from steps.handles import DataRef, ModelRef
 from steps.session import Session
@@ -39,13 +39,20 @@ def records(session: Session) -> tuple[Params, Inputs]:
 
 
 def spec(session: Session) -> StepSpec:
-    """Depends on the model, one batch of the calibration data, and the layer patterns."""
-    return STEP.spec(*records(session))
+    """Depends on the model, one batch of the calibration data, and the layer patterns.
+
+    The process of the flow has found the layers to check the run (``discover``), so no other has to.
+    """
+    return STEP.spec(*records(session), needs=Needs(device=False))
 
 
 def discover(session: Session) -> LayerList:
-    """The layers, found without reading or writing the store (for a dry run)."""
-    return _discover(*records(session), session.worker.context)
+    """The layers, found without reading or writing the store (for checks and dry runs)."""
+    return _found(*records(session), session.worker.context)
+
+
+def _found(params: Params, inputs: Inputs, context: Context) -> LayerList:
+    return context.layers((params, inputs), lambda: _discover(params, inputs, context))
 
 
 def _discover(params: Params, inputs: Inputs, context: Context) -> LayerList:
@@ -68,7 +75,7 @@ def _discover(params: Params, inputs: Inputs, context: Context) -> LayerList:
 
 
 def run(params: Params, inputs: Inputs, context: Context, progress: Progress) -> dict[str, bytes]:
-    found = _discover(params, inputs, context)
+    found = _found(params, inputs, context)
     alone = {"alone": list(found.alone)} if found.alone else {}
     return {
         "layers.parquet": table_bytes(layers_table(found.layers)),

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import steps.pipeline as pipeline
-from flows.dask_pool import resources_of
+from flows.cluster_worker import _free, _kept
+from flows.dask_pool import DaskPool, offered_by, resources_of
 from flows.run import open_session
 from flows.runners import ChildRunner, InProcessRunner, make_runner
 from flows.runners.child import child_environment
@@ -225,6 +226,67 @@ def test_a_killed_child_costs_its_layer_alone(
     assert len(list((tmp_path / "store" / "candidates").iterdir())) == 6
 
 
+# -- Dask's workers -----------------------------------------------------------------------------------------------
+
+
+def dask_project(folder: Path) -> RunConfig:
+    """A run on one worker in this process, of two threads."""
+    own = {"n_workers": 1, "threads_per_worker": 2, "processes": False}
+    return project(folder, engine={"runner": "dask", "devices": "cpu", "threads": 1, "dask": {"arguments": own}})
+
+
+def test_a_dask_worker_goes_on_when_its_memory_fills_and_steps_know_what_is_left(tmp_path: Path) -> None:
+    with DaskPool(dask_project(tmp_path)) as pool:
+        client = pool._runner.client
+        (worker,) = client.cluster.workers.values()
+        manager = worker.memory_manager
+        assert manager.memory_pause_fraction is manager.memory_spill_fraction is False
+        assert not manager.memory_target_fraction
+        assert 0 < client.submit(_free).result() < manager.memory_limit
+        assert pool._home_worker() is None  # a preference for the only worker would outlive it
+    assert _free() is None
+
+
+def test_a_worker_that_is_lost_again_and_again_is_one_line(tmp_path: Path) -> None:
+    from distributed.scheduler import KilledWorker
+
+    pool = DaskPool(dask_project(tmp_path))
+    found = pool.explained(KilledWorker("a task", None, 3))  # type: ignore[arg-type]
+    assert isinstance(found, TransientError)
+    assert "its worker was lost 4 times; out of memory?" in str(found)
+    other = ValueError("another")
+    assert pool.explained(other) is other
+
+
+def test_threads_of_a_worker_share_the_data_and_not_the_model(tmp_path: Path) -> None:
+    config = dask_project(tmp_path)
+    kept = _kept("a run", config)
+    assert _kept("a run", config) is kept
+    first, second = kept.worker().context, kept.worker().context
+    session = kept.session
+    assert first.model(session.model_ref).module is not second.model(session.model_ref).module
+    assert first.calibration(session.calibration_ref) is second.calibration(session.calibration_ref)
+    assert _kept("another run", config) is not kept
+
+
+def test_layers_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    find_layers = pipeline.layers.find_layers
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return find_layers(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline.layers, "find_layers", counted)
+    session = open_session(project(tmp_path))
+    listed = pipeline.layers.discover(session)  # as the checks before a run do
+    spec = pipeline.layers.spec(session)
+    assert not spec.needs.device  # no worker of a cluster finds them once more
+    assert not InProcessRunner(session.worker).run(spec, Watch()).reused
+    assert session.artifacts.layers(spec.ref).layers == listed.layers
+    assert len(calls) == 1
+
+
 # -- what a step needs --------------------------------------------------------------------------------------------
 
 
@@ -232,9 +294,12 @@ def test_needs_are_asked_of_workers_that_offer_them() -> None:
     layer = Layer("a", "linear", 64, 32, 1, 1, 0, 0, 0)
     needs = Needs.of_layer(layer)
     assert needs.memory_bytes >= 3 * 8 * 64 * 32
-    assert resources_of(needs, {"GPU", "MEMORY"}) == {"GPU": 1.0, "MEMORY": float(needs.memory_bytes)}
-    assert resources_of(needs, set()) == {}
-    assert resources_of(Needs(device=False), {"GPU", "MEMORY"}) == {}
+    offered = offered_by([{"GPU": 1.0, "MEMORY": 1e9, "OTHER": 1.0}, {"GPU": 2.0, "MEMORY": 2e9}])
+    assert offered == {"GPU": 2.0, "MEMORY": 2e9}
+    assert resources_of(needs, offered) == {"GPU": 1.0, "MEMORY": float(needs.memory_bytes)}
+    assert resources_of(Needs(memory_bytes=3 * 10**9), offered)["MEMORY"] == 2e9  # more would wait forever
+    assert resources_of(needs, offered_by([])) == {}
+    assert resources_of(Needs(device=False), offered) == {}
     assert Needs.of_layer(Layer("b", "linear", 640, 32, 1, 1, 0, 0, 0)).memory_bytes > needs.memory_bytes
 
 

@@ -357,3 +357,14 @@ def test_freed_memory_is_returned():
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_process_that_may_take_less_than_the_machine_has_takes_a_share_of_that() -> None:
+    before = memory.usable_bytes("cpu")
+    with memory.at_most(1000):
+        assert memory.usable_bytes("cpu") == 500
+        with memory.at_most(None):
+            assert memory.usable_bytes("cpu") > 500
+    with memory.at_most(10**18):
+        assert 500 < memory.usable_bytes("cpu") < 10**17
+    assert before > 500
