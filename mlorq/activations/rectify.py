@@ -15,7 +15,6 @@ whose output the next linear layer reads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -298,17 +297,12 @@ def train(
         optimiser.step()
         schedule.step()
     given = {name: value.detach().float() for name, value in start.items()}
+    every = torch.arange(len(data.inputs), device=data.inputs.device)
     with torch.no_grad():
         # Steps have one size for all weights: far above those of a layer that is scaled down.
-        better = total_error(own, mlp, data) <= total_error(given, mlp, data)
-    return {name: value.detach().to(start[name].dtype).cpu() for name, value in (own if better else given).items()}
-
-
-def total_error(own: Mapping[str, Tensor], mlp: RectifiedMlp, data: MlpData) -> float:
-    """The loss of all tokens, as a mean of parts of ``TOKENS``; infinite if it is not a number."""
-    parts = torch.arange(len(data.inputs), device=data.inputs.device).split(TOKENS)
-    found = sum(float(relative_error(own, mlp, data, part)) * len(part) for part in parts) / len(data.inputs)
-    return found if math.isfinite(found) else math.inf
+        trained, untrained = (float(relative_error(one, mlp, data, every)) for one in (own, given))
+    best = own if trained <= untrained else given  # also if it is not a number any more
+    return {name: value.detach().to(start[name].dtype).cpu() for name, value in best.items()}
 
 
 def relative_error(own: Mapping[str, Tensor], mlp: RectifiedMlp, data: MlpData, chosen: Tensor) -> Tensor:

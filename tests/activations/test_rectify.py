@@ -131,6 +131,9 @@ def test_training_lowers_the_error_that_the_paper_names(seed: int, weighted: boo
     for own in (start, trained):
         assert float(relative_error(own, mlp, data, everything)) == pytest.approx(error(own), rel=1e-3)
     assert error(trained) < 0.6 * error(start)
+    for rate in (1e3, 1e30):  # steps that are far too large: the second one ends in numbers that are none
+        kept = train(start, mlp, data, settings(mlp_iterations=5, mlp_rate=rate), seed)
+        assert all(torch.equal(kept[name], start[name]) for name in start)
 
 
 def test_the_rectified_model_is_nearer_than_relu_alone(seed: int) -> None:
